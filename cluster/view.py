@@ -1,0 +1,87 @@
+"""The cluster as a policy sees it: frozen, complete, and the sole input of every decision.
+
+``Membership`` is the one writer (it makes a new view at every change); routers, policies, metrics and the status
+command only read. Instants are on the gateway's Clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from core.fingerprint import CacheFingerprint
+from core.request import ClusterId, EngineId, Role, WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The served model, as the workers describe it."""
+
+    architecture: str
+    fingerprint: CacheFingerprint
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    kv_bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """What a worker last said of itself on its Watch stream. Counters run from the start of its process."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0  # tokens of known prompts that are not computed yet
+    pages_free: int = 0  # free, or cached and evictable
+    pages_cached: int = 0
+    num_sessions: int = 0  # KV hand-overs under way
+    pages_quarantined: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cached_tokens: int = 0
+    num_preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One live worker."""
+
+    worker_id: WorkerId
+    engine_id: EngineId
+    cluster_id: ClusterId
+    address: str  # host:port of its gRPC server
+    role: Role
+    draining: bool
+    lease_expires_at: float
+    model: ModelInfo
+    transport: str
+    pages_total: int
+    load: WorkerLoad
+    num_assigned: int = 0  # sequences this gateway has sent there and not seen end; fresher than ``load``
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """Every worker that this gateway holds a live lease of, ordered by worker id."""
+
+    at: float
+    workers: tuple[WorkerView, ...] = ()
+
+    def ready(self, role: Role) -> tuple[WorkerView, ...]:
+        """Workers that advertise ``role``, are not draining and whose lease has not run out."""
+        return tuple(
+            w for w in self.workers if w.role is role and not w.draining and w.lease_expires_at > self.at
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A placement and the reason for it; the reason is what gets logged and shown to the client.
+
+    ``prefill`` None: the decode worker prefills the prompt itself.
+    """
+
+    prefill: WorkerView | None
+    decode: WorkerView
+    reason: str

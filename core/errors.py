@@ -1,0 +1,109 @@
+"""The one error tree. Catch wide (``PrfaasError``) or narrow.
+
+    PrfaasError
+    ├── InvalidRequest          theirs: a field of the request is wrong            INVALID_ARGUMENT / 400
+    ├── InvalidConfig           theirs: a key of the configuration is wrong        (start-up, exit code 2)
+    ├── UnsupportedModel        theirs: a model that this engine cannot serve      (start-up, with the reason)
+    ├── Overloaded              nobody's: a bound was reached, try again later     RESOURCE_EXHAUSTED / 429
+    ├── NoRoute                 nobody's: no worker can take the request           UNAVAILABLE / 503
+    ├── DeadlineExceeded        theirs: the client's deadline passed               DEADLINE_EXCEEDED / 504
+    ├── Cancelled               theirs: the client went away or aborted            CANCELLED / 499
+    ├── SequenceFailed          a worker could not finish a sequence; ``retryable`` says whether another may
+    └── TransferError           KV did not arrive
+        ├── Incompatible        the two ends do not hold the same cache (handshake); never retried on this pair
+        ├── PeerLost            the connection or the process at the other end is gone
+        ├── GrantRefused        the receiver does not know the session, or had no pages in time
+        ├── TransferAborted     one end gave the session up
+        └── ProtocolViolation   ours or theirs: an impossible message or an illegal state change
+
+The gRPC and HTTP edges map this tree to status codes, once each (cluster/grpc_gateway.py, cluster/http_gateway.py).
+"""
+
+from __future__ import annotations
+
+
+class PrfaasError(Exception):
+    """Base of every error that this project raises on purpose."""
+
+
+class InvalidRequest(PrfaasError):
+    """A field of the client's request is wrong.
+
+    ``field`` is the name the client used (``max_tokens``, ``messages[0].role``); the message says what is allowed.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+
+
+class InvalidConfig(PrfaasError):
+    """A key of the configuration is wrong. ``key`` is its dotted path (``engine.page_size``)."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(f"{key}: {message}")
+        self.key = key
+        self.message = message
+
+
+class UnsupportedModel(PrfaasError):
+    """The model cannot be served by this engine; the message says why."""
+
+
+class Overloaded(PrfaasError):
+    """A bound was reached. ``retry_after_s`` is a hint for the client."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NoRoute(PrfaasError):
+    """No worker can take the request now; the message says which pool is empty and why."""
+
+
+class DeadlineExceeded(PrfaasError):
+    """The client's deadline passed before the request was finished."""
+
+
+class Cancelled(PrfaasError):
+    """The client went away or aborted the request."""
+
+
+class SequenceFailed(PrfaasError):
+    """A worker gave a sequence up. ``retryable`` is True when another worker may succeed."""
+
+    def __init__(self, message: str, *, retryable: bool) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+class TransferError(PrfaasError):
+    """KV did not arrive at the other end."""
+
+
+class Incompatible(TransferError):
+    """The two ends do not hold the same cache. ``field`` names what differs (model, revision, dtype, page_size, layout)."""
+
+    def __init__(self, field: str, ours: str, theirs: str) -> None:
+        super().__init__(f"{field} differs: this end has {ours}, the other end has {theirs}")
+        self.field = field
+        self.ours = ours
+        self.theirs = theirs
+
+
+class PeerLost(TransferError):
+    """The connection to the other end is gone."""
+
+
+class GrantRefused(TransferError):
+    """The receiving end does not know the session, or had no pages for it in time."""
+
+
+class TransferAborted(TransferError):
+    """One end gave the session up; the message says which and why."""
+
+
+class ProtocolViolation(TransferError):
+    """An impossible message, or a state change that the session's table does not allow."""

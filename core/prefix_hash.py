@@ -1,0 +1,39 @@
+"""The one chain hash by which router, allocator and peers name a page of a prompt.
+
+The digest of page *i* covers the tokens of pages 0..i, so equal digests mean equal prefixes and a longest-prefix
+search may stop at the first miss. The hash is keyed: a tenant's ``salt`` separates tenants (nobody learns from a
+cache hit what another tenant sent), and a cryptographic hash keeps one tenant from forging another's prefix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from typing import NewType
+
+PageHash = NewType("PageHash", bytes)
+
+DIGEST_BYTES = 16
+_MAX_KEY_BYTES = 64
+
+
+def extend_page_hashes(
+    hashes: list[PageHash], token_ids: Sequence[int], page_size: int, salt: bytes = b""
+) -> list[PageHash]:
+    """Append to ``hashes`` the digests of those full pages of ``token_ids`` that it lacks, and return it.
+
+    ``hashes[i]`` must be the digest of page *i* of the same tokens; a partial last page has no digest.
+    """
+    key = salt if len(salt) <= _MAX_KEY_BYTES else hashlib.blake2b(salt).digest()
+    parent = hashes[-1] if hashes else b""
+    for start in range(len(hashes) * page_size, len(token_ids) - page_size + 1, page_size):
+        page = array("q", token_ids[start : start + page_size]).tobytes()
+        parent = hashlib.blake2b(parent + page, digest_size=DIGEST_BYTES, key=key).digest()
+        hashes.append(PageHash(parent))
+    return hashes
+
+
+def page_hashes(token_ids: Sequence[int], page_size: int, salt: bytes = b"") -> tuple[PageHash, ...]:
+    """Digests of the full pages of ``token_ids``, in order."""
+    return tuple(extend_page_hashes([], token_ids, page_size, salt))
