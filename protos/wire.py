@@ -1,0 +1,208 @@
+"""The one place where messages become our types and our types become messages.
+
+Every pair ``x_to_message`` / ``x_from_message`` is inverse on valid values. What a peer sent is checked by the
+types' own constructors; a value that no peer of ours would send raises ``ProtocolViolation``.
+"""
+
+from __future__ import annotations
+
+from core.errors import PrfaasError, ProtocolViolation
+from core.fingerprint import CacheFingerprint
+from core.request import (
+    FinishReason,
+    Role,
+    SamplingParams,
+    SequenceFailure,
+    SequenceId,
+    SequenceSpec,
+    StageStats,
+    TokenChunk,
+    TokenLogprob,
+    WorkerId,
+)
+from protos import worker_pb2 as pb
+
+
+def fingerprint_to_message(fingerprint: CacheFingerprint) -> pb.Fingerprint:
+    return pb.Fingerprint(
+        model=fingerprint.model,
+        revision=fingerprint.revision,
+        dtype=fingerprint.dtype,
+        page_size=fingerprint.page_size,
+        layout=fingerprint.layout,
+    )
+
+
+def fingerprint_from_message(message: pb.Fingerprint) -> CacheFingerprint:
+    return CacheFingerprint(
+        model=message.model,
+        revision=message.revision,
+        dtype=message.dtype,
+        page_size=message.page_size,
+        layout=message.layout,
+    )
+
+
+def sampling_to_message(sampling: SamplingParams) -> pb.SamplingParams:
+    """The engine's half of the parameters: ``n`` and stop strings are the gateway's and do not travel."""
+    assert sampling.n == 1, "the router splits a request into its continuations"
+    assert sampling.seed is not None, "the gateway draws a seed"
+    return pb.SamplingParams(
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        seed=sampling.seed,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+    )
+
+
+def sampling_from_message(message: pb.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
+        min_tokens=message.min_tokens,
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=dict(message.logit_bias),
+        seed=message.seed,
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+    )
+
+
+def spec_to_message(spec: SequenceSpec) -> pb.SequenceSpec:
+    """``hold_kv`` does not travel: the service that is called says whether K/V is to be held."""
+    return pb.SequenceSpec(
+        sequence_id=spec.sequence_id,
+        prompt_token_ids=spec.prompt_token_ids,
+        output_token_ids=spec.output_token_ids,
+        sampling=sampling_to_message(spec.sampling),
+        salt=spec.salt,
+    )
+
+
+def spec_from_message(message: pb.SequenceSpec, *, hold_kv: bool) -> SequenceSpec:
+    """Raise ``ProtocolViolation`` if the message is not a sequence that an engine could run."""
+    if not message.sequence_id or not message.prompt_token_ids:
+        raise ProtocolViolation("a sequence needs an id and at least one prompt token")
+    try:
+        sampling = sampling_from_message(message.sampling)
+    except PrfaasError as error:
+        raise ProtocolViolation(f"sequence {message.sequence_id}: {error}") from error
+    return SequenceSpec(
+        sequence_id=SequenceId(message.sequence_id),
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        output_token_ids=tuple(message.output_token_ids),
+        sampling=sampling,
+        salt=message.salt,
+        hold_kv=hold_kv,
+    )
+
+
+def stats_to_message(stats: StageStats) -> pb.StageStats:
+    return pb.StageStats(
+        worker_id=stats.worker_id,
+        role=stats.role.value,
+        queue_s=stats.queue_s,
+        compute_s=stats.compute_s,
+        transfer_s=stats.transfer_s,
+        exposed_transfer_s=stats.exposed_transfer_s,
+        cached_tokens=stats.cached_tokens,
+        received_tokens=stats.received_tokens,
+        bytes_shipped=stats.bytes_shipped,
+        num_preemptions=stats.num_preemptions,
+    )
+
+
+def stats_from_message(message: pb.StageStats) -> StageStats:
+    return StageStats(
+        worker_id=WorkerId(message.worker_id),
+        role=role_from_text(message.role),
+        queue_s=message.queue_s,
+        compute_s=message.compute_s,
+        transfer_s=message.transfer_s,
+        exposed_transfer_s=message.exposed_transfer_s,
+        cached_tokens=message.cached_tokens,
+        received_tokens=message.received_tokens,
+        bytes_shipped=message.bytes_shipped,
+        num_preemptions=message.num_preemptions,
+    )
+
+
+def chunk_to_message(chunk: TokenChunk) -> pb.TokenChunk:
+    message = pb.TokenChunk(
+        sequence_id=chunk.sequence_id,
+        position=chunk.position,
+        token_ids=chunk.token_ids,
+        finish_reason=chunk.finish_reason.value if chunk.finish_reason else "",
+        stop_token_id=chunk.stop_token_id,
+    )
+    for entry in chunk.logprobs:
+        message.logprobs.add(
+            token_id=entry.token_id,
+            logprob=entry.logprob,
+            top_token_ids=[token_id for token_id, _ in entry.top],
+            top_logprobs=[logprob for _, logprob in entry.top],
+        )
+    if chunk.stats is not None:
+        message.stats.CopyFrom(stats_to_message(chunk.stats))
+    return message
+
+
+def chunk_from_message(message: pb.TokenChunk) -> TokenChunk:
+    return TokenChunk(
+        sequence_id=SequenceId(message.sequence_id),
+        position=message.position,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(
+            TokenLogprob(
+                token_id=entry.token_id,
+                logprob=entry.logprob,
+                top=tuple(zip(entry.top_token_ids, entry.top_logprobs, strict=True)),
+            )
+            for entry in message.logprobs
+        ),
+        finish_reason=FinishReason(message.finish_reason) if message.finish_reason else None,
+        stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
+        stats=stats_from_message(message.stats) if message.HasField("stats") else None,
+    )
+
+
+def failure_to_message(failure: SequenceFailure) -> pb.SequenceFailure:
+    return pb.SequenceFailure(
+        sequence_id=failure.sequence_id,
+        message=failure.message,
+        retryable=failure.retryable,
+        stage=failure.stage.value,
+    )
+
+
+def failure_from_message(message: pb.SequenceFailure) -> SequenceFailure:
+    return SequenceFailure(
+        sequence_id=SequenceId(message.sequence_id),
+        message=message.message,
+        retryable=message.retryable,
+        stage=role_from_text(message.stage),
+    )
+
+
+def role_from_text(text: str) -> Role:
+    """Raise ``ProtocolViolation`` naming the allowed words."""
+    try:
+        return Role(text)
+    except ValueError:
+        raise ProtocolViolation(f"role must be one of {', '.join(Role)}, got {text!r}") from None
