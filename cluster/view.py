@@ -70,9 +70,7 @@ class ClusterView:
 
     def ready(self, role: Role) -> tuple[WorkerView, ...]:
         """Workers that advertise ``role``, are not draining and whose lease has not run out."""
-        return tuple(
-            w for w in self.workers if w.role is role and not w.draining and w.lease_expires_at > self.at
-        )
+        return tuple(w for w in self.workers if w.role is role and not w.draining and w.lease_expires_at > self.at)
 
 
 @dataclass(frozen=True, slots=True)

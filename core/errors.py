@@ -84,7 +84,10 @@ class TransferError(PrfaasError):
 
 
 class Incompatible(TransferError):
-    """The two ends do not hold the same cache. ``field`` names what differs (model, revision, dtype, page_size, layout)."""
+    """The two ends do not hold the same cache.
+
+    ``field`` names what differs: model, revision, dtype, page_size or layout.
+    """
 
     def __init__(self, field: str, ours: str, theirs: str) -> None:
         super().__init__(f"{field} differs: this end has {ours}, the other end has {theirs}")
