@@ -1,0 +1,142 @@
+"""Which pages are free, who uses the others, and which of them hold a known prefix?
+
+The sole writer of page ids, reference counts and the prefix index of one engine. A page is in exactly one state:
+
+    free      refs 0, no hash          taken first
+    cached    refs 0, has a hash       its K/V is kept for whoever sends that prefix again; evicted when free pages
+                                       run out, least recently used first
+    used      refs >= 1, hash or none  as many refs as sequences (and reservations) hold it
+
+Invariants: free + cached + used == num_pages. A hash names at most one page and a page has at most one hash. The
+contents of a page that has a hash never change: whoever holds it may only read, so sharing needs no copy on write.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from core.prefix_hash import PageHash
+
+_FREE = 1
+
+
+class PageAllocator:
+    """Hands out pages of a pool of ``num_pages``; knows nothing of their bytes."""
+
+    def __init__(self, num_pages: int, page_size: int, prefix_cache: bool = True) -> None:
+        assert num_pages >= 1, "a pool has at least one page"
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.prefix_cache = prefix_cache
+        # One byte for each page: bytearray.find is how a run of n free pages is found at the speed of memory.
+        self._free = bytearray([_FREE]) * num_pages
+        self._num_unused = num_pages  # set bytes in _free
+        self._refs = [0] * num_pages
+        self._page_of: dict[PageHash, int] = {}
+        self._hash_of: dict[int, PageHash] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+
+    @property
+    def num_free(self) -> int:
+        """Pages that ``allocate`` could hand out now: free and cached ones."""
+        return self._num_unused + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Pages that nobody uses and that hold a known prefix."""
+        return len(self._cached)
+
+    def match_prefix(self, hashes: Sequence[PageHash]) -> list[int]:
+        """Pages of the longest known prefix of ``hashes``; the caller holds one reference to each."""
+        pages: list[int] = []
+        for page_hash in hashes:
+            page = self._page_of.get(page_hash)
+            if page is None:
+                break
+            pages.append(page)
+        self.retain(pages)
+        return pages
+
+    def allocate(self, num_pages: int) -> list[int] | None:
+        """``num_pages`` pages with unknown contents, ascending, one reference each; None (and nothing taken) if there
+        are not so many. Contiguous if a free run is long enough: neighbouring pages travel as one write."""
+        if num_pages > self.num_free:
+            return None
+        start = self._free.find(bytes([_FREE]) * num_pages)
+        if num_pages <= self._num_unused and start >= 0:
+            pages = list(range(start, start + num_pages))
+        else:
+            self._evict(num_pages - self._num_unused)
+            pages = self._lowest_free(num_pages)
+        for page in pages:
+            self._free[page] = 0
+            self._refs[page] = 1
+        self._num_unused -= num_pages
+        return pages
+
+    def register(self, page: int, page_hash: PageHash) -> None:
+        """``page`` is full, computed and used: from now on ``page_hash`` finds it. If another page already has this
+        name, that one stays the known one (two sequences computed the same prefix side by side)."""
+        assert self._refs[page] > 0, f"page {page} is registered by nobody who holds it"
+        if not self.prefix_cache or page_hash in self._page_of:
+            return
+        assert page not in self._hash_of, f"page {page} already has a name"
+        self._page_of[page_hash] = page
+        self._hash_of[page] = page_hash
+
+    def retain(self, pages: Iterable[int]) -> None:
+        """One more reference to each of ``pages``, which must be used or cached."""
+        for page in pages:
+            if self._refs[page] == 0:
+                del self._cached[page]
+            self._refs[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """One reference fewer to each of ``pages`` (in the order of a block table)."""
+        # Backwards: of one prefix the last page must be evicted first, for without page i nobody finds page i + 1.
+        for page in reversed(pages):
+            assert self._refs[page] > 0, f"page {page} is released more often than it was taken"
+            self._refs[page] -= 1
+            if self._refs[page] == 0:
+                self._retire(page)
+
+    def whole(self) -> bool:
+        """True when no page is referenced."""
+        return self.num_free == self.num_pages
+
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` if the pages do not add up; O(num_pages), for idle moments and tests."""
+        used = {page for page, refs in enumerate(self._refs) if refs > 0}
+        free = {page for page, flag in enumerate(self._free) if flag == _FREE}
+        cached = set(self._cached)
+        assert len(free) == self._num_unused, "the count of free pages is off"
+        assert not (used & free or used & cached or free & cached), "a page is in two states"
+        assert len(used) + len(free) + len(cached) == self.num_pages, "a page is lost"
+        assert all(refs >= 0 for refs in self._refs), "a reference count is negative"
+        assert {page: name for name, page in self._page_of.items()} == self._hash_of, "the prefix index is torn"
+        assert cached <= self._hash_of.keys() <= cached | used, (
+            "a page has a name and cannot be found, or a free one has"
+        )
+
+    def _retire(self, page: int) -> None:
+        if page in self._hash_of:
+            self._cached[page] = None
+        else:
+            self._free[page] = _FREE
+            self._num_unused += 1
+
+    def _evict(self, num_pages: int) -> None:
+        for _ in range(num_pages):
+            page, _unused = self._cached.popitem(last=False)
+            del self._page_of[self._hash_of.pop(page)]
+            self._free[page] = _FREE
+            self._num_unused += 1
+
+    def _lowest_free(self, num_pages: int) -> list[int]:
+        pages: list[int] = []
+        page = -1
+        for _ in range(num_pages):
+            page = self._free.find(_FREE, page + 1)
+            pages.append(page)
+        return pages

@@ -1,0 +1,112 @@
+"""What does an engine know of one sequence? The mutable record, and the moves that its status may make.
+
+The Scheduler is the only writer. Intervals over ``token_ids`` (p prompt tokens, n tokens known so far):
+
+    0                      num_computed          n-1
+    |--- K/V is stored -----|--- to be computed --|
+    |------- prompt ------ p |------ output ------|
+
+Invariants:
+- ``0 <= num_computed < num_tokens`` while a sequence waits or runs: the newest token's K/V is stored by the step that
+  samples the token after it.
+- ``page_ids`` is the block table: page ``i`` holds tokens ``[i * page_size, (i + 1) * page_size)``. It is a tuple, so
+  a step may keep a reference to it; it is replaced, not changed, when the sequence grows by a page.
+- ``page_hashes[i]`` names page ``i``; the first ``num_registered`` pages are known to the prefix index under it.
+- A sequence that is WAITING or FINISHED holds no pages.
+"""
+
+from __future__ import annotations
+
+from array import array
+from enum import Enum, auto
+from types import MappingProxyType
+
+from core.prefix_hash import PageHash
+from core.request import SequenceId, SequenceSpec
+
+
+class SequenceStatus(Enum):
+    """Where a sequence is in its life on this engine."""
+
+    WAITING = auto()  # not started, or preempted; holds no pages
+    RUNNING = auto()  # holds pages and is in the batch, or waits for a place in it
+    HELD = auto()  # done here, but its pages are being sent (``hold_kv``)
+    FINISHED = auto()  # gone; holds nothing
+
+
+ALLOWED_MOVES = MappingProxyType(
+    {
+        SequenceStatus.WAITING: frozenset({SequenceStatus.RUNNING, SequenceStatus.FINISHED}),
+        SequenceStatus.RUNNING: frozenset({SequenceStatus.WAITING, SequenceStatus.HELD, SequenceStatus.FINISHED}),
+        SequenceStatus.HELD: frozenset({SequenceStatus.FINISHED}),
+        SequenceStatus.FINISHED: frozenset[SequenceStatus](),
+    }
+)
+
+
+class Sequence:
+    """One sequence on one engine. ``arrived_at`` and ``started_at`` are on the engine's Clock."""
+
+    __slots__ = (
+        "arrived_at",
+        "num_cached_tokens",
+        "num_computed",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_registered",
+        "page_hashes",
+        "page_ids",
+        "reported",
+        "spec",
+        "started_at",
+        "status",
+        "stop_ids",
+        "token_ids",
+    )
+
+    def __init__(self, spec: SequenceSpec, arrived_at: float, eos_token_ids: frozenset[int]) -> None:
+        self.spec = spec
+        self.arrived_at = arrived_at
+        self.status = SequenceStatus.WAITING
+        # One flat array of machine integers: slices and copies to a tensor do not visit Python objects.
+        self.token_ids: array[int] = array("q", spec.token_ids)
+        self.num_prompt_tokens = len(spec.prompt_token_ids)
+        self.num_computed = 0
+        self.page_ids: tuple[int, ...] = ()
+        self.page_hashes: list[PageHash] = []
+        self.num_registered = 0
+        self.num_cached_tokens: int | None = None  # found in the prefix cache when it first started
+        self.started_at: float | None = None  # the first step that held it
+        self.num_preemptions = 0
+        self.reported = False  # a chunk with stats has left: the next stats go with the last chunk
+        own = frozenset(spec.sampling.stop_token_ids)
+        self.stop_ids = own if spec.sampling.ignore_eos else own | eos_token_ids
+
+    @property
+    def sequence_id(self) -> SequenceId:
+        return self.spec.sequence_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: the prompt's and the output's."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens known so far, those of earlier tries included; the next token's position."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> array[int]:
+        """A copy of the output so far."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_remaining(self) -> int:
+        """Known tokens whose K/V is not stored yet; 1 for a sequence that is decoding."""
+        return len(self.token_ids) - self.num_computed
+
+    def move(self, status: SequenceStatus) -> None:
+        """Change the status; a move that ``ALLOWED_MOVES`` lacks is our bug, and changes nothing."""
+        assert status in ALLOWED_MOVES[self.status], f"{self.sequence_id}: {self.status.name} -> {status.name}"
+        self.status = status
