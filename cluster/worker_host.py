@@ -1,0 +1,404 @@
+"""One worker process: one engine, both halves of the service around it, and the role it advertises.
+
+    engine thread     Engine.step(); the PrefillWorker listens to it, chunks go to OutputStreams
+    transport threads KvSender and KvReceiver move pages and call the workers back
+    event loop        gRPC: services Worker, Prefill and Decode; registration with every gateway
+
+The role is a word, not a build: every worker can do either half, so ``SetRole`` reloads nothing. Sequences of the
+old role go on to their end. A worker is a member of a gateway's view for as long as it registers there.
+
+This is the one file of ``cluster`` that reaches the torch half of ``engine``; it runs inside a Ray actor
+(ray_fleet.py), or as a process of its own: ``python -m cluster.worker_host CONFIG_JSON``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import grpc
+from pydantic import TypeAdapter
+
+from cluster.config import WorkerConfig
+from cluster.output_streams import OutputStreams
+from core.clock import Clock, WallClock
+from core.errors import ProtocolViolation
+from core.request import EngineId, GatewayId, SequenceId
+from decode_worker.service import DecodeService
+from decode_worker.worker import DecodeWorker
+from engine.engine import Engine, EngineLoad, StepOutput
+from engine.engine_thread import EngineThread
+from kv_transfer.receiver import KvReceiver
+from kv_transfer.sender import KvSender
+from kv_transfer.transport import LayerPages, PageGeometry, Region, create_transport
+from prefill_worker.service import GrantClient, PrefillService
+from prefill_worker.worker import PrefillWorker
+from protos import wire
+from protos import worker_pb2 as pb
+from protos import worker_pb2_grpc as rpc
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+REGISTER_RETRY_S = 0.5
+EXPIRY_CHECK_S = 0.5
+IDLE_POLL_S = 0.05
+MAX_MESSAGE_BYTES = 64 << 20
+GRPC_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a silent second server
+)
+
+
+class WorkerHost:
+    """Owns everything in one worker process. ``start`` and ``stop`` block and are called from outside its loop."""
+
+    def __init__(self, config: WorkerConfig, clock: Clock | None = None) -> None:
+        self._config = config
+        self._clock = clock or WallClock()
+        self._engine_id = EngineId(uuid.uuid4().hex)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run_loop, name="worker-host", daemon=True)
+        self._parts: _Parts | None = None
+        self.stopped = threading.Event()
+
+    @property
+    def address(self) -> str:
+        """host:port of the gRPC server, once started."""
+        return self._started.address
+
+    @property
+    def engine(self) -> EngineThread:
+        """The engine's thread, for those who ask whether its pool is whole."""
+        return self._started.engine
+
+    def start(self) -> str:
+        """Load the model, serve, register; return the address. Raise ``UnsupportedModel`` or what loading raised."""
+        logging.getLogger().setLevel(self._config.log_level.upper())
+        engine = Engine.load_model(
+            self._config.engine, self._config.model, self._clock, cache_dir=self._config.model_cache_dir
+        )
+        self._thread.start()
+        self._parts = self._on_loop(self._serve(engine))
+        logger.info("worker %s serves as %s at %s", self._config.worker_id, self._config.role, self.address)
+        return self.address
+
+    def stop(self, timeout_s: float) -> None:
+        """Take no new sequences, let running ones finish for up to ``timeout_s``, then end everything."""
+        if self._parts is not None and not self.stopped.is_set():
+            with suppress(Exception):  # whatever fails, the process ends; it was logged where it happened
+                self._on_loop(self._shut_down(self._parts, timeout_s))
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout=5)
+        self.stopped.set()
+
+    @property
+    def _started(self) -> _Parts:
+        assert self._parts is not None, "start() comes first"
+        return self._parts
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    def _on_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _serve(self, engine: Engine) -> _Parts:
+        parts = _Parts(self._config, self._engine_id, engine, self._clock)
+        await parts.start()
+        return parts
+
+    async def _shut_down(self, parts: _Parts, timeout_s: float) -> None:
+        await parts.stop(timeout_s)
+
+
+class _Parts(rpc.WorkerServicer):
+    """The composed worker, on its event loop; also the ``Worker`` service."""
+
+    def __init__(self, config: WorkerConfig, engine_id: EngineId, engine: Engine, clock: Clock) -> None:
+        self._config = config
+        self._engine_id = engine_id
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._role = config.role
+        self._draining = False
+        self._version = 0
+        self._state_changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._model = engine.model
+        self._fingerprint = engine.fingerprint
+        self._layout = engine.layout
+        self._load: EngineLoad = engine.load()
+        self._load_asked = False
+
+        self._outputs = OutputStreams(self._loop, self._gateway_gone)
+        self.engine = EngineThread(engine, self._on_output)
+        kv_transfer = replace(config.kv_transfer, host=config.kv_transfer.host or config.host)
+        self._transport = create_transport(kv_transfer, self._fingerprint, clock)
+        self._transport.register(_region(engine))
+        self._grants = GrantClient(engine_id, self._fingerprint, config.kv_transfer.grant_wait_s)
+        self._prefill = PrefillWorker(
+            config.worker_id,
+            self.engine,
+            page_size=self._layout.page_size,
+            num_layers=self._layout.num_layers,
+            publish=self._outputs.publish,
+            ask_grant=self._grants.ask,
+            make_commit=_make_commit,
+            run_on_loop=self._run_soon,
+        )
+        self._decode = DecodeWorker(
+            config.worker_id,
+            self.engine,
+            page_size=self._layout.page_size,
+            publish=self._outputs.publish,
+            read_commit=_read_commit,
+        )
+        lease_s = config.kv_transfer.lease_s
+        self._sender = KvSender(self._transport, clock, self._prefill.closed)
+        self._receiver = KvReceiver(self._transport, clock, self._decode.committed, self._decode.released, lease_s)
+        self._prefill.attach(self._sender)
+        self._decode.attach(self._receiver)
+        engine.listener = self._prefill
+        self._server = grpc.aio.server(options=GRPC_OPTIONS)
+        self.address = ""
+
+    # ---- start and stop ----
+
+    async def start(self) -> None:
+        rpc.add_WorkerServicer_to_server(self, self._server)
+        rpc.add_PrefillServicer_to_server(PrefillService(self._prefill, self._outputs.has), self._server)
+        rpc.add_DecodeServicer_to_server(
+            DecodeService(self._decode, self._fingerprint, self._outputs.has), self._server
+        )
+        port = self._server.add_insecure_port(f"{self._config.host}:0")
+        self.address = f"{self._config.host}:{port}"
+        await self._server.start()
+        self.engine.start()
+        self._spawn(self._expire_leases())
+        for registry in self._config.registries:
+            self._spawn(self._keep_registered(registry))
+
+    async def stop(self, timeout_s: float) -> None:
+        self._draining = True
+        self._changed()
+        deadline = self._clock.now() + timeout_s
+        while self._busy() and self._clock.now() < deadline:  # noqa: ASYNC110 (sequences end on other threads)
+            await asyncio.sleep(IDLE_POLL_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(self._leave(registry) for registry in self._config.registries))
+        self._outputs.close()
+        await self._server.stop(grace=1.0)
+        await self._grants.close()
+        await asyncio.to_thread(self._close_threads)
+
+    def _close_threads(self) -> None:
+        self._sender.close()
+        self._receiver.close()
+        self._transport.close()
+        self.engine.stop()
+
+    def _busy(self) -> bool:
+        return self._decode.num_sequences > 0 or self._prefill.num_sessions > 0
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _run_soon(self, work: Awaitable[None]) -> None:
+        """Start a coroutine from any thread."""
+
+        async def run() -> None:
+            await work
+
+        self._loop.call_soon_threadsafe(self._spawn, run())
+
+    # ---- engine thread ----
+
+    def _on_output(self, output: StepOutput) -> None:
+        for chunk in output.chunks:
+            if not self._prefill.on_chunk(chunk):
+                self._decode.on_chunk(chunk)
+        for failure in output.failures:
+            if not self._prefill.on_failure(failure):
+                self._decode.on_failure(failure)
+        self._loop.call_soon_threadsafe(self._decode.pages_may_be_free)
+
+    # ---- membership ----
+
+    async def _keep_registered(self, registry: str) -> None:
+        """Register for as long as the process lives: each call is the lease of the next few seconds."""
+        request = pb.RegisterRequest(worker_id=self._config.worker_id, engine_id=self._engine_id, address=self.address)
+        refused = ""
+        async with grpc.aio.insecure_channel(registry) as channel:
+            while True:
+                try:
+                    reply = await rpc.RegistryStub(channel).Register(request, timeout=5.0)
+                    refused, wait_s = "", reply.lease_s / 3
+                except grpc.aio.AioRpcError as error:
+                    said = f"{error.code().name} {error.details()}"
+                    if error.code() is grpc.StatusCode.FAILED_PRECONDITION and said != refused:
+                        logger.error("gateway %s does not take this worker: %s", registry, said)
+                    refused, wait_s = said, REGISTER_RETRY_S
+                await asyncio.sleep(wait_s)
+
+    async def _leave(self, registry: str) -> None:
+        request = pb.RegisterRequest(
+            worker_id=self._config.worker_id, engine_id=self._engine_id, address=self.address, leaving=True
+        )
+        with suppress(grpc.aio.AioRpcError):  # a gateway that is gone needs no goodbye
+            async with grpc.aio.insecure_channel(registry) as channel:
+                await rpc.RegistryStub(channel).Register(request, timeout=1.0)
+
+    def _gateway_gone(self, gateway_id: GatewayId) -> None:
+        reason = f"gateway {gateway_id} is gone"
+        if self._busy():
+            logger.warning("%s: its sequences end here", reason)
+        self._prefill.abort_gateway(gateway_id)
+        self._decode.abort_gateway(gateway_id)
+
+    async def _expire_leases(self) -> None:
+        while True:
+            await asyncio.sleep(EXPIRY_CHECK_S)
+            self._sender.expire(self._clock.now())
+            self._receiver.expire(self._clock.now())
+
+    # ---- the Worker service ----
+
+    async def Describe(  # noqa: N802
+        self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.WorkerDescription:
+        return pb.WorkerDescription(
+            worker_id=self._config.worker_id,
+            engine_id=self._engine_id,
+            cluster_id=self._config.cluster_id,
+            address=self.address,
+            fingerprint=wire.fingerprint_to_message(self._fingerprint),
+            architecture=self._model.architecture,
+            max_model_len=self._model.max_model_len,
+            vocab_size=self._model.vocab_size,
+            eos_token_ids=self._model.eos_token_ids,
+            kv_bytes_per_token=self._layout.bytes_per_token,
+            transport=self._config.kv_transfer.transport,
+            pages_total=self._load.pages_total,
+            pid=os.getpid(),
+        )
+
+    async def Watch(  # noqa: N802
+        self, request: pb.WatchRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.WorkerState]:
+        interval_s = request.interval_s if request.interval_s > 0 else 1.0
+        while True:
+            self._ask_load()
+            changed = self._state_changed
+            yield self._state()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), interval_s)
+
+    async def Outputs(  # noqa: N802
+        self, request: pb.OutputsRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.OutputBatch]:
+        if not request.gateway_id:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "gateway_id: must not be empty")
+        async for batch in self._outputs.read(GatewayId(request.gateway_id)):
+            yield batch
+
+    async def SetRole(  # noqa: N802
+        self, request: pb.SetRoleRequest, context: grpc.aio.ServicerContext
+    ) -> pb.SetRoleReply:
+        try:
+            role = wire.role_from_text(request.role)
+        except ProtocolViolation as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        if role is not self._role:
+            logger.info("worker %s turns from %s to %s", self._config.worker_id, self._role, role)
+            self._role = role
+            self._changed()
+        return pb.SetRoleReply()
+
+    def _changed(self) -> None:
+        self._version += 1
+        self._state_changed.set()
+        self._state_changed = asyncio.Event()
+
+    def _ask_load(self) -> None:
+        """Refresh the load between two steps; a heartbeat does not wait for a long step to end."""
+        if self._load_asked:
+            return
+        self._load_asked = True
+        self.engine.submit(lambda engine: engine.load()).add_done_callback(self._note_load)
+
+    def _note_load(self, done: Future[EngineLoad]) -> None:
+        self._load_asked = False
+        if not done.cancelled() and done.exception() is None:
+            self._load = done.result()
+
+    def _state(self) -> pb.WorkerState:
+        load = self._load
+        return pb.WorkerState(
+            version=self._version,
+            engine_id=self._engine_id,
+            role=self._role.value,
+            draining=self._draining,
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            num_waiting_tokens=load.num_waiting_tokens,
+            pages_free=load.pages_free,
+            pages_cached=load.pages_cached,
+            bytes_sent=self._sender.bytes_sent,
+            bytes_received=self._receiver.bytes_received,
+            prompt_tokens=load.prompt_tokens,
+            generated_tokens=load.generated_tokens,
+            cached_tokens=load.cached_tokens,
+            num_sessions=self._prefill.num_sessions + self._decode.num_sessions,
+            pages_quarantined=self._receiver.num_quarantined,
+            num_preemptions=load.num_preemptions,
+        )
+
+
+def _region(engine: Engine) -> Region:
+    layers = range(engine.layout.num_layers)
+    geometry = PageGeometry(tuple(LayerPages(engine.layout.page_bytes(i)) for i in layers), engine.pool.num_pages)
+    return Region(geometry, tuple(engine.pool.layer_bytes(i) for i in layers))
+
+
+def _make_commit(sequence_id: SequenceId, token_ids: Sequence[int]) -> bytes:
+    return pb.CommitPayload(sequence_id=sequence_id, token_ids=token_ids).SerializeToString()
+
+
+def _read_commit(payload: bytes) -> tuple[SequenceId, tuple[int, ...]]:
+    message = pb.CommitPayload.FromString(payload)
+    return SequenceId(message.sequence_id), tuple(message.token_ids)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve one worker until SIGTERM or SIGINT; ``arguments`` is one JSON document: a WorkerConfig."""
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    host = WorkerHost(TypeAdapter(WorkerConfig).validate_json(arguments[0]))
+    asked = threading.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: asked.set())
+    print(host.start(), flush=True)
+    asked.wait()
+    host.stop(timeout_s=5.0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,69 @@
+"""The gRPC edge of a decode worker: messages in, calls of DecodeWorker out, errors to status codes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import grpc
+
+from core.errors import GrantRefused, Incompatible, InvalidRequest, ProtocolViolation
+from core.fingerprint import CacheFingerprint
+from core.request import GatewayId, SequenceId, SessionId
+from decode_worker.worker import DecodeWorker
+from protos import wire
+from protos import worker_pb2 as pb
+from protos import worker_pb2_grpc as rpc
+
+OutputsCheck = Callable[[GatewayId], bool]
+
+MAX_GRANT_WAIT_S = 600.0
+
+
+class DecodeService(rpc.DecodeServicer):
+    """``prfaas.worker.v1.Decode``. ``has_outputs`` tells whether a gateway reads its Outputs stream."""
+
+    def __init__(self, worker: DecodeWorker, fingerprint: CacheFingerprint, has_outputs: OutputsCheck) -> None:
+        self._worker = worker
+        self._fingerprint = fingerprint
+        self._has_outputs = has_outputs
+
+    async def Decode(  # noqa: N802
+        self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DecodeReply:
+        gateway_id = GatewayId(request.gateway_id)
+        if not self._has_outputs(gateway_id):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"gateway {gateway_id} reads no Outputs stream")
+        session_id = SessionId(request.session_id) if request.session_id else None
+        try:
+            spec = wire.spec_from_message(request.sequence, hold_kv=False)
+            await asyncio.wrap_future(self._worker.decode(spec, gateway_id, session_id))
+        except (ProtocolViolation, InvalidRequest) as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
+        return pb.DecodeReply()
+
+    async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortReply:  # noqa: N802
+        for sequence_id in request.sequence_ids:
+            self._worker.abort(SequenceId(sequence_id), request.reason or "aborted by the gateway")
+        return pb.AbortReply()
+
+    async def Grant(self, request: pb.GrantRequest, context: grpc.aio.ServicerContext) -> pb.GrantReply:  # noqa: N802
+        wait_s = min(max(request.wait_s, 0.0), MAX_GRANT_WAIT_S)
+        try:
+            self._fingerprint.require_equal(wire.fingerprint_from_message(request.fingerprint))
+            grant = await self._worker.grant(SessionId(request.session_id), wait_s)
+        except Incompatible as error:
+            said = (("field", error.field), ("ours", error.ours), ("theirs", error.theirs))
+            context.set_trailing_metadata(tuple((f"incompatible-{part}", text) for part, text in said))
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except GrantRefused as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        return pb.GrantReply(
+            token=grant.token,
+            first_page=grant.first_page,
+            pages=grant.pages,
+            transport_descriptor=grant.descriptor,
+            lease_s=grant.lease_s,
+        )

@@ -1,0 +1,271 @@
+"""A decode worker: a receiver that takes K/V in, and an engine that goes on from there.
+
+The life of one sequence, and who moves it on:
+
+    1  decode()        event loop    announced by the gateway: the tokens are known, no page is held
+    2  grant()         event loop    the prefill worker started it: pages for what the prefix cache lacks are
+                                     reserved, or waited for in order of asking, and granted under a session
+    3  committed()     transport     every granted page arrived: the engine admits the sequence, which now decodes
+       released()      transport     the session broke, and no write can land any more: the pages go back
+    4  on_chunk()      engine thread its tokens go to the gateway
+
+Between 2 and 3 the pages belong to the session (KvReceiver) and are in nobody's batch. A sequence announced without
+a session is prefilled here. Turning a page grant down is better than thrashing: a grant leaves each running sequence
+a page to grow into.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+from core.errors import GrantRefused, TransferError
+from core.request import GatewayId, Role, SequenceFailure, SequenceId, SequenceSpec, SessionId, TokenChunk, WorkerId
+from engine.engine import Engine
+from engine.engine_thread import EngineThread
+from engine.scheduler import Reservation
+from kv_transfer.receiver import KvReceiver
+from kv_transfer.session import Grant
+
+logger = logging.getLogger(__name__)
+
+Publish = Callable[[GatewayId, TokenChunk | SequenceFailure], None]
+ReadCommit = Callable[[bytes], tuple[SequenceId, tuple[int, ...]]]
+
+PAGE_WAIT_S = 0.5  # a waiting grant looks again after so long even if nobody rang
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """One announced sequence until it ends. Written under the worker's lock."""
+
+    spec: SequenceSpec
+    gateway_id: GatewayId
+    session_id: SessionId | None
+    reservation: Reservation | None = None
+    admitted: bool = False
+    aborted: bool = False
+
+
+class DecodeWorker:
+    """The decode half of a worker process.
+
+    ``publish`` gives a gateway its chunks and is called from the engine's and the transport's threads.
+    """
+
+    def __init__(
+        self,
+        worker_id: WorkerId,
+        engine: EngineThread,
+        *,
+        page_size: int,
+        publish: Publish,
+        read_commit: ReadCommit,
+    ) -> None:
+        self._worker_id = worker_id
+        self._engine = engine
+        self._page_size = page_size
+        self._publish = publish
+        self._read_commit = read_commit
+        self._lock = threading.Lock()
+        self._arrivals: dict[SequenceId, _Arrival] = {}
+        self._by_session: dict[SessionId, SequenceId] = {}
+        self._receiver: KvReceiver | None = None
+        self._grant_turn = asyncio.Lock()  # waiting grants are served in order of asking, so a large one never starves
+        self._pages_freed = asyncio.Event()
+
+    def attach(self, receiver: KvReceiver) -> None:
+        """Give the receiver, whose callbacks are this worker's ``committed`` and ``released``."""
+        self._receiver = receiver
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences announced, arriving or decoding."""
+        return len(self._arrivals)
+
+    @property
+    def num_sessions(self) -> int:
+        """Hand-overs announced or under way."""
+        return len(self._by_session)
+
+    # ---- event loop ----
+
+    def decode(self, spec: SequenceSpec, gateway_id: GatewayId, session_id: SessionId | None) -> Future[None]:
+        """Announce ``spec``. The future raises ``InvalidRequest`` if the engine can never run it."""
+        arrival = _Arrival(spec, gateway_id, session_id, admitted=session_id is None)
+        with self._lock:
+            if spec.sequence_id in self._arrivals:
+                raise ValueError(f"sequence {spec.sequence_id} is already here")
+            self._arrivals[spec.sequence_id] = arrival
+            if session_id is not None:
+                self._by_session[session_id] = spec.sequence_id
+        if session_id is None:
+            queued = self._engine.submit(lambda engine: engine.add(spec))
+        else:
+            queued = self._engine.submit(lambda engine: engine.check(spec))
+        queued.add_done_callback(lambda done: self._forget(arrival) if done.exception() else None)
+        return queued
+
+    async def grant(self, session_id: SessionId, wait_s: float) -> Grant:
+        """Reserve pages for an announced session; raise ``GrantRefused`` if it is unknown or pages stay short."""
+        arrival = self._find(session_id)
+        if arrival is None or arrival.reservation is not None:
+            raise GrantRefused(f"session {session_id} was not announced here, or has its grant")
+        try:
+            async with asyncio.timeout(wait_s), self._grant_turn:
+                reservation = await self._reserve(arrival)
+        except TimeoutError:
+            pages = -(-len(arrival.spec.token_ids) // self._page_size)
+            raise GrantRefused(f"no {pages} pages came free within {wait_s:g} s") from None
+        with self._lock:
+            gone = arrival.aborted
+            if not gone:
+                arrival.reservation = reservation
+        if gone:
+            self._engine.submit(lambda engine: engine.cancel(reservation))
+            raise GrantRefused(f"session {session_id} was aborted")
+        first = reservation.num_cached_pages
+        return self._transport.issue(session_id, first, reservation.page_ids[first:])
+
+    def pages_may_be_free(self) -> None:
+        """Called on the event loop whenever the engine may have given pages back."""
+        self._pages_freed.set()
+
+    def abort(self, sequence_id: SequenceId, reason: str) -> None:
+        """End a sequence in any state, quietly; granted pages come back when no write can land any more."""
+        with self._lock:
+            arrival = self._arrivals.get(sequence_id)
+            if arrival is None:
+                return
+            arrival.aborted = True
+            arriving = arrival.reservation is not None and not arrival.admitted
+        if arriving and arrival.session_id is not None:
+            self._transport.abort(arrival.session_id, reason)
+            return
+        self._forget(arrival)
+        self._engine.submit(lambda engine: engine.abort(sequence_id))
+
+    def abort_gateway(self, gateway_id: GatewayId) -> None:
+        """End every sequence of a gateway that is gone."""
+        with self._lock:
+            gone = [a.spec.sequence_id for a in self._arrivals.values() if a.gateway_id == gateway_id]
+        for sequence_id in gone:
+            self.abort(sequence_id, f"gateway {gateway_id} is gone")
+
+    # ---- transport threads ----
+
+    def committed(self, session_id: SessionId, payload: bytes) -> None:
+        """Every granted page arrived: ``KvReceiver``'s ``on_committed``. From here on the engine owns the pages."""
+        sequence_id, token_ids = self._read_commit(payload)
+        arrival = self._find(session_id)
+        assert arrival is not None, "a session is forgotten only after its pages were given back"
+        assert arrival.reservation is not None, "pages arrived for a session that was granted none"
+        assert arrival.spec.sequence_id == sequence_id, f"{session_id} committed {sequence_id}"
+        reservation = arrival.reservation
+        with self._lock:
+            arrival.admitted = True
+            self._by_session.pop(session_id, None)
+            aborted = arrival.aborted
+        self._engine.submit(lambda engine: engine.admit(reservation, token_ids))
+        if aborted:
+            self.abort(sequence_id, "aborted while its K/V arrived")
+
+    def released(self, session_id: SessionId, error: TransferError) -> None:
+        """The session broke and no write can land any more: ``KvReceiver``'s ``on_released``."""
+        arrival = self._find(session_id)
+        if arrival is None or arrival.reservation is None:
+            return
+        reservation = arrival.reservation
+        self._forget(arrival)
+        self._engine.submit(lambda engine: engine.cancel(reservation))
+        if not arrival.aborted:
+            failure = SequenceFailure(
+                arrival.spec.sequence_id, f"KV did not arrive: {error}", retryable=True, stage=Role.PREFILL
+            )
+            logger.warning("sequence %s: %s", failure.sequence_id, failure.message)
+            self._publish(arrival.gateway_id, failure)
+
+    # ---- engine thread ----
+
+    def on_chunk(self, chunk: TokenChunk) -> bool:
+        """The engine made tokens of one of ours; False: the sequence is not ours."""
+        arrival = self._arrivals.get(chunk.sequence_id)
+        if arrival is None:
+            return False
+        if chunk.stats is not None:
+            stats = replace(
+                chunk.stats, worker_id=self._worker_id, role=Role.DECODE, received_tokens=self._num_received(arrival)
+            )
+            chunk = replace(chunk, stats=stats)
+        if chunk.finish_reason is not None:
+            self._forget(arrival)
+        self._publish(arrival.gateway_id, chunk)
+        return True
+
+    def on_failure(self, failure: SequenceFailure) -> bool:
+        """The engine gave one of ours up; False: the sequence is not ours."""
+        arrival = self._arrivals.get(failure.sequence_id)
+        if arrival is None:
+            return False
+        self._forget(arrival)
+        self._publish(arrival.gateway_id, replace(failure, stage=Role.DECODE))
+        return True
+
+    # ---- inside ----
+
+    @property
+    def _transport(self) -> KvReceiver:
+        assert self._receiver is not None, "attach() comes before the first sequence"
+        return self._receiver
+
+    def _find(self, session_id: SessionId) -> _Arrival | None:
+        with self._lock:
+            sequence_id = self._by_session.get(session_id)
+            return self._arrivals.get(sequence_id) if sequence_id is not None else None
+
+    async def _reserve(self, arrival: _Arrival) -> Reservation:
+        while True:
+            self._pages_freed.clear()
+            if arrival.aborted:
+                raise GrantRefused("the gateway aborted the sequence")
+            asked = self._engine.submit(lambda engine: _reserve_with_room_to_grow(engine, arrival.spec))
+            try:
+                reservation = await asyncio.shield(asyncio.wrap_future(asked))
+            except asyncio.CancelledError:
+                asked.add_done_callback(self._give_back)
+                raise
+            if reservation is not None:
+                return reservation
+            try:
+                await asyncio.wait_for(self._pages_freed.wait(), PAGE_WAIT_S)
+            except TimeoutError:
+                continue
+
+    def _give_back(self, asked: Future[Reservation | None]) -> None:
+        """The asker is gone: pages that were reserved for it after all go back."""
+        if not asked.cancelled() and asked.exception() is None and (reservation := asked.result()) is not None:
+            self._engine.submit(lambda engine: engine.cancel(reservation))
+
+    def _num_received(self, arrival: _Arrival) -> int:
+        """Tokens whose K/V came over the wire: all but those of pages that were cached here."""
+        if arrival.reservation is None:
+            return 0
+        return len(arrival.spec.token_ids) - arrival.reservation.num_cached_pages * self._page_size
+
+    def _forget(self, arrival: _Arrival) -> None:
+        with self._lock:
+            self._arrivals.pop(arrival.spec.sequence_id, None)
+            if arrival.session_id is not None:
+                self._by_session.pop(arrival.session_id, None)
+
+
+def _reserve_with_room_to_grow(engine: Engine, spec: SequenceSpec) -> Reservation | None:
+    load = engine.load()
+    needed = -(-len(spec.token_ids) // engine.layout.page_size)
+    if load.num_running and load.pages_free < needed + load.num_running:
+        return None
+    return engine.reserve(spec)

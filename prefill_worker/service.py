@@ -1,0 +1,107 @@
+"""The gRPC edge of a prefill worker: messages in, calls of PrefillWorker out, errors to status codes.
+
+Also the client side of ``Decode.Grant``, the one call that a prefill worker makes to a decode worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import grpc
+
+from core.errors import GrantRefused, Incompatible, InvalidRequest, PeerLost, ProtocolViolation
+from core.fingerprint import CacheFingerprint
+from core.request import EngineId, GatewayId, SequenceId, SessionId
+from kv_transfer.session import Grant
+from prefill_worker.worker import GrantQuery, PrefillWorker
+from protos import wire
+from protos import worker_pb2 as pb
+from protos import worker_pb2_grpc as rpc
+
+OutputsCheck = Callable[[GatewayId], bool]
+
+GRANT_SLACK_S = 5.0  # a decode worker answers within wait_s; this much more and it is taken for lost
+
+
+class PrefillService(rpc.PrefillServicer):
+    """``prfaas.worker.v1.Prefill``. ``has_outputs`` tells whether a gateway reads its Outputs stream."""
+
+    def __init__(self, worker: PrefillWorker, has_outputs: OutputsCheck) -> None:
+        self._worker = worker
+        self._has_outputs = has_outputs
+
+    async def Prefill(  # noqa: N802
+        self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext
+    ) -> pb.PrefillReply:
+        gateway_id = GatewayId(request.gateway_id)
+        if not self._has_outputs(gateway_id):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"gateway {gateway_id} reads no Outputs stream")
+        query = GrantQuery(SessionId(request.session_id), request.decode_address) if request.session_id else None
+        try:
+            spec = wire.spec_from_message(request.sequence, hold_kv=True)
+            await asyncio.wrap_future(self._worker.prefill(spec, gateway_id, query))
+        except (ProtocolViolation, InvalidRequest) as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
+        return pb.PrefillReply()
+
+    async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortReply:  # noqa: N802
+        for sequence_id in request.sequence_ids:
+            self._worker.abort(SequenceId(sequence_id), request.reason or "aborted by the gateway")
+        return pb.AbortReply()
+
+
+class GrantClient:
+    """Asks decode workers for grants; keeps one channel to each."""
+
+    def __init__(self, engine_id: EngineId, fingerprint: CacheFingerprint, wait_s: float) -> None:
+        self._engine_id = engine_id
+        self._fingerprint = wire.fingerprint_to_message(fingerprint)
+        self._wait_s = wait_s
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def ask(self, query: GrantQuery) -> Grant:
+        """Raise ``GrantRefused``, ``Incompatible`` or ``PeerLost``."""
+        channel = self._channels.get(query.address)
+        if channel is None:
+            channel = self._channels[query.address] = grpc.aio.insecure_channel(query.address)
+        request = pb.GrantRequest(
+            session_id=query.session_id,
+            fingerprint=self._fingerprint,
+            wait_s=self._wait_s,
+            sender_engine_id=self._engine_id,
+        )
+        try:
+            reply = await rpc.DecodeStub(channel).Grant(request, timeout=self._wait_s + GRANT_SLACK_S)
+        except grpc.aio.AioRpcError as error:
+            raise await self._typed(query, error) from error
+        return Grant(
+            session_id=query.session_id,
+            token=reply.token,
+            first_page=reply.first_page,
+            pages=tuple(reply.pages),
+            descriptor=reply.transport_descriptor,
+            lease_s=reply.lease_s,
+        )
+
+    async def close(self) -> None:
+        """Close every channel."""
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+
+    async def _typed(self, query: GrantQuery, error: grpc.aio.AioRpcError) -> GrantRefused | Incompatible | PeerLost:
+        details = error.details() or ""
+        if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+            said = dict(error.trailing_metadata() or ())
+            return Incompatible(*(str(said.get(f"incompatible-{part}", "?")) for part in ("field", "theirs", "ours")))
+        if error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.RESOURCE_EXHAUSTED):
+            return GrantRefused(details)
+        channel = self._channels.get(query.address)
+        if channel is not None and error.code() is grpc.StatusCode.UNAVAILABLE:
+            # A worker that restarts at the same address must not wait out the broken channel's back-off.
+            del self._channels[query.address]
+            await channel.close()
+        return PeerLost(f"{query.address}: {error.code().name} {details}")

@@ -1,0 +1,298 @@
+"""A prefill worker: an engine that computes prompts and a sender that ships their K/V while it does.
+
+The life of one hand-over, and who moves it on:
+
+    1  prefill()            event loop      the sequence is queued; nothing is held at the decode worker
+    2  sequence_started()   engine thread   its first step is planned: the session opens, a grant is asked for, and
+                                            pages found in this worker's prefix cache are offered at once
+    3  step_planned()       engine thread   which pages will be complete after this step
+       layer_stored()       engine thread   those pages of one layer may travel, while the next layer computes
+    4  on_chunk()           engine thread   the one token: to the gateway, and into the session's commit
+    5  closed()             transport       acknowledged, or broken: the pages go back to the engine, the gateway
+                                            hears what the transfer cost or that it failed
+
+The engine holds a sequence's pages until step 5 (``hold_kv``), so no page is reused while it may still be read.
+A hand-over is forgotten exactly once, in step 5, or in step 4 if there is nothing to ship.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+from core.errors import GrantRefused, PeerLost, TransferError
+from core.request import (
+    GatewayId,
+    Role,
+    SequenceFailure,
+    SequenceId,
+    SequenceSpec,
+    SessionId,
+    StageStats,
+    TokenChunk,
+    WorkerId,
+)
+from engine.engine import Engine
+from engine.engine_thread import EngineThread
+from engine.scheduler import StepPlan
+from kv_transfer.sender import KvSender
+from kv_transfer.session import Grant, SendReport
+
+logger = logging.getLogger(__name__)
+
+Publish = Callable[[GatewayId, TokenChunk | SequenceFailure], None]
+MakeCommit = Callable[[SequenceId, Sequence[int]], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class GrantQuery:
+    """What a prefill worker asks a decode worker for; ``address`` is that worker's gRPC server."""
+
+    session_id: SessionId
+    address: str
+
+
+AskGrant = Callable[[GrantQuery], Awaitable[Grant]]
+RunOnLoop = Callable[[Awaitable[None]], None]
+
+
+@dataclass(slots=True)
+class _Handover:
+    """One sequence between ``prefill`` and the end of its session. Written under the worker's lock."""
+
+    spec: SequenceSpec
+    gateway_id: GatewayId
+    query: GrantQuery | None  # None: the one token is all that is wanted
+    num_pages_stored: int = 0  # pages whose K/V was offered to the sender
+    opened: bool = False
+    token: TokenChunk | None = None
+    stats: StageStats | None = None
+    fault: Role = Role.PREFILL  # whose fault a failure is: the router avoids that worker
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Pages of one session that the current step completes."""
+
+    session_id: SessionId
+    first_page: int
+    page_ids: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Step:
+    stored: list[_Stored] = field(default_factory=list)
+
+
+class PrefillWorker:
+    """The prefill half of a worker process; implements the engine's ``StepListener``.
+
+    ``publish`` gives a gateway its chunks and is called from the engine's and the transport's threads;
+    ``ask_grant`` and ``run_on_loop`` are how a coroutine is started from the engine's thread.
+    """
+
+    def __init__(
+        self,
+        worker_id: WorkerId,
+        engine: EngineThread,
+        *,
+        page_size: int,
+        num_layers: int,
+        publish: Publish,
+        ask_grant: AskGrant,
+        make_commit: MakeCommit,
+        run_on_loop: RunOnLoop,
+    ) -> None:
+        self._worker_id = worker_id
+        self._engine = engine
+        self._page_size = page_size
+        self._num_layers = num_layers
+        self._publish = publish
+        self._ask_grant = ask_grant
+        self._make_commit = make_commit
+        self._run_on_loop = run_on_loop
+        self._lock = threading.Lock()
+        self._handovers: dict[SequenceId, _Handover] = {}
+        self._by_session: dict[SessionId, SequenceId] = {}
+        self._step = _Step()
+        self._sender: KvSender | None = None
+
+    def attach(self, sender: KvSender) -> None:
+        """Give the sender, whose ``on_closed`` is this worker's ``closed``."""
+        self._sender = sender
+
+    @property
+    def num_sessions(self) -> int:
+        """Hand-overs queued or under way."""
+        return len(self._handovers)
+
+    # ---- event loop ----
+
+    def prefill(self, spec: SequenceSpec, gateway_id: GatewayId, query: GrantQuery | None) -> Future[None]:
+        """Queue ``spec`` (``hold_kv``). The future raises ``InvalidRequest`` if the engine can never run it."""
+        assert spec.hold_kv, "a prefill worker keeps the pages until they have arrived"
+        handover = _Handover(spec, gateway_id, query)
+        with self._lock:
+            if spec.sequence_id in self._handovers:
+                raise ValueError(f"sequence {spec.sequence_id} is already here")
+            self._handovers[spec.sequence_id] = handover
+            if query is not None:
+                self._by_session[query.session_id] = spec.sequence_id
+        queued = self._engine.submit(lambda engine: engine.add(spec))
+        queued.add_done_callback(lambda done: self._forget(handover) if done.exception() else None)
+        return queued
+
+    def abort(self, sequence_id: SequenceId, reason: str) -> None:
+        """End a sequence in any state, quietly; its pages come back once its session can read no more of them."""
+        with self._lock:
+            handover = self._handovers.get(sequence_id)
+        if handover is not None:
+            self._engine.submit(lambda engine: self._abort_on_engine(engine, handover, reason))
+
+    def abort_gateway(self, gateway_id: GatewayId) -> None:
+        """End every sequence of a gateway that is gone."""
+        with self._lock:
+            gone = [h.spec.sequence_id for h in self._handovers.values() if h.gateway_id == gateway_id]
+        for sequence_id in gone:
+            self.abort(sequence_id, f"gateway {gateway_id} is gone")
+
+    # ---- engine thread: StepListener ----
+
+    def sequence_started(self, spec: SequenceSpec, num_cached_tokens: int, page_ids: Sequence[int]) -> None:
+        handover = self._handovers.get(spec.sequence_id)
+        if handover is None or handover.query is None or handover.opened:
+            return
+        handover.opened = True
+        query = handover.query
+        self._transport.open(query.session_id, _pages(len(spec.token_ids), self._page_size))
+        self._run_on_loop(self._obtain_grant(handover, query))
+        num_cached = num_cached_tokens // self._page_size
+        if num_cached:
+            handover.num_pages_stored = num_cached
+            for layer in range(self._num_layers):
+                self._transport.pages_stored(query.session_id, layer, 0, page_ids[:num_cached])
+
+    def step_planned(self, plan: StepPlan) -> None:
+        self._step = _Step()
+        for item in plan.items:
+            handover = self._handovers.get(item.sequence_id)
+            if handover is None or handover.query is None or handover.token is not None:
+                continue
+            num_stored = item.start + len(item.token_ids)
+            end = _pages(num_stored, self._page_size) if item.samples else num_stored // self._page_size
+            first, handover.num_pages_stored = handover.num_pages_stored, end
+            if end > first:
+                pages = tuple(item.page_ids[first:end])
+                self._step.stored.append(_Stored(handover.query.session_id, first, pages))
+
+    def layer_stored(self, layer: int) -> None:
+        for stored in self._step.stored:
+            self._transport.pages_stored(stored.session_id, layer, stored.first_page, stored.page_ids)
+
+    def on_chunk(self, chunk: TokenChunk) -> bool:
+        """The engine made a token of one of ours; False: the sequence is not ours."""
+        handover = self._handovers.get(chunk.sequence_id)
+        if handover is None:
+            return False
+        if chunk.stats is not None:
+            handover.stats = replace(chunk.stats, worker_id=self._worker_id, role=Role.PREFILL)
+        handover.token = chunk
+        self._publish(handover.gateway_id, replace(chunk, stats=handover.stats))
+        if handover.query is None:
+            self._engine.submit(lambda engine: engine.release(chunk.sequence_id))
+            self._forget(handover)
+        elif chunk.finish_reason is not None:
+            self._transport.abort(handover.query.session_id, "the first token was the last")
+        else:
+            payload = self._make_commit(chunk.sequence_id, chunk.token_ids)
+            self._transport.commit(handover.query.session_id, payload)
+        return True
+
+    def on_failure(self, failure: SequenceFailure) -> bool:
+        """The engine gave one of ours up (its pages are free already); False: the sequence is not ours."""
+        handover = self._handovers.get(failure.sequence_id)
+        if handover is None:
+            return False
+        if handover.opened and handover.query is not None:
+            handover.reason = failure.message
+            self._transport.abort(handover.query.session_id, failure.message)
+        else:
+            self._forget(handover)
+            self._publish(handover.gateway_id, replace(failure, stage=Role.PREFILL))
+        return True
+
+    # ---- transport threads ----
+
+    def closed(self, session_id: SessionId, report: SendReport) -> None:
+        """The session is over and reads no page any more: ``KvSender``'s ``on_closed``."""
+        with self._lock:
+            sequence_id = self._by_session.get(session_id)
+            handover = self._handovers.get(sequence_id) if sequence_id is not None else None
+        if handover is not None:
+            self._engine.submit(lambda engine: self._close_on_engine(engine, handover, report))
+
+    # ---- inside ----
+
+    @property
+    def _transport(self) -> KvSender:
+        assert self._sender is not None, "attach() comes before the first sequence"
+        return self._sender
+
+    async def _obtain_grant(self, handover: _Handover, query: GrantQuery) -> None:
+        try:
+            grant = await self._ask_grant(query)
+        except TransferError as error:
+            handover.fault = Role.DECODE
+            handover.reason = f"no grant from {query.address}: {error}"
+            self._transport.abort(query.session_id, str(error))
+        else:
+            self._transport.granted(query.session_id, grant)
+
+    def _abort_on_engine(self, engine: Engine, handover: _Handover, reason: str) -> None:
+        """On the engine's thread, so that it cannot race with the session's opening."""
+        if handover.opened and handover.query is not None:
+            self._transport.abort(handover.query.session_id, reason)
+        else:
+            self._forget(handover)
+            engine.abort(handover.spec.sequence_id)
+
+    def _close_on_engine(self, engine: Engine, handover: _Handover, report: SendReport) -> None:
+        """Step 5, on the engine's thread: give the pages back, then tell the gateway."""
+        sequence_id = handover.spec.sequence_id
+        if handover.token is None:
+            engine.abort(sequence_id)
+        else:
+            engine.release(sequence_id)
+        self._forget(handover)
+        if handover.token is not None and handover.token.finish_reason is not None:
+            return
+        if report.error is None:
+            stats = handover.stats or StageStats(self._worker_id, Role.PREFILL)
+            stats = replace(
+                stats,
+                transfer_s=report.transfer_s,
+                exposed_transfer_s=report.exposed_s,
+                bytes_shipped=report.bytes_sent,
+            )
+            position = len(handover.spec.output_token_ids) + 1
+            self._publish(handover.gateway_id, TokenChunk(sequence_id, position, stats=stats))
+            return
+        fault = Role.DECODE if isinstance(report.error, PeerLost | GrantRefused) else handover.fault
+        message = handover.reason or f"KV hand-over failed: {report.error}"
+        logger.warning("sequence %s: %s", sequence_id, message)
+        failure = SequenceFailure(sequence_id, message, retryable=True, stage=fault)
+        self._publish(handover.gateway_id, failure)
+
+    def _forget(self, handover: _Handover) -> None:
+        with self._lock:
+            self._handovers.pop(handover.spec.sequence_id, None)
+            if handover.query is not None:
+                self._by_session.pop(handover.query.session_id, None)
+
+
+def _pages(num_tokens: int, page_size: int) -> int:
+    return -(-num_tokens // page_size)
