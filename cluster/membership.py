@@ -1,0 +1,354 @@
+"""Which workers are there, right now? Leases and Watch streams go in, one frozen ``ClusterView`` comes out.
+
+The life of a worker here:
+1. It calls ``Registry.Register`` with its name, the id of this start of its process, and its address.
+2. The gateway connects back (a ``WorkerClient``), checks that it serves the same model, opens its Outputs stream, and
+   puts it into the view when the first message of its Watch stream has told its role.
+3. Every Watch message and every repeated Register renews its lease.
+4. It is out of the view at the first of: its Outputs or Watch stream breaks, its lease runs out, it says that it
+   leaves, or a new engine id registers under its name. Its open sequences hear ``WorkerLost`` in that same moment.
+
+Invariants:
+- this class is the one writer of ``ClusterView``; the state is soft and rebuilt from the workers after a restart;
+- one worker id has at most one engine id in the view, the one that registered last; a replaced engine never returns;
+- every worker in the view serves the model of the first worker that ever registered: a worker with another model,
+  revision or vocabulary is refused with FAILED_PRECONDITION (a client's tokens must not depend on the route).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
+
+import grpc
+
+from cluster.config import RouterConfig
+from cluster.view import ClusterView, ModelInfo, WorkerView
+from cluster.worker_client import CALL_TIMEOUT_S, WorkerClient, WorkerState
+from core.clock import Clock
+from core.errors import Incompatible, PeerLost, PrfaasError, ProtocolViolation
+from core.request import EngineId, GatewayId, WorkerId
+from protos import worker_pb2 as pb
+from protos import worker_pb2_grpc as rpc
+
+logger = logging.getLogger(__name__)
+
+_Context = grpc.aio.ServicerContext[pb.RegisterRequest, pb.RegisterReply]
+
+_TICKS_PER_LEASE = 10  # how often leases are looked at: a dead worker is noticed at most a tenth of a lease too late
+_WATCHES_PER_LEASE = 4  # heartbeats asked of a worker per lease, so that one or two may be late
+
+
+class Membership:
+    """The workers that this gateway holds a lease of. Everything happens on one event loop."""
+
+    def __init__(self, config: RouterConfig, gateway_id: GatewayId, clock: Clock) -> None:
+        self._lease_s = config.lease_s
+        self._gateway_id = gateway_id
+        self._clock = clock
+        self._members: dict[WorkerId, _Member] = {}
+        self._latest: dict[WorkerId, EngineId] = {}  # the engine that registered last under that name
+        self._replaced: set[EngineId] = set()
+        self._refused: set[EngineId] = set()  # logged once each
+        self._joins: dict[EngineId, asyncio.Task[None]] = {}
+        self._model: ModelInfo | None = None
+        self._view: ClusterView | None = None  # None: something changed since
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ticker: asyncio.Task[None] | None = None
+        self._server: grpc.aio.Server | None = None
+
+    # ---- what others read ----
+
+    def view(self) -> ClusterView:
+        """The cluster now. The same object until something changes."""
+        now = self._clock.now()
+        view = self._view
+        if view is None or any(view.at < w.lease_expires_at <= now for w in view.workers):
+            members = sorted(self._members.items())
+            view = self._view = ClusterView(at=now, workers=tuple(member.view() for _, member in members))
+        return view
+
+    def model(self) -> ModelInfo | None:
+        """The served model; None until a worker registered. ``max_model_len`` is what every live worker can take."""
+        if self._model is None or not self._members:
+            return self._model
+        return replace(
+            self._model,
+            max_model_len=min(member.client.description.model.max_model_len for member in self._members.values()),
+        )
+
+    def client(self, engine_id: EngineId) -> WorkerClient | None:
+        """The connection to that engine; None if it is not in the view any more."""
+        for member in self._members.values():
+            if member.engine_id == engine_id:
+                return member.client
+        return None
+
+    async def wait_until(self, predicate: Callable[[ClusterView], bool], timeout_s: float) -> bool:
+        """Wait for a view that satisfies ``predicate``; False if none came within ``timeout_s``."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not predicate(self.view()):
+                    await self._changed()
+        except TimeoutError:
+            return predicate(self.view())
+        return True
+
+    # ---- what changes it ----
+
+    async def start(self, host: str, port: int = 0) -> str:
+        """Serve the Registry on ``host`` (port 0: any free one); returns the host:port that workers are to be given."""
+        assert self._server is None, "membership was started already"
+        self._server = grpc.aio.server()
+        rpc.add_RegistryServicer_to_server(_RegistryService(self), self._server)  # type: ignore[no-untyped-call]
+        bound = self._server.add_insecure_port(f"{host}:{port}")
+        await self._server.start()
+        self._ticker = self._spawn(self._expire_leases())
+        return f"{host}:{bound}"
+
+    async def close(self) -> None:
+        """Stop the Registry and drop every worker; their open sequences hear ``WorkerLost``."""
+        if self._server is not None:
+            await self._server.stop(grace=None)
+        for member in list(self._members.values()):
+            self._drop(member, "the gateway stops", logging.INFO)
+        for task in (self._ticker, *self._joins.values()):
+            if task is not None:
+                task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def register(self, worker_id: WorkerId, engine_id: EngineId, address: str) -> None:
+        """Take the worker in, or renew its lease.
+
+        Raises ``PeerLost`` if it cannot be reached at ``address``, ``Incompatible`` if it serves another model,
+        ``ProtocolViolation`` if a newer engine has registered under its name.
+        """
+        member = self._members.get(worker_id)
+        if member is not None and member.engine_id == engine_id:
+            self._renew(member)
+            return
+        self._supersede(worker_id, engine_id)
+        join = self._joins.get(engine_id)
+        if join is None:
+            join = self._joins[engine_id] = self._spawn(self._join(worker_id, engine_id, address))
+            join.add_done_callback(lambda _: self._joins.pop(engine_id, None))
+        await asyncio.shield(join)  # a Register that its worker gave up on must not end the join for the next one
+
+    def leave(self, worker_id: WorkerId, engine_id: EngineId) -> None:
+        """The worker says that it stops; nothing happens if that engine is not in the view."""
+        member = self._members.get(worker_id)
+        if member is not None and member.engine_id == engine_id:
+            self._drop(member, "it left", logging.INFO)
+
+    def expire(self) -> None:
+        """Drop every worker whose lease has run out."""
+        now = self._clock.now()
+        for member in list(self._members.values()):
+            if member.lease_expires_at <= now:
+                self._drop(member, f"not heard of for {self._lease_s:g} s")
+
+    @property
+    def lease_s(self) -> float:
+        """Seconds that a worker may be silent."""
+        return self._lease_s
+
+    def log_refusal(self, worker_id: WorkerId, engine_id: EngineId, error: PrfaasError) -> None:
+        """Say it once for each engine: workers ask again every few seconds."""
+        if engine_id not in self._refused:
+            self._refused.add(engine_id)
+            logger.error("worker %s (engine %s) refused: %s", worker_id, engine_id, error)
+
+    # ---- inside ----
+
+    def _supersede(self, worker_id: WorkerId, engine_id: EngineId) -> None:
+        """``engine_id`` is from now on the engine of that name; the one before it is over."""
+        before = self._latest.get(worker_id)
+        if engine_id in self._replaced:
+            raise ProtocolViolation(f"{worker_id}: engine {engine_id} was replaced by engine {before}")
+        if before is not None and before != engine_id:
+            self._replaced.add(before)
+            member = self._members.get(worker_id)
+            if member is not None:
+                self._drop(member, f"restarted as engine {engine_id}")
+        self._latest[worker_id] = engine_id
+
+    async def _join(self, worker_id: WorkerId, engine_id: EngineId, address: str) -> None:
+        """Connect to the worker and follow it; returns when it is in the view."""
+        client = await WorkerClient.connect(address, self._gateway_id)
+        member: _Member | None = None
+        try:
+            description = client.description
+            if (description.worker_id, description.engine_id) != (worker_id, engine_id):
+                raise PeerLost(f"at {address} answers {description.worker_id}, engine {description.engine_id}")
+            self._require_same_model(description.model)
+            states = client.watch(self._lease_s / _WATCHES_PER_LEASE)
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                first = await anext(states)
+            if self._latest.get(worker_id) != engine_id:
+                raise ProtocolViolation(f"{worker_id}: engine {engine_id} was replaced while it joined")
+            member = _Member(client, first, self._clock.now() + self._lease_s)
+        except TimeoutError:
+            raise PeerLost(f"{worker_id} at {address} did not tell its state in {CALL_TIMEOUT_S:g} s") from None
+        finally:
+            if member is None:
+                await client.close()
+        self._add(member, states)
+
+    def _add(self, member: _Member, states: AsyncIterator[WorkerState]) -> None:
+        description = member.client.description
+        self._model = self._model or description.model
+        self._members[description.worker_id] = member
+        member.client.on_change = self._forget_view
+        member.task = self._spawn(self._follow(member, states))
+        logger.info(
+            "worker %s joined as %s at %s (engine %s, %d pages)",
+            description.worker_id,
+            member.state.role,
+            description.address,
+            description.engine_id,
+            description.pages_total,
+        )
+        self._notify()
+
+    async def _follow(self, member: _Member, states: AsyncIterator[WorkerState]) -> None:
+        """Keep the member current until one of its streams breaks."""
+        streams = {
+            asyncio.create_task(member.client.pump_outputs()),
+            asyncio.create_task(self._watch(member, states)),
+        }
+        try:
+            done, _ = await asyncio.wait(streams, return_when=asyncio.FIRST_COMPLETED)
+            self._drop(member, "; ".join(str(stream.exception()) for stream in done))
+        finally:
+            for stream in streams:
+                stream.cancel()
+            await asyncio.gather(*streams, return_exceptions=True)
+
+    async def _watch(self, member: _Member, states: AsyncIterator[WorkerState]) -> None:
+        async for state in states:
+            before, member.state = member.state, state
+            self._renew(member)
+            if (before.role, before.draining) != (state.role, state.draining):
+                logger.info(
+                    "worker %s is now %s%s",
+                    member.client.description.worker_id,
+                    state.role,
+                    ", draining" if state.draining else "",
+                )
+            self._notify()
+
+    def _renew(self, member: _Member) -> None:
+        member.lease_expires_at = self._clock.now() + self._lease_s
+        self._forget_view()
+
+    def _drop(self, member: _Member, reason: str, level: int = logging.WARNING) -> None:
+        """Out of the view and told to its sequences, in one step; nothing happens the second time."""
+        worker_id = member.client.description.worker_id
+        if self._members.get(worker_id) is not member:
+            return
+        del self._members[worker_id]
+        self._forget_view()
+        num_open = member.client.num_open
+        logger.log(level, "worker %s (%s) is out: %s; %d open sequences", worker_id, member.engine_id, reason, num_open)
+        member.client.fail(reason)
+        self._spawn(member.client.close())
+        if member.task is not None and member.task is not asyncio.current_task():
+            member.task.cancel()
+        self._notify()
+
+    def _require_same_model(self, theirs: ModelInfo) -> None:
+        ours = self._model
+        if ours is None:
+            return
+        for name, mine, other in (
+            ("model", ours.fingerprint.model, theirs.fingerprint.model),
+            ("revision", ours.fingerprint.revision, theirs.fingerprint.revision),
+            ("vocab_size", ours.vocab_size, theirs.vocab_size),
+            ("eos_token_ids", ours.eos_token_ids, theirs.eos_token_ids),
+        ):
+            if mine != other:
+                raise Incompatible(name, str(mine), str(other))
+
+    async def _expire_leases(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease_s / _TICKS_PER_LEASE)
+            self.expire()
+
+    async def _changed(self) -> None:
+        """Wait for the next change."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)
+
+    def _notify(self) -> None:
+        self._forget_view()
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _forget_view(self) -> None:
+        self._view = None
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+class _Member:
+    """One worker that is in the view. Only ``Membership`` writes it."""
+
+    def __init__(self, client: WorkerClient, state: WorkerState, lease_expires_at: float) -> None:
+        self.client = client
+        self.state = state
+        self.lease_expires_at = lease_expires_at
+        self.task: asyncio.Task[None] | None = None
+
+    @property
+    def engine_id(self) -> EngineId:
+        return self.client.description.engine_id
+
+    def view(self) -> WorkerView:
+        description = self.client.description
+        return WorkerView(
+            worker_id=description.worker_id,
+            engine_id=description.engine_id,
+            cluster_id=description.cluster_id,
+            address=description.address,
+            role=self.state.role,
+            draining=self.state.draining,
+            lease_expires_at=self.lease_expires_at,
+            model=description.model,
+            transport=description.transport,
+            pages_total=description.pages_total,
+            load=self.state.load,
+            num_assigned=self.client.num_open,
+        )
+
+
+class _RegistryService(rpc.RegistryServicer):
+    """The gRPC edge of ``Membership.register``: errors become status codes here."""
+
+    def __init__(self, membership: Membership) -> None:
+        self._membership = membership
+
+    async def Register(self, request: pb.RegisterRequest, context: _Context) -> pb.RegisterReply:  # noqa: N802
+        worker_id, engine_id = WorkerId(request.worker_id), EngineId(request.engine_id)
+        if request.leaving:
+            self._membership.leave(worker_id, engine_id)
+            return pb.RegisterReply()
+        try:
+            await self._membership.register(worker_id, engine_id, request.address)
+        except PeerLost as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        except PrfaasError as error:
+            self._membership.log_refusal(worker_id, engine_id, error)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        return pb.RegisterReply(lease_s=self._membership.lease_s)

@@ -1,0 +1,172 @@
+"""Which workers take this sequence? Pure functions of a request and a frozen view; the router does what they say.
+
+Invariants, of every policy:
+- only workers of ``view.ready(role)`` are chosen: live lease, not draining, advertising the role;
+- a prefill worker is paired only with a decode worker of an equal cache fingerprint;
+- an engine that failed this sequence before (``excluded``) is chosen only when nothing else is left;
+- equal arguments give equal routes, and every route says why it was taken.
+
+A worker is preferred in this order: not excluded, then what the policy looks at, then the smaller worker id.
+How to add a policy: implement ``RoutingPolicy`` and add a line to ``POLICIES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster.view import ClusterView, Route, WorkerView
+from core.errors import Incompatible, InvalidConfig, NoRoute
+from core.request import EngineId, RequestId, Role
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRequest:
+    """What a policy may know of a sequence.
+
+    num_tokens: tokens whose K/V must exist before the next one is sampled (the prompt, and what was generated so far).
+    ordinal: how many routes this gateway asked for before this one.
+    excluded: engines that failed this sequence before. A restarted worker is a new engine, hence not excluded.
+    """
+
+    request_id: RequestId
+    num_tokens: int
+    ordinal: int
+    excluded: frozenset[EngineId] = frozenset()
+
+
+class RoutingPolicy(Protocol):
+    """Chooses where a sequence is prefilled and decoded."""
+
+    def route(self, request: RouteRequest, view: ClusterView) -> Route:
+        """A route, or ``NoRoute`` naming the empty pool. Pure: changes nothing, keeps nothing, reads no clock."""
+        ...
+
+
+class RoundRobin:
+    """Takes workers in turn, by the request's ordinal; looks at no load."""
+
+    def route(self, request: RouteRequest, view: ClusterView) -> Route:
+        candidates = _candidates(request, view)
+        decode = candidates.decode[request.ordinal % len(candidates.decode)]
+        pool = candidates.prefill_for(decode)
+        prefill = pool[request.ordinal % len(pool)] if pool else None
+        return candidates.route(prefill, decode, f"round robin, turn {request.ordinal}")
+
+
+class LeastLoaded:
+    """Takes the prefill worker with the fewest tokens ahead of the request and the decode worker with the fewest
+    sequences among those whose free pages can hold it.
+
+    A worker's own report lags by one Watch message, so what this gateway has assigned since is added to it: that
+    counts some sequences twice, on every worker alike.
+    """
+
+    def route(self, request: RouteRequest, view: ClusterView) -> Route:
+        candidates = _candidates(request, view)
+        decode = min(candidates.decode, key=lambda w: (not _fits(w, request), _num_sequences(w), w.worker_id))
+        pool = candidates.prefill_for(decode)
+        prefill = min(pool, key=lambda w: (_tokens_ahead(w, request), w.worker_id)) if pool else None
+        return candidates.route(prefill, decode, f"least loaded: {_loads(prefill, decode, request)}")
+
+
+# name |-> factory. Routers take the name from ``router.policy``.
+POLICIES: Mapping[str, Callable[[], RoutingPolicy]] = {
+    "round_robin": RoundRobin,
+    "least_loaded": LeastLoaded,
+}
+
+
+def make_policy(name: str) -> RoutingPolicy:
+    """The policy of that name; ``InvalidConfig`` naming the known ones otherwise."""
+    factory = POLICIES.get(name)
+    if factory is None:
+        raise InvalidConfig("router.policy", f"must be one of {', '.join(POLICIES)}, got {name!r}")
+    return factory()
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """Workers that may be chosen. ``decode`` is never empty; ``prefill`` holds every ready one, excluded or not."""
+
+    request: RouteRequest
+    decode: tuple[WorkerView, ...]
+    prefill: tuple[WorkerView, ...]
+
+    def prefill_for(self, decode: WorkerView) -> tuple[WorkerView, ...]:
+        """Prefill workers that may be paired with ``decode``."""
+        fingerprint = decode.model.fingerprint
+        compatible = tuple(w for w in self.prefill if w.model.fingerprint == fingerprint)
+        return _avoid(compatible, self.request.excluded)
+
+    def route(self, prefill: WorkerView | None, decode: WorkerView, reason: str) -> Route:
+        """The route, its reason completed with whatever was not as it should be."""
+        notes = [reason]
+        if prefill is None:
+            notes.append(f"{decode.worker_id} prefills: {self._why_no_prefill(decode)}")
+        for worker in (prefill, decode):
+            if worker is not None and worker.engine_id in self.request.excluded:
+                notes.append(
+                    f"{worker.worker_id} failed this sequence before, but no other {worker.role} worker is left"
+                )
+        return Route(prefill=prefill, decode=decode, reason="; ".join(notes))
+
+    def _why_no_prefill(self, decode: WorkerView) -> str:
+        if not self.prefill:
+            return "no prefill worker is ready"
+        try:
+            self.prefill[0].model.fingerprint.require_equal(decode.model.fingerprint)
+        except Incompatible as error:
+            return f"no prefill worker holds the same cache ({self.prefill[0].worker_id}: {error.field} differs)"
+        raise AssertionError("a compatible prefill worker was overlooked")
+
+
+def _candidates(request: RouteRequest, view: ClusterView) -> _Candidates:
+    decode, prefill = view.ready(Role.DECODE), view.ready(Role.PREFILL)
+    if not decode:
+        raise NoRoute(f"no decode worker is ready ({_census(view)})")
+    # A decode worker that some prefill worker can ship to is better than one that would have to prefill alone.
+    fingerprints = {w.model.fingerprint for w in prefill}
+    served = tuple(w for w in decode if w.model.fingerprint in fingerprints)
+    pool = _avoid(served, request.excluded)
+    if not pool or all(w.engine_id in request.excluded for w in pool):
+        pool = _avoid(decode, request.excluded)
+    return _Candidates(request=request, decode=pool, prefill=prefill)
+
+
+def _avoid(workers: tuple[WorkerView, ...], excluded: frozenset[EngineId]) -> tuple[WorkerView, ...]:
+    """``workers`` without the excluded ones, or all of them if that leaves none."""
+    return tuple(w for w in workers if w.engine_id not in excluded) or workers
+
+
+def _census(view: ClusterView) -> str:
+    """How many workers there are, for an error message."""
+    if not view.workers:
+        return "no worker is registered"
+    num_draining = sum(w.draining for w in view.workers)
+    num_prefill = sum(w.role is Role.PREFILL for w in view.workers)
+    num_decode = len(view.workers) - num_prefill
+    return f"registered: {num_prefill} prefill, {num_decode} decode; {num_draining} of them draining"
+
+
+def _fits(worker: WorkerView, request: RouteRequest) -> bool:
+    """Can the free pages hold the known tokens and the next one?"""
+    return worker.load.pages_free * worker.model.fingerprint.page_size > request.num_tokens
+
+
+def _num_sequences(worker: WorkerView) -> int:
+    return worker.load.num_running + worker.load.num_waiting + worker.num_assigned
+
+
+def _tokens_ahead(worker: WorkerView, request: RouteRequest) -> int:
+    """Prompt tokens that the worker must compute first; an assigned sequence is taken to be as long as this one."""
+    return worker.load.num_waiting_tokens + worker.num_assigned * request.num_tokens
+
+
+def _loads(prefill: WorkerView | None, decode: WorkerView, request: RouteRequest) -> str:
+    parts: Sequence[str] = (
+        *([f"{prefill.worker_id} has {_tokens_ahead(prefill, request)} tokens ahead"] if prefill else []),
+        f"{decode.worker_id} has {_num_sequences(decode)} sequences and {decode.load.pages_free} free pages",
+    )
+    return ", ".join(parts)
