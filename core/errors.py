@@ -2,6 +2,7 @@
 
     PrfaasError
     ├── InvalidRequest          theirs: a field of the request is wrong            INVALID_ARGUMENT / 400
+    │   └── UnknownModel        theirs: the model they name is not served here     NOT_FOUND / 404
     ├── InvalidConfig           theirs: a key of the configuration is wrong        (start-up, exit code 2)
     ├── UnsupportedModel        theirs: a model that this engine cannot serve      (start-up, with the reason)
     ├── Overloaded              nobody's: a bound was reached, try again later     RESOURCE_EXHAUSTED / 429
@@ -36,6 +37,13 @@ class InvalidRequest(PrfaasError):
         super().__init__(f"{field}: {message}")
         self.field = field
         self.message = message
+
+
+class UnknownModel(InvalidRequest):
+    """The request names a model that is not served here."""
+
+    def __init__(self, name: str, served: str) -> None:
+        super().__init__("model", f"{name!r} is not served here, only {served!r} is")
 
 
 class InvalidConfig(PrfaasError):

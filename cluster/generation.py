@@ -1,0 +1,429 @@
+"""The text side of one request, shared by both front doors: from a prompt and parameters to text that streams.
+
+The life of a request here:
+1. A door parses its protocol into a ``TextRequest`` and calls ``prepare``: the model's name, the prompt and the
+   parameters are checked against the served model, the prompt becomes tokens, a seed is drawn if the client gave
+   none. Whatever is wrong raises ``InvalidRequest`` naming the client's field, before anything was started.
+2. ``stream`` runs ``Router.generate`` and turns each chunk of tokens into text: whole UTF-8 characters only, nothing
+   that could still become part of a stop string.
+3. A continuation that reaches a stop string is over for the client at once; ``Router.stop`` ends it on its workers,
+   and the router's last chunk for it brings the timing.
+4. Closing ``stream`` early (a client that went away) closes ``Router.generate``, which frees both pools.
+
+Engines know token ids only; everything that is a string lives in this file, ``tokenizer`` and ``stop_strings``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from cluster.config import ServiceConfig
+from cluster.front_door import ClusterMembership, Door, RequestRouter
+from cluster.metrics import Metrics, Outcome, RequestRecord
+from cluster.stop_strings import StopStrings
+from cluster.tokenizer import ChatMessage, Detokenizer, Tokenizer
+from cluster.view import ModelInfo
+from core.clock import Clock
+from core.errors import InvalidRequest, NoRoute, UnknownModel
+from core.request import (
+    FinishReason,
+    GenerateRequest,
+    OutputChunk,
+    RequestId,
+    RequestTiming,
+    SamplingParams,
+    TokenLogprob,
+)
+
+# Above this many characters a prompt is tokenised on a thread: megabytes take seconds, in which no token would be sent.
+_INLINE_PROMPT_CHARS = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Plain text; the tokenizer's own special tokens are added."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Tokens as they are."""
+
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation for the model's chat template."""
+
+    messages: tuple[ChatMessage, ...]
+
+
+Prompt = TextPrompt | TokenPrompt | ChatPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class TextRequest:
+    """One prompt as a door parsed it. ``prompt_field`` is the client's name for the prompt; instants on our Clock."""
+
+    request_id: RequestId
+    door: Door
+    prompt: Prompt
+    prompt_field: str
+    sampling: SamplingParams
+    arrived_at: float
+    model: str | None = None  # None: whatever is served
+    salt: bytes = b""
+    deadline_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request that may be started."""
+
+    request: GenerateRequest
+    door: Door
+    tokenize_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """A token that was, or might have been, chosen. ``data`` are its bytes, which need not be whole characters."""
+
+    token_id: int
+    text: str
+    data: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobText:
+    """The chosen token and the most likely ones, most likely first."""
+
+    chosen: TokenText
+    top: tuple[TokenText, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of one continuation. ``timing`` is None only if the router gave none."""
+
+    reason: FinishReason
+    text: str  # all of it
+    output_token_ids: tuple[int, ...]  # all of them, the stop token included
+    stop_token_id: int | None
+    stop_string: str | None
+    timing: RequestTiming | None
+
+
+@dataclass(frozen=True, slots=True)
+class TextChunk:
+    """What a door sends next for continuation ``index``. Text may lag behind tokens; ``num_output_tokens`` counts so far."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[LogprobText, ...]
+    num_output_tokens: int
+    cached_tokens: int
+    finish: Finish | None = None
+
+
+def draw_seed() -> int:
+    """A seed for a client that gave none."""
+    return secrets.randbits(63)
+
+
+class Generation:
+    """Runs text requests. Holds no state of a request: that lives in the generator that ``stream`` returns."""
+
+    def __init__(
+        self,
+        router: RequestRouter,
+        membership: ClusterMembership,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        config: ServiceConfig,
+        clock: Clock,
+        seeds: Callable[[], int] = draw_seed,
+    ) -> None:
+        self._router = router
+        self._membership = membership
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._model_name = config.model_name
+        self._clock = clock
+        self._seeds = seeds
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``ChatPrompt`` is served."""
+        return self._tokenizer.has_chat_template
+
+    def model(self) -> ModelInfo:
+        """The served model; ``NoRoute`` until a worker has registered."""
+        model = self._membership.model()
+        if model is None:
+            raise NoRoute("no worker has registered yet")
+        return model
+
+    async def tokenize(self, prompt: Prompt, *, field: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """The prompt's token ids; ``InvalidRequest`` naming ``field`` if there is nothing in it."""
+        if isinstance(prompt, TokenPrompt):
+            return prompt.token_ids
+        if isinstance(prompt, ChatPrompt):
+            _require(bool(prompt.messages), field, "must hold at least one message")
+            size = sum(len(m.content) for m in prompt.messages)
+        else:
+            _require(bool(prompt.text), field, "must not be empty")
+            size = len(prompt.text)
+        if size > _INLINE_PROMPT_CHARS:
+            return await asyncio.to_thread(self._encode, prompt, field, add_special_tokens)
+        return self._encode(prompt, field, add_special_tokens)
+
+    def detokenize(self, token_ids: Sequence[int], *, field: str) -> str:
+        """The text of ``token_ids``, special tokens included."""
+        _require_in_vocabulary(token_ids, field, self.model())
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    async def prepare(self, request: TextRequest) -> PreparedRequest:
+        """Check and tokenise; raises ``InvalidRequest`` (or ``UnknownModel``, ``NoRoute``) before anything is started."""
+        try:
+            return await self._prepare(request)
+        except BaseException as error:
+            self._metrics.refuse(request.door, error)
+            raise
+
+    async def _prepare(self, request: TextRequest) -> PreparedRequest:
+        if request.model is not None and request.model != self._model_name:
+            raise UnknownModel(request.model, self._model_name)
+        model = self.model()
+        began_at = self._clock.now()
+        token_ids = await self.tokenize(request.prompt, field=request.prompt_field)
+        tokenize_s = self._clock.now() - began_at
+        _check_prompt(token_ids, request.prompt_field, model)
+        generate = GenerateRequest(
+            request_id=request.request_id,
+            prompt_token_ids=token_ids,
+            sampling=_complete_sampling(request.sampling, len(token_ids), model, self._seeds),
+            salt=request.salt,
+            arrived_at=request.arrived_at,
+            deadline_at=request.deadline_at,
+        )
+        return PreparedRequest(generate, request.door, tokenize_s)
+
+    async def stream(self, prepared: PreparedRequest) -> AsyncGenerator[TextChunk, None]:
+        """Text of all n continuations as it comes; each ends with one chunk that has ``finish``.
+
+        Raises what ``Router.generate`` raises. Closing it aborts the request.
+        """
+        request = prepared.request
+        progress = _Progress(request, self._tokenizer)
+        outcome = Outcome.CANCELLED
+        try:
+            async with aclosing(self._router.generate(request)) as chunks:
+                async for chunk in chunks:
+                    continuation = progress.continuations[chunk.index]
+                    was_stopped = continuation.stopped
+                    text_chunk = continuation.push(chunk, self._clock.now())
+                    if continuation.stopped and not was_stopped and chunk.finish_reason is None:
+                        await self._router.stop(request.request_id, chunk.index)
+                    if text_chunk is not None:
+                        yield text_chunk
+            outcome = Outcome.OK
+        except BaseException as error:
+            outcome = Outcome.OK if progress.finished else Outcome.of(error)
+            raise
+        finally:
+            self._metrics.observe(progress.record(prepared.door, outcome, self._clock.now()))
+
+    def _encode(self, prompt: TextPrompt | ChatPrompt, field: str, add_special_tokens: bool) -> tuple[int, ...]:
+        if isinstance(prompt, ChatPrompt):
+            return self._tokenizer.encode_chat(prompt.messages, field=field)
+        return self._tokenizer.encode(prompt.text, field=field, add_special_tokens=add_special_tokens)
+
+
+class _Progress:
+    """What has come of one request so far."""
+
+    def __init__(self, request: GenerateRequest, tokenizer: Tokenizer) -> None:
+        self._request = request
+        self.continuations = [_Continuation(index, request, tokenizer) for index in range(request.sampling.n)]
+
+    @property
+    def finished(self) -> bool:
+        return all(c.finished for c in self.continuations)
+
+    def record(self, door: Door, outcome: Outcome, now: float) -> RequestRecord:
+        request = self._request
+        first_at = min((c.first_token_at for c in self.continuations if c.first_token_at is not None), default=None)
+        return RequestRecord(
+            door=door,
+            outcome=outcome,
+            e2e_s=now - request.arrived_at,
+            prompt_tokens=len(request.prompt_token_ids),
+            cached_tokens=self.continuations[0].cached_tokens,
+            generated_tokens=sum(len(c.output_token_ids) for c in self.continuations),
+            ttft_s=None if first_at is None else first_at - request.arrived_at,
+            tpot_s=tuple(c.tpot_s for c in self.continuations if c.tpot_s is not None),
+        )
+
+
+class _Continuation:
+    """The text of one of a request's n continuations: ``push`` is its one writer.
+
+    running -> stopped (a stop string was found, the router has still to end it) -> finished, or running -> finished.
+    """
+
+    def __init__(self, index: int, request: GenerateRequest, tokenizer: Tokenizer) -> None:
+        sampling = request.sampling
+        self._index = index
+        self._tokenizer = tokenizer
+        self._include_stop = sampling.include_stop_str_in_output
+        self._min_tokens = sampling.min_tokens
+        self._detokenizer = tokenizer.detokenizer(
+            request.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
+        )
+        self._stop = StopStrings(sampling.stop, include=sampling.include_stop_str_in_output) if sampling.stop else None
+        self._stop_string: str | None = None
+        self._text: list[str] = []
+        self.output_token_ids: list[int] = []
+        self.cached_tokens = 0
+        self.first_token_at: float | None = None
+        self._last_token_at = 0.0
+        self.finished = False
+
+    @property
+    def stopped(self) -> bool:
+        """True when a stop string was found: tokens that still come are dropped."""
+        return self._stop_string is not None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean seconds between tokens; None for fewer than two."""
+        if self.first_token_at is None or len(self.output_token_ids) < 2:
+            return None
+        return (self._last_token_at - self.first_token_at) / (len(self.output_token_ids) - 1)
+
+    def push(self, chunk: OutputChunk, now: float) -> TextChunk | None:
+        """Take the router's next chunk; None when there is nothing to tell the client."""
+        self.cached_tokens = chunk.cached_tokens or self.cached_tokens
+        num_taken, text = (0, "") if self.stopped else self._take(chunk, now)
+        if chunk.finish_reason is not None and not self.stopped:
+            text += self._flush()
+        if text:
+            self._text.append(text)
+        if not num_taken and not text and chunk.finish_reason is None:
+            return None
+        return TextChunk(
+            index=self._index,
+            text=text,
+            token_ids=chunk.token_ids[:num_taken],
+            logprobs=tuple(self._logprob_text(entry) for entry in chunk.logprobs[:num_taken]),
+            num_output_tokens=len(self.output_token_ids),
+            cached_tokens=self.cached_tokens,
+            finish=None if chunk.finish_reason is None else self._finish(chunk),
+        )
+
+    def _take(self, chunk: OutputChunk, now: float) -> tuple[int, str]:
+        """Count and detokenise the chunk's tokens, up to a stop string; how many were taken and the text to show."""
+        token_ids = chunk.token_ids
+        if not token_ids:
+            return 0, ""
+        if self.first_token_at is None:
+            self.first_token_at = now
+        self._last_token_at = now
+        # The text of a stop token is not part of the answer; without skip_special_tokens it would show.
+        hidden = chunk.stop_token_id is not None and token_ids[-1] == chunk.stop_token_id and not self._include_stop
+        if self._stop is None:
+            self.output_token_ids += token_ids
+            return len(token_ids), self._detokenizer.push(token_ids[:-1] if hidden else token_ids)
+        shown: list[str] = []
+        for num_taken, token_id in enumerate(token_ids, start=1):
+            self.output_token_ids.append(token_id)
+            if hidden and num_taken == len(token_ids):
+                break
+            shown.append(self._filter(self._detokenizer.push((token_id,))))
+            if self.stopped:
+                return num_taken, "".join(shown)
+        return len(token_ids), "".join(shown)
+
+    def _filter(self, text: str) -> str:
+        """Hold back what may become a stop string. The text of the first ``min_tokens`` tokens is not looked at."""
+        if self._stop is None or len(self.output_token_ids) <= self._min_tokens:
+            return text
+        shown, self._stop_string = self._stop.push(text)
+        return shown
+
+    def _flush(self) -> str:
+        """What is held back at the end, by the detokeniser and then by the stop strings."""
+        text = self._filter(self._detokenizer.flush())
+        return text if self._stop is None or self.stopped else text + self._stop.flush()
+
+    def _finish(self, chunk: OutputChunk) -> Finish:
+        assert chunk.finish_reason is not None and not self.finished, "a continuation ends once"
+        self.finished = True
+        return Finish(
+            reason=FinishReason.STOP if self.stopped else chunk.finish_reason,
+            text="".join(self._text),
+            output_token_ids=tuple(self.output_token_ids),
+            stop_token_id=None if self.stopped else chunk.stop_token_id,
+            stop_string=self._stop_string,
+            timing=chunk.timing,
+        )
+
+    def _logprob_text(self, entry: TokenLogprob) -> LogprobText:
+        return LogprobText(
+            self._token_text(entry.token_id, entry.logprob), tuple(self._token_text(*pair) for pair in entry.top)
+        )
+
+    def _token_text(self, token_id: int, logprob: float) -> TokenText:
+        text, data = self._tokenizer.token_text(token_id)
+        return TokenText(token_id, text, data, logprob)
+
+
+def _check_prompt(token_ids: tuple[int, ...], field: str, model: ModelInfo) -> None:
+    _require(bool(token_ids), field, "must hold at least one token")
+    _require(
+        len(token_ids) < model.max_model_len,
+        field,
+        f"has {len(token_ids)} tokens; the model's context is {model.max_model_len} tokens, the output included",
+    )
+    _require_in_vocabulary(token_ids, field, model)
+
+
+def _complete_sampling(
+    sampling: SamplingParams, num_prompt_tokens: int, model: ModelInfo, seeds: Callable[[], int]
+) -> SamplingParams:
+    """Check the parameters against the model and fill in what the client left open."""
+    _require_in_vocabulary(sampling.stop_token_ids, "stop_token_ids", model)
+    _require_in_vocabulary(sampling.logit_bias, "logit_bias", model)
+    room = model.max_model_len - num_prompt_tokens
+    max_tokens = room if sampling.max_tokens is None else sampling.max_tokens
+    _require(
+        max_tokens <= room,
+        "max_tokens",
+        f"must be at most {room} (the context of {model.max_model_len} tokens less the prompt's {num_prompt_tokens}), "
+        f"got {max_tokens}",
+    )
+    return replace(
+        sampling,
+        max_tokens=max_tokens,
+        top_k=0 if sampling.top_k >= model.vocab_size else sampling.top_k,
+        seed=seeds() if sampling.seed is None else sampling.seed,
+    )
+
+
+def _require_in_vocabulary(token_ids: Iterable[int], field: str, model: ModelInfo) -> None:
+    stray = next((token_id for token_id in token_ids if not 0 <= token_id < model.vocab_size), None)
+    _require(stray is None, field, f"token ids must be between 0 and {model.vocab_size - 1}, got {stray}")
+
+
+def _require(ok: bool, field: str, message: str) -> None:
+    if not ok:
+        raise InvalidRequest(field, message)

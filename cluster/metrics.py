@@ -1,0 +1,195 @@
+"""Which numbers does the gateway publish at /metrics, and from where does each of them come?
+
+Requests are observed when they end (``observe``); everything that somebody else counts already, the router's
+retries and the workers' loads, is read when Prometheus scrapes, so no number is kept twice. Base units are seconds
+and bytes. Labels are bounded: doors, outcomes, reasons and workers, never clients, prompts or model names.
+The registry is the gateway's own, so two gateways in one process (tests) do not meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from cluster.front_door import ClusterMembership, Door, RequestRouter
+from cluster.view import WorkerView
+from core.errors import Cancelled, DeadlineExceeded, InvalidRequest, NoRoute, Overloaded
+
+_TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
+_TPOT_BUCKETS_S = (0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
+_E2E_BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 240.0, 480.0, 960.0)
+
+
+class Outcome(StrEnum):
+    """How a request ended, as the ``outcome`` label."""
+
+    OK = "ok"
+    INVALID = "invalid"
+    OVERLOADED = "overloaded"
+    NO_ROUTE = "no_route"
+    DEADLINE = "deadline"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+    @classmethod
+    def of(cls, error: BaseException) -> Outcome:
+        """The outcome of a request that ended with ``error``."""
+        for kind, outcome in _OUTCOMES:
+            if isinstance(error, kind):
+                return outcome
+        # CancelledError and GeneratorExit: the client went away. Every other Exception is a failure of ours.
+        return cls.FAILED if isinstance(error, Exception) else cls.CANCELLED
+
+
+_OUTCOMES: tuple[tuple[type[BaseException], Outcome], ...] = (
+    (InvalidRequest, Outcome.INVALID),
+    (Overloaded, Outcome.OVERLOADED),
+    (NoRoute, Outcome.NO_ROUTE),
+    (DeadlineExceeded, Outcome.DEADLINE),
+    (Cancelled, Outcome.CANCELLED),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One request when it has ended. Durations in seconds; ``tpot_s`` has one entry per continuation of two tokens or more."""
+
+    door: Door
+    outcome: Outcome
+    e2e_s: float
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    ttft_s: float | None
+    tpot_s: tuple[float, ...]
+
+
+class Metrics:
+    """The gateway's Prometheus registry; ``observe`` and ``refuse`` are its only writers."""
+
+    def __init__(self, membership: ClusterMembership, router: RequestRouter) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "prfaas_requests", "Requests by how they ended.", ("door", "outcome"), registry=self.registry
+        )
+        self._ttft = Histogram(
+            "prfaas_time_to_first_token_seconds",
+            "From a request's arrival at the gateway to its first token.",
+            buckets=_TTFT_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._tpot = Histogram(
+            "prfaas_time_per_output_token_seconds",
+            "Mean time between tokens of one continuation, after its first.",
+            buckets=_TPOT_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._e2e = Histogram(
+            "prfaas_e2e_request_latency_seconds",
+            "From a request's arrival at the gateway to its end, of requests that ended well.",
+            buckets=_E2E_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._prompt_tokens = Counter("prfaas_prompt_tokens", "Prompt tokens of requests.", registry=self.registry)
+        self._cached_tokens = Counter(
+            "prfaas_cached_tokens",
+            "Prompt tokens that a prefill worker found in its prefix cache.",
+            registry=self.registry,
+        )
+        self._generated_tokens = Counter(
+            "prfaas_generated_tokens", "Tokens sent to clients.", registry=self.registry
+        )
+        self.registry.register(_AtScrape(membership, router))
+
+    def refuse(self, door: Door, error: BaseException) -> None:
+        """Count a request that ended with ``error`` before anything was generated."""
+        self._requests.labels(door, Outcome.of(error)).inc()
+
+    def observe(self, record: RequestRecord) -> None:
+        """Count a request that has ended."""
+        self._requests.labels(record.door, record.outcome).inc()
+        self._prompt_tokens.inc(record.prompt_tokens)
+        self._cached_tokens.inc(record.cached_tokens)
+        self._generated_tokens.inc(record.generated_tokens)
+        if record.ttft_s is not None:
+            self._ttft.observe(record.ttft_s)
+        for tpot_s in record.tpot_s:
+            self._tpot.observe(tpot_s)
+        if record.outcome is Outcome.OK:
+            self._e2e.observe(record.e2e_s)
+
+    def render(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _AtScrape(Collector):
+    """What the router and the workers count, read at the moment of the scrape."""
+
+    def __init__(self, membership: ClusterMembership, router: RequestRouter) -> None:
+        self._membership = membership
+        self._router = router
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # not asked at registration: there may be no worker yet
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            "prfaas_requests_inflight", "Requests that run now.", value=self._router.num_inflight
+        )
+        counters = self._router.counters
+        yield _by_reason(
+            "prfaas_retries", "Tries repeated before their first token, by reason.", counters.retries_by_reason.items()
+        )
+        yield _by_reason(
+            "prfaas_resumes",
+            "Continuations gone on elsewhere with their tokens so far, by reason.",
+            counters.resumes_by_reason.items(),
+        )
+        yield from _of_workers(self._membership.view().workers)
+
+
+def _by_reason(name: str, doc: str, counts: Iterable[tuple[str, int]]) -> Metric:
+    family = CounterMetricFamily(name, doc, labels=("reason",))
+    for reason, count in counts:
+        family.add_metric((reason,), count)
+    return family
+
+
+def _of_workers(workers: tuple[WorkerView, ...]) -> Iterator[Metric]:
+    for kind, families in ((GaugeMetricFamily, _WORKER_GAUGES), (CounterMetricFamily, _WORKER_COUNTERS)):
+        for name, doc, value_of in families:
+            family = kind(f"prfaas_worker_{name}", doc, labels=("worker", "role", "cluster"))
+            for worker in workers:
+                family.add_metric((worker.worker_id, worker.role, worker.cluster_id), value_of(worker))
+            yield family
+
+
+_WorkerFamilies = tuple[tuple[str, str, Callable[[WorkerView], float]], ...]
+
+_WORKER_GAUGES: _WorkerFamilies = (
+    ("ready", "1 when the worker takes sequences, 0 when it drains.", lambda w: not w.draining),
+    ("running_sequences", "Sequences in the batch.", lambda w: w.load.num_running),
+    ("waiting_sequences", "Sequences in the queue.", lambda w: w.load.num_waiting),
+    ("waiting_tokens", "Tokens of known prompts that are not computed yet.", lambda w: w.load.num_waiting_tokens),
+    ("pages", "Pages of the KV pool.", lambda w: w.pages_total),
+    ("pages_free", "Pages that are free, or cached and evictable.", lambda w: w.load.pages_free),
+    ("pages_cached", "Evictable pages that hold a prefix.", lambda w: w.load.pages_cached),
+    ("pages_quarantined", "Pages of broken grants, until no write can land.", lambda w: w.load.pages_quarantined),
+    ("kv_sessions", "KV hand-overs under way.", lambda w: w.load.num_sessions),
+)
+_WORKER_COUNTERS: _WorkerFamilies = (
+    ("kv_sent_bytes", "KV bytes sent.", lambda w: w.load.bytes_sent),
+    ("kv_received_bytes", "KV bytes received.", lambda w: w.load.bytes_received),
+    ("prompt_tokens", "Prompt tokens of the sequences it started.", lambda w: w.load.prompt_tokens),
+    ("generated_tokens", "Tokens it sampled.", lambda w: w.load.generated_tokens),
+    ("cached_tokens", "Prompt tokens found in its prefix cache.", lambda w: w.load.cached_tokens),
+    ("preemptions", "Sequences preempted because pages ran out.", lambda w: w.load.num_preemptions),
+)

@@ -1,0 +1,174 @@
+"""Text to tokens and back, for whatever tokenizer the model's folder holds.
+
+``Detokenizer`` turns a growing list of tokens into text as it comes. Its invariants:
+- the pieces it gives, joined, are what decoding prompt and output at once adds to the prompt's own text (for output
+  whose bytes are valid UTF-8), so spaces at piece borders are right for every family of tokenizers;
+- a character is given only when all its bytes are there;
+- the work for a token is constant: the window that is decoded is bounded, also when a model emits garbage bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from core.errors import InvalidRequest
+
+_REPLACEMENT = "�"  # what decoders give for bytes that are not, or not yet, a character
+_MAX_CHAR_TOKENS = 4  # a character has at most 4 bytes, a token at least one
+_MAX_PENDING_TOKENS = 2 * _MAX_CHAR_TOKENS - 1
+_PROMPT_TAIL_TOKENS = 5  # context for the first output token; more than any decoder looks back
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn, as the model's chat template gets it."""
+
+    role: str
+    content: str
+
+
+class Tokenizer:
+    """The tokenizer of the served model. Safe to use from several threads."""
+
+    def __init__(self, hf_tokenizer: Any) -> None:  # transformers' classes are untyped
+        self._hf = hf_tokenizer
+        # The Rust object behind a fast tokenizer decodes ten times faster than the Python class around it.
+        self._backend = getattr(hf_tokenizer, "backend_tokenizer", None)
+        self._token_text: dict[int, tuple[str, bytes]] = {}
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """The tokenizer in a model's folder, with its chat template if it has one."""
+        from transformers import AutoTokenizer  # here, because importing transformers takes seconds
+
+        return cls(AutoTokenizer.from_pretrained(str(folder)))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``encode_chat`` works."""
+        return bool(self._hf.chat_template)
+
+    def encode(self, text: str, *, field: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of ``text``; ``InvalidRequest`` naming ``field`` if it is not Unicode (a lone surrogate)."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(field, f"must be valid Unicode text: {error.reason}") from error
+        return tuple(self._hf.encode(text, add_special_tokens=add_special_tokens))
+
+    def encode_chat(self, messages: Sequence[ChatMessage], *, field: str) -> tuple[int, ...]:
+        """Token ids of the messages in the model's own chat template, ending where the assistant's answer begins."""
+        if not self.has_chat_template:
+            raise InvalidRequest(field, "the served model has no chat template; send a plain prompt instead")
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        from jinja2.exceptions import TemplateError
+
+        try:
+            text = self._hf.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise InvalidRequest(field, f"the model's chat template refuses them: {error}") from error
+        return self.encode(text, field=field, add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of ``token_ids``, exactly as the tokens say (no clean-up of spaces)."""
+        if self._backend is not None:
+            return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        return str(
+            self._hf.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        )
+
+    def token_text(self, token_id: int) -> tuple[str, bytes]:
+        """One token by itself, as log-probabilities show it: its text, and its bytes even if they are no character."""
+        known = self._token_text.get(token_id)
+        if known is None:
+            text = self.decode((token_id,), skip_special_tokens=False)
+            known = self._token_text[token_id] = text, self._token_bytes(token_id, text)
+        return known
+
+    def detokenizer(self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool) -> Detokenizer:
+        """A detokeniser for output that follows this prompt."""
+
+        def decode(token_ids: Sequence[int]) -> str:
+            return self.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+        return Detokenizer(decode, prompt_token_ids)
+
+    def _token_bytes(self, token_id: int, text: str) -> bytes:
+        if _REPLACEMENT not in text:
+            return text.encode()
+        spelling = self._hf.convert_ids_to_tokens(token_id)
+        if len(spelling) == 6 and spelling.startswith("<0x"):  # SentencePiece's byte tokens
+            return bytes.fromhex(spelling[3:5])
+        byte_of = _byte_alphabet()
+        if all(char in byte_of for char in spelling):
+            return bytes(byte_of[char] for char in spelling)
+        return text.encode()
+
+
+class Detokenizer:
+    """Tokens of one continuation in, text out.
+
+    The window that is decoded is drawn below; ``context`` was given to the client before, but decoders need it to
+    tell how the next token begins (with or without a space).
+
+        ... | context | pending |
+                      ^ everything before is shown
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], prompt_token_ids: Sequence[int]) -> None:
+        self._decode = decode
+        self._window = list(prompt_token_ids[-_PROMPT_TAIL_TOKENS:])
+        self._num_context = len(self._window)
+        self._context_text = decode(self._window) if self._window else ""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that ``token_ids`` complete; empty while a character's bytes are still missing."""
+        self._window += token_ids
+        text = self._decode(self._window)
+        broken = text.endswith(_REPLACEMENT)
+        silent = len(text) <= len(self._context_text)  # special tokens: keep the context that has text
+        if (broken or silent) and len(self._window) - self._num_context <= _MAX_PENDING_TOKENS:
+            return ""
+        return self._show_garbage(text) if broken else self._show(len(self._window), text)
+
+    def flush(self) -> str:
+        """The text of what is still pending, when no more tokens will come: a broken character stays broken."""
+        return self._show(len(self._window), self._decode(self._window))
+
+    def _show_garbage(self, text: str) -> str:
+        """More is pending than a character can lack, so some of it will never be one: keep only what still may.
+
+        The last three tokens may be the beginning of a character. The cut before them must not go through a
+        character either: one of four neighbouring cuts does not, and there both sides decode to the whole.
+        """
+        size = len(self._window)
+        cuts = range(size - _MAX_CHAR_TOKENS + 1, size - 2 * _MAX_CHAR_TOKENS + 1, -1)
+        for cut in cuts:
+            left = self._decode(self._window[:cut])
+            if left + self._decode(self._window[cut:]) == text:
+                return self._show(cut, left)
+        return self._show(cuts[0], self._decode(self._window[: cuts[0]]))
+
+    def _show(self, end: int, text: str) -> str:
+        """Give what ``text``, the decoded window up to ``end``, adds to the context; those tokens are the new context."""
+        shown = text[len(self._context_text) :]
+        if end > self._num_context:
+            self._window = self._window[self._num_context :]
+            self._num_context = end - self._num_context
+            self._context_text = self._decode(self._window[: self._num_context])
+        return shown
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """The character that GPT-2's byte-level alphabet shows for each byte, inverted.
+
+    Printable Latin-1 stands for itself; the other 68 bytes are numbered from U+0100.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
