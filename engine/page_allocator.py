@@ -63,12 +63,9 @@ class PageAllocator:
         are not so many. Contiguous if a free run is long enough: neighbouring pages travel as one write."""
         if num_pages > self.num_free:
             return None
+        self._evict(num_pages - self._num_unused)
         start = self._free.find(bytes([_FREE]) * num_pages)
-        if num_pages <= self._num_unused and start >= 0:
-            pages = list(range(start, start + num_pages))
-        else:
-            self._evict(num_pages - self._num_unused)
-            pages = self._lowest_free(num_pages)
+        pages = self._lowest_free(num_pages) if start < 0 else list(range(start, start + num_pages))
         for page in pages:
             self._free[page] = 0
             self._refs[page] = 1
@@ -111,7 +108,8 @@ class PageAllocator:
         free = {page for page, flag in enumerate(self._free) if flag == _FREE}
         cached = set(self._cached)
         assert len(free) == self._num_unused, "the count of free pages is off"
-        assert not (used & free or used & cached or free & cached), "a page is in two states"
+        assert used.isdisjoint(free), "a used page is free"
+        assert cached.isdisjoint(used | free), "a cached page is used or free"
         assert len(used) + len(free) + len(cached) == self.num_pages, "a page is lost"
         assert all(refs >= 0 for refs in self._refs), "a reference count is negative"
         assert {page: name for name, page in self._page_of.items()} == self._hash_of, "the prefix index is torn"

@@ -1,18 +1,48 @@
 """Which tokens does the next step compute, and what became of the last one?
 
+A sequence's life here, and who moves it:
+
+    add ──> WAITING ── plan_step: pages taken ──> RUNNING ── commit_step: last token ──> FINISHED
+               ^ └──── plan_step: preempted ────────┘ │ └─── commit_step: hold_kv ──> HELD ── release ──> FINISHED
+    reserve ──> (a Reservation: pages only) ── admit ─┘                abort: from any state to FINISHED
+
 This file holds the plan of a step (``StepItem``, ``StepPlan``), what comes back from it (``SampledToken``), the
-``Scheduler`` seam, and its implementation ``ChunkedPrefillScheduler``. Torch-free.
+``Scheduler`` seam, and its implementation ``ChunkedPrefillScheduler``, whose docstring lists the rules. Torch-free.
+
+A decode step costs the same for short and long contexts: an item refers to the block table and to the token array of
+its sequence, it does not copy them.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
-from collections.abc import Sequence as Tokens
+from collections import deque
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
-from core.request import SamplingParams, SequenceId, SequenceSpec, TokenChunk, TokenLogprob
+from core.errors import InvalidRequest, ProtocolViolation
+from core.prefix_hash import PageHash, extend_page_hashes
+from core.request import (
+    FinishReason,
+    Role,
+    SamplingParams,
+    SequenceId,
+    SequenceSpec,
+    StageStats,
+    TokenChunk,
+    TokenLogprob,
+    WorkerId,
+)
+from engine.config import EngineConfig
+from engine.page_allocator import PageAllocator
+from engine.sequence import Sequence, SequenceStatus
+
+TokenIds: TypeAlias = AbstractSequence[int]
+
+# An engine does not know whose it is: the worker writes its name and role over this one before stats leave it.
+UNNAMED_WORKER = WorkerId("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +139,7 @@ class Scheduler(Protocol):
     """Decides what each step computes. One thread calls it; a plan is committed or dropped before the next one."""
 
     def add(self, spec: SequenceSpec, now: float) -> None:
-        """Queue a sequence. Raises ``InvalidRequest`` (field ``prompt``) for one that can never run here."""
+        """Queue a sequence. Raises ``InvalidRequest`` (mostly field ``prompt``) for one that can never run here."""
         ...
 
     def reserve(self, spec: SequenceSpec) -> Reservation | None:
@@ -120,7 +150,7 @@ class Scheduler(Protocol):
         """Give a reservation's pages back; nobody may write to them any more. Unknown ones are ignored."""
         ...
 
-    def admit(self, reservation: Reservation, first_token_ids: Tokens[int], now: float) -> None:
+    def admit(self, reservation: Reservation, first_token_ids: TokenIds, now: float) -> None:
         """The K/V of all ``spec.token_ids`` is stored and ``first_token_ids`` follow them: go on from there.
 
         Raises ``ProtocolViolation``, changing nothing, if the reservation is unknown or the sequence already ended.
@@ -132,7 +162,10 @@ class Scheduler(Protocol):
         ...
 
     def abort(self, sequence_id: SequenceId) -> bool:
-        """Forget a sequence in whatever state and free its pages; False if it is unknown."""
+        """Forget a sequence in whatever state and free its pages; False if it is unknown.
+
+        Reservations are not touched: a peer may still write to their pages, so only ``cancel`` gives those back.
+        """
         ...
 
     def plan_step(self, now: float) -> StepPlan | None:
@@ -145,9 +178,398 @@ class Scheduler(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """False if ``plan_step`` would return None."""
+        """False while nothing is queued or running, or while what is queued can only start after another call."""
         ...
 
     def load(self) -> SchedulerLoad:
         """What is queued, running and done."""
         ...
+
+
+class ChunkedPrefillScheduler:
+    """Prefill chunks and decode tokens share each step; nothing that waits is overtaken.
+
+    Rules:
+    1. Running sequences go first, in the order in which they were started; then waiting ones, first come first
+       served. A head of the queue that does not fit blocks those behind it, so nothing starves.
+    2. A step computes at most ``max_batch_tokens`` tokens of at most ``max_batch_size`` sequences, and at most
+       ``max_prefill_chunk`` tokens of one sequence.
+    3. A sequence starts when there are pages for every token known of it; what the prefix cache holds is taken from
+       there, except the last token, whose logits are needed. From then on only decoding takes pages, one at a border.
+    4. When such a page is missing, the youngest running sequence is preempted: its pages are released (they stay in
+       the prefix cache while there is room) and it goes back to the front of the queue. Never one with ``hold_kv``,
+       whose pages are being sent. The oldest is never preempted for a younger one, so somebody always finishes.
+    5. Starting and reserving leave one free page for every sequence that will grow: else what was started last
+       would be preempted for the next page border and its prefill lost.
+    6. A reservation never takes the pages or the place in the batch that the head of the queue waits for.
+    7. Every sequence fits the pool when it is alone: longer ones are refused, or end with LENGTH.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        allocator: PageAllocator,
+        max_model_len: int,
+        eos_token_ids: Iterable[int] = (),
+    ) -> None:
+        self._allocator = allocator
+        self._page_size = allocator.page_size
+        self._max_batch_tokens = config.max_batch_tokens
+        self._max_batch_size = config.max_batch_size
+        self._max_chunk = config.max_prefill_chunk or config.max_batch_tokens
+        self._max_len = min(max_model_len, allocator.num_pages * allocator.page_size)  # tokens, prompt and output
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._sequences: dict[SequenceId, Sequence] = {}  # whatever is not finished
+        self._waiting: deque[Sequence] = deque()  # next to start first
+        self._running: list[Sequence] = []  # oldest start first; those beyond max_batch_size wait for a place
+        self._reserved: dict[SequenceId, _Reserved] = {}
+        self._stalled = False  # the last plan was empty and nothing changed since
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._generated_tokens = 0
+        self._num_preemptions = 0
+
+    # ---- what comes in, and what goes ----
+
+    def add(self, spec: SequenceSpec, now: float) -> None:
+        self._check(spec)
+        self._stalled = False
+        sequence = Sequence(spec, now, self._eos_token_ids)
+        self._sequences[spec.sequence_id] = sequence
+        self._waiting.append(sequence)
+
+    def reserve(self, spec: SequenceSpec) -> Reservation | None:
+        self._check(spec)
+        if self._waiting and len(self._running) + len(self._reserved) + 1 >= self._max_batch_size:
+            return None
+        token_ids = spec.token_ids
+        page_hashes = self._extend_hashes([], token_ids, spec.salt)
+        # Every full page may be a hit: nothing is computed here, so no last token has to be left over.
+        taken = self._take_pages(len(token_ids), page_hashes, spare=self._num_growing() + self._pages_for_head())
+        if taken is None:
+            return None
+        reservation = Reservation(spec, *taken)
+        self._reserved[spec.sequence_id] = _Reserved(reservation, page_hashes)
+        return reservation
+
+    def cancel(self, reservation: Reservation) -> None:
+        known = self._reserved.get(reservation.sequence_id)
+        if known is None or known.reservation is not reservation:
+            return
+        self._stalled = False
+        del self._reserved[reservation.sequence_id]
+        self._allocator.release(reservation.page_ids)
+
+    def admit(self, reservation: Reservation, first_token_ids: TokenIds, now: float) -> None:
+        spec = reservation.spec
+        known = self._reserved.get(spec.sequence_id)
+        if known is None or known.reservation is not reservation:
+            raise ProtocolViolation(f"{spec.sequence_id}: admitted without a reservation")
+        if not first_token_ids:
+            raise ProtocolViolation(f"{spec.sequence_id}: admitted without a first token")
+        sequence = Sequence(spec, now, self._eos_token_ids)
+        for token_id in first_token_ids:
+            sequence.token_ids.append(token_id)
+            if self._end_of(sequence) is not None:
+                raise ProtocolViolation(f"{spec.sequence_id}: admitted, but token {token_id} already ended it")
+        self._stalled = False
+        del self._reserved[spec.sequence_id]
+        sequence.page_ids = reservation.page_ids
+        sequence.page_hashes = known.page_hashes
+        sequence.num_registered = reservation.num_cached_pages
+        sequence.num_computed = len(spec.prompt_token_ids) + len(spec.output_token_ids)
+        sequence.num_cached_tokens = reservation.num_cached_pages * self._page_size
+        sequence.move(SequenceStatus.RUNNING)
+        self._cached_tokens += sequence.num_cached_tokens
+        self._register_pages(sequence)
+        self._sequences[spec.sequence_id] = sequence
+        self._running.append(sequence)
+
+    def release(self, sequence_id: SequenceId) -> bool:
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None or sequence.status is not SequenceStatus.HELD:
+            return False
+        self._forget(sequence)
+        return True
+
+    def abort(self, sequence_id: SequenceId) -> bool:
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None:
+            return False
+        if sequence.status is SequenceStatus.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.status is SequenceStatus.RUNNING:
+            self._running.remove(sequence)
+        self._forget(sequence)
+        return True
+
+    # ---- a step ----
+
+    def plan_step(self, now: float) -> StepPlan | None:
+        batch = self._running[: self._max_batch_size]
+        preempted = self._make_room(batch)
+        decodes = [_item(s, 1) for s in batch if s.status is SequenceStatus.RUNNING and s.num_remaining == 1]
+        chunks: list[StepItem] = []
+        budget = self._max_batch_tokens - len(decodes)
+        if len(decodes) < len(batch):
+            budget = self._continue_chunks(batch, chunks, budget)
+        # A step that had to preempt has no pages to give: starting the victim again at once would be a loop.
+        started = [] if preempted or not self._waiting else self._start_waiting(decodes, chunks, budget)
+        self._stalled = not decodes and not chunks
+        if self._stalled:
+            return None
+        self._note_start(decodes, now)
+        self._note_start(chunks, now)
+        return StepPlan((*decodes, *chunks), tuple(started))
+
+    def commit_step(self, plan: StepPlan, sampled: Mapping[SequenceId, SampledToken], now: float) -> list[TokenChunk]:
+        chunks: list[TokenChunk] = []
+        self._stalled = False
+        for item in plan.items:
+            sequence = self._sequences.get(item.sequence_id)
+            if sequence is None or sequence.status is not SequenceStatus.RUNNING:
+                continue  # aborted (and perhaps queued anew) while the step was computed
+            sequence.num_computed += len(item.token_ids)
+            self._register_pages(sequence)
+            if item.samples:
+                chunks.append(self._append_token(sequence, sampled[item.sequence_id], now))
+        if any(chunk.stats is not None for chunk in chunks):  # only then may a sequence have left
+            self._running = [s for s in self._running if s.status is SequenceStatus.RUNNING]
+        return chunks
+
+    # ---- what can be asked ----
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting) and not self._stalled
+
+    def load(self) -> SchedulerLoad:
+        prefilling = (s.num_remaining for s in self._running if s.num_remaining > 1)
+        return SchedulerLoad(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_held=len(self._sequences) - len(self._running) - len(self._waiting),
+            num_reserved=len(self._reserved),
+            num_waiting_tokens=sum(s.num_tokens for s in self._waiting) + sum(prefilling),
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            generated_tokens=self._generated_tokens,
+            num_preemptions=self._num_preemptions,
+        )
+
+    # ---- planning ----
+
+    def _make_room(self, batch: list[Sequence]) -> bool:
+        """Give each sequence of the batch pages for its known tokens; True if somebody was preempted for it."""
+        before = self._num_preemptions
+        page_size = self._page_size
+        for sequence in batch:
+            # A victim is younger than the one it makes room for, so it comes later in this loop: skip it then.
+            while (
+                sequence.status is SequenceStatus.RUNNING and sequence.num_tokens > len(sequence.page_ids) * page_size
+            ):
+                page_ids = self._allocator.allocate(1)
+                if page_ids is None:
+                    self._preempt(next(s for s in reversed(self._running) if not s.spec.hold_kv))
+                else:
+                    sequence.page_ids += tuple(page_ids)
+        return self._num_preemptions > before
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._allocator.release(sequence.page_ids)
+        sequence.page_ids = ()
+        sequence.num_computed = 0
+        sequence.num_registered = 0
+        sequence.num_preemptions += 1
+        self._num_preemptions += 1
+        sequence.move(SequenceStatus.WAITING)
+        self._waiting.appendleft(sequence)
+
+    def _continue_chunks(self, batch: list[Sequence], chunks: list[StepItem], budget: int) -> int:
+        """Append the next chunk of each sequence whose prefill is under way; returns what is left of the budget."""
+        for sequence in batch:
+            if budget == 0:
+                break
+            if sequence.status is SequenceStatus.RUNNING and sequence.num_remaining > 1:
+                chunks.append(_item(sequence, min(sequence.num_remaining, self._max_chunk, budget)))
+                budget -= len(chunks[-1].token_ids)
+        return budget
+
+    def _start_waiting(self, decodes: list[StepItem], chunks: list[StepItem], budget: int) -> list[StartedSequence]:
+        started: list[StartedSequence] = []
+        while self._waiting and budget > 0 and len(self._running) < self._max_batch_size:
+            sequence = self._waiting[0]
+            if not self._start(sequence):
+                break
+            self._waiting.popleft()
+            self._running.append(sequence)
+            started.append(StartedSequence(sequence.spec, sequence.num_computed, sequence.page_ids))
+            item = _item(sequence, min(sequence.num_remaining, self._max_chunk, budget))
+            budget -= len(item.token_ids)
+            (decodes if sequence.num_remaining == 1 else chunks).append(item)
+        return started
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Take pages for every known token; False if there are not enough."""
+        hashes = self._extend_hashes(sequence.page_hashes, sequence.token_ids, sequence.spec.salt)
+        findable = hashes[: (sequence.num_tokens - 1) // self._page_size]
+        taken = self._take_pages(sequence.num_tokens, findable, spare=self._num_growing())
+        if taken is None:
+            return False
+        sequence.page_ids, sequence.num_registered = taken
+        sequence.num_computed = sequence.num_registered * self._page_size
+        sequence.move(SequenceStatus.RUNNING)
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = sequence.num_computed
+            self._prompt_tokens += sequence.num_tokens
+            self._cached_tokens += sequence.num_computed
+        return True
+
+    def _take_pages(self, num_tokens: int, findable: list[PageHash], spare: int) -> tuple[tuple[int, ...], int] | None:
+        """Pages for ``num_tokens`` tokens, and how many of them are cached ones; None (and nothing taken) unless
+        ``spare`` pages are left after it."""
+        cached = self._allocator.match_prefix(findable)
+        num_missing = self._num_pages(num_tokens) - len(cached)
+        fresh = self._allocator.allocate(num_missing) if num_missing + spare <= self._allocator.num_free else None
+        if fresh is None:
+            self._allocator.release(cached)
+            return None
+        return (*cached, *fresh), len(cached)
+
+    def _num_growing(self) -> int:
+        """Sequences that hold pages and will ask for more."""
+        return len(self._reserved) + sum(not s.spec.hold_kv for s in self._running)
+
+    def _pages_for_head(self) -> int:
+        """Pages that the head of the queue may need once one more sequence is reserved."""
+        return self._num_pages(self._waiting[0].num_tokens) + 1 if self._waiting else 0
+
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._page_size)
+
+    def _note_start(self, items: list[StepItem], now: float) -> None:
+        for item in items:
+            sequence = self._sequences[item.sequence_id]
+            if sequence.started_at is None:
+                sequence.started_at = now
+
+    # ---- booking ----
+
+    def _append_token(self, sequence: Sequence, token: SampledToken, now: float) -> TokenChunk:
+        """Book a sampled token; ends or holds the sequence if it was its last one here."""
+        position = sequence.num_output_tokens
+        sequence.token_ids.append(token.token_id)
+        self._generated_tokens += 1
+        end = self._end_of(sequence)
+        last = end is not None or sequence.spec.hold_kv
+        stats = _stats(sequence, now) if last or not sequence.reported else None
+        sequence.reported = True
+        if sequence.spec.hold_kv:
+            sequence.move(SequenceStatus.HELD)
+        elif last:
+            self._forget(sequence)
+        return TokenChunk(
+            sequence.sequence_id,
+            position,
+            (token.token_id,),
+            () if token.logprob is None else (token.logprob,),
+            end.reason if end else None,
+            end.stop_token_id if end else None,
+            stats,
+        )
+
+    def _end_of(self, sequence: Sequence) -> _End | None:
+        """Whether the newest output token is the last one, and why."""
+        sampling = sequence.spec.sampling
+        token_id = sequence.token_ids[-1]
+        num_outputs = sequence.num_output_tokens
+        if token_id in sequence.stop_ids and num_outputs > sampling.min_tokens:
+            return _End(FinishReason.STOP, token_id)
+        if num_outputs == sampling.max_tokens or sequence.num_tokens >= self._max_len:
+            return _End(FinishReason.LENGTH)
+        return None
+
+    def _register_pages(self, sequence: Sequence) -> None:
+        """Make the pages that are full and stored by now findable."""
+        num_full = sequence.num_computed // self._page_size
+        if num_full <= sequence.num_registered or not self._allocator.prefix_cache:
+            return
+        hashes = self._extend_hashes(sequence.page_hashes, sequence.token_ids, sequence.spec.salt)
+        for index in range(sequence.num_registered, num_full):
+            self._allocator.register(sequence.page_ids[index], hashes[index])
+        sequence.num_registered = num_full
+
+    def _extend_hashes(self, hashes: list[PageHash], token_ids: TokenIds, salt: bytes) -> list[PageHash]:
+        if self._allocator.prefix_cache:
+            extend_page_hashes(hashes, token_ids, self._page_size, salt)
+        return hashes
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Free the pages of a sequence and end it."""
+        self._stalled = False
+        sequence.move(SequenceStatus.FINISHED)
+        self._allocator.release(sequence.page_ids)
+        sequence.page_ids = ()
+        del self._sequences[sequence.sequence_id]
+
+    def _check(self, spec: SequenceSpec) -> None:
+        """Raise ``InvalidRequest`` unless the sequence is new here and could run if it were alone."""
+        if spec.sequence_id in self._sequences or spec.sequence_id in self._reserved:
+            raise InvalidRequest("request_id", f"sequence {spec.sequence_id} is already here")
+        if not spec.prompt_token_ids:
+            raise InvalidRequest("prompt", "must hold at least one token")
+        num_outputs = len(spec.output_token_ids)
+        num_tokens = len(spec.prompt_token_ids) + num_outputs
+        if num_tokens >= self._max_len:
+            raise InvalidRequest(
+                "prompt",
+                f"has {num_tokens} tokens, which leaves no room for output: "
+                f"a sequence holds at most {self._max_len} tokens here",
+            )
+        max_tokens = spec.sampling.max_tokens
+        if max_tokens is not None and num_outputs >= max_tokens:
+            raise InvalidRequest("max_tokens", f"must be above the {num_outputs} tokens that are already there")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reserved:
+    """A reservation as its scheduler keeps it: the prompt is hashed once, not again when it is admitted."""
+
+    reservation: Reservation
+    page_hashes: list[PageHash]
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    reason: FinishReason
+    stop_token_id: int | None = None
+
+
+def _item(sequence: Sequence, num_tokens: int) -> StepItem:
+    """The next ``num_tokens`` tokens of a sequence; positional, because decode makes one for each token."""
+    start = sequence.num_computed
+    token_ids = sequence.token_ids
+    stop = start + num_tokens
+    return StepItem(
+        sequence.spec.sequence_id,
+        tuple(token_ids[start:stop]),
+        start,
+        sequence.page_ids,
+        stop == len(token_ids),
+        sequence.spec.sampling,
+        token_ids,
+        sequence.num_prompt_tokens,
+    )
+
+
+def _stats(sequence: Sequence, now: float) -> StageStats:
+    assert sequence.started_at is not None, "a token was sampled, so a step held the sequence"
+    return StageStats(
+        worker_id=UNNAMED_WORKER,
+        role=Role.PREFILL if sequence.spec.hold_kv else Role.DECODE,
+        queue_s=sequence.started_at - sequence.arrived_at,
+        compute_s=now - sequence.started_at,
+        cached_tokens=sequence.num_cached_tokens or 0,
+        num_preemptions=sequence.num_preemptions,
+    )
