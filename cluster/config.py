@@ -1,24 +1,39 @@
 """The one YAML of a service, as frozen dataclasses: every key, its default and what it means.
 
-``load_config`` is the only reader of configuration files; environment variables are not a second configuration.
+``load_config`` is the only reader of configuration files; environment variables are not a second configuration. The
+class docstrings are the reference: docs/configuration.md is made of them (``prfaas config docs``). What a value may be
+is checked here and in engine/config.py and kv_transfer/config.py, once, when the object is made.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
+import yaml
+
+from cluster import config_schema
+from cluster.routing_policy import POLICIES
 from core.errors import InvalidConfig
 from core.request import ClusterId, Role, WorkerId
-from engine.config import EngineConfig
+from engine.config import DEVICES, DTYPES, EngineConfig
 from kv_transfer.config import KvTransferConfig
+
+PLACEMENTS = ("PACK", "SPREAD")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True)
 class PoolConfig:
     """The workers that start in one role, and what Ray gives each of them.
 
-    count: workers. num_cpus, num_gpus, resources: Ray resources of each (0 CPUs: not counted).
-    placement: ``PACK`` or ``SPREAD`` over Ray nodes; None leaves it to Ray.
+    count: number of workers.
+    num_cpus: Ray CPUs of each worker; 0: not counted.
+    num_gpus: Ray GPUs of each worker.
+    resources: custom Ray resources of each worker, by name.
+    placement: whether Ray puts the pool on few nodes (``PACK``) or on many (``SPREAD``); null leaves it to Ray.
     engine: keys of ``engine`` that differ for this pool.
     """
 
@@ -29,46 +44,91 @@ class PoolConfig:
     placement: str | None = None
     engine: dict[str, object] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _require(self.count >= 0, "count", "must be at least 0", self.count)
+        _require(self.num_cpus >= 0, "num_cpus", "must be at least 0", self.num_cpus)
+        _require(self.num_gpus >= 0, "num_gpus", "must be at least 0", self.num_gpus)
+        for name, amount in self.resources.items():
+            _require(amount >= 0, f"resources.{name}", "must be at least 0", amount)
+        _require_word(self.placement is None or self.placement in PLACEMENTS, "placement", PLACEMENTS, self.placement)
+
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """policy: ``round_robin`` or ``least_loaded``. max_inflight: requests beyond it are refused with 429.
+    """How requests find workers.
+
+    policy: how a prefill and a decode worker are chosen.
+    max_inflight: requests beyond it are refused with 429 / RESOURCE_EXHAUSTED.
     max_attempts: tries of one continuation before its failure is given to the client.
-    lease_s: a worker not heard of for so long is out of the view.
+    lease_s: a worker not heard of for so many seconds is out of the view.
+    no_route_wait_s: how many seconds a request waits for a worker to appear (one may be restarting).
     """
 
     policy: str = "least_loaded"
     max_inflight: int = 512
     max_attempts: int = 4
     lease_s: float = 5.0
-    no_route_wait_s: float = 10.0  # how long a request waits for a worker to appear (one may be restarting)
+    no_route_wait_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        _require_word(self.policy in POLICIES, "router.policy", tuple(POLICIES), self.policy)
+        _require(self.max_inflight >= 1, "router.max_inflight", "must be at least 1", self.max_inflight)
+        _require(self.max_attempts >= 1, "router.max_attempts", "must be at least 1", self.max_attempts)
+        _require(self.lease_s > 0, "router.lease_s", "must be above 0 s", self.lease_s)
+        _require(self.no_route_wait_s >= 0, "router.no_route_wait_s", "must be at least 0 s", self.no_route_wait_s)
 
 
 @dataclass(frozen=True)
 class HttpConfig:
-    """The OpenAI-compatible door. max_body_bytes: larger request bodies get 413."""
+    """The OpenAI-compatible door.
+
+    host: address to listen on; ``0.0.0.0``: every interface. There is no authentication.
+    port: TCP port; 0: any free one.
+    max_body_bytes: larger request bodies get 413.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
     max_body_bytes: int = 8 << 20
 
+    def __post_init__(self) -> None:
+        _require_address("http", self.host, self.port)
+        _require(self.max_body_bytes >= 1, "http.max_body_bytes", "must be at least 1", self.max_body_bytes)
+
 
 @dataclass(frozen=True)
 class GrpcConfig:
-    """The prfaas.v1.Generation door."""
+    """The prfaas.v1.Generation door.
+
+    host: address to listen on; ``0.0.0.0``: every interface. There is no authentication.
+    port: TCP port; 0: any free one.
+    max_message_bytes: larger request messages get RESOURCE_EXHAUSTED.
+    """
 
     host: str = "127.0.0.1"
     port: int = 9000
     max_message_bytes: int = 8 << 20
 
+    def __post_init__(self) -> None:
+        _require_address("grpc", self.host, self.port)
+        _require(self.max_message_bytes >= 1, "grpc.max_message_bytes", "must be at least 1", self.max_message_bytes)
+
 
 @dataclass(frozen=True)
 class RayConfig:
-    """address: None starts a Ray of its own on this machine; ``auto`` or host:port joins one (inside a Ray job, the
-    job's cluster is joined whatever this says)."""
+    """Where the workers are started.
+
+    address: null starts a Ray of its own on this machine; ``auto`` or host:port joins one (inside a Ray job, the job's
+        cluster is joined whatever this says).
+    namespace: Ray namespace of the worker actors.
+    """
 
     address: str | None = None
     namespace: str = "prfaas"
+
+    def __post_init__(self) -> None:
+        _require(self.address != "", "ray.address", "must be null, auto or host:port", self.address)
+        _require(bool(self.namespace), "ray.namespace", "must not be empty", self.namespace)
 
 
 @dataclass(frozen=True)
@@ -76,8 +136,14 @@ class ServiceConfig:
     """A whole service.
 
     model: a local folder, a hub id, a .gguf file, ``package:NAME`` (a GGUF inside an installed Python package) or
-    ``dummy:PATH`` (random weights for a config.json).
-    host: address on which workers listen and are reached; None: Ray's address of their node.
+        ``dummy:PATH`` (random weights for a config.json).
+    served_model_name: what clients call the model; null: ``model`` itself.
+    cluster_id: name of this datacenter's Ray cluster.
+    host: address on which workers listen and are reached; null: Ray's address of their node.
+    model_cache_dir: where converted checkpoints are kept.
+    drain_timeout_s: seconds that running requests get to finish when the service is told to stop.
+    start_timeout_s: seconds that the workers get to load the model.
+    log_level: the least severe messages that are logged.
     """
 
     model: str
@@ -96,6 +162,45 @@ class ServiceConfig:
     drain_timeout_s: float = 6.0
     start_timeout_s: float = 600.0
     log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model), "model", "must not be empty", self.model)
+        _require(self.served_model_name != "", "served_model_name", "must not be empty", self.served_model_name)
+        _require(bool(self.cluster_id), "cluster_id", "must not be empty", self.cluster_id)
+        _require(self.drain_timeout_s >= 0, "drain_timeout_s", "must be at least 0 s", self.drain_timeout_s)
+        _require(self.start_timeout_s > 0, "start_timeout_s", "must be above 0 s", self.start_timeout_s)
+        _require_word(self.log_level in LOG_LEVELS, "log_level", LOG_LEVELS, self.log_level)
+        _require(self.decode.count >= 1, "decode.count", "must be at least 1", self.decode.count)
+        _require(
+            self.http.port == 0 or self.http.port != self.grpc.port,
+            "grpc.port",
+            "must not be http.port",
+            self.grpc.port,
+        )
+        prefill, decode = self.engine_for(Role.PREFILL), self.engine_for(Role.DECODE)
+        _require(
+            prefill.page_size == decode.page_size,
+            "decode.engine.page_size",
+            f"must equal the prefill pool's ({prefill.page_size}): pages are copied as they are",
+            decode.page_size,
+        )
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.served_model_name or self.model
+
+    def pool(self, role: Role) -> PoolConfig:
+        """The workers that start in ``role``."""
+        return self.prefill if role is Role.PREFILL else self.decode
+
+    def engine_for(self, role: Role) -> EngineConfig:
+        """``engine`` with what the pool of ``role`` sets differently."""
+        overrides = config_schema.read_values(EngineConfig, self.pool(role).engine, CHOICES, f"{role}.engine")
+        try:
+            return replace(self.engine, **overrides)
+        except InvalidConfig as error:
+            raise InvalidConfig(f"{role}.{error.key}", error.message) from error
 
 
 @dataclass(frozen=True)
@@ -117,13 +222,90 @@ class WorkerConfig:
     log_level: str = "info"
 
 
-__all__ = [
-    "GrpcConfig",
-    "HttpConfig",
-    "InvalidConfig",
-    "PoolConfig",
-    "RayConfig",
-    "RouterConfig",
-    "ServiceConfig",
-    "WorkerConfig",
-]
+CHOICES: config_schema.Choices = {
+    (EngineConfig, "device"): DEVICES,
+    (EngineConfig, "dtype"): DTYPES,
+    (PoolConfig, "placement"): PLACEMENTS,
+    (RouterConfig, "policy"): tuple(POLICIES),
+    (ServiceConfig, "log_level"): LOG_LEVELS,
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ServiceConfig:
+    """The service that a YAML file describes, after ``overrides`` such as ``engine.page_size=32`` (the value is YAML).
+
+    Raises ``InvalidConfig`` naming the key, or the file if it cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.load(text, _StrictLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidConfig(str(path), f"cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise InvalidConfig(str(path), "must hold a mapping of keys to values")
+    for override in overrides:
+        _set(values, override)
+    return config_schema.read(ServiceConfig, values, CHOICES)
+
+
+def service_schema() -> dict[str, object]:
+    """The JSON schema of a service's YAML, for editors."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "prfaas service"}
+    return schema | config_schema.json_schema(ServiceConfig, CHOICES)
+
+
+def service_document() -> str:
+    """The text of docs/configuration.md."""
+    return config_schema.document(ServiceConfig, CHOICES, "Configuration") + _DOCUMENT_END
+
+
+_DOCUMENT_END = """
+---
+`prfaas serve FILE --set KEY=VALUE` sets one key over the file; `prfaas config check FILE` checks a file;
+`prfaas config schema` prints this as JSON schema. This page is made by `prfaas config docs > docs/configuration.md`.
+"""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error; plain YAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    """Put one ``a.b=value`` into nested mappings."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InvalidConfig(override, "must be KEY=VALUE, for example engine.page_size=32")
+    try:
+        value = yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise InvalidConfig(key, f"has a value that is not YAML: {text!r}") from error
+    *parents, last = key.split(".")
+    section = values
+    for depth, name in enumerate(parents, start=1):
+        if section.get(name) is None:
+            section[name] = {}
+        section = section[name]
+        if not isinstance(section, dict):
+            raise InvalidConfig(key, f"{'.'.join(parents[:depth])} is a value, not a section")
+    section[last] = value
+
+
+def _require(ok: bool, key: str, allowed: str, value: object) -> None:
+    if not ok:
+        raise InvalidConfig(key, f"{allowed}, got {value!r}")
+
+
+def _require_word(ok: bool, key: str, words: Sequence[str], value: object) -> None:
+    _require(ok, key, f"must be one of {', '.join(words)}", value)
+
+
+def _require_address(section: str, host: str, port: int) -> None:
+    _require(bool(host), f"{section}.host", "must not be empty", host)
+    _require(0 <= port < 65536, f"{section}.port", "must be between 0 and 65535", port)

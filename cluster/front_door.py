@@ -74,9 +74,10 @@ class ClusterMembership(Protocol):
 
 
 def not_ready_reason(membership: ClusterMembership) -> str | None:
-    """Why no request can be served now; None when requests can be."""
+    """Why no request can be served now; None when requests can be.
+
+    A prefill worker is not asked for: without one, decode workers prefill for themselves.
+    """
     if membership.model() is None:
         return "no worker has registered yet"
-    view = membership.view()
-    missing = [role.value for role in Role if not view.ready(role)]
-    return f"no {' and no '.join(missing)} worker is ready" if missing else None
+    return None if membership.view().ready(Role.DECODE) else "no decode worker is ready"

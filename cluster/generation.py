@@ -25,7 +25,7 @@ from cluster.config import ServiceConfig
 from cluster.front_door import ClusterMembership, Door, RequestRouter
 from cluster.metrics import Metrics, Outcome, RequestRecord
 from cluster.stop_strings import StopStrings
-from cluster.tokenizer import ChatMessage, Detokenizer, Tokenizer
+from cluster.tokenizer import ChatMessage, Tokenizer
 from cluster.view import ModelInfo
 from core.clock import Clock
 from core.errors import InvalidRequest, NoRoute, UnknownModel
@@ -123,7 +123,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """What a door sends next for continuation ``index``. Text may lag behind tokens; ``num_output_tokens`` counts so far."""
+    """What a door sends next for continuation ``index``. Text may lag behind tokens; the count is of tokens so far."""
 
     index: int
     text: str
@@ -192,7 +192,7 @@ class Generation:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
     async def prepare(self, request: TextRequest) -> PreparedRequest:
-        """Check and tokenise; raises ``InvalidRequest`` (or ``UnknownModel``, ``NoRoute``) before anything is started."""
+        """Check and tokenise; raises ``InvalidRequest``, ``UnknownModel`` or ``NoRoute`` before anything is started."""
         try:
             return await self._prepare(request)
         except BaseException as error:
@@ -366,7 +366,8 @@ class _Continuation:
         return text if self._stop is None or self.stopped else text + self._stop.flush()
 
     def _finish(self, chunk: OutputChunk) -> Finish:
-        assert chunk.finish_reason is not None and not self.finished, "a continuation ends once"
+        assert chunk.finish_reason is not None
+        assert not self.finished, "a continuation ends once"
         self.finished = True
         return Finish(
             reason=FinishReason.STOP if self.stopped else chunk.finish_reason,

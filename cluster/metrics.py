@@ -59,7 +59,7 @@ _OUTCOMES: tuple[tuple[type[BaseException], Outcome], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
-    """One request when it has ended. Durations in seconds; ``tpot_s`` has one entry per continuation of two tokens or more."""
+    """One request when it has ended; ``tpot_s`` has an entry for each continuation of two tokens or more."""
 
     door: Door
     outcome: Outcome
@@ -103,9 +103,7 @@ class Metrics:
             "Prompt tokens that a prefill worker found in its prefix cache.",
             registry=self.registry,
         )
-        self._generated_tokens = Counter(
-            "prfaas_generated_tokens", "Tokens sent to clients.", registry=self.registry
-        )
+        self._generated_tokens = Counter("prfaas_generated_tokens", "Tokens sent to clients.", registry=self.registry)
         self.registry.register(_AtScrape(membership, router))
 
     def refuse(self, door: Door, error: BaseException) -> None:
@@ -141,9 +139,7 @@ class _AtScrape(Collector):
         return ()  # not asked at registration: there may be no worker yet
 
     def collect(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily(
-            "prfaas_requests_inflight", "Requests that run now.", value=self._router.num_inflight
-        )
+        yield GaugeMetricFamily("prfaas_requests_inflight", "Requests that run now.", value=self._router.num_inflight)
         counters = self._router.counters
         yield _by_reason(
             "prfaas_retries", "Tries repeated before their first token, by reason.", counters.retries_by_reason.items()

@@ -154,7 +154,7 @@ class Detokenizer:
         return self._show(cuts[0], self._decode(self._window[: cuts[0]]))
 
     def _show(self, end: int, text: str) -> str:
-        """Give what ``text``, the decoded window up to ``end``, adds to the context; those tokens are the new context."""
+        """What ``text``, the window decoded up to ``end``, adds to the context; those tokens become the context."""
         shown = text[len(self._context_text) :]
         if end > self._num_context:
             self._window = self._window[self._num_context :]

@@ -14,12 +14,20 @@ DEVICES = ("auto", "cpu", "cuda")
 class EngineConfig:
     """One model on one device.
 
-    dtype: ``auto`` is bfloat16 on CPU (2.7 times faster in prefill than float32 there) and the checkpoint's on GPU.
+    device: where the model runs; ``auto`` is the GPU if there is one.
+    dtype: of weights and K/V; ``auto`` is bfloat16 on CPU (2.7 times faster in prefill than float32 there) and the
+        checkpoint's on GPU.
+    page_size: tokens of one page of K/V; the same in both pools.
     kv_cache_bytes: bytes of the page pool; ``num_pages`` sets it in pages instead and wins if given.
-    max_model_len: longest prompt + output in tokens; None: the model's own limit, or what the pool can hold if less.
+    num_pages: pages of the pool; null: what ``kv_cache_bytes`` holds.
+    max_model_len: longest prompt + output in tokens; null: the model's own limit, or what the pool can hold if less.
     max_batch_tokens: token budget of one step, shared by prefill chunks and decode tokens.
     max_batch_size: most sequences in one step.
-    max_prefill_chunk: most tokens of one prompt in one step; None: the whole budget.
+    max_prefill_chunk: most tokens of one prompt in one step; null: the whole budget.
+    prefix_cache: whether pages of earlier prompts are kept and used again while there is room.
+    attention: name of the attention backend; ``auto`` chooses by device.
+    threads: CPU threads of one worker; null: torch's own choice.
+    dummy_seed: seed of the random weights of a ``dummy:`` model.
     """
 
     device: str = "auto"

@@ -12,7 +12,8 @@ class KvTransferConfig:
     """One worker's end of every link.
 
     transport: ``tcp`` between processes and hosts; ``local`` only inside one process (tests, one-process demos).
-    host: address that peers connect to; None: the worker's own host. port 0: any free one.
+    host: address that peers connect to; null: the worker's own host.
+    port: TCP port of the receiving end; 0: any free one (needed when workers share a host).
     lease_s: how long pages stay granted, or held, for a peer from which nothing is heard.
     grant_wait_s: how long a finished prefill waits for the decode worker to have pages before it is given up.
     """
