@@ -3,21 +3,39 @@
 Threads: every method may be called from any thread. ``on_committed`` and ``on_released`` are called without any lock
 of this layer held, from a transport thread or (``on_released``) from within ``abort``, ``expire`` or ``close``.
 ``on_committed`` is what the commit's acknowledgement waits for: when it returns the sender may reuse its pages.
-Both should only hand the news on.
+While they run the link waits, so they should only hand the news on; they must not raise.
+
+Invariants: a session belongs to the one link that showed its token, and only that link can write, commit or end it;
+of on_committed and on_released exactly one is called for each issued session; ``on_released`` only when nothing can
+land in its pages any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hmac
+import logging
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from threading import Condition
 
 from core.clock import Clock
-from core.errors import TransferError
+from core.errors import PeerLost, ProtocolViolation, TransferAborted, TransferError
 from core.request import SessionId
-from kv_transfer.session import Grant
-from kv_transfer.transport import Transport
+from kv_transfer.messages import Abort, AbortAck, AbortCause, Begin, Commit, CommitAck, decode, encode
+from kv_transfer.session import Grant, ReceiveSession, ReceiveState
+from kv_transfer.transport import TOKEN_BYTES, Link, PageSpan, Transport
+
+logger = logging.getLogger(__name__)
 
 OnCommitted = Callable[[SessionId, bytes], None]
 OnReleased = Callable[[SessionId, TransferError], None]
+
+
+@dataclass(slots=True)
+class _Entry:
+    session: ReceiveSession
+    link: Link | None = None  # the one that showed the token
 
 
 class KvReceiver:
@@ -26,39 +44,228 @@ class KvReceiver:
     def __init__(
         self, transport: Transport, clock: Clock, on_committed: OnCommitted, on_released: OnReleased, lease_s: float
     ) -> None:
-        raise NotImplementedError
-
-    def issue(self, session_id: SessionId, first_page: int, pages: Sequence[int]) -> Grant:
-        """Let a peer write every layer of ``pages`` once, for the sequence's pages ``first_page ..``.
-
-        Exactly one of ``on_committed`` and ``on_released`` follows. Raises ProtocolViolation if the session lives.
-        """
-        raise NotImplementedError
-
-    def abort(self, session_id: SessionId, reason: str) -> None:
-        """Give the session up. ``on_released`` follows when no write can land any more: at once if no peer has begun,
-        else when the peer acknowledged or its link is gone. Ignored when the session has ended."""
-        raise NotImplementedError
-
-    def expire(self, now: float) -> None:
-        """Call it every second or so: sessions whose peer was silent for the lease are aborted, and its link lost."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Abort every session and close every link; returns when every session had its callback."""
-        raise NotImplementedError
+        """``transport`` has its region and serves nobody yet; it is shared with the worker's KvSender."""
+        self._transport = transport
+        self._clock = clock
+        self._on_committed = on_committed
+        self._on_released = on_released
+        self._lease_s = lease_s
+        self._changed = Condition()
+        self._entries: dict[SessionId, _Entry] = {}
+        self._by_token: dict[bytes, _Entry] = {}
+        self._num_reporting = 0  # sessions out of _entries whose callback has not returned
+        self._bytes_received = 0
+        self._closed = False
+        transport.serve(self)
 
     @property
     def num_sessions(self) -> int:
         """Sessions that had no callback yet."""
-        raise NotImplementedError
+        return len(self._entries)
 
     @property
     def num_quarantined(self) -> int:
         """Pages of aborted sessions into which a write may still land."""
-        raise NotImplementedError
+        with self._changed:
+            sessions = [entry.session for entry in self._entries.values()]
+        return sum(session.num_pages for session in sessions if session.state is ReceiveState.QUARANTINED)
 
     @property
     def bytes_received(self) -> int:
         """Payload bytes that landed since the start."""
-        raise NotImplementedError
+        return self._bytes_received
+
+    def issue(self, session_id: SessionId, first_page: int, pages: Sequence[int]) -> Grant:
+        """Let a peer write every layer of ``pages`` once, for the sequence's pages ``first_page ..``.
+
+        Exactly one of ``on_committed`` and ``on_released`` follows.
+        Raises ProtocolViolation if the session lives already, or the receiver is closed.
+        """
+        geometry = self._transport.region.geometry
+        assert all(0 <= page < geometry.num_pages for page in pages), "the allocator gives pages of the pool"
+        token = secrets.token_bytes(TOKEN_BYTES)
+        session = ReceiveSession(session_id, token, pages, geometry.num_layers, self._clock.now())
+        with self._changed:
+            if self._closed:
+                raise ProtocolViolation("the receiver is closed")
+            if session_id in self._entries:
+                raise ProtocolViolation(f"session {session_id} was issued already")
+            self._entries[session_id] = self._by_token[token] = _Entry(session)
+        return Grant(session_id, token, first_page, tuple(pages), self._transport.describe(), self._lease_s)
+
+    def abort(self, session_id: SessionId, reason: str) -> None:
+        """Give the session up. ``on_released`` follows when no write can land any more: at once if no peer has begun,
+        else when the peer acknowledged or its link is gone. Ignored when the session has ended."""
+        with self._changed:
+            entry = self._entries.get(session_id)
+            if entry is None:
+                return
+            self._abort(entry, TransferAborted(f"given up by the receiving end: {reason}"))
+            released = self._pop_released([entry])
+        self._report(released)
+
+    def expire(self, now: float) -> None:
+        """Call it every second or so: sessions whose peer was silent for the lease are given up, and its link lost."""
+        with self._changed:
+            entries = list(self._entries.values())
+            for entry in entries:
+                self._expire(entry, now)
+            released = self._pop_released(entries)
+        self._report(released)
+
+    def close(self) -> None:
+        """Abort every session, and close the links of those under way; returns when every session had its callback.
+
+        Must not be called from a callback.
+        """
+        with self._changed:
+            self._closed = True
+            entries = list(self._entries.values())
+        for entry in entries:
+            self.abort(entry.session.session_id, "the worker stops")
+        with self._changed:
+            for entry in self._entries.values():
+                if entry.link is not None:
+                    entry.link.close(PeerLost("this end was closed"))
+            self._changed.wait_for(lambda: not self._entries and not self._num_reporting)
+
+    # ---- ReceiveEvents: called by the transport's threads ----
+
+    def admit(self, link: Link, token: bytes, layer: int, spans: tuple[PageSpan, ...]) -> SessionId | None:
+        with self._changed:
+            entry = self._by_token.get(token)
+            if entry is None or entry.link is not link or entry.session.state is not ReceiveState.RECEIVING:
+                return None
+            try:
+                entry.session.admit(layer, spans)
+            except ProtocolViolation as error:
+                self._abort(entry, error)
+                return None
+            return entry.session.session_id
+
+    def landed(self, link: Link, session_id: SessionId, num_bytes: int) -> None:
+        with self._changed:
+            self._bytes_received += num_bytes
+            self._entries[session_id].session.landed()
+
+    def notified(self, link: Link, message: bytes) -> None:
+        match decode(message):
+            case Begin(session_id, token):
+                self._begin(link, session_id, token)
+            case Commit(session_id, payload):
+                self._commit(link, session_id, payload)
+            case Abort(session_id) as abort:
+                self._stopped(link, session_id, abort.error)
+            case AbortAck(session_id):
+                self._stopped(link, session_id, ProtocolViolation("an abort was acknowledged that was never asked for"))
+            case other:
+                raise ProtocolViolation(f"a sending end does not send {type(other).__name__}")
+
+    def lost(self, link: Link, error: TransferError) -> None:
+        with self._changed:
+            entries = [entry for entry in self._entries.values() if entry.link is link]
+            for entry in entries:
+                entry.session.stopped(error)
+            released = self._pop_released(entries)
+        if entries:
+            logger.warning("kv link from %s lost with %d sessions: %s", link.peer, len(entries), error)
+        self._report(released)
+
+    # ---- with the lock held ----
+
+    def _abort(self, entry: _Entry, error: TransferError) -> None:
+        session = entry.session
+        if session.state is ReceiveState.QUARANTINED:
+            return
+        session.abort(error)
+        if isinstance(error, ProtocolViolation):
+            logger.warning("kv session %s aborted: %s", session.session_id, error)
+        if entry.link is not None:
+            entry.link.notify(session.session_id, encode(Abort.because_of(session.session_id, error)))
+
+    def _expire(self, entry: _Entry, now: float) -> None:
+        heard_at = entry.session.issued_at if entry.link is None else entry.link.heard_at
+        silent_s = now - heard_at
+        if silent_s <= self._lease_s:
+            return
+        if entry.link is None:
+            self._abort(entry, PeerLost(f"nobody began session {entry.session.session_id} for {silent_s:.1f} s"))
+        else:
+            # Its sessions are released by ``lost``, once the link's threads have stopped and nothing can land.
+            entry.link.close(PeerLost(f"{entry.link.peer} was silent for {silent_s:.1f} s"))
+
+    def _owned(self, link: Link, session_id: SessionId) -> _Entry | None:
+        entry = self._entries.get(session_id)
+        return entry if entry is not None and entry.link is link else None
+
+    def _pop_released(self, entries: Iterable[_Entry]) -> list[tuple[SessionId, TransferError]]:
+        released = []
+        for entry in entries:
+            session = entry.session
+            if session.state is ReceiveState.RELEASED:
+                assert session.error is not None, "a release has a reason"
+                self._forget(entry)
+                released.append((session.session_id, session.error))
+        return released
+
+    def _forget(self, entry: _Entry) -> None:
+        del self._entries[entry.session.session_id]
+        del self._by_token[entry.session.token]
+        self._num_reporting += 1
+
+    # ---- the rest of an event ----
+
+    def _begin(self, link: Link, session_id: SessionId, token: bytes) -> None:
+        with self._changed:
+            entry = self._entries.get(session_id)
+            known = entry is not None and hmac.compare_digest(entry.session.token, token)
+            if entry is None or not known or entry.session.state is not ReceiveState.ISSUED:
+                self._refuse(link, session_id)
+                return
+            entry.session.begin()
+            entry.link = link
+
+    def _commit(self, link: Link, session_id: SessionId, payload: bytes) -> None:
+        with self._changed:
+            entry = self._owned(link, session_id)
+            if entry is None:
+                self._refuse(link, session_id)
+                return
+            if entry.session.state is ReceiveState.QUARANTINED:
+                return  # our abort is under way to the sender
+            try:
+                entry.session.commit()
+            except ProtocolViolation as error:
+                self._abort(entry, error)
+                return
+            self._forget(entry)
+        try:
+            self._on_committed(session_id, payload)
+        finally:
+            self._reported()
+        link.notify(session_id, encode(CommitAck(session_id)))
+
+    def _stopped(self, link: Link, session_id: SessionId, error: TransferError) -> None:
+        with self._changed:
+            entry = self._owned(link, session_id)
+            if entry is None:
+                return  # ended already, or was never granted to this peer
+            entry.session.stopped(error)
+            released = self._pop_released([entry])
+        self._report(released)
+
+    def _refuse(self, link: Link, session_id: SessionId) -> None:
+        reason = f"session {session_id} is not granted, or no longer"
+        link.notify(session_id, encode(Abort(session_id, AbortCause.UNKNOWN_GRANT, reason)))
+
+    def _report(self, released: Iterable[tuple[SessionId, TransferError]]) -> None:
+        for session_id, error in released:
+            try:
+                self._on_released(session_id, error)
+            finally:
+                self._reported()
+
+    def _reported(self) -> None:
+        with self._changed:
+            self._num_reporting -= 1
+            self._changed.notify_all()

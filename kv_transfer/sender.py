@@ -1,74 +1,264 @@
 """Who sends which pages, and when may they be reused? The sending end of every hand-over of one worker.
 
 Threads: every method may be called from any thread. ``on_closed`` is called without any lock of this layer held,
-either from a transport thread or from within ``abort``, ``granted``, ``expire`` or ``close`` (never from within
-``open``, ``pages_stored`` or ``commit``); it should only hand the news on.
+either from a transport thread or from within ``abort``, ``granted`` or ``close`` (never from within ``open``,
+``pages_stored``, ``commit`` or ``expire``). While it runs the link
+waits, so it should only hand the news on; it must not raise.
+
+Invariant: queueing on a link happens while the sender's lock is held, in the order in which the sessions decided it;
+so a commit can never get ahead of a write that another thread is about to queue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from threading import Condition
 
 from core.clock import Clock
+from core.errors import PeerLost, ProtocolViolation, TransferAborted, TransferError
 from core.request import SessionId
-from kv_transfer.session import Grant, SendReport
-from kv_transfer.transport import Transport
+from kv_transfer.messages import Abort, AbortAck, CommitAck, decode, encode
+from kv_transfer.session import Grant, Outgoing, SendReport, SendSession, SendState
+from kv_transfer.transport import SendLink, Transport, Write
+
+logger = logging.getLogger(__name__)
 
 OnClosed = Callable[[SessionId, SendReport], None]
+
+
+@dataclass(slots=True)
+class _Entry:
+    session: SendSession
+    link: SendLink | None = None  # from the grant on
+
+
+@dataclass(slots=True)
+class _Peer:
+    link: SendLink
+    lease_s: float
 
 
 class KvSender:
     """Sends the pages of many sessions. Sole writer of their ``SendSession``s."""
 
     def __init__(self, transport: Transport, clock: Clock, on_closed: OnClosed) -> None:
-        raise NotImplementedError
+        """``transport`` has its region; it is shared with the worker's KvReceiver and closed by neither."""
+        self._transport = transport
+        self._clock = clock
+        self._on_closed = on_closed
+        self._changed = Condition()
+        self._entries: dict[SessionId, _Entry] = {}
+        self._peers: dict[bytes, _Peer] = {}  # descriptor |-> the one link to that peer
+        self._num_reporting = 0  # sessions out of _entries whose on_closed has not returned
+        self._bytes_sent = 0
+        self._closed = False
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions whose ``on_closed`` was not called yet."""
+        return len(self._entries)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes of all writes since the start."""
+        return self._bytes_sent
 
     def open(self, session_id: SessionId, num_pages: int) -> None:
-        """Begin a session for a sequence of ``num_pages`` pages. Raises ProtocolViolation if it is open already.
+        """Begin a session for a sequence of ``num_pages`` pages.
 
         ``on_closed`` will be called exactly once for it; after that no byte of its source pages is read.
+        Raises ProtocolViolation if it is open already, or the sender is closed.
         """
-        raise NotImplementedError
+        with self._changed:
+            if self._closed:
+                raise ProtocolViolation("the sender is closed")
+            if session_id in self._entries:
+                raise ProtocolViolation(f"session {session_id} is open already")
+            self._entries[session_id] = _Entry(SendSession(session_id, num_pages, self._transport.region.geometry))
 
     def pages_stored(self, session_id: SessionId, layer: int, first_page: int, src_page_ids: Sequence[int]) -> None:
         """Pages ``first_page ..`` of ``layer`` are complete and are in the pool at ``src_page_ids``.
 
         Each page of each layer once, in any order. Never blocks; ignored when the session has closed.
+        Raises ProtocolViolation for pages or layers that the session or the pool does not have, or after ``commit``.
         """
-        raise NotImplementedError
+        with self._changed:
+            entry = self._entries.get(session_id)
+            if entry is not None:
+                self._queue(entry, entry.session.store(layer, first_page, src_page_ids, self._clock.now()))
 
     def granted(self, session_id: SessionId, grant: Grant) -> None:
         """The receiver gave pages: what was stored so far is sent, what follows goes at once. Ignored when closed.
 
-        Raises ProtocolViolation if the session was granted before.
+        Raises ProtocolViolation, changing nothing, if the session was granted before or the grant does not fit it.
         """
-        raise NotImplementedError
+        with self._changed:
+            entry = self._entries.get(session_id)
+            if entry is None:
+                return
+            outgoing = entry.session.grant(grant, self._clock.now())
+            try:
+                entry.link = self._link_to(grant)
+            except ProtocolViolation as error:
+                entry.session.lost(error, self._clock.now())
+            else:
+                self._queue(entry, outgoing)
+            closed = self._pop_closed([entry])
+        self._report(closed)
 
     def commit(self, session_id: SessionId, payload: bytes) -> None:
         """Every page was stored: after the last write send ``payload`` to the receiver's ``on_committed``.
 
-        May come before ``granted``. Ignored when closed. Raises ProtocolViolation if committed before.
+        May come before ``granted``. Ignored when closed. Raises ProtocolViolation if committed before, or for a
+        payload of more than ``messages.MAX_PAYLOAD_BYTES``.
         """
-        raise NotImplementedError
+        with self._changed:
+            entry = self._entries.get(session_id)
+            if entry is not None:
+                self._queue(entry, entry.session.commit(payload, self._clock.now()))
 
     def abort(self, session_id: SessionId, reason: str) -> None:
-        """Give the session up in whatever state it is; ``on_closed`` comes with TransferAborted. Ignored when closed."""
-        raise NotImplementedError
+        """Give the session up in any state; ``on_closed`` comes with TransferAborted. Ignored when closed."""
+        error = TransferAborted(f"given up by the sending end: {reason}")
+        with self._changed:
+            entry = self._entries.get(session_id)
+            if entry is None:
+                return
+            self._abort(entry, error, encode(Abort.because_of(session_id, error)))
+            closed = self._pop_closed([entry])
+        self._report(closed)
 
     def expire(self, now: float) -> None:
         """Call it every second or so: links whose peer was silent for the lease are lost, their sessions PeerLost."""
-        raise NotImplementedError
+        with self._changed:
+            for peer in self._peers.values():
+                silent_s = now - peer.link.heard_at
+                if silent_s > peer.lease_s:
+                    logger.warning("kv peer %s was silent for %.1f s: link closed", peer.link.peer, silent_s)
+                    peer.link.close(PeerLost(f"{peer.link.peer} was silent for {silent_s:.1f} s"))
 
     def close(self) -> None:
-        """Abort every session and close every link; returns when every ``on_closed`` was called."""
-        raise NotImplementedError
+        """Abort every session and close every link; returns when every ``on_closed`` was called.
 
-    @property
-    def num_sessions(self) -> int:
-        """Sessions whose ``on_closed`` was not called yet."""
-        raise NotImplementedError
+        Must not be called from ``on_closed``.
+        """
+        with self._changed:
+            self._closed = True
+            sessions = list(self._entries)
+        for session_id in sessions:
+            self.abort(session_id, "the worker stops")
+        with self._changed:
+            for peer in self._peers.values():
+                peer.link.close(PeerLost("this end was closed"))
+            self._changed.wait_for(lambda: not self._entries and not self._peers and not self._num_reporting)
 
-    @property
-    def bytes_sent(self) -> int:
-        """Payload bytes of all writes since the start."""
-        raise NotImplementedError
+    # ---- SendEvents: called by the transport's threads ----
+
+    def written(self, link: SendLink, write: Write) -> None:
+        with self._changed:
+            page_bytes = self._transport.region.geometry.layers[write.layer].page_bytes
+            self._bytes_sent += write.num_pages * page_bytes
+            entry = self._entries.get(write.session_id)
+            if entry is None or entry.link is not link:
+                return
+            entry.session.written(write)
+            if entry.session.state is SendState.ABORTING:
+                entry.session.drained(self._clock.now())
+            closed = self._pop_closed([entry])
+        self._report(closed)
+
+    def notified(self, link: SendLink, message: bytes) -> None:
+        match decode(message):
+            case CommitAck(session_id):
+                closed = self._acknowledged(link, session_id)
+            case Abort(session_id) as abort:
+                closed = self._aborted_by_peer(link, session_id, abort)
+            case other:
+                raise ProtocolViolation(f"a receiving end does not send {type(other).__name__}")
+        self._report(closed)
+
+    def lost(self, link: SendLink, error: TransferError) -> None:
+        with self._changed:
+            self._peers = {descriptor: peer for descriptor, peer in self._peers.items() if peer.link is not link}
+            entries = [entry for entry in self._entries.values() if entry.link is link]
+            for entry in entries:
+                entry.session.lost(error, self._clock.now())
+            closed = self._pop_closed(entries)
+            self._changed.notify_all()
+        if entries:
+            logger.warning("kv link to %s lost with %d sessions: %s", link.peer, len(entries), error)
+        self._report(closed)
+
+    # ---- with the lock held ----
+
+    def _queue(self, entry: _Entry, outgoing: Iterable[Outgoing]) -> None:
+        for item in outgoing:
+            assert entry.link is not None, "a session sends nothing before its grant"
+            if isinstance(item, Write):
+                entry.link.write(item)
+            else:
+                entry.link.notify(item.session_id, encode(item))
+
+    def _link_to(self, grant: Grant) -> SendLink:
+        peer = self._peers.get(grant.descriptor)
+        if peer is None:
+            peer = _Peer(self._transport.connect(grant.descriptor, self), grant.lease_s)
+            self._peers[grant.descriptor] = peer
+        peer.lease_s = grant.lease_s
+        return peer.link
+
+    def _abort(self, entry: _Entry, error: TransferError, farewell: bytes) -> None:
+        """``farewell`` tells the peer that nothing follows: it is queued behind the one write that may be under way."""
+        if entry.session.state is SendState.ABORTING:
+            return
+        now = self._clock.now()
+        entry.session.abort(error, now)
+        if entry.link is None:
+            return
+        idle = entry.link.cancel(entry.session.session_id)
+        entry.link.notify(entry.session.session_id, farewell)
+        if idle:
+            entry.session.drained(now)
+
+    def _pop_closed(self, entries: Iterable[_Entry]) -> list[tuple[SessionId, SendReport]]:
+        closed = []
+        for entry in entries:
+            report = entry.session.report
+            if report is not None:
+                del self._entries[entry.session.session_id]
+                closed.append((entry.session.session_id, report))
+        self._num_reporting += len(closed)
+        return closed
+
+    # ---- the rest of an event ----
+
+    def _acknowledged(self, link: SendLink, session_id: SessionId) -> list[tuple[SessionId, SendReport]]:
+        with self._changed:
+            entry = self._entries.get(session_id)
+            if entry is None or entry.link is not link or entry.session.state is SendState.ABORTING:
+                return []  # given up here while the acknowledgement was under way
+            entry.session.acknowledged(self._clock.now())
+            return self._pop_closed([entry])
+
+    def _aborted_by_peer(
+        self, link: SendLink, session_id: SessionId, abort: Abort
+    ) -> list[tuple[SessionId, SendReport]]:
+        farewell = encode(AbortAck(session_id))
+        with self._changed:
+            entry = self._entries.get(session_id)
+            if entry is None or entry.link is not link:
+                link.notify(session_id, farewell)  # nothing of it is queued, or ever will be
+                return []
+            self._abort(entry, abort.error, farewell)
+            return self._pop_closed([entry])
+
+    def _report(self, closed: Iterable[tuple[SessionId, SendReport]]) -> None:
+        for session_id, report in closed:
+            try:
+                self._on_closed(session_id, report)
+            finally:
+                with self._changed:
+                    self._num_reporting -= 1
+                    self._changed.notify_all()
