@@ -1,0 +1,730 @@
+"""How does a request become tokens, whatever dies on the way?
+
+The life of a request, and who owns what at each step:
+
+1. ``Router.generate`` admits it (bounded in flight, no two with one id) and splits it into n *continuations*. The
+   router owns the request from here to the end of the generator; nothing else remembers it.
+2. A continuation makes an *attempt*: ``policy.route(request, membership.view())`` chooses a prefill worker P and a
+   decode worker D. No worker: it waits for one, up to ``no_route_wait_s``.
+3. The attempt is announced to D (``Decode``; D owns a name, no pages), then queued at P (``Prefill``; P owns the
+   prompt's pages). Both answer on their Outputs streams, into the continuation's one inbox.
+4. P's first token goes to the client at once. P hands the K/V over to D under a session that is theirs alone.
+5. From the commit on D owns the sequence; its tokens follow P's by ``position``. They may come before P's first
+   token does, and then wait for it. P reports what the hand-over cost, and is out of it.
+6. The chunk with a finish reason is the last. What a worker may still hold is aborted: D's announcement if P's first
+   token ended it, both halves if the client went away, the text side found a stop string, or the deadline passed.
+7. A lost worker or a retryable failure ends the attempt, not the request: both halves are aborted and another attempt
+   starts at step 2, elsewhere, with the tokens that the client already has as part of the context. Losing P after
+   the commit is not a failure.
+8. n > 1: the siblings start when the first continuation's first token has come, on the same workers while those live,
+   so that both prefix caches hold the prompt.
+
+Invariants:
+- the client gets the tokens of positions 0, 1, 2, ... of each continuation, each exactly once, in order;
+- an attempt's sequence id is never used again, by any gateway, so a late chunk of an old attempt meets nobody;
+- every attempt that ends before its workers know of it is aborted on them, after they were told of it, never before;
+- a token costs no task, and one wake-up of one coroutine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+
+from cluster.config import RouterConfig
+from cluster.membership import Membership
+from cluster.routing_policy import RouteRequest, RoutingPolicy
+from cluster.view import ClusterView, Route, WorkerView
+from cluster.worker_client import SequenceEvent, WorkerClient, WorkerLost
+from core.clock import Clock
+from core.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    NoRoute,
+    Overloaded,
+    PeerLost,
+    PrfaasError,
+    SequenceFailed,
+)
+from core.request import (
+    EngineId,
+    FinishReason,
+    GatewayId,
+    GenerateRequest,
+    OutputChunk,
+    RequestId,
+    RequestTiming,
+    Role,
+    SequenceFailure,
+    SequenceSpec,
+    SessionId,
+    StageStats,
+    TokenChunk,
+    sequence_id,
+)
+
+logger = logging.getLogger(__name__)
+
+HANDOVER_REPORT_WAIT_S = 0.1  # a finish waits so long for P's report of the hand-over, for the timing only
+SAME_WORKER_BACKOFF_S = 0.1  # before the first retry on a worker that failed the sequence; doubles with each attempt
+WIND_UP_S = 1.0  # after a drain: for generators to end and for workers to hear of aborts
+
+
+@dataclass(frozen=True, slots=True)
+class RouterCounters:
+    """What the router counted since its start.
+
+    A retry is a repeated attempt before the continuation's first token, a resume one after it. Reasons:
+    ``prefill_lost``, ``decode_lost`` (the process is gone), ``prefill_failed``, ``decode_failed`` (it gave up).
+    """
+
+    num_requests: int
+    num_retries: int
+    num_resumes: int
+    retries_by_reason: Mapping[str, int]
+    resumes_by_reason: Mapping[str, int]
+
+
+class Router:
+    """Runs requests on the workers of one ``Membership``. Everything happens on one event loop."""
+
+    def __init__(
+        self,
+        membership: Membership,
+        policy: RoutingPolicy,
+        config: RouterConfig,
+        clock: Clock,
+        gateway_id: GatewayId,
+    ) -> None:
+        self._membership = membership
+        self._policy = policy
+        self._config = config
+        self._clock = clock
+        self._gateway_id = gateway_id
+        self._flights: dict[RequestId, _Flight] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._num_requests = 0
+        self._num_routes = 0
+        self._retries: Counter[str] = Counter()
+        self._resumes: Counter[str] = Counter()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # ---- what the front doors call ----
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[OutputChunk, None]:
+        """Stream every continuation; each ends with one chunk that has ``finish_reason`` and ``timing``.
+
+        Closing the generator aborts the request on its workers. Raises ``InvalidRequest`` (``request_id`` is in
+        flight already, or a worker cannot ever run it), ``Overloaded``, ``NoRoute``, ``DeadlineExceeded``,
+        ``Cancelled`` or ``SequenceFailed``.
+        """
+        flight = self._admit(request)
+        try:
+            async with aclosing(self._stream(flight)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        finally:
+            self._dismiss(flight)
+
+    async def stop(self, request_id: RequestId, index: int) -> None:
+        """End one continuation as finished by a stop string; ``generate`` yields one more chunk of it, its last.
+
+        Ignored: unknown requests, continuations that ended, and those that have no token yet, hence no stop string.
+        """
+        flight = self._flights.get(request_id)
+        if flight is None or not 0 <= index < len(flight.continuations):
+            return
+        continuation = flight.continuations[index]
+        if continuation.num_tokens:
+            continuation.inbox.stop()
+
+    def abort(self, request_id: RequestId) -> bool:
+        """End a request: its ``generate`` raises ``Cancelled``. False if it is not in flight."""
+        flight = self._flights.get(request_id)
+        if flight is None:
+            return False
+        flight.interrupt(Cancelled(f"request {request_id} was aborted"))
+        return True
+
+    @property
+    def num_inflight(self) -> int:
+        """Requests admitted and not ended."""
+        return len(self._flights)
+
+    @property
+    def counters(self) -> RouterCounters:
+        """A snapshot."""
+        return RouterCounters(
+            num_requests=self._num_requests,
+            num_retries=self._retries.total(),
+            num_resumes=self._resumes.total(),
+            retries_by_reason=dict(self._retries),
+            resumes_by_reason=dict(self._resumes),
+        )
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests, let those in flight end for up to ``timeout_s``, then cancel the rest.
+
+        True if none had to be cancelled. When it returns, the workers were told of every abort that they could hear.
+        """
+        self._draining = True
+        finished = await self._wait_idle(timeout_s)
+        if not finished:
+            logger.warning("%d requests are cancelled: not finished %g s after the drain", self.num_inflight, timeout_s)
+            for flight in self._flights.values():
+                flight.interrupt(Cancelled("the gateway stops"))
+            await self._wait_idle(WIND_UP_S)
+        if self._tasks:
+            _, pending = await asyncio.wait(self._tasks, timeout=WIND_UP_S)
+            for task in pending:
+                task.cancel()
+        return finished
+
+    # ---- one request ----
+
+    def _admit(self, request: GenerateRequest) -> _Flight:
+        if self._draining:
+            raise NoRoute("the gateway is stopping and takes no new requests")
+        if request.request_id in self._flights:
+            raise InvalidRequest("request_id", f"{request.request_id!r} is in flight already")
+        if len(self._flights) >= self._config.max_inflight:
+            raise Overloaded(f"{len(self._flights)} requests are in flight, which is the most this gateway takes")
+        if request.deadline_at is not None and request.deadline_at <= self._clock.now():
+            raise DeadlineExceeded("the deadline had passed before the request was started")
+        # Clients may use one request id again, and at several gateways at once: what workers see must be unique.
+        name = RequestId(f"{self._gateway_id}/{self._num_requests}/{request.request_id}")
+        self._num_requests += 1
+        flight = _Flight(request, name)
+        self._flights[request.request_id] = flight
+        self._idle.clear()
+        if request.deadline_at is not None:
+            flight.timer = asyncio.get_running_loop().call_later(
+                request.deadline_at - self._clock.now(), flight.interrupt, DeadlineExceeded("the deadline passed")
+            )
+        return flight
+
+    def _dismiss(self, flight: _Flight) -> None:
+        if flight.timer is not None:
+            flight.timer.cancel()
+        del self._flights[flight.request.request_id]
+        if not self._flights:
+            self._idle.set()
+
+    def _stream(self, flight: _Flight) -> AsyncGenerator[OutputChunk, None]:
+        if len(flight.continuations) == 1:
+            return self._run(flight, flight.continuations[0])
+        return self._run_all(flight)
+
+    async def _run_all(self, flight: _Flight) -> AsyncGenerator[OutputChunk, None]:
+        """Merge n > 1 continuations, each in a task of its own; the siblings start after the first's first chunk."""
+        merged: asyncio.Queue[OutputChunk | Exception] = asyncio.Queue()
+        first, *siblings = flight.continuations
+        tasks = [asyncio.create_task(self._feed(flight, first, merged))]
+        num_running = len(flight.continuations)
+        try:
+            while num_running:
+                item = await merged.get()
+                if isinstance(item, Exception):
+                    raise item
+                if len(tasks) == 1:
+                    tasks += [asyncio.create_task(self._feed(flight, sibling, merged)) for sibling in siblings]
+                num_running -= item.finish_reason is not None
+                yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _feed(
+        self, flight: _Flight, continuation: _Continuation, merged: asyncio.Queue[OutputChunk | Exception]
+    ) -> None:
+        try:
+            async with aclosing(self._run(flight, continuation)) as chunks:
+                async for chunk in chunks:
+                    merged.put_nowait(chunk)
+        except Exception as error:  # whatever it is, the one who reads must not wait for ever
+            merged.put_nowait(error)
+
+    # ---- one continuation ----
+
+    async def _run(self, flight: _Flight, continuation: _Continuation) -> AsyncGenerator[OutputChunk, None]:
+        """Attempts, one after the other, until one of them brings the last chunk."""
+        try:
+            while True:
+                if continuation.attempt is None:
+                    await self._begin(flight, continuation)
+                received = await continuation.inbox.get()
+                if received is None:
+                    self._end(continuation, "stopped by the gateway: stop string")
+                    yield continuation.last_chunk(self._clock.now(), FinishReason.STOP)
+                    return
+                stage, event = received
+                attempt = continuation.attempt
+                assert attempt is not None, "only a continuation that was stopped has no attempt here"
+                if not isinstance(event, TokenChunk):
+                    self._survive(continuation, attempt, stage, event)
+                    continue
+                for chunk in attempt.take(stage, event):
+                    if chunk.finish_reason is None:
+                        yield continuation.next_chunk(self._clock.now(), chunk)
+                        continue
+                    async with aclosing(self._finish(continuation, attempt, stage, chunk)) as last_chunks:
+                        async for last in last_chunks:
+                            yield last
+                    return
+        finally:
+            self._end(continuation, "the request was ended by its client, its deadline or a failure")
+
+    async def _finish(
+        self, continuation: _Continuation, attempt: _Attempt, stage: Role, chunk: TokenChunk
+    ) -> AsyncGenerator[OutputChunk, None]:
+        """The last tokens at once; the finish as soon as P has reported the hand-over, for which it waits a little."""
+        if stage is Role.PREFILL:
+            attempt.finished_by_prefill = True
+        elif not attempt.handed_over:
+            if chunk.token_ids:
+                yield continuation.next_chunk(self._clock.now(), replace(chunk, finish_reason=None))
+                chunk = replace(chunk, token_ids=(), logprobs=())
+            await self._hear_handover(continuation, attempt)
+        attempt.finished = True
+        self._end(continuation, "the first token was the last")
+        yield continuation.last_chunk(self._clock.now(), chunk.finish_reason, chunk)
+
+    async def _hear_handover(self, continuation: _Continuation, attempt: _Attempt) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HANDOVER_REPORT_WAIT_S):
+                while not attempt.handed_over:
+                    received = await continuation.inbox.get()
+                    if received is None or not isinstance(received[1], TokenChunk):
+                        return
+                    for _ in attempt.take(received[0], received[1]):
+                        raise AssertionError("a token came after the finish")
+
+    # ---- one attempt ----
+
+    async def _begin(self, flight: _Flight, continuation: _Continuation) -> None:
+        """Choose workers and tell them; the answer comes to the inbox. Nothing is begun if it was stopped meanwhile."""
+        route = await self._find_route(flight, continuation)
+        if route is None:
+            return
+        decode = self._membership.client(route.decode.engine_id)
+        prefill = self._membership.client(route.prefill.engine_id) if route.prefill is not None else None
+        assert decode is not None, "a route is made of workers in the view"
+        assert (prefill is None) == (route.prefill is None), "a route is made of workers in the view"
+        spec = continuation.next_spec(flight)
+        attempt = _Attempt(spec, route, prefill, decode)
+        continuation.started(attempt, self._clock.now())
+        if continuation.index == 0:
+            flight.route = route
+        decode.open_sequence(spec.sequence_id, partial(continuation.inbox.put, Role.DECODE))
+        if prefill is not None:
+            prefill.open_sequence(spec.sequence_id, partial(continuation.inbox.put, Role.PREFILL))
+        attempt.announcing = self._spawn(self._announce(continuation, attempt))
+        if continuation.num_attempts > 1:
+            logger.info("sequence %s: attempt %d: %s", spec.sequence_id, continuation.num_attempts, route.reason)
+
+    async def _find_route(self, flight: _Flight, continuation: _Continuation) -> Route | None:
+        """A route, waited for if need be; None if the continuation was stopped first."""
+        now = self._clock.now()
+        give_up_at, patience_ends_at = now + self._config.no_route_wait_s, now + continuation.backoff_s
+        while not continuation.inbox.stopped:
+            view = self._membership.view()
+            try:
+                route = self._sibling_route(flight, continuation, view) or self._ask_policy(continuation, view)
+            except NoRoute:
+                wait_until = give_up_at
+                if self._draining or self._clock.now() >= give_up_at:
+                    raise
+            else:
+                if not continuation.was_failed_by(route) or self._clock.now() >= patience_ends_at:
+                    return route
+                wait_until = patience_ends_at
+            change = self._membership.wait_until(_is_not(view), wait_until - self._clock.now())
+            await continuation.inbox.guard(change)
+        return None
+
+    def _ask_policy(self, continuation: _Continuation, view: ClusterView) -> Route:
+        route = self._policy.route(continuation.route_request(self._num_routes), view)
+        self._num_routes += 1
+        return route
+
+    def _sibling_route(self, flight: _Flight, continuation: _Continuation, view: ClusterView) -> Route | None:
+        """The first continuation's workers, for a sibling's first attempt, while they are ready."""
+        if continuation.index == 0 or continuation.num_attempts or flight.route is None:
+            return None
+        ready = {w.engine_id: w for role in Role for w in view.ready(role)}
+        prefill = ready.get(flight.route.prefill.engine_id) if flight.route.prefill else None
+        decode = ready.get(flight.route.decode.engine_id)
+        if decode is None or (prefill is None) != (flight.route.prefill is None):
+            return None
+        return Route(prefill, decode, f"with continuation 0, whose prompt is cached there ({flight.route.reason})")
+
+    async def _announce(self, continuation: _Continuation, attempt: _Attempt) -> None:
+        """Tell D, then P; what goes wrong is an event like any other."""
+        stage = Role.DECODE
+        spec = attempt.spec
+        try:
+            if attempt.prefill is None:
+                await attempt.decode.decode(spec, None)
+                return
+            await attempt.decode.decode(spec, attempt.session_id)
+            if attempt.ended:
+                return
+            stage = Role.PREFILL
+            await attempt.prefill.prefill(spec, attempt.session_id, attempt.route.decode.address)
+        except PrfaasError as error:
+            if attempt.ended:
+                return
+            match error:
+                case PeerLost():
+                    continuation.inbox.put(stage, WorkerLost(attempt.worker(stage).worker_id, str(error)))
+                case SequenceFailed():
+                    continuation.inbox.put(
+                        stage, SequenceFailure(spec.sequence_id, str(error), error.retryable, stage=stage)
+                    )
+                case _:
+                    continuation.inbox.interrupt(error)
+
+    def _survive(
+        self, continuation: _Continuation, attempt: _Attempt, stage: Role, event: SequenceFailure | WorkerLost
+    ) -> None:
+        """A worker gave up or is gone: end the attempt, unless nothing was lost; raise if no other may be made."""
+        if stage is Role.PREFILL and attempt.is_decodes_alone(continuation.num_tokens):
+            attempt.leave_prefill()
+            return
+        if isinstance(event, WorkerLost):
+            blamed, message, label = stage, f"worker {event.worker_id} lost: {event.reason}", f"{stage}_lost"
+        else:
+            blamed, message, label = event.stage, event.message, f"{event.stage}_failed"
+        self._end(continuation, f"another attempt replaces it: {message}")
+        if isinstance(event, SequenceFailure) and not event.retryable:
+            raise SequenceFailed(message, retryable=False)
+        if continuation.num_attempts >= self._config.max_attempts:
+            raise SequenceFailed(f"{continuation.num_attempts} attempts failed, the last: {message}", retryable=True)
+        continuation.excluded.add(attempt.worker(blamed).engine_id)
+        kind, counter = ("resume", self._resumes) if continuation.num_tokens else ("retry", self._retries)
+        counter[label] += 1
+        logger.warning(
+            "%s of sequence %s with %d tokens: %s (%s)",
+            kind,
+            attempt.spec.sequence_id,
+            continuation.num_tokens,
+            label,
+            message,
+        )
+
+    def _end(self, continuation: _Continuation, reason: str) -> None:
+        """The attempt is over here; whatever its workers may still hold of it is aborted. Again: nothing."""
+        attempt = continuation.attempt
+        if attempt is None:
+            return
+        continuation.attempt = None
+        continuation.inbox.clear()
+        attempt.close()
+        stages = attempt.stages_to_abort()
+        if stages:
+            self._spawn(self._abort(attempt, stages, reason))
+
+    async def _abort(self, attempt: _Attempt, stages: tuple[Role, ...], reason: str) -> None:
+        if attempt.announcing is not None:
+            await asyncio.wait({attempt.announcing})  # an abort that overtakes the announcement would do nothing
+        calls = (attempt.client(stage).abort(attempt.spec.sequence_id, stage, reason) for stage in stages)
+        for result in await asyncio.gather(*calls, return_exceptions=True):
+            # A worker that cannot be reached has lost our stream too, and aborts by itself.
+            if isinstance(result, Exception) and not isinstance(result, PrfaasError):
+                raise result
+
+    # ---- inside ----
+
+    async def _wait_idle(self, timeout_s: float) -> bool:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        return self._idle.is_set()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _is_not(view: ClusterView) -> Callable[[ClusterView], bool]:
+    """True of every other view: views are made anew at each change."""
+    return lambda current: current is not view
+
+
+class _Flight:
+    """One request in flight."""
+
+    def __init__(self, request: GenerateRequest, name: RequestId) -> None:
+        self.request = request
+        self.name = name  # unique over gateways and time
+        self.continuations = tuple(_Continuation(request, index) for index in range(request.sampling.n))
+        self.route: Route | None = None  # of continuation 0's last attempt
+        self.timer: asyncio.TimerHandle | None = None
+
+    def interrupt(self, error: PrfaasError) -> None:
+        """Whatever its continuations wait for, they raise ``error``."""
+        for continuation in self.continuations:
+            continuation.inbox.interrupt(error)
+
+
+class _Continuation:
+    """One of n: the tokens that the client has, and the attempt under way."""
+
+    def __init__(self, request: GenerateRequest, index: int) -> None:
+        self.index = index
+        self.inbox = _Inbox()
+        self.attempt: _Attempt | None = None
+        self.excluded: set[EngineId] = set()
+        self._request = request
+        self._sampling = request.sampling.for_index(index)
+        self._token_ids: list[int] = []
+        self._attempts: list[_Attempt] = []
+        self._routed_at = 0.0
+        self._first_token_at: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the client has."""
+        return len(self._token_ids)
+
+    @property
+    def num_attempts(self) -> int:
+        return len(self._attempts)
+
+    @property
+    def backoff_s(self) -> float:
+        """How long to look for another worker before one that failed this continuation is taken again."""
+        return SAME_WORKER_BACKOFF_S * 2 ** (self.num_attempts - 1) if self._attempts else 0.0
+
+    def was_failed_by(self, route: Route) -> bool:
+        """Does the route use an engine that failed this continuation?"""
+        workers = (route.prefill, route.decode)
+        return any(worker is not None and worker.engine_id in self.excluded for worker in workers)
+
+    def route_request(self, ordinal: int) -> RouteRequest:
+        return RouteRequest(
+            request_id=self._request.request_id,
+            num_tokens=len(self._request.prompt_token_ids) + self.num_tokens,
+            ordinal=ordinal,
+            excluded=frozenset(self.excluded),
+        )
+
+    def next_spec(self, flight: _Flight) -> SequenceSpec:
+        return SequenceSpec(
+            sequence_id=sequence_id(flight.name, self.index, self.num_attempts),
+            prompt_token_ids=self._request.prompt_token_ids,
+            sampling=self._sampling,
+            output_token_ids=tuple(self._token_ids),
+            salt=self._request.salt,
+        )
+
+    def started(self, attempt: _Attempt, now: float) -> None:
+        if not self._attempts:
+            self._routed_at = now
+        self._attempts.append(attempt)
+        self.attempt = attempt
+
+    def next_chunk(self, now: float, chunk: TokenChunk) -> OutputChunk:
+        """Tokens for the client, who has them from here on."""
+        self._token_ids += chunk.token_ids
+        if self._first_token_at is None and chunk.token_ids:
+            self._first_token_at = now
+        return OutputChunk(
+            index=self.index,
+            token_ids=chunk.token_ids,
+            logprobs=chunk.logprobs,
+            cached_tokens=self._cached_tokens(),
+        )
+
+    def last_chunk(self, now: float, reason: FinishReason | None, chunk: TokenChunk | None = None) -> OutputChunk:
+        """The end; ``chunk`` brings the last tokens, if there are any."""
+        last = self.next_chunk(now, chunk) if chunk is not None else OutputChunk(self.index)
+        return replace(
+            last,
+            finish_reason=reason,
+            stop_token_id=chunk.stop_token_id if chunk is not None else None,
+            cached_tokens=self._cached_tokens(),
+            timing=self._timing(now),
+        )
+
+    def _cached_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache of the first worker that computed the prompt."""
+        for attempt in self._attempts:
+            stats = attempt.stats.get(Role.DECODE if attempt.prefill is None else Role.PREFILL)
+            if stats is not None:
+                return stats.cached_tokens
+        return 0
+
+    def _timing(self, now: float) -> RequestTiming:
+        """Seconds and bytes are summed over the attempts; workers and the reason are the last one's."""
+        last = self._attempts[-1]
+        prefills = [stats for a in self._attempts if (stats := a.stats.get(Role.PREFILL)) is not None]
+        decodes = [stats for a in self._attempts if (stats := a.stats.get(Role.DECODE)) is not None]
+        arrived_at = self._request.arrived_at
+        first_token_at = now if self._first_token_at is None else self._first_token_at
+        return RequestTiming(
+            prefill_worker=last.route.prefill.worker_id if last.route.prefill is not None else None,
+            decode_worker=None if last.finished_by_prefill else last.route.decode.worker_id,
+            route_reason=last.route.reason,
+            route_s=self._routed_at - arrived_at,
+            prefill_queue_s=sum(s.queue_s for s in prefills),
+            prefill_s=sum(s.compute_s for s in prefills),
+            transfer_s=sum(s.transfer_s for s in prefills),
+            exposed_transfer_s=sum(s.exposed_transfer_s for s in prefills),
+            decode_queue_s=sum(s.queue_s for s in decodes),
+            decode_s=sum(s.compute_s for s in decodes),
+            ttft_s=first_token_at - arrived_at,
+            total_s=now - arrived_at,
+            bytes_shipped=sum(s.bytes_shipped for s in prefills),
+            cached_tokens=self._cached_tokens(),
+            decode_cached_tokens=decodes[-1].cached_tokens if decodes else 0,
+            num_attempts=len(self._attempts),
+            num_preemptions=sum(s.num_preemptions for s in (*prefills, *decodes)),
+        )
+
+
+class _Attempt:
+    """One try at one continuation on one route: what its two workers said so far."""
+
+    def __init__(self, spec: SequenceSpec, route: Route, prefill: WorkerClient | None, decode: WorkerClient) -> None:
+        self.spec = spec
+        self.route = route
+        self.prefill = prefill  # None: the decode worker prefills
+        self.decode = decode
+        self.session_id = SessionId(spec.sequence_id)  # one hand-over per attempt, so one name does
+        self.announcing: asyncio.Task[None] | None = None
+        self.stats: dict[Role, StageStats] = {}  # each stage's latest report, which includes its earlier ones
+        self.handed_over = prefill is None  # P has nothing more to say
+        self.finished = False
+        self.finished_by_prefill = False
+        self.ended = False
+        self._committed = prefill is None  # D has the K/V
+        self._next_position = len(spec.output_token_ids)
+        self._early: dict[int, TokenChunk] = {}  # position |-> chunk that came before its predecessor
+
+    def take(self, stage: Role, chunk: TokenChunk) -> Iterator[TokenChunk]:
+        """Note a chunk; yield those whose turn it is, in order of position."""
+        if chunk.stats is not None:
+            self.stats[stage] = chunk.stats
+        if stage is Role.DECODE:
+            self._committed = True
+        elif not chunk.token_ids and chunk.finish_reason is None:
+            self._committed = True
+            self.leave_prefill()
+            return
+        self._early[chunk.position] = chunk
+        while (due := self._early.pop(self._next_position, None)) is not None:
+            self._next_position += len(due.token_ids)
+            if due.token_ids or due.finish_reason is not None:
+                yield due
+
+    def is_decodes_alone(self, num_tokens: int) -> bool:
+        """D has the K/V and the client has P's token: P may go, nothing is lost."""
+        return self._committed and num_tokens > len(self.spec.output_token_ids)
+
+    def leave_prefill(self) -> None:
+        """P has done its part."""
+        self.handed_over = True
+        if self.prefill is not None:
+            self.prefill.close_sequence(self.spec.sequence_id)
+
+    def worker(self, stage: Role) -> WorkerView:
+        """The worker of that stage; D's, if it prefills itself."""
+        if stage is Role.PREFILL and self.route.prefill is not None:
+            return self.route.prefill
+        return self.route.decode
+
+    def client(self, stage: Role) -> WorkerClient:
+        """The connection to ``worker(stage)``."""
+        return self.prefill if stage is Role.PREFILL and self.prefill is not None else self.decode
+
+    def close(self) -> None:
+        """Hear nothing more of it."""
+        self.ended = True
+        self.decode.close_sequence(self.spec.sequence_id)
+        if self.prefill is not None:
+            self.prefill.close_sequence(self.spec.sequence_id)
+
+    def stages_to_abort(self) -> tuple[Role, ...]:
+        """Stages whose worker may still hold something of it."""
+        stages: list[Role] = []
+        if not self.finished or self.finished_by_prefill:
+            stages.append(Role.DECODE)
+        if not self.finished and not self.handed_over:
+            stages.append(Role.PREFILL)
+        return tuple(stages)
+
+
+class _Inbox:
+    """What one continuation waits for, in order of arrival; one reader."""
+
+    def __init__(self) -> None:
+        self._events: deque[tuple[Role, SequenceEvent]] = deque()
+        self._error: PrfaasError | None = None
+        self.stopped = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, stage: Role, event: SequenceEvent) -> None:
+        """An event of the current attempt, from the worker of that stage."""
+        self._events.append((stage, event))
+        self._wake()
+
+    def interrupt(self, error: PrfaasError) -> None:
+        """The reader raises ``error``, before any event; the first one counts."""
+        self._error = self._error or error
+        self._wake()
+
+    def stop(self) -> None:
+        """The reader gets None, before any event."""
+        self.stopped = True
+        self._wake()
+
+    def clear(self) -> None:
+        """Forget the events of an attempt that is over."""
+        self._events.clear()
+
+    async def get(self) -> tuple[Role, SequenceEvent] | None:
+        """The next event; None: the text side stopped the continuation."""
+        while True:
+            if self._error is not None:
+                raise self._error
+            if self.stopped:
+                return None
+            if self._events:
+                return self._events.popleft()
+            await self._wait()
+
+    async def guard(self, work: Coroutine[None, None, bool]) -> None:
+        """Wait for ``work``, or until interrupted or stopped, whichever comes first."""
+        task = asyncio.ensure_future(work)
+        task.add_done_callback(lambda _: self._wake())
+        try:
+            while not task.done() and self._error is None and not self.stopped:
+                await self._wait()
+        finally:
+            task.cancel()
+        if self._error is not None:
+            raise self._error
+
+    async def _wait(self) -> None:
+        assert self._waiter is None, "an inbox has one reader"
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
