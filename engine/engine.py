@@ -1,0 +1,250 @@
+"""One model on one device: what to compute next, compute it, choose tokens, book them.
+
+The life of a step (``Engine.step``):
+1. The scheduler plans it: which tokens of which sequences, in which pages.
+2. The listener hears which sequences start (with what is cached already) and what is about to be computed.
+3. The runner computes it; the listener hears of each layer as soon as its K/V is stored, while later ones compute.
+4. The sampler chooses a token for each sequence that has none left to compute.
+5. The scheduler books the tokens and ends what is finished.
+
+Invariants:
+- Single-threaded: every call comes from one thread (see engine_thread.py), ``check`` and the properties excepted.
+- A step that raises fails its own sequences and no others; their pages are free, and the engine goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from core.clock import Clock
+from core.errors import InvalidRequest
+from core.fingerprint import CacheFingerprint
+from core.request import Role, SequenceFailure, SequenceId, SequenceSpec, TokenChunk
+from engine.attention import create_backend
+from engine.cache_layout import CacheLayout
+from engine.config import EngineConfig
+from engine.model_loader import LoadedModel, ModelDescription, load_model
+from engine.model_runner import ModelRunner
+from engine.model_source import resolve
+from engine.page_allocator import PageAllocator
+from engine.page_pool import PagePool
+from engine.sampler import Sampler
+from engine.scheduler import ChunkedPrefillScheduler, Reservation, SampledToken, Scheduler, StepPlan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step brought. Both empty: nothing could be computed, or only parts of prompts were."""
+
+    chunks: tuple[TokenChunk, ...] = ()
+    failures: tuple[SequenceFailure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """A snapshot for load reports; the counters run from the engine's start."""
+
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int  # known tokens not computed yet, of waiting and running sequences
+    pages_free: int  # free, or cached and evictable
+    pages_cached: int
+    pages_total: int
+    prompt_tokens: int
+    generated_tokens: int
+    cached_tokens: int
+    num_preemptions: int
+
+
+class StepListener(Protocol):
+    """Hears of a step while it runs, on the engine's thread; must be quick and must not raise."""
+
+    def sequence_started(self, spec: SequenceSpec, num_cached_tokens: int, page_ids: Sequence[int]) -> None:
+        """The sequence gets its first step, or its first after a preemption. ``page_ids`` are all its pages; the
+        K/V of the first ``num_cached_tokens`` tokens is in them already."""
+        ...
+
+    def step_planned(self, plan: StepPlan) -> None:
+        """This is computed now."""
+        ...
+
+    def layer_stored(self, layer: int) -> None:
+        """The K/V of every token of the plan is in its pages in ``layout.layers[layer]``; called in that order."""
+        ...
+
+
+class Engine:
+    """A scheduler, a page allocator, a model and a sampler, joined. Made by ``load_model``.
+
+    ``listener`` may be set once, before the first step.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        allocator: PageAllocator,
+        sampler: Sampler,
+        model: ModelDescription,
+        fingerprint: CacheFingerprint,
+        clock: Clock,
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._allocator = allocator
+        self._sampler = sampler
+        self._clock = clock
+        self.model = model
+        self.fingerprint = fingerprint
+        self.listener: StepListener | None = None
+
+    @classmethod
+    def load_model(
+        cls, config: EngineConfig, model: str, clock: Clock, *, cache_dir: str | Path = "~/.cache/prfaas/models"
+    ) -> Engine:
+        """Load ``model`` (see ``model_source.resolve``), try it out, and make an engine of it.
+
+        Raises ``UnsupportedModel`` with the reason, or ``InvalidConfig`` if the configuration does not suit it.
+        """
+        loaded = load_model(resolve(model, cache_dir), config)
+        pool = PagePool(loaded.layout, loaded.num_pages, loaded.device)
+        return cls._of(config, loaded, pool, clock)
+
+    @classmethod
+    def _of(cls, config: EngineConfig, loaded: LoadedModel, pool: PagePool, clock: Clock) -> Engine:
+        runner = ModelRunner(loaded.model, pool, create_backend(config.attention, pool))
+        runner.self_test()
+        allocator = PageAllocator(pool.num_pages, config.page_size, config.prefix_cache)
+        model = loaded.description
+        scheduler = ChunkedPrefillScheduler(config, allocator, model.max_model_len, model.eos_token_ids)
+        return cls(runner, scheduler, allocator, Sampler(model.eos_token_ids), model, loaded.fingerprint, clock)
+
+    @property
+    def pool(self) -> PagePool:
+        """The K/V memory."""
+        return self._runner.pool
+
+    @property
+    def layout(self) -> CacheLayout:
+        """What a page holds."""
+        return self.pool.layout
+
+    # ---- sequences in and out ----
+
+    def check(self, spec: SequenceSpec) -> None:
+        """Raise ``InvalidRequest`` if this engine could never run ``spec``. Reads constants only: any thread may."""
+        num_tokens, vocab_size = len(spec.prompt_token_ids) + len(spec.output_token_ids), self.model.vocab_size
+        if num_tokens >= self.model.max_model_len:
+            raise InvalidRequest(
+                "prompt",
+                f"has {num_tokens} tokens, which leaves no room for output: "
+                f"a sequence holds at most {self.model.max_model_len} tokens here",
+            )
+        # An unknown token would fail the whole step, other people's sequences included.
+        _check_vocabulary("prompt", spec.prompt_token_ids, vocab_size)
+        _check_vocabulary("output_token_ids", spec.output_token_ids, vocab_size)
+        _check_vocabulary("logit_bias", tuple(spec.sampling.logit_bias), vocab_size)
+
+    def add(self, spec: SequenceSpec) -> None:
+        """Queue a sequence. Raises ``InvalidRequest`` for one that can never run here or is here already."""
+        self.check(spec)
+        self._scheduler.add(spec, self._clock.now())
+
+    def reserve(self, spec: SequenceSpec) -> Reservation | None:
+        """Take pages for K/V that will be written from outside; None while there are none to spare."""
+        self.check(spec)
+        return self._scheduler.reserve(spec)
+
+    def cancel(self, reservation: Reservation) -> None:
+        """Give a reservation's pages back. Only call it when nobody can write to them any more."""
+        self._scheduler.cancel(reservation)
+
+    def admit(self, reservation: Reservation, first_token_ids: Sequence[int]) -> None:
+        """Go on with a sequence whose K/V has arrived in its reservation's pages. Raises ``ProtocolViolation``."""
+        self._scheduler.admit(reservation, first_token_ids, self._clock.now())
+
+    def release(self, sequence_id: SequenceId) -> bool:
+        """Drop the pages that a sequence with ``hold_kv`` kept; False if no such sequence is held."""
+        return self._scheduler.release(sequence_id)
+
+    def abort(self, sequence_id: SequenceId) -> bool:
+        """Forget a sequence in any state; False if it is unknown."""
+        return self._scheduler.abort(sequence_id)
+
+    # ---- steps ----
+
+    @property
+    def has_work(self) -> bool:
+        """True if ``step`` may compute something; False until another call changes that."""
+        return self._scheduler.has_work
+
+    def step(self) -> StepOutput:
+        """Compute one step."""
+        plan = self._scheduler.plan_step(self._clock.now())
+        if plan is None:
+            return StepOutput()
+        try:
+            sampled = self._execute(plan)
+        except Exception as error:  # a model may fail in any way; others' sequences must not suffer for it
+            return self._fail(plan, error)
+        return StepOutput(tuple(self._scheduler.commit_step(plan, sampled, self._clock.now())))
+
+    @torch.inference_mode()
+    def _execute(self, plan: StepPlan) -> dict[SequenceId, SampledToken]:
+        on_layer_stored = None
+        if self.listener is not None:
+            for started in plan.started:
+                self.listener.sequence_started(started.spec, started.num_cached_tokens, started.page_ids)
+            self.listener.step_planned(plan)
+            on_layer_stored = self.listener.layer_stored
+        logits = self._runner.run(plan, on_layer_stored)
+        items = plan.sampling_items
+        tokens = self._sampler.sample(logits, items) if items else []
+        return {item.sequence_id: token for item, token in zip(items, tokens, strict=True)}
+
+    def _fail(self, plan: StepPlan, error: Exception) -> StepOutput:
+        logger.error("a step of %d sequences failed", len(plan.items), exc_info=error)
+        message = f"the engine's step failed: {type(error).__name__}: {error}"
+        failed = [item.sequence_id for item in plan.items]
+        for sequence_id in failed:
+            self._scheduler.abort(sequence_id)
+        # The engine does not know which stage it serves; the worker puts its own in.
+        return StepOutput(failures=tuple(SequenceFailure(s, message, True, Role.DECODE) for s in failed))
+
+    # ---- reports ----
+
+    def load(self) -> EngineLoad:
+        """What is queued, running and done."""
+        load = self._scheduler.load()
+        return EngineLoad(
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            num_waiting_tokens=load.num_waiting_tokens,
+            pages_free=self._allocator.num_free,
+            pages_cached=self._allocator.num_cached,
+            pages_total=self._allocator.num_pages,
+            prompt_tokens=load.prompt_tokens,
+            generated_tokens=load.generated_tokens,
+            cached_tokens=load.cached_tokens,
+            num_preemptions=load.num_preemptions,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` unless every page is accounted for, and all are free or cached when idle."""
+        self._allocator.check_integrity()
+        load = self._scheduler.load()
+        if not (load.num_running or load.num_held or load.num_reserved):
+            assert self._allocator.whole(), "nothing runs, yet pages are in use"
+
+
+def _check_vocabulary(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
+        raise InvalidRequest(field, f"token ids must be below the vocabulary's size, {vocab_size}")

@@ -1,0 +1,139 @@
+"""Who calls the engine? One thread: it computes steps while there is work and runs what others submit in between.
+
+    any thread ──submit(fn)──> queue ──between steps──> fn(engine) ──> Future
+    engine thread: [fn fn] step [fn] step step ... (nothing to do: asleep until the next submit or stop)
+
+Invariants:
+- The engine is touched by this thread only, so it needs no locks.
+- What is submitted runs in the order in which it came, and before the next step.
+- The thread never ends silently. What a model can do wrong, the engine itself turns into failures; if ``step`` raises
+  nevertheless, the engine's books are wrong: the thread logs it, fails what is submitted and calls ``on_death``, so
+  that the process can end and be started anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from core.errors import SequenceFailed
+from engine.engine import Engine, StepOutput
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class EngineThread:
+    """Runs ``engine``. ``on_output`` gets every step's output that is not empty, on the engine's thread.
+
+    ``on_death`` is called at most once, on that thread, with what ended it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        on_output: Callable[[StepOutput], None],
+        on_death: Callable[[Exception], None] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._on_output = on_output
+        self._on_death = on_death
+        self._condition = threading.Condition()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._stopping = False
+        self._ended: SequenceFailed | None = None  # why nothing can be submitted any more
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """True between ``start`` and the end of the thread."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Begin to compute. Once only."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """End after the step under way, whatever is queued; False if that took longer than ``timeout_s``.
+
+        Calls that did not run, and later ones, fail with ``SequenceFailed``. Must not be called by the thread itself.
+        """
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            self._end("the engine has stopped")
+        return not self._thread.is_alive()
+
+    def submit(self, fn: Callable[[Engine], T]) -> Future[T]:
+        """Run ``fn(engine)`` between two steps. The future holds its result, its exception, or ``SequenceFailed``
+        (retryable) if the engine has ended; cancelling the future before its turn skips the call."""
+        future: Future[T] = Future()
+        with self._condition:
+            if self._ended is not None:
+                future.set_exception(self._ended)
+                return future
+            self._calls.append(lambda: self._settle(future, fn))
+            self._condition.notify()
+        return future
+
+    def _settle(self, future: Future[T], fn: Callable[[Engine], T]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        if self._ended is not None:
+            future.set_exception(self._ended)
+            return
+        try:
+            result = fn(self._engine)
+        except Exception as error:  # it belongs to whoever submitted
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._run_calls()
+                if self._engine.has_work:
+                    self._publish(self._engine.step())
+        except Exception as error:  # a bug of ours: see the module's last rule
+            logger.critical("the engine thread died", exc_info=error)
+            self._end(f"the engine died: {type(error).__name__}: {error}")
+            if self._on_death is not None:
+                self._on_death(error)
+
+    def _wait_for_work(self) -> bool:
+        """Block until there is something to do; False: it is time to end."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._stopping or self._calls or self._engine.has_work)
+            return not self._stopping
+
+    def _run_calls(self) -> None:
+        with self._condition:
+            calls, self._calls = self._calls, deque()
+        for call in calls:
+            call()
+
+    def _publish(self, output: StepOutput) -> None:
+        if not output.chunks and not output.failures:
+            return
+        try:
+            self._on_output(output)
+        except Exception:
+            # The step is booked already; its tokens are lost to the listener, other sequences need not be.
+            logger.exception("the listener failed on %d chunks", len(output.chunks))
+
+    def _end(self, reason: str) -> None:
+        """Fail every call that waits, and every later one."""
+        with self._condition:
+            self._ended = self._ended or SequenceFailed(reason, retryable=True)
+            calls, self._calls = self._calls, deque()
+        for call in calls:
+            call()

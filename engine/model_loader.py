@@ -1,0 +1,210 @@
+"""How does a folder become a model that can be served, and what is it then called?
+
+Loads the transformers model with our attention function in place, finds out what its layers store (a probe forward,
+model_runner.py), decides how many pages there are and how long a sequence may be, and names the cache: two workers
+that loaded the same weights in the same way get equal fingerprints, wherever their folders lie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from core.errors import InvalidConfig, UnsupportedModel
+from core.fingerprint import CacheFingerprint
+from engine.cache_layout import CacheLayout
+from engine.config import EngineConfig
+from engine.model_runner import ATTENTION_NAME, probe_layers, register_attention
+from engine.model_source import ModelSource, SourceKind
+
+logger = logging.getLogger(__name__)
+
+# What transformers raises for folders and configurations that it cannot load.
+_LOADING_ERRORS = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096
+# Keys of a config that do not change what is computed, or that say where it came from.
+_NOT_NUMBERS = frozenset({"transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"})
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What others need to know of a loaded model."""
+
+    architecture: str
+    max_model_len: int  # tokens, prompt and output
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]  # ascending; any of them ends a sequence
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model on its device, and how it is to be served."""
+
+    model: PreTrainedModel
+    device: torch.device
+    layout: CacheLayout
+    num_pages: int
+    description: ModelDescription
+    fingerprint: CacheFingerprint
+
+
+def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
+    """Load and probe. Raises ``UnsupportedModel`` with the reason, ``InvalidConfig`` if a key does not suit it.
+
+    Sets the process's number of torch threads if ``config.threads`` says so.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = _device(config)
+    register_attention()
+    model = _load(source, config, device)
+    layout = CacheLayout(probe_layers(model), config.page_size)
+    num_pages = config.num_pages or config.kv_cache_bytes // layout.bytes_per_page
+    if num_pages < 1:
+        raise InvalidConfig("engine.kv_cache_bytes", f"must hold at least one page, {layout.bytes_per_page} bytes")
+    text_config = model.config.get_text_config()
+    description = ModelDescription(
+        architecture=type(model).__name__,
+        max_model_len=_max_model_len(config, _model_limit(text_config), num_pages * config.page_size),
+        vocab_size=text_config.vocab_size,
+        eos_token_ids=_eos_token_ids(model, source.folder),
+    )
+    fingerprint = CacheFingerprint(
+        model=f"{description.architecture}-{_config_digest(text_config)}",
+        revision=f"dummy-{config.dummy_seed}" if source.kind is SourceKind.DUMMY else weights_digest(source.folder),
+        dtype=str(model.dtype).removeprefix("torch."),
+        page_size=config.page_size,
+        layout=layout.fingerprint(),
+    )
+    return LoadedModel(model, device, layout, num_pages, description, fingerprint)
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InvalidConfig("engine.device", "is cuda, but torch sees no GPU")
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def _load(source: ModelSource, config: EngineConfig, device: torch.device) -> PreTrainedModel:
+    try:
+        model_config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        _refuse(model_config)
+        dtype = _dtype(config, model_config, device)
+        model: Any
+        if source.kind is SourceKind.DUMMY:
+            model = _random_model(model_config, dtype, device, config.dummy_seed)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=dtype, attn_implementation=ATTENTION_NAME, local_files_only=True
+            )
+    except _LOADING_ERRORS as error:
+        raise UnsupportedModel(f"{source.name}: transformers cannot load it: {error}") from error
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+def _random_model(model_config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
+    factory: Any = AutoModelForCausalLM
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.device(device):
+        torch.manual_seed(seed)
+        # A copy, because from_config keeps and changes the config that it is given.
+        model: PreTrainedModel = factory.from_config(
+            deepcopy(model_config), dtype=dtype, attn_implementation=ATTENTION_NAME
+        )
+    return model
+
+
+def _refuse(model_config: Any) -> None:
+    """Refuse what can be told from the configuration; the probe and the self-test find the rest."""
+    if model_config.is_encoder_decoder:
+        raise UnsupportedModel(f"{model_config.model_type} is an encoder-decoder model; only decoders can be served")
+    if _rope_type(model_config.get_text_config()) == "dynamic":
+        raise UnsupportedModel(
+            "rope_type dynamic turns the keys of all sequences of a step by the longest one's length"
+        )
+
+
+def _rope_type(text_config: Any) -> str | None:
+    parameters = getattr(text_config, "rope_parameters", None)
+    rope_type = parameters.get("rope_type") if isinstance(parameters, dict) else None
+    return rope_type if isinstance(rope_type, str) else None
+
+
+def _dtype(config: EngineConfig, model_config: Any, device: torch.device) -> torch.dtype:
+    name = config.dtype
+    if name == "auto":
+        stored = getattr(model_config.get_text_config(), "dtype", None)
+        return stored if device.type != "cpu" and isinstance(stored, torch.dtype) else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _model_limit(text_config: Any) -> int | None:
+    """Positions that the model was made for; None if its configuration does not say."""
+    limit = getattr(text_config, "max_position_embeddings", None)
+    if _rope_type(text_config) == "longrope":
+        # Above it the model turns all keys of a step by other factors, short sequences' and cached ones' too.
+        parameters = text_config.rope_parameters
+        original = parameters.get("original_max_position_embeddings")
+        limit = original or getattr(text_config, "original_max_position_embeddings", None) or limit
+    return limit if isinstance(limit, int) else None
+
+
+def _max_model_len(config: EngineConfig, model_limit: int | None, num_slots: int) -> int:
+    asked = config.max_model_len
+    if asked is None:
+        return min(model_limit or num_slots, num_slots)
+    if model_limit is not None and asked > model_limit:
+        raise InvalidConfig("engine.max_model_len", f"must be at most the model's limit of {model_limit}, got {asked}")
+    if asked > num_slots:
+        raise InvalidConfig("engine.max_model_len", f"must fit the page pool of {num_slots} tokens, got {asked}")
+    return asked
+
+
+def _eos_token_ids(model: PreTrainedModel, folder: Path) -> tuple[int, ...]:
+    """What ends a sequence by the generation config, the config or the tokenizer: chat models name their end of turn
+    in one of them and the end of text in another."""
+    found: set[int] = set()
+    for config in (model.generation_config, model.config, model.config.get_text_config()):
+        ids = getattr(config, "eos_token_id", None)
+        found.update(ids if isinstance(ids, Iterable) else () if ids is None else (ids,))
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        found.update(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
+    return tuple(sorted(found))
+
+
+def _config_digest(text_config: Any) -> str:
+    numbers = {
+        key: value
+        for key, value in text_config.to_dict().items()
+        if key not in _NOT_NUMBERS and not key.startswith("_")
+    }
+    text = json.dumps(numbers, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """A digest of the weight files' sizes, headers and evenly spread samples: milliseconds, whatever their size."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(path for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES):
+        size = path.stat().st_size
+        digest.update(f"{path.name}/{size}/".encode())
+        with path.open("rb") as file:
+            for sample in range(_NUM_SAMPLES):
+                file.seek(size * sample // _NUM_SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,315 @@
+"""How is one StepPlan computed by a transformers model that was not written for pages?
+
+1. transformers looks its attention function up by name. ``paged_attention`` is registered under ``ATTENTION_NAME``; the
+   model's own layers call it with q, k and v after norms and rotary embedding, and it builds no mask for that name.
+2. Our keyword ``forward_batch`` travels through the model's ``**kwargs`` to that function: the batch is an argument of
+   the call, not a global, so engines in one process do not meet.
+3. All tokens of a step are packed into one row, [1, tokens], with their positions: no padding. Each layer stores its
+   K/V in pages, reports that, and attends to the pages.
+4. ``logits_to_keep`` gives only the wanted positions' logits, through the model's own head (with its scaling and
+   softcapping).
+
+What a model asks of its attention beyond causal order, window, scaling, softcap and sinks is refused, not ignored:
+``probe_layers`` sees what each layer passes, and ``self_test`` compares with the model's own eager attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, Protocol
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from core.errors import InvalidConfig, UnsupportedModel
+from engine.attention import AttentionBackend, AttentionOptions, Segment, StepAttention
+from engine.cache_layout import LayerCache
+from engine.page_pool import PagePool
+from engine.scheduler import StepItem, StepPlan
+
+ATTENTION_NAME = "prfaas_paged"
+# Keywords that models hand down to every attention function and that change nothing here: either they repeat what the
+# batch says already, or they are for other attention functions.
+_WITHOUT_EFFECT = frozenset({"dropout", "is_causal", "position_ids", "position_embeddings", "use_cache"})
+_SELF_TEST_CHUNKS = (13, 9, 1)  # the second begins inside a page, the third is a decode step
+# Largest distance of logits from the model's own, relative to their spread. Rounding gives about a fifth of these.
+_SELF_TEST_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
+
+
+class ForwardBatch(Protocol):
+    """What travels through the model as ``forward_batch``."""
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """The attention output, [tokens, heads, value_dim]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """One layer's call of its attention function."""
+
+    layer: int  # the model's number of the layer
+    query: torch.Tensor  # [tokens, heads, key_dim]
+    key: torch.Tensor  # [tokens, kv_heads, key_dim]
+    value: torch.Tensor  # [tokens, kv_heads, value_dim]
+    options: AttentionOptions
+    window: int | None
+    unknown: tuple[str, ...]  # names of keywords that are given and that we know nothing of
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, heads, tokens, key_dim]; key and value likewise
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    forward_batch: ForwardBatch | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others: object,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that transformers calls; the signature is theirs. Returns [1, tokens, heads, dim]."""
+    if forward_batch is None:
+        raise UnsupportedModel(f"{type(module).__name__} does not hand keywords down to its attention function")
+    unknown = [name for name, given in others.items() if _matters(name, given)]
+    if attention_mask is not None:
+        unknown.append("attention_mask")
+    call = AttentionCall(
+        layer=_layer_number(module),
+        query=query[0].transpose(0, 1),
+        key=key[0].transpose(0, 1),
+        value=value[0].transpose(0, 1),
+        options=AttentionOptions(scaling or query.shape[-1] ** -0.5, softcap, s_aux),
+        window=sliding_window,
+        unknown=tuple(unknown),
+    )
+    return forward_batch.attend(call).unsqueeze(0), None
+
+
+def _matters(name: str, given: object) -> bool:
+    return given is not None and given is not False and name not in _WITHOUT_EFFECT
+
+
+def _layer_number(module: torch.nn.Module) -> int:
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int):
+        raise UnsupportedModel(f"{type(module).__name__} does not know its layer's number")
+    return layer
+
+
+def _no_mask(*_: object, **__: object) -> None:
+    """The backend hides what is to be hidden; a mask over the packed row would be wrong and large."""
+
+
+def register_attention() -> None:
+    """Make ``ATTENTION_NAME`` known to transformers; doing it again changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, paged_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+
+class _Probe:
+    """Takes note of every layer's K/V shape, and attends to nothing."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerCache] = {}
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        if call.unknown:
+            raise UnsupportedModel(f"layer {call.layer} asks its attention for {', '.join(call.unknown)}")
+        if call.layer in self.layers:
+            raise UnsupportedModel(f"layer {call.layer} attends more than once in one forward pass")
+        if call.query.shape[1] % call.key.shape[1]:
+            raise UnsupportedModel(f"layer {call.layer}: query heads are no multiple of its key/value heads")
+        self.layers[call.layer] = LayerCache(
+            layer=call.layer,
+            num_kv_heads=call.key.shape[1],
+            key_dim=call.key.shape[2],
+            value_dim=call.value.shape[2],
+            dtype=str(call.key.dtype).removeprefix("torch."),
+            window=call.window,
+        )
+        return call.value.new_zeros(*call.query.shape[:2], call.value.shape[2])
+
+
+def probe_layers(model: PreTrainedModel) -> tuple[LayerCache, ...]:
+    """What each layer would store, from one tiny forward pass. Raises ``UnsupportedModel``."""
+    probe = _Probe()
+    row = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    try:
+        with torch.inference_mode():
+            _forward(model, row, torch.arange(2, device=model.device)[None], torch.tensor([1]), probe)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModel(f"a forward pass without a cache object fails: {error}") from error
+    config = model.config.get_text_config()
+    missing = sorted(set(range(config.num_hidden_layers)) - probe.layers.keys())
+    if missing:
+        raise UnsupportedModel(
+            f"layers {_ranges(missing)} never call the attention function (recurrent layers, or an attention of "
+            "their own), so their state cannot be paged"
+        )
+    layers = tuple(probe.layers[number] for number in sorted(probe.layers))
+    _check_windows(layers, getattr(config, "layer_types", None))
+    return layers
+
+
+def _check_windows(layers: Sequence[LayerCache], layer_types: Sequence[str] | None) -> None:
+    """Some models hide by mask alone and hand no window down; the self-test is too short to notice."""
+    for layer, layer_type in zip(layers, layer_types or (), strict=False):
+        if layer_type not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModel(f"layer {layer.layer} has attention of the kind {layer_type}")
+        if layer_type == "sliding_attention" and layer.window is None:
+            raise UnsupportedModel(f"layer {layer.layer} has a sliding window, but does not say how wide")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    text = ", ".join(map(str, numbers[:8]))
+    return f"{text}, ..." if len(numbers) > 8 else text
+
+
+def _forward(
+    model: PreTrainedModel,
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    wanted: torch.Tensor,
+    forward_batch: ForwardBatch,
+) -> torch.Tensor:
+    """Logits [len(wanted), vocab] of the packed row's tokens at the indices ``wanted``."""
+    # A model that does not know the keyword would hand it down to its layers and compute every position's logits.
+    selects = "logits_to_keep" in signature(model.forward).parameters
+    output = model(
+        input_ids=token_ids,
+        position_ids=positions,
+        use_cache=False,
+        forward_batch=forward_batch,
+        **({"logits_to_keep": wanted} if selects else {}),
+    )
+    logits: torch.Tensor = output.logits[0]
+    return logits if selects else logits[wanted]
+
+
+class _PagedBatch:
+    """The step, as the layers of the model meet it."""
+
+    def __init__(
+        self,
+        step: StepAttention,
+        index_of: Mapping[int, int],
+        on_layer_stored: Callable[[int], None] | None,
+    ) -> None:
+        self._step = step
+        self._index_of = index_of
+        self._on_layer_stored = on_layer_stored
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        index = self._index_of[call.layer]
+        self._step.store(index, call.key, call.value)
+        if self._on_layer_stored is not None:
+            self._on_layer_stored(index)
+        return self._step.attend(index, call.query, call.options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """What the runner needs of a StepItem."""
+
+    token_ids: Sequence[int]
+    start: int
+    page_ids: tuple[int, ...]
+    wanted: bool  # its last token's logits are
+
+
+class ModelRunner:
+    """Computes steps of ``model``, whose K/V goes to ``pool`` through ``backend``."""
+
+    def __init__(self, model: PreTrainedModel, pool: PagePool, backend: AttentionBackend) -> None:
+        self.pool = pool
+        self._model = model
+        self._backend = backend
+        self._index_of = {layer.layer: index for index, layer in enumerate(pool.layout.layers)}
+
+    def run(self, plan: StepPlan, on_layer_stored: Callable[[int], None] | None = None) -> torch.Tensor:
+        """Compute a step: logits [num sampling items, vocab] in the order of ``plan.sampling_items``.
+
+        ``on_layer_stored(index)`` is called when the K/V of all the step's tokens has been written in
+        ``layout.layers[index]`` (on a GPU: has been queued), before that layer attends.
+        """
+        return self._run([_chunk(item) for item in plan.items], on_layer_stored)
+
+    @torch.inference_mode()
+    def _run(self, chunks: Sequence[_Chunk], on_layer_stored: Callable[[int], None] | None) -> torch.Tensor:
+        # Packed short first: like lengths share a tile of the attention. Logits come back in the caller's order.
+        order = sorted(range(len(chunks)), key=lambda i: (len(chunks[i].token_ids) > 1, chunks[i].start))
+        token_ids: list[int] = []
+        positions: list[int] = []
+        segments: list[Segment] = []
+        last = [0] * len(chunks)  # index of each chunk's last token in the packed row
+        for i in order:
+            chunk = chunks[i]
+            segment = Segment(chunk.start, len(chunk.token_ids), chunk.page_ids)
+            token_ids.extend(chunk.token_ids)
+            positions.extend(range(segment.start, segment.end))
+            segments.append(segment)
+            last[i] = len(token_ids) - 1
+        wanted = [index for index, chunk in zip(last, chunks, strict=True) if chunk.wanted]
+        device = self.pool.device
+        batch = _PagedBatch(self._backend.prepare(segments), self._index_of, on_layer_stored)
+        return _forward(
+            self._model,
+            torch.tensor([token_ids], device=device),
+            torch.tensor([positions], device=device),
+            torch.tensor(wanted, dtype=torch.long, device=device),
+            batch,
+        )
+
+    def self_test(self) -> None:
+        """Compare a prompt computed in chunks through pages with the model's own eager attention.
+
+        Uses pages from the end of the pool backwards, so it must run before anything is stored. Raises
+        ``UnsupportedModel`` if the logits differ by more than rounding explains.
+        """
+        page_size, num_tokens = self.pool.layout.page_size, sum(_SELF_TEST_CHUNKS)
+        num_pages = -(-num_tokens // page_size)
+        if num_pages > self.pool.num_pages:
+            raise InvalidConfig("engine.num_pages", f"must be at least {num_pages}, to try the model out")
+        page_ids = tuple(range(self.pool.num_pages - 1, self.pool.num_pages - 1 - num_pages, -1))
+        token_ids = [(37 * i + 11) % self._model.config.get_text_config().vocab_size for i in range(num_tokens)]
+        paged, ends, start = [], [], 0
+        for size in _SELF_TEST_CHUNKS:
+            paged.append(self._run([_Chunk(token_ids[start : start + size], start, page_ids, True)], None))
+            start += size
+            ends.append(start - 1)
+        expected = self._eager_logits(token_ids, ends)
+        error = _distance(torch.cat(paged), expected)
+        tolerance = _SELF_TEST_TOLERANCE[expected.dtype]
+        if not error <= tolerance:
+            raise UnsupportedModel(
+                f"the paged path does not compute what the model's own attention does: its logits are off by "
+                f"{error:.2g} of their spread, and {tolerance:g} is allowed"
+            )
+
+    @torch.inference_mode()
+    def _eager_logits(self, token_ids: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
+        model: Any = self._model
+        model.set_attn_implementation("eager")
+        try:
+            row = torch.tensor([token_ids], device=self.pool.device)
+            logits: torch.Tensor = model(input_ids=row, use_cache=False).logits[0]
+        finally:
+            model.set_attn_implementation(ATTENTION_NAME)
+        return logits[list(wanted)]
+
+
+def _chunk(item: StepItem) -> _Chunk:
+    return _Chunk(item.token_ids, item.start, item.page_ids, item.samples)
+
+
+def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the difference, relative to the standard deviation of ``expected``; worst row."""
+    difference = (actual.float() - expected.float()).square().mean(-1).sqrt()
+    return float((difference / expected.float().std(-1).clamp(min=1e-12)).max())
