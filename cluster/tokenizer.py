@@ -127,7 +127,11 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that ``token_ids`` complete; empty while a character's bytes are still missing."""
-        self._window += token_ids
+        # One at a time: byte tokens decode to garbage until a character ends, and a larger piece may end inside one.
+        return "".join(map(self._push_one, token_ids))
+
+    def _push_one(self, token_id: int) -> str:
+        self._window.append(token_id)
         text = self._decode(self._window)
         broken = text.endswith(_REPLACEMENT)
         silent = len(text) <= len(self._context_text)  # special tokens: keep the context that has text

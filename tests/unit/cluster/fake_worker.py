@@ -1,0 +1,294 @@
+"""A worker without a model, over real gRPC: tokens that can be computed by hand, and a death at any stage.
+
+``token_at`` is the whole model. A prefill worker sends the first token, hands over by calling the decode worker's
+``commit`` in the same process (``FakeWorker.at`` finds it by address), and reports the hand-over. At each stage the
+worker runs the hook that a test has put into ``hooks``; a hook may kill the worker, wait, or fail the sequence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from core.fingerprint import CacheFingerprint
+from core.request import FinishReason, Role, SequenceFailure, SequenceId, SequenceSpec, StageStats, TokenChunk, WorkerId
+from protos import wire
+from protos import worker_pb2 as pb
+from protos import worker_pb2_grpc as rpc
+
+FINGERPRINT = CacheFingerprint(model="fake", revision="r1", dtype="float32", page_size=4, layout="l1")
+VOCAB_SIZE = 1000
+
+# Stages, in the order in which a sequence meets them; hooks are named after them.
+ANNOUNCED = "announced"  # D: the Decode call has come
+QUEUED = "queued"  # P: the Prefill call has come
+FIRST_TOKEN = "first_token"  # P: about to send the first token
+BEFORE_COMMIT = "before_commit"  # P: the first token was sent, D knows nothing of it
+COMMITTED = "committed"  # P: D has the sequence, the report of the hand-over was not sent
+DECODED = "decoded"  # D: each time a token was sent
+
+
+class Interrupted(Exception):
+    """A hook ends the sequence here."""
+
+
+@dataclass
+class Visit:
+    """One sequence at one stage of one worker."""
+
+    worker: FakeWorker
+    stage: str
+    spec: SequenceSpec
+    num_sent: int = 0  # tokens that this worker sent of it
+
+
+Hook = Callable[[Visit], Awaitable[None]]
+
+
+def token_at(prompt: Sequence[int], seed: int, position: int) -> int:
+    """The model: a pure function, as sampling is."""
+    return (sum(prompt) + 31 * position + 7 * seed) % VOCAB_SIZE
+
+
+def expected_tokens(prompt: Sequence[int], seed: int, num_tokens: int) -> list[int]:
+    return [token_at(prompt, seed, position) for position in range(num_tokens)]
+
+
+@dataclass
+class FakeWorker(rpc.WorkerServicer, rpc.PrefillServicer, rpc.DecodeServicer):
+    """One worker process, in this one."""
+
+    worker_id: str
+    role: Role
+    engine_id: str = ""
+    fingerprint: CacheFingerprint = FINGERPRINT
+    draining: bool = False
+    pages_free: int = 1000
+    step_s: float = 0.0
+    hooks: dict[str, Hook] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.engine_id = self.engine_id or f"{self.worker_id}-engine-1"
+        self.address = ""
+        self.silent = asyncio.Event()  # set: Watch sends no heartbeats any more
+        self.prefills: list[SequenceSpec] = []
+        self.decodes: list[SequenceSpec] = []
+        self.aborts: list[tuple[str, str]] = []  # (sequence id, "prefill" or "decode")
+        self.running: dict[str, asyncio.Task[None]] = {}
+        self.announced: dict[str, SequenceSpec] = {}
+        self._outputs: asyncio.Queue[pb.OutputBatch] = asyncio.Queue()
+        self._changed = asyncio.Event()
+        self._server = grpc.aio.server()
+        self._fabric: dict[str, FakeWorker] = {}
+        self._dead = False
+
+    async def start(self, fabric: dict[str, FakeWorker]) -> str:
+        self._fabric = fabric
+        rpc.add_WorkerServicer_to_server(self, self._server)
+        rpc.add_PrefillServicer_to_server(self, self._server)
+        rpc.add_DecodeServicer_to_server(self, self._server)
+        port = self._server.add_insecure_port("127.0.0.1:0")
+        self.address = f"127.0.0.1:{port}"
+        fabric[self.address] = self
+        await self._server.start()
+        return self.address
+
+    async def kill(self) -> None:
+        """As kill -9: connections break, nothing more is sent."""
+        self._dead = True
+        self._fabric.pop(self.address, None)
+        current = asyncio.current_task()
+        for task in self.running.values():
+            if task is not current:
+                task.cancel()
+        await self._server.stop(grace=None)
+
+    async def change(self, *, role: Role | None = None, draining: bool | None = None) -> None:
+        """Advertise something else."""
+        self.role = role or self.role
+        self.draining = self.draining if draining is None else draining
+        self._changed.set()
+
+    # ---- Worker ----
+
+    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.WorkerDescription:  # noqa: N802
+        return pb.WorkerDescription(
+            worker_id=self.worker_id,
+            engine_id=self.engine_id,
+            cluster_id="test",
+            address=self.address,
+            fingerprint=wire.fingerprint_to_message(self.fingerprint),
+            architecture="Fake",
+            max_model_len=4096,
+            vocab_size=VOCAB_SIZE,
+            eos_token_ids=[0],
+            kv_bytes_per_token=64,
+            transport="fake",
+            pages_total=1000,
+        )
+
+    async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WorkerState]:  # noqa: N802
+        while True:
+            yield pb.WorkerState(
+                engine_id=self.engine_id,
+                role=self.role.value,
+                draining=self.draining,
+                num_running=len(self.running),
+                pages_free=self.pages_free,
+            )
+            if self.silent.is_set():
+                await asyncio.Event().wait()
+            try:
+                await asyncio.wait_for(self._changed.wait(), request.interval_s)
+            except TimeoutError:
+                continue
+            self._changed.clear()
+
+    async def Outputs(self, request: pb.OutputsRequest, context: Any) -> AsyncIterator[pb.OutputBatch]:  # noqa: N802
+        yield pb.OutputBatch()
+        while True:
+            yield await self._outputs.get()
+
+    async def SetRole(self, request: pb.SetRoleRequest, context: Any) -> pb.SetRoleReply:  # noqa: N802
+        await self.change(role=Role(request.role))
+        return pb.SetRoleReply()
+
+    # ---- Prefill and Decode ----
+
+    async def Prefill(self, request: pb.PrefillRequest, context: Any) -> pb.PrefillReply:  # noqa: N802
+        spec = wire.spec_from_message(request.sequence, hold_kv=True)
+        self.prefills.append(spec)
+        await self._refuse_if_asked(QUEUED, spec, context)
+        self._run(spec, self._prefill(spec, request.decode_address))
+        return pb.PrefillReply()
+
+    async def Decode(self, request: pb.DecodeRequest, context: Any) -> pb.DecodeReply:  # noqa: N802
+        spec = wire.spec_from_message(request.sequence, hold_kv=False)
+        self.decodes.append(spec)
+        await self._refuse_if_asked(ANNOUNCED, spec, context)
+        if request.session_id:
+            self.announced[spec.sequence_id] = spec
+        else:
+            self._run(spec, self._decode(spec, first=len(spec.output_token_ids)))
+        return pb.DecodeReply()
+
+    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortReply:  # noqa: N802
+        stage = "prefill" if "Prefill" in _method(context) else "decode"
+        for sequence_id in request.sequence_ids:
+            self.aborts.append((sequence_id, stage))
+            self.announced.pop(sequence_id, None)
+            task = self.running.pop(sequence_id, None)
+            if task is not None:
+                task.cancel()
+        return pb.AbortReply()
+
+    # ---- the two halves ----
+
+    def commit(self, sequence_id: str) -> bool:
+        """D: the K/V is here. False if nobody announced it."""
+        spec = self.announced.pop(sequence_id, None)
+        if spec is None:
+            return False
+        self._run(spec, self._decode(spec, first=len(spec.output_token_ids) + 1))
+        return True
+
+    def send(self, *items: TokenChunk | SequenceFailure) -> None:
+        """One batch on the Outputs stream."""
+        if self._dead:
+            return
+        batch = pb.OutputBatch()
+        for item in items:
+            if isinstance(item, TokenChunk):
+                batch.chunks.append(wire.chunk_to_message(item))
+            else:
+                batch.failures.append(wire.failure_to_message(item))
+        self._outputs.put_nowait(batch)
+
+    def fail(self, spec: SequenceSpec, message: str = "scripted", *, retryable: bool = True) -> None:
+        stage = Role.PREFILL if spec.hold_kv else Role.DECODE
+        self.send(SequenceFailure(spec.sequence_id, message, retryable, stage))
+
+    def chunk(self, spec: SequenceSpec, position: int, stats: StageStats | None = None) -> TokenChunk:
+        assert spec.sampling.seed is not None
+        last = position + 1 == (spec.sampling.max_tokens or 16)
+        return TokenChunk(
+            spec.sequence_id,
+            position,
+            (token_at(spec.prompt_token_ids, spec.sampling.seed, position),),
+            finish_reason=FinishReason.LENGTH if last else None,
+            stats=stats,
+        )
+
+    async def _prefill(self, spec: SequenceSpec, decode_address: str) -> None:
+        await self._visit(FIRST_TOKEN, spec)
+        position = len(spec.output_token_ids)
+        stats = StageStats(WorkerId(self.worker_id), Role.PREFILL, queue_s=0.5, compute_s=1.0, cached_tokens=2)
+        first = self.chunk(spec, position, stats)
+        self.send(first)
+        if first.finish_reason is not None:
+            return
+        await self._visit(BEFORE_COMMIT, spec, 1)
+        peer = self._fabric.get(decode_address)
+        if peer is None or not peer.commit(spec.sequence_id):
+            self.send(SequenceFailure(spec.sequence_id, "no peer", True, Role.DECODE))
+            return
+        await self._visit(COMMITTED, spec, 1)
+        report = StageStats(
+            WorkerId(self.worker_id), Role.PREFILL, 0.5, 1.0, 2.0, 0.25, cached_tokens=2, bytes_shipped=128
+        )
+        self.send(TokenChunk(spec.sequence_id, position + 1, stats=report))
+
+    async def _decode(self, spec: SequenceSpec, first: int) -> None:
+        last = spec.sampling.max_tokens or 16
+        for position in range(first, last):
+            await asyncio.sleep(self.step_s)
+            stats = None
+            if position in (first, last - 1):
+                stats = StageStats(WorkerId(self.worker_id), Role.DECODE, 0.125, 4.0, cached_tokens=1)
+            self.send(self.chunk(spec, position, stats))
+            await self._visit(DECODED, spec, position - first + 1)
+
+    async def _visit(self, stage: str, spec: SequenceSpec, num_sent: int = 0) -> None:
+        await asyncio.sleep(0)
+        hook = self.hooks.get(stage)
+        if hook is not None:
+            await hook(Visit(self, stage, spec, num_sent))
+        if self._dead:
+            raise Interrupted
+
+    async def _refuse_if_asked(self, stage: str, spec: SequenceSpec, context: Any) -> None:
+        try:
+            await self._visit(stage, spec)
+        except Refusal as refusal:
+            await context.abort(refusal.code, refusal.details)
+
+    def _run(self, spec: SequenceSpec, work: Coroutine[Any, Any, None]) -> None:
+        async def run() -> None:
+            try:
+                await work
+            except Interrupted:
+                return
+            finally:
+                self.running.pop(spec.sequence_id, None)
+
+        self.running[spec.sequence_id] = asyncio.create_task(run())
+
+
+@dataclass
+class Refusal(Exception):
+    """A hook of ``announced`` or ``queued`` raises it: the call ends with that status."""
+
+    code: grpc.StatusCode
+    details: str
+
+
+def _method(context: Any) -> str:
+    return str(context._rpc_event.call_details.method if hasattr(context, "_rpc_event") else context.method())
+
+
+def sequence(sequence_id: str) -> SequenceId:
+    return SequenceId(sequence_id)
