@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from core.fingerprint import CacheFingerprint
-from core.request import FinishReason, Role, SequenceFailure, SequenceId, SequenceSpec, StageStats, TokenChunk, WorkerId
+from core.request import FinishReason, Role, SequenceFailure, SequenceSpec, StageStats, TokenChunk, WorkerId
 from protos import wire
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
@@ -59,7 +59,7 @@ def expected_tokens(prompt: Sequence[int], seed: int, num_tokens: int) -> list[i
 
 
 @dataclass
-class FakeWorker(rpc.WorkerServicer, rpc.PrefillServicer, rpc.DecodeServicer):
+class FakeWorker(rpc.WorkerServicer):
     """One worker process, in this one."""
 
     worker_id: str
@@ -77,7 +77,7 @@ class FakeWorker(rpc.WorkerServicer, rpc.PrefillServicer, rpc.DecodeServicer):
         self.silent = asyncio.Event()  # set: Watch sends no heartbeats any more
         self.prefills: list[SequenceSpec] = []
         self.decodes: list[SequenceSpec] = []
-        self.aborts: list[tuple[str, str]] = []  # (sequence id, "prefill" or "decode")
+        self.aborts: list[tuple[str, Role]] = []
         self.running: dict[str, asyncio.Task[None]] = {}
         self.announced: dict[str, SequenceSpec] = {}
         self._outputs: asyncio.Queue[pb.OutputBatch] = asyncio.Queue()
@@ -89,8 +89,8 @@ class FakeWorker(rpc.WorkerServicer, rpc.PrefillServicer, rpc.DecodeServicer):
     async def start(self, fabric: dict[str, FakeWorker]) -> str:
         self._fabric = fabric
         rpc.add_WorkerServicer_to_server(self, self._server)
-        rpc.add_PrefillServicer_to_server(self, self._server)
-        rpc.add_DecodeServicer_to_server(self, self._server)
+        rpc.add_PrefillServicer_to_server(_PrefillEdge(self), self._server)
+        rpc.add_DecodeServicer_to_server(_DecodeEdge(self), self._server)
         port = self._server.add_insecure_port("127.0.0.1:0")
         self.address = f"127.0.0.1:{port}"
         fabric[self.address] = self
@@ -159,14 +159,13 @@ class FakeWorker(rpc.WorkerServicer, rpc.PrefillServicer, rpc.DecodeServicer):
 
     # ---- Prefill and Decode ----
 
-    async def Prefill(self, request: pb.PrefillRequest, context: Any) -> pb.PrefillReply:  # noqa: N802
+    async def queue(self, request: pb.PrefillRequest, context: Any) -> None:
         spec = wire.spec_from_message(request.sequence, hold_kv=True)
         self.prefills.append(spec)
         await self._refuse_if_asked(QUEUED, spec, context)
         self._run(spec, self._prefill(spec, request.decode_address))
-        return pb.PrefillReply()
 
-    async def Decode(self, request: pb.DecodeRequest, context: Any) -> pb.DecodeReply:  # noqa: N802
+    async def announce(self, request: pb.DecodeRequest, context: Any) -> None:
         spec = wire.spec_from_message(request.sequence, hold_kv=False)
         self.decodes.append(spec)
         await self._refuse_if_asked(ANNOUNCED, spec, context)
@@ -174,11 +173,9 @@ class FakeWorker(rpc.WorkerServicer, rpc.PrefillServicer, rpc.DecodeServicer):
             self.announced[spec.sequence_id] = spec
         else:
             self._run(spec, self._decode(spec, first=len(spec.output_token_ids)))
-        return pb.DecodeReply()
 
-    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortReply:  # noqa: N802
-        stage = "prefill" if "Prefill" in _method(context) else "decode"
-        for sequence_id in request.sequence_ids:
+    def abort(self, sequence_ids: Sequence[str], stage: Role) -> None:
+        for sequence_id in sequence_ids:
             self.aborts.append((sequence_id, stage))
             self.announced.pop(sequence_id, None)
             task = self.running.pop(sequence_id, None)
@@ -286,9 +283,31 @@ class Refusal(Exception):
     details: str
 
 
-def _method(context: Any) -> str:
-    return str(context._rpc_event.call_details.method if hasattr(context, "_rpc_event") else context.method())
+class _PrefillEdge(rpc.PrefillServicer):
+    """The Prefill service of a fake worker; apart, because Abort is named alike in both services."""
+
+    def __init__(self, worker: FakeWorker) -> None:
+        self._worker = worker
+
+    async def Prefill(self, request: pb.PrefillRequest, context: Any) -> pb.PrefillReply:  # noqa: N802
+        await self._worker.queue(request, context)
+        return pb.PrefillReply()
+
+    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortReply:  # noqa: N802
+        self._worker.abort(request.sequence_ids, Role.PREFILL)
+        return pb.AbortReply()
 
 
-def sequence(sequence_id: str) -> SequenceId:
-    return SequenceId(sequence_id)
+class _DecodeEdge(rpc.DecodeServicer):
+    """The Decode service of a fake worker."""
+
+    def __init__(self, worker: FakeWorker) -> None:
+        self._worker = worker
+
+    async def Decode(self, request: pb.DecodeRequest, context: Any) -> pb.DecodeReply:  # noqa: N802
+        await self._worker.announce(request, context)
+        return pb.DecodeReply()
+
+    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortReply:  # noqa: N802
+        self._worker.abort(request.sequence_ids, Role.DECODE)
+        return pb.AbortReply()

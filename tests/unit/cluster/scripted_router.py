@@ -1,0 +1,192 @@
+"""A router and a membership that play what a test wrote, so that the doors are tested without workers."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field, replace
+
+from cluster.config import ServiceConfig
+from cluster.generation import Generation
+from cluster.metrics import Metrics
+from cluster.tokenizer import Tokenizer
+from cluster.view import ClusterView, ModelInfo, WorkerLoad, WorkerView
+from core.clock import WallClock
+from core.errors import Cancelled, PrfaasError
+from core.fingerprint import CacheFingerprint
+from core.request import (
+    ClusterId,
+    EngineId,
+    FinishReason,
+    GenerateRequest,
+    OutputChunk,
+    RequestId,
+    RequestTiming,
+    Role,
+    TokenLogprob,
+    WorkerId,
+)
+
+MODEL = ModelInfo(
+    architecture="TinyForCausalLM",
+    fingerprint=CacheFingerprint("tiny", "rev", "float32", 16, "layout"),
+    max_model_len=64,
+    vocab_size=350,
+    eos_token_ids=(0,),
+    kv_bytes_per_token=128,
+)
+TIMING = RequestTiming(
+    prefill_worker=WorkerId("prefill-0"),
+    decode_worker=WorkerId("decode-0"),
+    route_reason="least loaded",
+    ttft_s=0.25,
+    total_s=0.5,
+    bytes_shipped=4096,
+    cached_tokens=3,
+)
+
+
+def worker(name: str, role: Role, *, draining: bool = False, load: WorkerLoad | None = None) -> WorkerView:
+    return WorkerView(
+        worker_id=WorkerId(name),
+        engine_id=EngineId(f"{name}-e"),
+        cluster_id=ClusterId("local"),
+        address="127.0.0.1:1",
+        role=role,
+        draining=draining,
+        lease_expires_at=10.0,
+        model=MODEL,
+        transport="tcp",
+        pages_total=100,
+        load=load or WorkerLoad(pages_free=90, pages_cached=4, bytes_sent=1024, bytes_received=2048),
+    )
+
+
+class FixedMembership:
+    """Always the same cluster, until a test sets another."""
+
+    def __init__(self) -> None:
+        self.workers = (worker("decode-0", Role.DECODE), worker("prefill-0", Role.PREFILL))
+        self.served: ModelInfo | None = MODEL
+
+    def view(self) -> ClusterView:
+        return ClusterView(at=0.0, workers=self.workers)
+
+    def model(self) -> ModelInfo | None:
+        return self.served
+
+
+@dataclass(frozen=True)
+class Counters:
+    num_requests: int = 5
+    num_retries: int = 2
+    num_resumes: int = 1
+    retries_by_reason: Mapping[str, int] = field(default_factory=lambda: {"prefill worker lost": 2})
+    resumes_by_reason: Mapping[str, int] = field(default_factory=lambda: {"decode worker lost": 1})
+
+
+class ScriptedRouter:
+    """Answers every request with the tokens of ``answer``, in ``chunk_size`` pieces, all n continuations in turn.
+
+    error: raised instead of (or, after ``error_after`` chunks, during) an answer.
+    gate: when cleared, answers wait before their last token; ``started`` tells that they do.
+    """
+
+    def __init__(self, answer: tuple[int, ...]) -> None:
+        self.answer = answer
+        self.chunk_size = 1
+        self.error: PrfaasError | None = None
+        self.error_after = 0
+        self.stop_token_id: int | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.started = asyncio.Event()
+        self.closed = asyncio.Event()  # a generator ended before its answer did
+        self.requests: list[GenerateRequest] = []
+        self.stopped: list[tuple[RequestId, int]] = []
+        self.counters = Counters()
+        self._inflight: dict[RequestId, asyncio.Event] = {}
+
+    @property
+    def num_inflight(self) -> int:
+        return len(self._inflight)
+
+    async def stop(self, request_id: RequestId, index: int) -> None:
+        self.stopped.append((request_id, index))
+
+    def abort(self, request_id: RequestId) -> bool:
+        event = self._inflight.get(request_id)
+        if event is not None:
+            event.set()
+        return event is not None
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[OutputChunk, None]:
+        self.requests.append(request)
+        aborted = self._inflight[request.request_id] = asyncio.Event()
+        finished = False
+        try:
+            for num_chunks, chunk in enumerate(self._play(request)):
+                if self.error is not None and num_chunks >= self.error_after:
+                    raise self.error
+                if (request.request_id, chunk.index) in self.stopped and chunk.finish_reason is None:
+                    continue
+                if not self.gate.is_set() and chunk.finish_reason is not None:
+                    await self._wait(aborted)
+                yield chunk
+            finished = True
+        finally:
+            del self._inflight[request.request_id]
+            if not finished:
+                self.closed.set()
+
+    async def _wait(self, aborted: asyncio.Event) -> None:
+        self.started.set()
+        waits = [asyncio.ensure_future(event.wait()) for event in (self.gate, aborted)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if aborted.is_set():
+            raise Cancelled("aborted by the client")
+
+    def _play(self, request: GenerateRequest) -> list[OutputChunk]:
+        sampling = request.sampling
+        assert sampling.max_tokens is not None
+        tokens = self.answer[: sampling.max_tokens]
+        ended = len(tokens) == len(self.answer)
+        chunks = []
+        for start in range(0, len(tokens), self.chunk_size):
+            piece = tokens[start : start + self.chunk_size]
+            logprobs: tuple[TokenLogprob, ...] = ()
+            if sampling.logprobs is not None:
+                top = tuple((3 + k, -1.0 - k) for k in range(sampling.logprobs))
+                logprobs = tuple(TokenLogprob(t, -0.5, top) for t in piece)
+            for index in range(sampling.n):
+                chunk = OutputChunk(index=index, token_ids=piece, logprobs=logprobs, cached_tokens=3)
+                if start + self.chunk_size >= len(tokens):
+                    reason = FinishReason.STOP if ended else FinishReason.LENGTH
+                    stop_token = self.stop_token_id if ended else None
+                    chunk = replace(chunk, finish_reason=reason, stop_token_id=stop_token, timing=TIMING)
+                chunks.append(chunk)
+        return chunks
+
+
+@dataclass
+class Gateway:
+    """What launch composes, around a scripted router."""
+
+    tokenizer: Tokenizer
+    router: ScriptedRouter
+    membership: FixedMembership
+    metrics: Metrics
+    config: ServiceConfig
+    clock: WallClock
+    generation: Generation
+
+
+def gateway(tokenizer: Tokenizer, answer: str, config: ServiceConfig) -> Gateway:
+    router = ScriptedRouter(tokenizer.encode(answer, field="answer"))
+    membership = FixedMembership()
+    metrics = Metrics(membership, router)
+    clock = WallClock()
+    generation = Generation(router, membership, tokenizer, metrics, config, clock, seeds=lambda: 7)
+    return Gateway(tokenizer, router, membership, metrics, config, clock, generation)

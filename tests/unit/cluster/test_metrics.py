@@ -1,0 +1,119 @@
+"""What Prometheus reads."""
+
+import asyncio
+
+import pytest
+
+from cluster.front_door import Door
+from cluster.metrics import Metrics, Outcome, RequestRecord
+from cluster.view import WorkerLoad
+from core.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Incompatible,
+    InvalidRequest,
+    NoRoute,
+    Overloaded,
+    SequenceFailed,
+    UnknownModel,
+)
+from core.request import Role
+from tests.unit.cluster.scripted_router import FixedMembership, ScriptedRouter, worker
+
+
+@pytest.fixture
+def membership() -> FixedMembership:
+    return FixedMembership()
+
+
+@pytest.fixture
+def metrics(membership: FixedMembership) -> Metrics:
+    return Metrics(membership, ScriptedRouter(()))
+
+
+def record(**changes: object) -> RequestRecord:
+    values = {
+        "door": Door.GRPC,
+        "outcome": Outcome.OK,
+        "e2e_s": 2.0,
+        "prompt_tokens": 10,
+        "cached_tokens": 4,
+        "generated_tokens": 6,
+        "ttft_s": 0.5,
+        "tpot_s": (0.02, 0.03),
+    }
+    return RequestRecord(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (InvalidRequest("n", "no"), "invalid"),
+        (UnknownModel("a", "b"), "invalid"),
+        (Overloaded("full"), "overloaded"),
+        (NoRoute("empty"), "no_route"),
+        (DeadlineExceeded("late"), "deadline"),
+        (Cancelled("gone"), "cancelled"),
+        (asyncio.CancelledError(), "cancelled"),
+        (GeneratorExit(), "cancelled"),
+        (SequenceFailed("lost", retryable=False), "failed"),
+        (Incompatible("dtype", "a", "b"), "failed"),
+        (ZeroDivisionError(), "failed"),
+    ],
+)
+def test_every_error_has_an_outcome(error, outcome):
+    assert Outcome.of(error) == outcome
+
+
+def test_an_observed_request_is_in_every_series(metrics):
+    metrics.observe(record())
+    value = metrics.registry.get_sample_value
+    assert value("prfaas_requests_total", {"door": "grpc", "outcome": "ok"}) == 1
+    assert value("prfaas_prompt_tokens_total") == 10
+    assert value("prfaas_cached_tokens_total") == 4
+    assert value("prfaas_generated_tokens_total") == 6
+    assert value("prfaas_time_to_first_token_seconds_sum") == 0.5
+    assert value("prfaas_time_per_output_token_seconds_count") == 2
+    assert value("prfaas_e2e_request_latency_seconds_sum") == 2.0
+
+
+def test_latency_to_the_end_is_of_requests_that_ended_well_only(metrics):
+    metrics.observe(record(outcome=Outcome.CANCELLED, ttft_s=None, tpot_s=()))
+    value = metrics.registry.get_sample_value
+    assert value("prfaas_requests_total", {"door": "grpc", "outcome": "cancelled"}) == 1
+    assert value("prfaas_e2e_request_latency_seconds_count") == 0
+    assert value("prfaas_time_to_first_token_seconds_count") == 0
+
+
+def test_retries_and_resumes_come_from_the_router(metrics):
+    value = metrics.registry.get_sample_value
+    assert value("prfaas_retries_total", {"reason": "prefill worker lost"}) == 2
+    assert value("prfaas_resumes_total", {"reason": "decode worker lost"}) == 1
+    assert value("prfaas_requests_inflight") == 0
+
+
+def test_workers_are_read_when_prometheus_asks(metrics, membership):
+    load = WorkerLoad(num_running=3, pages_free=7, bytes_sent=4096)
+    membership.workers = (worker("prefill-1", Role.PREFILL, load=load, draining=True),)
+    value = metrics.registry.get_sample_value
+    labels = {"worker": "prefill-1", "role": "prefill", "cluster": "local"}
+    assert value("prfaas_worker_running_sequences", labels) == 3
+    assert value("prfaas_worker_pages_free", labels) == 7
+    assert value("prfaas_worker_ready", labels) == 0
+    assert value("prfaas_worker_kv_sent_bytes_total", labels) == 4096
+    membership.workers = ()
+    assert value("prfaas_worker_running_sequences", labels) is None
+
+
+def test_two_gateways_in_one_process_do_not_share_a_registry(metrics, membership):
+    other = Metrics(membership, ScriptedRouter(()))
+    metrics.refuse(Door.HTTP, Overloaded("full"))
+    labels = {"door": "http", "outcome": "overloaded"}
+    assert metrics.registry.get_sample_value("prfaas_requests_total", labels) == 1
+    assert other.registry.get_sample_value("prfaas_requests_total", labels) is None
+
+
+def test_render_is_prometheus_text(metrics):
+    text = metrics.render().decode()
+    assert "# TYPE prfaas_requests_total counter" in text
+    assert 'prfaas_worker_pages{cluster="local",role="decode",worker="decode-0"} 100.0' in text

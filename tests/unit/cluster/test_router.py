@@ -1,0 +1,641 @@
+"""The life of a request over real gRPC, with workers that die at every stage."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from contextlib import aclosing
+from dataclasses import replace
+
+import grpc
+import pytest
+
+from core.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    NoRoute,
+    Overloaded,
+    SequenceFailed,
+)
+from core.request import FinishReason, RequestId, Role
+from tests.unit.cluster.fake_worker import (
+    ANNOUNCED,
+    BEFORE_COMMIT,
+    COMMITTED,
+    DECODED,
+    FIRST_TOKEN,
+    QUEUED,
+    FakeWorker,
+    Refusal,
+    Visit,
+    expected_tokens,
+)
+from tests.unit.cluster.gateway_and_fakes import CONFIG, PROMPT, Gateway, collect, gateway, until
+
+EXPECTED = expected_tokens(PROMPT, 3, 8)
+
+
+async def kill(visit: Visit) -> None:
+    await visit.worker.kill()
+
+
+async def fail(visit: Visit) -> None:
+    visit.worker.hooks.clear()
+    visit.worker.fail(visit.spec)
+    await asyncio.Event().wait()
+
+
+async def stall(visit: Visit) -> None:
+    await asyncio.Event().wait()
+
+
+def sent(num_tokens: int, then: object) -> object:
+    """A hook of ``decoded`` that acts after so many tokens."""
+
+    async def hook(visit: Visit) -> None:
+        if visit.num_sent == num_tokens:
+            await then(visit)  # type: ignore[operator]
+
+    return hook
+
+
+# ---- nothing goes wrong ----
+
+
+async def test_the_first_token_comes_from_prefill_and_the_rest_from_decode_in_order() -> None:
+    async with gateway() as g:
+        answer = await g.generate(g.request())
+
+        assert answer.tokens == {0: EXPECTED}
+        assert answer.last[0].finish_reason is FinishReason.LENGTH
+        assert len(g["prefill-0"].prefills) == len(g["decode-0"].decodes) == 1
+        assert (g["prefill-0"].aborts, g["decode-0"].aborts) == ([], [])
+        assert g.router.num_inflight == 0
+
+
+async def test_the_timing_is_put_together_from_both_stages_reports() -> None:
+    async with gateway() as g:
+        timing = (await g.generate(g.request())).timing
+
+        assert (timing.prefill_worker, timing.decode_worker) == ("prefill-0", "decode-0")
+        assert (timing.prefill_queue_s, timing.prefill_s) == (0.5, 1.0)
+        assert (timing.transfer_s, timing.exposed_transfer_s, timing.bytes_shipped) == (2.0, 0.25, 128)
+        assert (timing.decode_queue_s, timing.decode_s, timing.decode_cached_tokens) == (0.125, 4.0, 1)
+        assert (timing.cached_tokens, timing.num_attempts) == (2, 1)
+        assert 0 < timing.ttft_s <= timing.total_s
+        assert "round robin" in timing.route_reason
+
+
+async def test_decode_tokens_that_come_before_the_first_token_wait_for_it() -> None:
+    async with gateway() as g:
+        prefill, decode = g["prefill-0"], g["decode-0"]
+
+        async def commit_first(visit: Visit) -> None:
+            decode.commit(visit.spec.sequence_id)
+            await until(lambda: decode.running == {})
+            assert seen == []
+            visit.worker.hooks.clear()
+
+        prefill.hooks[FIRST_TOKEN] = commit_first
+        seen: list[int] = []
+        async for chunk in g.router.generate(g.request()):
+            seen += chunk.token_ids
+
+        assert seen == EXPECTED
+
+
+async def test_chunks_of_one_stream_that_come_out_of_order_are_put_in_order() -> None:
+    async with gateway(num_prefill=0) as g:
+        decode = g["decode-0"]
+
+        async def backwards(visit: Visit) -> None:
+            decode.hooks.clear()
+            for position in (7, 5, 6, 4, 3, 2, 1):
+                decode.send(decode.chunk(visit.spec, position))
+            raise asyncio.CancelledError
+
+        decode.hooks[DECODED] = backwards
+        answer = await g.generate(g.request())
+
+        assert answer.tokens == {0: EXPECTED}
+
+
+async def test_a_request_that_ends_with_its_first_token_aborts_the_announcement() -> None:
+    async with gateway() as g:
+        answer = await g.generate(g.request(num_tokens=1))
+        await until(lambda: g["decode-0"].aborts)
+
+        assert answer.tokens == {0: EXPECTED[:1]}
+        assert answer.timing.decode_worker is None
+        assert [stage for _, stage in g["decode-0"].aborts] == [Role.DECODE]
+        assert g["decode-0"].announced == {}
+        assert g["prefill-0"].aborts == []
+
+
+async def test_without_prefill_workers_the_decode_worker_prefills_and_the_reason_says_so() -> None:
+    async with gateway(num_prefill=0) as g:
+        answer = await g.generate(g.request())
+
+        assert answer.tokens == {0: EXPECTED}
+        assert answer.timing.prefill_worker is None
+        assert "no prefill worker is ready" in answer.timing.route_reason
+        assert answer.timing.cached_tokens == 1
+
+
+async def test_a_finish_does_not_wait_for_ever_for_the_report_of_the_hand_over() -> None:
+    async with gateway() as g:
+        g["prefill-0"].hooks[COMMITTED] = stall
+
+        answer = await g.generate(g.request())
+
+        assert answer.tokens == {0: EXPECTED}
+        assert answer.timing.bytes_shipped == 0
+
+
+async def test_requests_at_once_do_not_mix_their_tokens() -> None:
+    async with gateway(2, 2) as g:
+        prompts = [tuple(range(i, i + 5)) for i in range(32)]
+        answers = await asyncio.gather(*(g.generate(g.request(prompt=prompt)) for prompt in prompts))
+
+        assert [a.tokens[0] for a in answers] == [expected_tokens(prompt, 3, 8) for prompt in prompts]
+        assert all(not w.aborts for w in g.workers.values())
+        assert all(w.num_assigned == 0 for w in g.membership.view().workers)
+
+
+# ---- workers die ----
+
+PREFILL_STAGES = (QUEUED, FIRST_TOKEN, BEFORE_COMMIT, COMMITTED)
+
+
+@pytest.mark.parametrize("stage", PREFILL_STAGES)
+async def test_a_prefill_worker_that_dies_loses_and_repeats_no_token(stage: str) -> None:
+    async with gateway(2, 1) as g:
+        g["prefill-0"].hooks[stage] = kill
+
+        answer = await g.generate(g.request())
+
+        assert answer.tokens == {0: EXPECTED}
+        assert answer.last[0].finish_reason is FinishReason.LENGTH
+        assert not g["decode-0"].announced
+
+
+@pytest.mark.parametrize("stage", (QUEUED, FIRST_TOKEN))
+async def test_a_prefill_worker_lost_before_its_token_is_a_retry_on_another_one(stage: str) -> None:
+    async with gateway(2, 1) as g:
+        g["prefill-0"].hooks[stage] = kill
+
+        answer = await g.generate(g.request())
+
+        assert answer.timing.prefill_worker == "prefill-1"
+        assert answer.timing.num_attempts == 2
+        assert g["prefill-1"].prefills[0].output_token_ids == ()
+        assert (g.router.counters.num_retries, g.router.counters.num_resumes) == (1, 0)
+        assert set(g.router.counters.retries_by_reason) == {"prefill_lost"}
+
+
+async def test_a_prefill_worker_lost_between_token_and_commit_is_a_resume_with_that_token() -> None:
+    async with gateway(2, 1) as g:
+        g["prefill-0"].hooks[BEFORE_COMMIT] = kill
+
+        answer = await g.generate(g.request())
+
+        assert g["prefill-1"].prefills[0].output_token_ids == tuple(EXPECTED[:1])
+        assert answer.timing.num_attempts == 2
+        assert g.router.counters.resumes_by_reason == {"prefill_lost": 1}
+
+
+async def test_losing_the_prefill_worker_after_the_commit_is_no_failure() -> None:
+    async with gateway(1, 1) as g:
+
+        async def kill_prefill(visit: Visit) -> None:
+            await g["prefill-0"].kill()
+
+        g["decode-0"].hooks[DECODED] = sent(3, kill_prefill)  # type: ignore[assignment]
+        answer = await g.generate(g.request())
+
+        assert answer.tokens == {0: EXPECTED}
+        assert answer.timing.num_attempts == 1
+        assert g.router.counters.num_resumes == 0
+
+
+async def test_without_another_prefill_worker_the_decode_worker_takes_over() -> None:
+    async with gateway(1, 1) as g:
+        g["prefill-0"].hooks[FIRST_TOKEN] = kill
+
+        answer = await g.generate(g.request())
+
+        assert answer.tokens == {0: EXPECTED}
+        assert answer.timing.prefill_worker is None
+
+
+@pytest.mark.parametrize("num_sent", (1, 4, 6))
+async def test_a_decode_worker_that_dies_is_resumed_elsewhere_with_the_tokens_so_far(num_sent: int) -> None:
+    async with gateway(1, 2) as g:
+        g["decode-0"].hooks[DECODED] = sent(num_sent, kill)  # type: ignore[assignment]
+
+        answer = await g.generate(g.request())
+
+        assert answer.tokens == {0: EXPECTED}
+        assert answer.timing.decode_worker == "decode-1"
+        resumed = g["decode-1"].decodes[0].output_token_ids
+        assert resumed == tuple(EXPECTED[: len(resumed)])
+        assert set(g.router.counters.resumes_by_reason) == {"decode_lost"}
+
+
+async def test_a_decode_worker_that_dies_on_the_announcement_is_a_retry() -> None:
+    async with gateway(1, 2) as g:
+        g["decode-0"].hooks[ANNOUNCED] = kill
+
+        answer = await g.generate(g.request())
+
+        assert answer.tokens == {0: EXPECTED}
+        assert g["prefill-0"].prefills[0].output_token_ids == ()
+        assert g.router.counters.retries_by_reason == {"decode_lost": 1}
+
+
+async def test_the_prefill_worker_of_a_lost_attempt_is_told_to_abort() -> None:
+    async with gateway(1, 2) as g:
+        prefill, decode = g["prefill-0"], g["decode-0"]
+
+        async def kill_decode(visit: Visit) -> None:
+            prefill.hooks.clear()
+            await decode.kill()
+            await stall(visit)
+
+        prefill.hooks[FIRST_TOKEN] = kill_decode
+        answer = await g.generate(g.request())
+
+        assert answer.tokens == {0: EXPECTED}
+        assert [stage for _, stage in prefill.aborts] == [Role.PREFILL]
+        assert prefill.aborts[0][0] != prefill.prefills[-1].sequence_id
+
+
+async def test_both_workers_dying_in_turn_under_load_lose_no_request() -> None:
+    async with gateway(2, 2) as g:
+        g["prefill-1"].hooks[BEFORE_COMMIT] = kill
+        g["decode-0"].hooks[DECODED] = sent(4, kill)  # type: ignore[assignment]
+        prompts = [tuple(range(i, i + 5)) for i in range(16)]
+
+        answers = await asyncio.gather(*(g.generate(g.request(prompt=prompt)) for prompt in prompts))
+
+        assert [a.tokens[0] for a in answers] == [expected_tokens(prompt, 3, 8) for prompt in prompts]
+        assert all(not worker.running for worker in (g["prefill-0"], g["decode-1"]))
+
+
+async def test_a_request_waits_for_a_worker_that_restarts() -> None:
+    async with gateway(1, 1) as g:
+        g["decode-0"].hooks[DECODED] = sent(2, kill)  # type: ignore[assignment]
+        running = asyncio.create_task(g.generate(g.request()))
+        await until(lambda: not g.membership.view().ready(Role.DECODE))
+
+        await g.add(FakeWorker("decode-0", Role.DECODE, engine_id="decode-0-engine-2"))
+
+        assert (await running).tokens == {0: EXPECTED}
+
+
+async def test_when_no_decode_worker_comes_in_time_the_request_ends_with_no_route() -> None:
+    async with gateway(1, 0, config=replace(CONFIG, no_route_wait_s=0.05)) as g:
+        with pytest.raises(NoRoute, match="no decode worker is ready"):
+            await g.generate(g.request())
+
+        assert g.router.num_inflight == 0
+
+
+# ---- workers give up ----
+
+
+@pytest.mark.parametrize(
+    ("worker", "stage", "reason"),
+    (("prefill-0", FIRST_TOKEN, "prefill_failed"), ("decode-0", DECODED, "decode_failed")),
+)
+async def test_a_retryable_failure_is_tried_elsewhere(worker: str, stage: str, reason: str) -> None:
+    async with gateway(2, 2) as g:
+        g[worker].hooks[stage] = fail
+
+        answer = await g.generate(g.request())
+
+        counters = g.router.counters
+        assert answer.tokens == {0: EXPECTED}
+        assert Counter(counters.retries_by_reason) + Counter(counters.resumes_by_reason) == {reason: 1}
+        assert worker not in (answer.timing.prefill_worker, answer.timing.decode_worker)
+
+
+async def test_a_failure_that_is_not_retryable_goes_to_the_client() -> None:
+    async with gateway(2, 2) as g:
+
+        async def fail_for_good(visit: Visit) -> None:
+            visit.worker.fail(visit.spec, "the model diverged", retryable=False)
+
+        g["decode-0"].hooks[DECODED] = fail_for_good
+        with pytest.raises(SequenceFailed, match="the model diverged") as caught:
+            await g.generate(g.request())
+
+        assert not caught.value.retryable
+        assert len(g["prefill-0"].prefills) + len(g["prefill-1"].prefills) == 1
+
+
+async def test_attempts_are_bounded() -> None:
+    async with gateway(0, 1, config=replace(CONFIG, max_attempts=3)) as g:
+
+        async def always_fail(visit: Visit) -> None:
+            visit.worker.fail(visit.spec, "broken")
+            await stall(visit)
+
+        g["decode-0"].hooks[DECODED] = always_fail
+        with pytest.raises(SequenceFailed, match="3 attempts failed, the last: broken"):
+            await g.generate(g.request())
+
+        assert [len(spec.output_token_ids) for spec in g["decode-0"].decodes] == [0, 1, 2]
+
+
+async def test_a_worker_that_refuses_the_call_is_avoided() -> None:
+    async with gateway(2, 1) as g:
+
+        async def refuse(visit: Visit) -> None:
+            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
+
+        g["prefill-0"].hooks[QUEUED] = refuse
+        answer = await g.generate(g.request())
+
+        assert answer.tokens == {0: EXPECTED}
+        assert g.router.counters.retries_by_reason == {"prefill_failed": 1}
+
+
+async def test_a_request_that_no_worker_can_ever_run_is_the_clients_error_and_not_retried() -> None:
+    async with gateway(2, 2) as g:
+
+        async def refuse(visit: Visit) -> None:
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "prompt: needs 90 pages, the pool has 80")
+
+        for worker in g.workers.values():
+            worker.hooks[ANNOUNCED] = refuse
+        with pytest.raises(InvalidRequest) as caught:
+            await g.generate(g.request())
+
+        assert (caught.value.field, caught.value.message) == ("prompt", "needs 90 pages, the pool has 80")
+        assert len(g["decode-0"].decodes) + len(g["decode-1"].decodes) == 1
+
+
+async def test_late_chunks_of_a_replaced_attempt_reach_nobody() -> None:
+    async with gateway(1, 2) as g:
+        stale = g["decode-0"]
+
+        async def fail_but_go_on(visit: Visit) -> None:
+            stale.hooks.clear()
+            stale.fail(visit.spec)
+
+        stale.hooks[DECODED] = sent(2, fail_but_go_on)  # type: ignore[assignment]
+        answer = await g.generate(g.request())
+
+        assert answer.tokens == {0: EXPECTED}
+        assert answer.timing.decode_worker == "decode-1"
+
+
+# ---- clients go away ----
+
+
+@pytest.mark.parametrize("num_tokens_read", (1, 3))
+async def test_closing_the_generator_aborts_both_workers(num_tokens_read: int) -> None:
+    async with gateway() as g:
+        g["prefill-0"].hooks[BEFORE_COMMIT if num_tokens_read == 1 else COMMITTED] = stall
+        g["decode-0"].step_s = 0.005
+        seen = 0
+        async with aclosing(g.router.generate(g.request(num_tokens=1000))) as stream:
+            async for chunk in stream:
+                seen += len(chunk.token_ids)
+                if seen >= num_tokens_read:
+                    break
+        await until(lambda: g["prefill-0"].aborts and g["decode-0"].aborts)
+
+        assert g["prefill-0"].running == g["decode-0"].running == {}
+        assert g["decode-0"].announced == {}
+        assert g.router.num_inflight == 0
+        assert all(worker.num_assigned == 0 for worker in g.membership.view().workers)
+
+
+async def test_a_client_that_goes_during_the_announcement_leaves_nothing_behind() -> None:
+    async with gateway() as g:
+        reached = asyncio.Event()
+
+        async def slow(visit: Visit) -> None:
+            reached.set()
+            await asyncio.sleep(0.05)
+
+        g["decode-0"].hooks[ANNOUNCED] = slow
+        running = asyncio.create_task(g.generate(g.request()))
+        await reached.wait()
+        running.cancel()
+        await asyncio.wait({running})
+        await until(lambda: g["decode-0"].aborts)
+
+        assert g["decode-0"].announced == {}
+        assert g["prefill-0"].prefills == []
+
+
+async def test_abort_by_id_cancels_the_request_and_frees_both_workers() -> None:
+    async with gateway() as g:
+        g["prefill-0"].hooks[FIRST_TOKEN] = stall
+        running = asyncio.create_task(g.generate(g.request(request_id="mine")))
+        await until(lambda: g["prefill-0"].running)
+
+        assert g.router.abort(RequestId("mine"))
+        with pytest.raises(Cancelled):
+            await running
+        await until(lambda: g["prefill-0"].aborts and g["decode-0"].aborts)
+
+        assert not g.router.abort(RequestId("mine"))
+        assert g["prefill-0"].running == {}
+
+
+async def test_abort_reaches_a_request_that_waits_for_a_worker() -> None:
+    async with gateway(0, 0) as g:
+        running = asyncio.create_task(g.generate(g.request(request_id="mine")))
+        await until(lambda: g.router.num_inflight)
+
+        g.router.abort(RequestId("mine"))
+
+        with pytest.raises(Cancelled):
+            await running
+
+
+async def test_a_deadline_ends_the_request_and_aborts_both_workers() -> None:
+    async with gateway() as g:
+        g["prefill-0"].hooks[FIRST_TOKEN] = stall
+
+        with pytest.raises(DeadlineExceeded):
+            await g.generate(g.request(deadline_s=0.1))
+        await until(lambda: g["prefill-0"].aborts and g["decode-0"].aborts)
+
+
+async def test_a_deadline_that_has_passed_starts_nothing() -> None:
+    async with gateway() as g:
+        with pytest.raises(DeadlineExceeded):
+            await g.generate(g.request(deadline_s=0.0))
+
+        assert g["decode-0"].decodes == []
+
+
+async def test_stop_ends_a_continuation_with_one_last_chunk_and_aborts_it() -> None:
+    async with gateway() as g:
+        g["decode-0"].step_s = 0.005
+        request = g.request(num_tokens=1000)
+        chunks = []
+        async for chunk in g.router.generate(request):
+            chunks.append(chunk)
+            if len(chunks) == 3:
+                await g.router.stop(request.request_id, 0)
+        await until(lambda: g["decode-0"].aborts)
+
+        assert len(chunks) == 4
+        assert (chunks[-1].finish_reason, chunks[-1].token_ids) == (FinishReason.STOP, ())
+        assert chunks[-1].timing is not None
+        assert g["decode-0"].running == {}
+
+
+async def test_stopping_what_does_not_run_changes_nothing() -> None:
+    async with gateway() as g:
+        await g.router.stop(RequestId("unknown"), 0)
+        request = g.request()
+        stream = g.router.generate(request)
+        first = await anext(stream)
+        await g.router.stop(request.request_id, 7)
+        rest = await collect(stream)
+
+        assert [*first.token_ids, *rest.tokens[0]] == EXPECTED
+
+
+# ---- bounds and drain ----
+
+
+async def test_requests_beyond_the_bound_are_refused_and_the_bound_is_freed_again() -> None:
+    async with gateway(config=replace(CONFIG, max_inflight=1)) as g:
+        stream = g.router.generate(g.request())
+        await anext(stream)
+
+        with pytest.raises(Overloaded):
+            await g.generate(g.request())
+        await stream.aclose()
+
+        assert (await g.generate(g.request())).tokens == {0: EXPECTED}
+
+
+async def test_a_request_id_in_flight_is_refused_and_may_be_used_again_later() -> None:
+    async with gateway() as g:
+        stream = g.router.generate(g.request(request_id="same"))
+        await anext(stream)
+
+        with pytest.raises(InvalidRequest, match="request_id"):
+            await g.generate(g.request(request_id="same"))
+        await stream.aclose()
+        await g.generate(g.request(request_id="same"))
+
+        names = [spec.sequence_id for spec in g["decode-0"].decodes]
+        assert len(names) == len(set(names)) == 2
+
+
+async def test_drain_lets_requests_end_and_takes_no_new_ones() -> None:
+    async with gateway() as g:
+        g["decode-0"].step_s = 0.005
+        stream = g.router.generate(g.request())
+        first = await anext(stream)
+        draining = asyncio.create_task(g.router.drain(5.0))
+        await asyncio.sleep(0)
+
+        with pytest.raises(NoRoute):
+            await g.generate(g.request())
+        rest = await collect(stream)
+
+        assert [*first.token_ids, *rest.tokens[0]] == EXPECTED
+        assert await draining
+
+
+async def test_drain_cancels_what_does_not_end_in_time_and_tells_the_workers() -> None:
+    async with gateway() as g:
+        g["prefill-0"].hooks[FIRST_TOKEN] = stall
+        running = asyncio.create_task(g.generate(g.request()))
+        await until(lambda: g["prefill-0"].running)
+
+        assert not await g.router.drain(0.01)
+
+        with pytest.raises(Cancelled):
+            await running
+        assert len(g["prefill-0"].aborts) == len(g["decode-0"].aborts) == 1
+
+
+# ---- n > 1 ----
+
+
+def expected_continuations(g: Gateway, n: int) -> dict[int, list[int]]:
+    sampling = g.request(n=n).sampling
+    seeds = [sampling.for_index(index).seed for index in range(n)]
+    return {index: expected_tokens(PROMPT, seed, 8) for index, seed in enumerate(seeds) if seed is not None}
+
+
+async def test_every_continuation_comes_whole_and_ends_once() -> None:
+    async with gateway(2, 2) as g:
+        answer = await g.generate(g.request(n=4))
+
+        assert answer.tokens == expected_continuations(g, 4)
+        assert set(answer.last) == {0, 1, 2, 3}
+
+
+async def test_siblings_start_after_the_first_token_on_the_same_workers() -> None:
+    async with gateway(2, 2) as g:
+        order: list[str] = []
+
+        async def note(visit: Visit) -> None:
+            order.append(visit.spec.sequence_id)
+            if len(order) == 1:
+                await asyncio.sleep(0.02)
+                assert len(order) == 1, "a sibling started before the first token"
+
+        for worker in (g["prefill-0"], g["prefill-1"]):
+            worker.hooks[FIRST_TOKEN] = note
+        answer = await g.generate(g.request(n=3))
+
+        used = {
+            (chunk.timing.prefill_worker, chunk.timing.decode_worker) for chunk in answer.last.values() if chunk.timing
+        }
+        assert len(used) == 1
+        assert len(order) == 3
+
+
+async def test_continuations_survive_the_loss_of_their_decode_worker() -> None:
+    async with gateway(2, 2) as g:
+        for worker in (g["decode-0"],):
+            worker.hooks[DECODED] = sent(3, kill)  # type: ignore[assignment]
+        answer = await g.generate(g.request(n=3))
+
+        assert answer.tokens == expected_continuations(g, 3)
+
+
+async def test_closing_the_generator_aborts_every_continuation() -> None:
+    async with gateway() as g:
+        g["decode-0"].step_s = 0.005
+        stream = g.router.generate(g.request(n=3, num_tokens=1000))
+        seen: set[int] = set()
+        async for chunk in stream:
+            seen.add(chunk.index)
+            if seen == {0, 1, 2}:
+                break
+        await stream.aclose()
+        await until(lambda: len(g["decode-0"].aborts) == 3)
+
+        assert g["decode-0"].running == {}
+
+
+async def test_one_continuations_failure_ends_the_request_and_aborts_its_siblings() -> None:
+    async with gateway() as g:
+        decode = g["decode-0"]
+        decode.step_s = 0.005
+
+        async def fail_the_last(visit: Visit) -> None:
+            if "/2." in visit.spec.sequence_id:
+                visit.worker.fail(visit.spec, "no", retryable=False)
+
+        decode.hooks[DECODED] = fail_the_last
+        with pytest.raises(SequenceFailed):
+            await g.generate(g.request(n=3, num_tokens=1000))
+        await until(lambda: len(decode.aborts) >= 2)
+        await until(lambda: not decode.running)
