@@ -39,6 +39,7 @@ _Context = grpc.aio.ServicerContext[pb.RegisterRequest, pb.RegisterReply]
 
 _TICKS_PER_LEASE = 10  # how often leases are looked at: a dead worker is noticed at most a tenth of a lease too late
 _WATCHES_PER_LEASE = 4  # heartbeats asked of a worker per lease, so that one or two may be late
+_MAX_WATCH_INTERVAL_S = 0.25  # routing by load wants it fresh, whatever the lease
 
 
 class Membership:
@@ -113,6 +114,7 @@ class Membership:
         """Stop the Registry and drop every worker; their open sequences hear ``WorkerLost``."""
         if self._server is not None:
             await self._server.stop(grace=None)
+            self._server = None  # grpc.aio's finaliser needs the event loop, which must not close first
         for member in list(self._members.values()):
             self._drop(member, "the gateway stops", logging.INFO)
         for task in (self._ticker, *self._joins.values()):
@@ -184,7 +186,7 @@ class Membership:
             if (description.worker_id, description.engine_id) != (worker_id, engine_id):
                 raise PeerLost(f"at {address} answers {description.worker_id}, engine {description.engine_id}")
             self._require_same_model(description.model)
-            states = client.watch(self._lease_s / _WATCHES_PER_LEASE)
+            states = client.watch(min(self._lease_s / _WATCHES_PER_LEASE, _MAX_WATCH_INTERVAL_S))
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 first = await anext(states)
             if self._latest.get(worker_id) != engine_id:

@@ -82,19 +82,20 @@ class FakeWorker(rpc.WorkerServicer):
         self.announced: dict[str, SequenceSpec] = {}
         self._outputs: asyncio.Queue[pb.OutputBatch] = asyncio.Queue()
         self._changed = asyncio.Event()
-        self._server = grpc.aio.server()
+        self._server: grpc.aio.Server | None = None
         self._fabric: dict[str, FakeWorker] = {}
         self._dead = False
 
     async def start(self, fabric: dict[str, FakeWorker]) -> str:
         self._fabric = fabric
-        rpc.add_WorkerServicer_to_server(self, self._server)
-        rpc.add_PrefillServicer_to_server(_PrefillEdge(self), self._server)
-        rpc.add_DecodeServicer_to_server(_DecodeEdge(self), self._server)
-        port = self._server.add_insecure_port("127.0.0.1:0")
+        server = self._server = grpc.aio.server()
+        rpc.add_WorkerServicer_to_server(self, server)
+        rpc.add_PrefillServicer_to_server(_PrefillEdge(self), server)
+        rpc.add_DecodeServicer_to_server(_DecodeEdge(self), server)
+        port = server.add_insecure_port("127.0.0.1:0")
         self.address = f"127.0.0.1:{port}"
         fabric[self.address] = self
-        await self._server.start()
+        await server.start()
         return self.address
 
     async def kill(self) -> None:
@@ -105,7 +106,9 @@ class FakeWorker(rpc.WorkerServicer):
         for task in self.running.values():
             if task is not current:
                 task.cancel()
-        await self._server.stop(grace=None)
+        server, self._server = self._server, None  # its finaliser needs the event loop
+        if server is not None:
+            await server.stop(grace=None)
 
     async def change(self, *, role: Role | None = None, draining: bool | None = None) -> None:
         """Advertise something else."""

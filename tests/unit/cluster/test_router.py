@@ -180,7 +180,7 @@ async def test_a_prefill_worker_that_dies_loses_and_repeats_no_token(stage: str)
         assert not g["decode-0"].announced
 
 
-@pytest.mark.parametrize("stage", (QUEUED, FIRST_TOKEN))
+@pytest.mark.parametrize("stage", [QUEUED, FIRST_TOKEN])
 async def test_a_prefill_worker_lost_before_its_token_is_a_retry_on_another_one(stage: str) -> None:
     async with gateway(2, 1) as g:
         g["prefill-0"].hooks[stage] = kill
@@ -229,7 +229,7 @@ async def test_without_another_prefill_worker_the_decode_worker_takes_over() -> 
         assert answer.timing.prefill_worker is None
 
 
-@pytest.mark.parametrize("num_sent", (1, 4, 6))
+@pytest.mark.parametrize("num_sent", [1, 4, 6])
 async def test_a_decode_worker_that_dies_is_resumed_elsewhere_with_the_tokens_so_far(num_sent: int) -> None:
     async with gateway(1, 2) as g:
         g["decode-0"].hooks[DECODED] = sent(num_sent, kill)  # type: ignore[assignment]
@@ -307,7 +307,7 @@ async def test_when_no_decode_worker_comes_in_time_the_request_ends_with_no_rout
 
 @pytest.mark.parametrize(
     ("worker", "stage", "reason"),
-    (("prefill-0", FIRST_TOKEN, "prefill_failed"), ("decode-0", DECODED, "decode_failed")),
+    [("prefill-0", FIRST_TOKEN, "prefill_failed"), ("decode-0", DECODED, "decode_failed")],
 )
 async def test_a_retryable_failure_is_tried_elsewhere(worker: str, stage: str, reason: str) -> None:
     async with gateway(2, 2) as g:
@@ -395,7 +395,7 @@ async def test_late_chunks_of_a_replaced_attempt_reach_nobody() -> None:
 # ---- clients go away ----
 
 
-@pytest.mark.parametrize("num_tokens_read", (1, 3))
+@pytest.mark.parametrize("num_tokens_read", [1, 3])
 async def test_closing_the_generator_aborts_both_workers(num_tokens_read: int) -> None:
     async with gateway() as g:
         g["prefill-0"].hooks[BEFORE_COMMIT if num_tokens_read == 1 else COMMITTED] = stall
