@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -54,6 +54,7 @@ T = TypeVar("T")
 REGISTER_RETRY_S = 0.5
 EXPIRY_CHECK_S = 0.5
 IDLE_POLL_S = 0.05
+EXIT_ENGINE_DIED = 70
 MAX_MESSAGE_BYTES = 64 << 20
 GRPC_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -65,9 +66,13 @@ GRPC_OPTIONS = (
 class WorkerHost:
     """Owns everything in one worker process. ``start`` and ``stop`` block and are called from outside its loop."""
 
-    def __init__(self, config: WorkerConfig, clock: Clock | None = None) -> None:
+    def __init__(
+        self, config: WorkerConfig, clock: Clock | None = None, on_death: Callable[[], None] = lambda: None
+    ) -> None:
+        """``on_death`` is called on the engine's thread if that thread dies of a bug: the process should end then."""
         self._config = config
         self._clock = clock or WallClock()
+        self._on_death = on_death
         self._engine_id = EngineId(uuid.uuid4().hex)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="worker-host", daemon=True)
@@ -117,7 +122,7 @@ class WorkerHost:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _serve(self, engine: Engine) -> _Parts:
-        parts = _Parts(self._config, self._engine_id, engine, self._clock)
+        parts = _Parts(self._config, self._engine_id, engine, self._clock, self._on_death)
         await parts.start()
         return parts
 
@@ -128,7 +133,14 @@ class WorkerHost:
 class _Parts(rpc.WorkerServicer):
     """The composed worker, on its event loop; also the ``Worker`` service."""
 
-    def __init__(self, config: WorkerConfig, engine_id: EngineId, engine: Engine, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        engine_id: EngineId,
+        engine: Engine,
+        clock: Clock,
+        on_death: Callable[[], None],
+    ) -> None:
         self._config = config
         self._engine_id = engine_id
         self._clock = clock
@@ -145,7 +157,7 @@ class _Parts(rpc.WorkerServicer):
         self._load_asked = False
 
         self._outputs = OutputStreams(self._loop, self._gateway_gone)
-        self.engine = EngineThread(engine, self._on_output)
+        self.engine = EngineThread(engine, self._on_output, lambda _: on_death())
         kv_transfer = replace(config.kv_transfer, host=config.kv_transfer.host or config.host)
         self._transport = create_transport(kv_transfer, self._fingerprint, clock)
         self._transport.register(_region(engine))
@@ -155,6 +167,7 @@ class _Parts(rpc.WorkerServicer):
             self.engine,
             page_size=self._layout.page_size,
             num_layers=self._layout.num_layers,
+            check=engine.check,
             publish=self._outputs.publish,
             ask_grant=self._grants.ask,
             make_commit=_make_commit,
@@ -164,6 +177,7 @@ class _Parts(rpc.WorkerServicer):
             config.worker_id,
             self.engine,
             page_size=self._layout.page_size,
+            check=engine.check,
             publish=self._outputs.publish,
             read_commit=_read_commit,
         )
@@ -282,7 +296,7 @@ class _Parts(rpc.WorkerServicer):
     # ---- the Worker service ----
 
     async def Describe(  # noqa: N802
-        self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext
+        self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext[pb.DescribeRequest, pb.WorkerDescription]
     ) -> pb.WorkerDescription:
         return pb.WorkerDescription(
             worker_id=self._config.worker_id,
@@ -301,7 +315,7 @@ class _Parts(rpc.WorkerServicer):
         )
 
     async def Watch(  # noqa: N802
-        self, request: pb.WatchRequest, context: grpc.aio.ServicerContext
+        self, request: pb.WatchRequest, context: grpc.aio.ServicerContext[pb.WatchRequest, pb.WorkerState]
     ) -> AsyncIterator[pb.WorkerState]:
         interval_s = request.interval_s if request.interval_s > 0 else 1.0
         while True:
@@ -312,7 +326,7 @@ class _Parts(rpc.WorkerServicer):
                 await asyncio.wait_for(changed.wait(), interval_s)
 
     async def Outputs(  # noqa: N802
-        self, request: pb.OutputsRequest, context: grpc.aio.ServicerContext
+        self, request: pb.OutputsRequest, context: grpc.aio.ServicerContext[pb.OutputsRequest, pb.OutputBatch]
     ) -> AsyncIterator[pb.OutputBatch]:
         if not request.gateway_id:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "gateway_id: must not be empty")
@@ -320,7 +334,7 @@ class _Parts(rpc.WorkerServicer):
             yield batch
 
     async def SetRole(  # noqa: N802
-        self, request: pb.SetRoleRequest, context: grpc.aio.ServicerContext
+        self, request: pb.SetRoleRequest, context: grpc.aio.ServicerContext[pb.SetRoleRequest, pb.SetRoleReply]
     ) -> pb.SetRoleReply:
         try:
             role = wire.role_from_text(request.role)
@@ -390,7 +404,9 @@ def _read_commit(payload: bytes) -> tuple[SequenceId, tuple[int, ...]]:
 def main(arguments: Sequence[str]) -> int:
     """Serve one worker until SIGTERM or SIGINT; ``arguments`` is one JSON document: a WorkerConfig."""
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    host = WorkerHost(TypeAdapter(WorkerConfig).validate_json(arguments[0]))
+    host = WorkerHost(
+        TypeAdapter(WorkerConfig).validate_json(arguments[0]), on_death=lambda: os._exit(EXIT_ENGINE_DIED)
+    )
     asked = threading.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: asked.set())

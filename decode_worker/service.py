@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
 import grpc
@@ -29,7 +28,7 @@ class DecodeService(rpc.DecodeServicer):
         self._has_outputs = has_outputs
 
     async def Decode(  # noqa: N802
-        self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext
+        self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext[pb.DecodeRequest, pb.DecodeReply]
     ) -> pb.DecodeReply:
         gateway_id = GatewayId(request.gateway_id)
         if not self._has_outputs(gateway_id):
@@ -37,19 +36,23 @@ class DecodeService(rpc.DecodeServicer):
         session_id = SessionId(request.session_id) if request.session_id else None
         try:
             spec = wire.spec_from_message(request.sequence, hold_kv=False)
-            await asyncio.wrap_future(self._worker.decode(spec, gateway_id, session_id))
+            self._worker.decode(spec, gateway_id, session_id)
         except (ProtocolViolation, InvalidRequest) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except ValueError as error:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
         return pb.DecodeReply()
 
-    async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortReply:  # noqa: N802
+    async def Abort(  # noqa: N802
+        self, request: pb.AbortRequest, context: grpc.aio.ServicerContext[pb.AbortRequest, pb.AbortReply]
+    ) -> pb.AbortReply:
         for sequence_id in request.sequence_ids:
             self._worker.abort(SequenceId(sequence_id), request.reason or "aborted by the gateway")
         return pb.AbortReply()
 
-    async def Grant(self, request: pb.GrantRequest, context: grpc.aio.ServicerContext) -> pb.GrantReply:  # noqa: N802
+    async def Grant(  # noqa: N802
+        self, request: pb.GrantRequest, context: grpc.aio.ServicerContext[pb.GrantRequest, pb.GrantReply]
+    ) -> pb.GrantReply:
         wait_s = min(max(request.wait_s, 0.0), MAX_GRANT_WAIT_S)
         try:
             self._fingerprint.require_equal(wire.fingerprint_from_message(request.fingerprint))

@@ -10,8 +10,7 @@ The life of one sequence, and who moves it on:
     4  on_chunk()      engine thread its tokens go to the gateway
 
 Between 2 and 3 the pages belong to the session (KvReceiver) and are in nobody's batch. A sequence announced without
-a session is prefilled here. Turning a page grant down is better than thrashing: a grant leaves each running sequence
-a page to grow into.
+a session is prefilled here.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from dataclasses import dataclass, replace
 
 from core.errors import GrantRefused, TransferError
 from core.request import GatewayId, Role, SequenceFailure, SequenceId, SequenceSpec, SessionId, TokenChunk, WorkerId
-from engine.engine import Engine
 from engine.engine_thread import EngineThread
 from engine.scheduler import Reservation
 from kv_transfer.receiver import KvReceiver
@@ -33,6 +31,7 @@ from kv_transfer.session import Grant
 
 logger = logging.getLogger(__name__)
 
+Check = Callable[[SequenceSpec], None]  # Engine.check
 Publish = Callable[[GatewayId, TokenChunk | SequenceFailure], None]
 ReadCommit = Callable[[bytes], tuple[SequenceId, tuple[int, ...]]]
 
@@ -63,12 +62,14 @@ class DecodeWorker:
         engine: EngineThread,
         *,
         page_size: int,
+        check: Check,
         publish: Publish,
         read_commit: ReadCommit,
     ) -> None:
         self._worker_id = worker_id
         self._engine = engine
         self._page_size = page_size
+        self._check = check
         self._publish = publish
         self._read_commit = read_commit
         self._lock = threading.Lock()
@@ -94,8 +95,9 @@ class DecodeWorker:
 
     # ---- event loop ----
 
-    def decode(self, spec: SequenceSpec, gateway_id: GatewayId, session_id: SessionId | None) -> Future[None]:
-        """Announce ``spec``. The future raises ``InvalidRequest`` if the engine can never run it."""
+    def decode(self, spec: SequenceSpec, gateway_id: GatewayId, session_id: SessionId | None) -> None:
+        """Announce ``spec``. Raises ``InvalidRequest`` if the engine can never run it; waits for no step."""
+        self._check(spec)
         arrival = _Arrival(spec, gateway_id, session_id, admitted=session_id is None)
         with self._lock:
             if spec.sequence_id in self._arrivals:
@@ -104,11 +106,7 @@ class DecodeWorker:
             if session_id is not None:
                 self._by_session[session_id] = spec.sequence_id
         if session_id is None:
-            queued = self._engine.submit(lambda engine: engine.add(spec))
-        else:
-            queued = self._engine.submit(lambda engine: engine.check(spec))
-        queued.add_done_callback(lambda done: self._forget(arrival) if done.exception() else None)
-        return queued
+            self._engine.submit(lambda engine: engine.add(spec))
 
     async def grant(self, session_id: SessionId, wait_s: float) -> Grant:
         """Reserve pages for an announced session; raise ``GrantRefused`` if it is unknown or pages stay short."""
@@ -232,7 +230,7 @@ class DecodeWorker:
             self._pages_freed.clear()
             if arrival.aborted:
                 raise GrantRefused("the gateway aborted the sequence")
-            asked = self._engine.submit(lambda engine: _reserve_with_room_to_grow(engine, arrival.spec))
+            asked = self._engine.submit(lambda engine: engine.reserve(arrival.spec))
             try:
                 reservation = await asyncio.shield(asyncio.wrap_future(asked))
             except asyncio.CancelledError:
@@ -261,11 +259,3 @@ class DecodeWorker:
             self._arrivals.pop(arrival.spec.sequence_id, None)
             if arrival.session_id is not None:
                 self._by_session.pop(arrival.session_id, None)
-
-
-def _reserve_with_room_to_grow(engine: Engine, spec: SequenceSpec) -> Reservation | None:
-    load = engine.load()
-    needed = -(-len(spec.token_ids) // engine.layout.page_size)
-    if load.num_running and load.pages_free < needed + load.num_running:
-        return None
-    return engine.reserve(spec)

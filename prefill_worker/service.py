@@ -5,8 +5,8 @@ Also the client side of ``Decode.Grant``, the one call that a prefill worker mak
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import grpc
 
@@ -32,7 +32,7 @@ class PrefillService(rpc.PrefillServicer):
         self._has_outputs = has_outputs
 
     async def Prefill(  # noqa: N802
-        self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext
+        self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext[pb.PrefillRequest, pb.PrefillReply]
     ) -> pb.PrefillReply:
         gateway_id = GatewayId(request.gateway_id)
         if not self._has_outputs(gateway_id):
@@ -40,14 +40,16 @@ class PrefillService(rpc.PrefillServicer):
         query = GrantQuery(SessionId(request.session_id), request.decode_address) if request.session_id else None
         try:
             spec = wire.spec_from_message(request.sequence, hold_kv=True)
-            await asyncio.wrap_future(self._worker.prefill(spec, gateway_id, query))
+            self._worker.prefill(spec, gateway_id, query)
         except (ProtocolViolation, InvalidRequest) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except ValueError as error:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
         return pb.PrefillReply()
 
-    async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortReply:  # noqa: N802
+    async def Abort(  # noqa: N802
+        self, request: pb.AbortRequest, context: grpc.aio.ServicerContext[pb.AbortRequest, pb.AbortReply]
+    ) -> pb.AbortReply:
         for sequence_id in request.sequence_ids:
             self._worker.abort(SequenceId(sequence_id), request.reason or "aborted by the gateway")
         return pb.AbortReply()
@@ -89,19 +91,20 @@ class GrantClient:
     async def close(self) -> None:
         """Close every channel."""
         for channel in self._channels.values():
-            await channel.close()
+            await channel.close(grace=None)
         self._channels.clear()
 
     async def _typed(self, query: GrantQuery, error: grpc.aio.AioRpcError) -> GrantRefused | Incompatible | PeerLost:
         details = error.details() or ""
         if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
-            said = dict(error.trailing_metadata() or ())
-            return Incompatible(*(str(said.get(f"incompatible-{part}", "?")) for part in ("field", "theirs", "ours")))
+            # grpc-stubs call the metadata's pairs opaque.
+            said = dict(cast(Iterable[tuple[str, str]], error.trailing_metadata() or ()))
+            return Incompatible(*(said.get(f"incompatible-{part}", "?") for part in ("field", "theirs", "ours")))
         if error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.RESOURCE_EXHAUSTED):
             return GrantRefused(details)
         channel = self._channels.get(query.address)
         if channel is not None and error.code() is grpc.StatusCode.UNAVAILABLE:
             # A worker that restarts at the same address must not wait out the broken channel's back-off.
             del self._channels[query.address]
-            await channel.close()
+            await channel.close(grace=None)
         return PeerLost(f"{query.address}: {error.code().name} {details}")

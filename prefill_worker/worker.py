@@ -20,7 +20,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from core.errors import GrantRefused, PeerLost, TransferError
@@ -43,6 +42,7 @@ from kv_transfer.session import Grant, SendReport
 
 logger = logging.getLogger(__name__)
 
+Check = Callable[[SequenceSpec], None]  # Engine.check
 Publish = Callable[[GatewayId, TokenChunk | SequenceFailure], None]
 MakeCommit = Callable[[SequenceId, Sequence[int]], bytes]
 
@@ -102,6 +102,7 @@ class PrefillWorker:
         *,
         page_size: int,
         num_layers: int,
+        check: Check,
         publish: Publish,
         ask_grant: AskGrant,
         make_commit: MakeCommit,
@@ -111,6 +112,7 @@ class PrefillWorker:
         self._engine = engine
         self._page_size = page_size
         self._num_layers = num_layers
+        self._check = check
         self._publish = publish
         self._ask_grant = ask_grant
         self._make_commit = make_commit
@@ -132,8 +134,9 @@ class PrefillWorker:
 
     # ---- event loop ----
 
-    def prefill(self, spec: SequenceSpec, gateway_id: GatewayId, query: GrantQuery | None) -> Future[None]:
-        """Queue ``spec`` (``hold_kv``). The future raises ``InvalidRequest`` if the engine can never run it."""
+    def prefill(self, spec: SequenceSpec, gateway_id: GatewayId, query: GrantQuery | None) -> None:
+        """Queue ``spec`` (``hold_kv``). Raises ``InvalidRequest`` if the engine can never run it; waits for no step."""
+        self._check(spec)
         assert spec.hold_kv, "a prefill worker keeps the pages until they have arrived"
         handover = _Handover(spec, gateway_id, query)
         with self._lock:
@@ -142,9 +145,7 @@ class PrefillWorker:
             self._handovers[spec.sequence_id] = handover
             if query is not None:
                 self._by_session[query.session_id] = spec.sequence_id
-        queued = self._engine.submit(lambda engine: engine.add(spec))
-        queued.add_done_callback(lambda done: self._forget(handover) if done.exception() else None)
-        return queued
+        self._engine.submit(lambda engine: engine.add(spec))
 
     def abort(self, sequence_id: SequenceId, reason: str) -> None:
         """End a sequence in any state, quietly; its pages come back once its session can read no more of them."""
@@ -244,13 +245,11 @@ class PrefillWorker:
 
     async def _obtain_grant(self, handover: _Handover, query: GrantQuery) -> None:
         try:
-            grant = await self._ask_grant(query)
+            self._transport.granted(query.session_id, await self._ask_grant(query))
         except TransferError as error:
             handover.fault = Role.DECODE
             handover.reason = f"no grant from {query.address}: {error}"
             self._transport.abort(query.session_id, str(error))
-        else:
-            self._transport.granted(query.session_id, grant)
 
     def _abort_on_engine(self, engine: Engine, handover: _Handover, reason: str) -> None:
         """On the engine's thread, so that it cannot race with the session's opening."""

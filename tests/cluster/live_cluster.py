@@ -1,0 +1,219 @@
+"""A real service without Ray: workers, gRPC, KV transfer and a router, for tests that must see it whole.
+
+Workers run as threads of the test process (``threads``: fast, can be asked whether their pools are whole) or as
+processes (``processes``: can be killed). The gateway's half is the production Membership and Router.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from cluster.config import RouterConfig, WorkerConfig
+from cluster.membership import Membership
+from cluster.router import Router
+from cluster.routing_policy import POLICIES
+from cluster.view import ClusterView
+from cluster.worker_host import WorkerHost
+from core.clock import WallClock
+from core.request import (
+    ClusterId,
+    FinishReason,
+    GatewayId,
+    GenerateRequest,
+    OutputChunk,
+    RequestId,
+    RequestTiming,
+    Role,
+    SamplingParams,
+    WorkerId,
+)
+from engine.config import EngineConfig
+from kv_transfer.config import KvTransferConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 120
+ROUTER = RouterConfig(lease_s=3.0, no_route_wait_s=60.0, max_attempts=6)
+
+
+@dataclass
+class WorkerProcess:
+    """One worker as a process of its own."""
+
+    config: WorkerConfig
+    process: subprocess.Popen[bytes]
+
+    @classmethod
+    def start(cls, config: WorkerConfig) -> WorkerProcess:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.worker_host", json.dumps(asdict(config))],
+            stdout=subprocess.DEVNULL,
+            env=environment,
+            cwd=ROOT,
+        )
+        return cls(config, process)
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        self.process.send_signal(signum)
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            self.process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@dataclass
+class LiveCluster:
+    """What a test holds of a running service."""
+
+    membership: Membership
+    router: Router
+    hosts: dict[WorkerId, WorkerHost] = field(default_factory=dict)
+    processes: dict[WorkerId, WorkerProcess] = field(default_factory=dict)
+    num_requests: int = 0
+
+    async def generate(
+        self, prompt: Sequence[int], sampling: SamplingParams | None = None, salt: bytes = b""
+    ) -> Answer:
+        """Run one request to its end."""
+        answer = Answer()
+        async for chunk in self.stream(prompt, sampling, salt):
+            answer.take(chunk)
+        return answer
+
+    def stream(
+        self, prompt: Sequence[int], sampling: SamplingParams | None = None, salt: bytes = b""
+    ) -> AsyncIterator[OutputChunk]:
+        """The chunks of one request."""
+        self.num_requests += 1
+        sampling = sampling or SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=self.num_requests)
+        request = GenerateRequest(
+            RequestId(f"request-{self.num_requests}"), tuple(prompt), sampling, salt, WallClock().now()
+        )
+        return self.router.generate(request)
+
+    async def pools_whole(self, timeout_s: float = 10.0) -> bool:
+        """True once every live worker reports all its pages free (or cached) and nothing under way."""
+        return await self.membership.wait_until(_all_idle, timeout_s)
+
+    async def check_integrity(self) -> None:
+        """Every in-process pool accounts for each of its pages."""
+        assert await self.pools_whole(), self.membership.view()
+        for host in self.hosts.values():
+            await asyncio.wrap_future(host.engine.submit(lambda engine: engine.check_integrity()))
+
+
+@dataclass
+class Answer:
+    """A request's output, put together per continuation."""
+
+    token_ids: dict[int, list[int]] = field(default_factory=dict)
+    chunks: list[OutputChunk] = field(default_factory=list)
+    finish_reasons: dict[int, FinishReason] = field(default_factory=dict)
+    timings: dict[int, RequestTiming] = field(default_factory=dict)
+
+    def take(self, chunk: OutputChunk) -> None:
+        self.chunks.append(chunk)
+        self.token_ids.setdefault(chunk.index, []).extend(chunk.token_ids)
+        if chunk.finish_reason is not None:
+            assert chunk.index not in self.finish_reasons, "a continuation ends once"
+            self.finish_reasons[chunk.index] = chunk.finish_reason
+        if chunk.timing is not None:
+            self.timings[chunk.index] = chunk.timing
+
+    @property
+    def tokens(self) -> list[int]:
+        """The only continuation's tokens."""
+        assert set(self.token_ids) == {0}
+        return self.token_ids[0]
+
+    @property
+    def timing(self) -> RequestTiming:
+        return self.timings[0]
+
+
+def _all_idle(view: ClusterView) -> bool:
+    return all(
+        w.load.pages_free == w.pages_total
+        and not (w.load.num_running or w.load.num_waiting or w.load.num_sessions or w.load.pages_quarantined)
+        for w in view.workers
+    )
+
+
+def worker_config(
+    worker_id: str,
+    role: Role,
+    model: str,
+    registry: str,
+    engine: EngineConfig,
+    kv_transfer: KvTransferConfig | None = None,
+) -> WorkerConfig:
+    return WorkerConfig(
+        worker_id=WorkerId(worker_id),
+        cluster_id=ClusterId("test"),
+        role=role,
+        model=model,
+        model_cache_dir="~/.cache/prfaas/models",
+        engine=engine,
+        kv_transfer=kv_transfer or KvTransferConfig(),
+        host="127.0.0.1",
+        registries=(registry,),
+        log_level="warning",
+    )
+
+
+@asynccontextmanager
+async def live_cluster(
+    model: str,
+    *,
+    engine: EngineConfig,
+    num_prefill: int = 1,
+    num_decode: int = 1,
+    kv_transfer: KvTransferConfig | None = None,
+    processes: bool = False,
+    policy: str = "least_loaded",
+    router: RouterConfig = ROUTER,
+) -> AsyncIterator[LiveCluster]:
+    """A service of tiny workers on this machine; torn down whatever happens."""
+    clock = WallClock()
+    gateway_id = GatewayId("test-gateway")
+    membership = Membership(router, gateway_id, clock)
+    registry = await membership.start("127.0.0.1")
+    cluster = LiveCluster(membership, Router(membership, POLICIES[policy](), router, clock, gateway_id))
+    roles = [(Role.PREFILL, i) for i in range(num_prefill)] + [(Role.DECODE, i) for i in range(num_decode)]
+    configs = [
+        worker_config(f"{role.value}-{i}", role, model, registry, engine, kv_transfer) for role, i in roles
+    ]
+    try:
+        for config in configs:
+            if processes:
+                cluster.processes[config.worker_id] = WorkerProcess.start(config)
+            else:
+                host = WorkerHost(config)
+                await asyncio.to_thread(host.start)
+                cluster.hosts[config.worker_id] = host
+        ready = await membership.wait_until(lambda view: len(view.workers) == len(configs), START_TIMEOUT_S)
+        assert ready, "the workers did not register in time"
+        yield cluster
+    finally:
+        await cluster.router.drain(1.0)
+        for host in cluster.hosts.values():
+            await asyncio.to_thread(host.stop, 1.0)
+        for worker in cluster.processes.values():
+            await asyncio.to_thread(worker.stop)
+        await membership.close()

@@ -1,0 +1,56 @@
+"""The strongest claim: tokens through a prefill worker, the wire and a decode worker are those of the model itself.
+
+Expected tokens come from ``transformers.generate`` on the same float32 weights (tests/tiny_models.py); the monolithic
+engine is held to the same expectation in tests/unit/engine/test_token_equality.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from core.request import SamplingParams
+from engine.config import EngineConfig
+from kv_transfer.config import KvTransferConfig
+from tests.cluster.live_cluster import live_cluster
+from tests.tiny_models import FAMILIES, TinyModel
+
+pytestmark = pytest.mark.timeout(300)
+
+NUM_NEW = 12
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True)
+
+# page size, most tokens of one prompt in one step: chunks that split pages, and pages longer than chunks
+SHAPES = [(1, 7), (16, 5), (16, None), (64, 23)]
+
+
+def engine_config(page_size: int, chunk: int | None, num_tokens: int = 4096) -> EngineConfig:
+    return EngineConfig(
+        dtype="float32",
+        page_size=page_size,
+        num_pages=-(-num_tokens // page_size),
+        max_prefill_chunk=chunk,
+        max_batch_tokens=64,
+        max_batch_size=16,
+        threads=1,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_every_family_gives_the_models_own_tokens(family: str, tiny_model: TinyModel) -> None:
+    """One and eight requests at once, cache miss then cache hit, over tcp, for each page size and chunk size."""
+    prompts = tiny_model.prompts
+    for page_size, chunk in SHAPES:
+        async with live_cluster(str(tiny_model.folder), engine=engine_config(page_size, chunk)) as cluster:
+            alone = await cluster.generate(prompts[0], GREEDY)
+            assert alone.tokens == tiny_model.expected(prompts[0], NUM_NEW)
+            answers = await asyncio.gather(*(cluster.generate(prompt, GREEDY) for prompt in prompts))
+            for prompt, answer in zip(prompts, answers, strict=True):
+                assert answer.tokens == tiny_model.expected(prompt, NUM_NEW), (family, page_size, chunk, len(prompt))
+                assert answer.timing.prefill_worker == "prefill-0"
+                assert answer.timing.decode_worker == "decode-0"
+            again = await cluster.generate(prompts[-1], GREEDY)
+            assert again.tokens == tiny_model.expected(prompts[-1], NUM_NEW)
+            assert again.timing.cached_tokens == (len(prompts[-1]) - 1) // page_size * page_size
+            await cluster.check_integrity()
