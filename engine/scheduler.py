@@ -307,14 +307,15 @@ class ChunkedPrefillScheduler:
 
     def plan_step(self, now: float) -> StepPlan | None:
         batch = self._running[: self._max_batch_size]
-        preempted = self._make_room(batch)
+        self._make_room(batch)
         decodes = [_item(s, 1) for s in batch if s.status is SequenceStatus.RUNNING and s.num_remaining == 1]
         chunks: list[StepItem] = []
         budget = self._max_batch_tokens - len(decodes)
         if len(decodes) < len(batch):
             budget = self._continue_chunks(batch, chunks, budget)
-        # A step that had to preempt has no pages to give: starting the victim again at once would be a loop.
-        started = [] if preempted or not self._waiting else self._start_waiting(decodes, chunks, budget)
+        # A victim of this step cannot start again in it: it was taken because no page was free, and one of its own
+        # went to somebody else, so at least that one is missing.
+        started = self._start_waiting(decodes, chunks, budget)
         self._stalled = not decodes and not chunks
         if self._stalled:
             return None
@@ -359,9 +360,8 @@ class ChunkedPrefillScheduler:
 
     # ---- planning ----
 
-    def _make_room(self, batch: list[Sequence]) -> bool:
-        """Give each sequence of the batch pages for its known tokens; True if somebody was preempted for it."""
-        before = self._num_preemptions
+    def _make_room(self, batch: list[Sequence]) -> None:
+        """Give each sequence of the batch pages for its known tokens, preempting the youngest where none are free."""
         page_size = self._page_size
         for sequence in batch:
             # A victim is younger than the one it makes room for, so it comes later in this loop: skip it then.
@@ -373,7 +373,6 @@ class ChunkedPrefillScheduler:
                     self._preempt(next(s for s in reversed(self._running) if not s.spec.hold_kv))
                 else:
                     sequence.page_ids += tuple(page_ids)
-        return self._num_preemptions > before
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
