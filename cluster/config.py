@@ -102,7 +102,7 @@ class GrpcConfig:
 
     host: address to listen on; ``0.0.0.0``: every interface. There is no authentication.
     port: TCP port; 0: any free one.
-    max_message_bytes: larger request messages get RESOURCE_EXHAUSTED.
+    max_message_bytes: larger requests get INVALID_ARGUMENT (from 4 times this size on, RESOURCE_EXHAUSTED).
     """
 
     host: str = "127.0.0.1"

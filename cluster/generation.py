@@ -42,6 +42,9 @@ from core.request import (
 # Above this many characters a prompt is tokenised on a thread: megabytes take seconds, in which no token would be sent.
 _INLINE_PROMPT_CHARS = 20_000
 
+# Roles that every chat template knows; most templates take any word as a role and would hide a mistake.
+CHAT_ROLES = ("system", "user", "assistant")
+
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
@@ -178,6 +181,10 @@ class Generation:
             return prompt.token_ids
         if isinstance(prompt, ChatPrompt):
             _require(bool(prompt.messages), field, "must hold at least one message")
+            for index, message in enumerate(prompt.messages):
+                known = message.role in CHAT_ROLES
+                allowed = f"must be one of {', '.join(CHAT_ROLES)}, got {message.role!r}"
+                _require(known, f"{field}[{index}].role", allowed)
             size = sum(len(m.content) for m in prompt.messages)
         else:
             _require(bool(prompt.text), field, "must not be empty")
@@ -190,6 +197,10 @@ class Generation:
         """The text of ``token_ids``, special tokens included."""
         _require_in_vocabulary(token_ids, field, self.model())
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    def refuse(self, door: Door, error: Exception) -> None:
+        """Count a request that its door could not even parse."""
+        self._metrics.refuse(door, error)
 
     async def prepare(self, request: TextRequest) -> PreparedRequest:
         """Check and tokenise; raises ``InvalidRequest``, ``UnknownModel`` or ``NoRoute`` before anything is started."""

@@ -1,0 +1,421 @@
+"""The gRPC door: ``prfaas.v1.Generation`` (protos/serving.proto), ``grpc.health.v1`` and reflection.
+
+Translates messages to ``TextRequest`` and ``TextChunk`` to messages; everything else is done by ``generation``.
+- Errors become statuses in one table, ``_STATUS``; the details of INVALID_ARGUMENT begin with the field's name.
+- The client's deadline becomes the request's; a client that cancels or goes away cancels the handler, which closes
+  the stream and so frees both pools. Handlers write instead of yielding for that: a generator that is suspended in
+  a ``yield`` is not closed when its call is cancelled.
+- Health is SERVING exactly while a request could be served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.config import ServiceConfig
+from cluster.front_door import ClusterMembership, Door, RequestRouter, not_ready_reason
+from cluster.generation import (
+    ChatPrompt,
+    Generation,
+    LogprobText,
+    PreparedRequest,
+    Prompt,
+    TextChunk,
+    TextPrompt,
+    TextRequest,
+    TokenPrompt,
+    TokenText,
+)
+from cluster.tokenizer import ChatMessage
+from cluster.version import version
+from cluster.view import WorkerView
+from core.clock import Clock
+from core.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidConfig,
+    InvalidRequest,
+    NoRoute,
+    Overloaded,
+    PrfaasError,
+    SequenceFailed,
+    TransferError,
+    UnknownModel,
+)
+from core.request import RequestId, RequestTiming, SamplingParams
+from protos import serving_pb2 as pb
+from protos import serving_pb2_grpc as rpc
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Generation"].full_name
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+# The error tree as statuses: the first line that fits is taken, so narrow errors stand before wide ones.
+_STATUS: tuple[tuple[type[PrfaasError], grpc.StatusCode], ...] = (
+    (UnknownModel, grpc.StatusCode.NOT_FOUND),
+    (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (NoRoute, grpc.StatusCode.UNAVAILABLE),
+    (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (Cancelled, grpc.StatusCode.CANCELLED),
+    (SequenceFailed, grpc.StatusCode.INTERNAL),
+    (TransferError, grpc.StatusCode.UNAVAILABLE),
+    (PrfaasError, grpc.StatusCode.INTERNAL),
+)
+# gRPC itself refuses larger messages without saying what was too large, so its own limit is only the last defence.
+_TRANSPORT_LIMIT_FACTOR = 4
+_HEALTH_INTERVAL_S = 0.2
+_MAX_REQUEST_ID_CHARS = 256
+_SAMPLING_FIELDS = frozenset(field.name for field in pb.SamplingParams.DESCRIPTOR.fields)
+
+
+class GrpcGateway:
+    """The gRPC server of one gateway process."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        router: RequestRouter,
+        membership: ClusterMembership,
+        config: ServiceConfig,
+        clock: Clock,
+    ) -> None:
+        self._membership = membership
+        self._config = config.grpc
+        self._servicer = GenerationServicer(generation, router, membership, config, clock)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
+        self._server: grpc.aio.Server | None = None
+        self._health_task: asyncio.Task[None] | None = None
+        self._port: int | None = None
+
+    @property
+    def port(self) -> int:
+        """The bound port, which the configuration may have left open (0)."""
+        assert self._port is not None, "started first"
+        return self._port
+
+    async def start(self) -> None:
+        """Bind and serve; ``InvalidConfig`` if the address cannot be had."""
+        server = grpc.aio.server(
+            options=(
+                ("grpc.max_receive_message_length", _TRANSPORT_LIMIT_FACTOR * self._config.max_message_bytes),
+                ("grpc.so_reuseport", 0),  # else a second service on the same port would silently share it
+            )
+        )
+        rpc.add_GenerationServicer_to_server(self._servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+        try:
+            self._port = server.add_insecure_port(f"{host}:{self._config.port}")
+        except RuntimeError as error:
+            raise InvalidConfig("grpc.port", f"cannot listen on {host}:{self._config.port}: {error}") from error
+        await self._publish_health()
+        await server.start()
+        self._server = server
+        self._health_task = asyncio.create_task(self._keep_health())
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new calls, let running ones end for ``grace_s``, then cancel them."""
+        if self._health_task is not None:
+            self._health_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._health_task
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            await self._server.stop(grace_s)
+
+    async def _keep_health(self) -> None:
+        while True:
+            await asyncio.sleep(_HEALTH_INTERVAL_S)
+            await self._publish_health()
+
+    async def _publish_health(self) -> None:
+        ready = not_ready_reason(self._membership) is None
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", SERVICE_NAME):
+            await self._health.set(service, status)
+
+
+class GenerationServicer(rpc.GenerationServicer):
+    """The methods of ``prfaas.v1.Generation``."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        router: RequestRouter,
+        membership: ClusterMembership,
+        config: ServiceConfig,
+        clock: Clock,
+    ) -> None:
+        self._generation = generation
+        self._router = router
+        self._membership = membership
+        self._config = config
+        self._clock = clock
+        self._started_at = clock.now()
+
+    async def Generate(self, request: pb.GenerateRequest, context: _Context) -> None:  # noqa: N802
+        """Stream chunks and one final message per continuation."""
+        async with _errors_as_statuses(context):
+            try:
+                text_request = self._parse(request, context.time_remaining())
+            except PrfaasError as error:
+                self._generation.refuse(Door.GRPC, error)
+                raise
+            prepared = await self._generation.prepare(text_request)
+            async with aclosing(self._generation.stream(prepared)) as chunks:
+                async for chunk in chunks:
+                    for message in _messages(prepared, chunk):
+                        await context.write(message)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:  # noqa: N802
+        """Token ids of a text, or of a chat in the model's template."""
+        async with _errors_as_statuses(context):
+            self._check_size(request)
+            prompt, field = _parse_prompt(request)
+            special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+            token_ids = await self._generation.tokenize(prompt, field=field, add_special_tokens=special)
+            limit = self._generation.model().max_model_len
+            return pb.TokenizeResponse(token_ids=token_ids, count=len(token_ids), max_model_len=limit)
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: _Context) -> pb.DetokenizeResponse:  # noqa: N802
+        """The text of token ids, special tokens included."""
+        async with _errors_as_statuses(context):
+            self._check_size(request)
+            return pb.DetokenizeResponse(text=self._generation.detokenize(request.token_ids, field="token_ids"))
+
+    async def GetModelInfo(self, _: pb.GetModelInfoRequest, context: _Context) -> pb.GetModelInfoResponse:  # noqa: N802
+        """What is served."""
+        async with _errors_as_statuses(context):
+            model = self._generation.model()
+            return pb.GetModelInfoResponse(
+                model=self._config.model_name,
+                model_source=self._config.model,
+                architecture=model.architecture,
+                revision=model.fingerprint.revision,
+                dtype=model.fingerprint.dtype,
+                max_model_len=model.max_model_len,
+                vocab_size=model.vocab_size,
+                page_size=model.fingerprint.page_size,
+                eos_token_ids=model.eos_token_ids,
+                kv_bytes_per_token=model.kv_bytes_per_token,
+                has_chat_template=self._generation.has_chat_template,
+            )
+
+    async def GetClusterInfo(self, _: pb.GetClusterInfoRequest, context: _Context) -> pb.GetClusterInfoResponse:  # noqa: N802
+        """Every live worker, and what the router counts."""
+        async with _errors_as_statuses(context):
+            counters = self._router.counters
+            now = self._clock.now()
+            return pb.GetClusterInfoResponse(
+                workers=[_worker_info(worker, now) for worker in self._membership.view().workers],
+                num_inflight=self._router.num_inflight,
+                policy=self._config.router.policy,
+                uptime_s=now - self._started_at,
+                version=version(),
+                model=self._config.model_name,
+                num_requests=counters.num_requests,
+                num_retries=counters.num_retries,
+                num_resumes=counters.num_resumes,
+            )
+
+    async def Abort(self, request: pb.AbortRequest, _: _Context) -> pb.AbortResponse:  # noqa: N802
+        """End a running request by its id."""
+        return pb.AbortResponse(found=self._router.abort(RequestId(request.request_id)))
+
+    def _parse(self, request: pb.GenerateRequest, time_remaining_s: float | None) -> TextRequest:
+        self._check_size(request)
+        prompt, field = _parse_prompt(request)
+        now = self._clock.now()
+        return TextRequest(
+            request_id=_parse_request_id(request.request_id),
+            door=Door.GRPC,
+            prompt=prompt,
+            prompt_field=field,
+            sampling=_parse_sampling(request.sampling_params),
+            arrived_at=now,
+            model=request.model or None,
+            salt=request.cache_salt.encode(),
+            deadline_at=None if time_remaining_s is None else now + time_remaining_s,
+        )
+
+    def _check_size(self, request: pb.GenerateRequest | pb.TokenizeRequest | pb.DetokenizeRequest) -> None:
+        size, limit = request.ByteSize(), self._config.grpc.max_message_bytes
+        if size > limit:
+            fields = {field.name: getattr(request, field.name) for field, _ in request.ListFields()}
+            largest = max(fields, key=lambda name: len(str(fields[name])))
+            raise InvalidRequest(largest, f"makes a message of {size} bytes; at most {limit} are taken")
+
+
+@asynccontextmanager
+async def _errors_as_statuses(context: _Context) -> AsyncIterator[None]:
+    """The one place where the error tree becomes gRPC statuses."""
+    try:
+        yield
+    except PrfaasError as error:
+        if isinstance(error, Overloaded):
+            pushback_ms = str(round(error.retry_after_s * 1000))
+            context.set_trailing_metadata((("grpc-retry-pushback-ms", pushback_ms),))
+        status = next(status for kind, status in _STATUS if isinstance(error, kind))
+        await context.abort(status, _details(error))
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        logger.exception("a gRPC call failed for a reason that is ours")
+        await context.abort(grpc.StatusCode.INTERNAL, "internal error, see the gateway's log")
+
+
+def _details(error: PrfaasError) -> str:
+    """The error in words, with the client's name for a sampling field."""
+    if isinstance(error, InvalidRequest) and error.field in _SAMPLING_FIELDS:
+        return f"sampling_params.{error}"
+    return str(error)
+
+
+def _parse_prompt(request: pb.GenerateRequest | pb.TokenizeRequest) -> tuple[Prompt, str]:
+    """The prompt and the client's name for it."""
+    kind = request.WhichOneof("input")
+    if kind == "text":
+        return TextPrompt(request.text), "text"
+    if kind == "chat":
+        messages = tuple(ChatMessage(m.role, m.content) for m in request.chat.messages)
+        return ChatPrompt(messages), "chat.messages"
+    if kind == "tokenized" and isinstance(request, pb.GenerateRequest):
+        return TokenPrompt(tuple(request.tokenized.input_ids)), "tokenized.input_ids"
+    allowed = ", ".join(field.name for field in request.DESCRIPTOR.oneofs_by_name["input"].fields)
+    raise InvalidRequest("input", f"one of {allowed} must be given")
+
+
+def _parse_request_id(given: str) -> RequestId:
+    if len(given) > _MAX_REQUEST_ID_CHARS:
+        raise InvalidRequest("request_id", f"must have at most {_MAX_REQUEST_ID_CHARS} characters")
+    return RequestId(given or f"gen-{uuid.uuid4().hex}")
+
+
+def _parse_sampling(message: pb.SamplingParams) -> SamplingParams:
+    """The fields that the client set; their names are ``SamplingParams``' own."""
+    values: dict[str, Any] = {}
+    for field, value in message.ListFields():
+        if field.name == "logit_bias":
+            values[field.name] = {token_id: _shortest(bias) for token_id, bias in value.items()}
+        elif field.name in ("stop", "stop_token_ids"):
+            values[field.name] = tuple(value)
+        else:
+            values[field.name] = _shortest(value) if isinstance(value, float) else value
+    return SamplingParams(**values)
+
+
+def _shortest(value: float) -> float:
+    """What the client meant: 0.9 travels as the float32 0.89999998, and HTTP clients' 0.9 must do the same."""
+    return float(f"{value:.7g}")
+
+
+def _messages(prepared: PreparedRequest, chunk: TextChunk) -> list[pb.GenerateResponse]:
+    """What ``chunk`` is on the wire: a chunk if it has tokens or text, a final message if it is the last."""
+    request_id = prepared.request.request_id
+    prompt_tokens = len(prepared.request.prompt_token_ids)
+    messages = []
+    if chunk.token_ids or chunk.text:
+        part = pb.GenerateStreamChunk(
+            index=chunk.index,
+            token_ids=chunk.token_ids,
+            text=chunk.text,
+            logprobs=[_logprob(entry) for entry in chunk.logprobs],
+            prompt_tokens=prompt_tokens,
+            completion_tokens=chunk.num_output_tokens,
+            cached_tokens=chunk.cached_tokens,
+        )
+        messages.append(pb.GenerateResponse(request_id=request_id, chunk=part))
+    if chunk.finish is not None:
+        complete = pb.GenerateComplete(
+            index=chunk.index,
+            output_ids=chunk.finish.output_token_ids,
+            text=chunk.finish.text,
+            finish_reason=chunk.finish.reason,
+            usage=pb.Usage(
+                prompt_tokens=prompt_tokens,
+                completion_tokens=chunk.num_output_tokens,
+                cached_tokens=chunk.cached_tokens,
+            ),
+            timing=_timing(chunk.finish.timing, prepared.tokenize_s),
+        )
+        if chunk.finish.stop_string is not None:
+            complete.stop_string = chunk.finish.stop_string
+        elif chunk.finish.stop_token_id is not None:
+            complete.stop_token_id = chunk.finish.stop_token_id
+        messages.append(pb.GenerateResponse(request_id=request_id, complete=complete))
+    return messages
+
+
+def _logprob(entry: LogprobText) -> pb.OutputLogprob:
+    def top(token: TokenText) -> pb.TopLogprob:
+        return pb.TopLogprob(token_id=token.token_id, logprob=token.logprob, token=token.text)
+
+    chosen = entry.chosen
+    return pb.OutputLogprob(
+        token_id=chosen.token_id, logprob=chosen.logprob, token=chosen.text, top=[top(token) for token in entry.top]
+    )
+
+
+def _timing(timing: RequestTiming | None, tokenize_s: float) -> pb.TimingBreakdown:
+    if timing is None:
+        return pb.TimingBreakdown(tokenize_s=tokenize_s)
+    return pb.TimingBreakdown(
+        prefill_worker=timing.prefill_worker or "",
+        decode_worker=timing.decode_worker or "",
+        tokenize_s=tokenize_s,
+        route_s=timing.route_s,
+        prefill_queue_s=timing.prefill_queue_s,
+        prefill_s=timing.prefill_s,
+        transfer_s=timing.transfer_s,
+        exposed_transfer_s=timing.exposed_transfer_s,
+        decode_queue_s=timing.decode_queue_s,
+        decode_s=timing.decode_s,
+        ttft_s=timing.ttft_s,
+        total_s=timing.total_s,
+        bytes_shipped=timing.bytes_shipped,
+        num_attempts=timing.num_attempts,
+        route_reason=timing.route_reason,
+        decode_cached_tokens=timing.decode_cached_tokens,
+        num_preemptions=timing.num_preemptions,
+    )
+
+
+def _worker_info(worker: WorkerView, now: float) -> pb.WorkerInfo:
+    load = worker.load
+    return pb.WorkerInfo(
+        worker_id=worker.worker_id,
+        engine_id=worker.engine_id,
+        cluster_id=worker.cluster_id,
+        role=worker.role,
+        state="draining" if worker.draining else "ready",
+        address=worker.address,
+        transport=worker.transport,
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        pages_total=worker.pages_total,
+        pages_free=load.pages_free,
+        pages_cached=load.pages_cached,
+        bytes_sent=load.bytes_sent,
+        bytes_received=load.bytes_received,
+        prompt_tokens=load.prompt_tokens,
+        generated_tokens=load.generated_tokens,
+        cached_tokens=load.cached_tokens,
+        lease_left_s=max(0.0, worker.lease_expires_at - now),
+        num_sessions=load.num_sessions,
+        pages_quarantined=load.pages_quarantined,
+        num_preemptions=load.num_preemptions,
+    )
