@@ -1,0 +1,243 @@
+"""The life of a sequence at the decode worker: pages are reserved, granted, admitted or given back, exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from core.errors import GrantRefused, InvalidRequest, PeerLost
+from core.request import (
+    FinishReason,
+    GatewayId,
+    Role,
+    SamplingParams,
+    SequenceFailure,
+    SequenceId,
+    SequenceSpec,
+    SessionId,
+    StageStats,
+    TokenChunk,
+    WorkerId,
+)
+from decode_worker.worker import DecodeWorker
+from engine.scheduler import Reservation
+from kv_transfer.session import Grant
+
+PAGE = 4
+GATEWAY = GatewayId("gateway")
+SESSION = SessionId("session")
+SPEC = SequenceSpec(SequenceId("s"), tuple(range(10)), SamplingParams(seed=1))
+RESERVATION = Reservation(SPEC, (7, 8, 9), 1)
+
+
+class FakeEngine:
+    """An engine whose pages come free when the test says so."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.reservation: Reservation | None = RESERVATION
+
+    def add(self, spec: SequenceSpec) -> None:
+        self.calls.append(("add", spec.sequence_id))
+
+    def abort(self, sequence_id: SequenceId) -> None:
+        self.calls.append(("abort", sequence_id))
+
+    def reserve(self, spec: SequenceSpec) -> Reservation | None:
+        self.calls.append(("reserve",))
+        return self.reservation
+
+    def cancel(self, reservation: Reservation) -> None:
+        self.calls.append(("cancel", reservation))
+
+    def admit(self, reservation: Reservation, token_ids: tuple[int, ...]) -> None:
+        self.calls.append(("admit", reservation, token_ids))
+
+
+class InstantEngineThread:
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+
+    def submit(self, fn: Callable[[Any], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(self.engine))
+        return future
+
+
+class FakeReceiver:
+    def __init__(self) -> None:
+        self.issued: list[tuple[SessionId, int, tuple[int, ...]]] = []
+        self.aborted: list[SessionId] = []
+
+    def issue(self, session_id: SessionId, first_page: int, pages: tuple[int, ...]) -> Grant:
+        self.issued.append((session_id, first_page, pages))
+        return Grant(session_id, b"t" * 16, first_page, pages, b"", 30.0)
+
+    def abort(self, session_id: SessionId, reason: str) -> None:
+        self.aborted.append(session_id)
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.engine, self.receiver = FakeEngine(), FakeReceiver()
+        self.published: list[TokenChunk | SequenceFailure] = []
+        self.refused: str | None = None
+        self.worker = DecodeWorker(
+            WorkerId("decode-0"),
+            InstantEngineThread(self.engine),  # type: ignore[arg-type]
+            page_size=PAGE,
+            check=self.check,
+            publish=lambda gateway, item: self.published.append(item),
+            read_commit=lambda payload: (SPEC.sequence_id, tuple(payload)),
+        )
+        self.worker.attach(self.receiver)  # type: ignore[arg-type]
+
+    def check(self, spec: SequenceSpec) -> None:
+        if self.refused:
+            raise InvalidRequest("prompt", self.refused)
+
+    async def granted(self) -> Grant:
+        self.worker.decode(SPEC, GATEWAY, SESSION)
+        return await self.worker.grant(SESSION, 1.0)
+
+
+async def test_a_grant_covers_the_pages_that_are_not_cached() -> None:
+    bench = Bench()
+    grant = await bench.granted()
+    assert bench.receiver.issued == [(SESSION, 1, (8, 9))]
+    assert (grant.first_page, grant.pages) == (1, (8, 9))
+
+
+async def test_what_arrived_is_admitted_and_its_tokens_reach_the_gateway() -> None:
+    bench = Bench()
+    await bench.granted()
+    bench.worker.committed(SESSION, bytes([42]))
+    assert bench.engine.calls[-1] == ("admit", RESERVATION, (42,))
+    assert bench.worker.num_sessions == 0
+    stats = StageStats(WorkerId(""), Role.PREFILL, cached_tokens=4)
+    assert bench.worker.on_chunk(TokenChunk(SPEC.sequence_id, 1, (5,), stats=stats))
+    assert bench.worker.on_chunk(TokenChunk(SPEC.sequence_id, 2, (6,), finish_reason=FinishReason.STOP))
+    first, last = bench.published
+    assert isinstance(first, TokenChunk)
+    assert first.stats == StageStats(WorkerId("decode-0"), Role.DECODE, cached_tokens=4, received_tokens=6)
+    assert isinstance(last, TokenChunk)
+    assert last.finish_reason is FinishReason.STOP
+    assert bench.worker.num_sequences == 0
+
+
+async def test_an_unannounced_or_twice_asked_session_is_refused() -> None:
+    bench = Bench()
+    with pytest.raises(GrantRefused, match="not announced"):
+        await bench.worker.grant(SESSION, 1.0)
+    await bench.granted()
+    with pytest.raises(GrantRefused, match="has its grant"):
+        await bench.worker.grant(SESSION, 1.0)
+
+
+async def test_a_grant_waits_for_pages_and_takes_them_when_they_come_free() -> None:
+    bench = Bench()
+    bench.engine.reservation = None
+    bench.worker.decode(SPEC, GATEWAY, SESSION)
+    asking = asyncio.create_task(bench.worker.grant(SESSION, 5.0))
+    await asyncio.sleep(0.02)
+    assert not asking.done()
+    bench.engine.reservation = RESERVATION
+    bench.worker.pages_may_be_free()
+    assert (await asking).pages == (8, 9)
+
+
+async def test_pages_that_do_not_come_free_in_time_refuse_the_grant() -> None:
+    bench = Bench()
+    bench.engine.reservation = None
+    bench.worker.decode(SPEC, GATEWAY, SESSION)
+    with pytest.raises(GrantRefused, match="no 3 pages came free within"):
+        await bench.worker.grant(SESSION, 0.02)
+
+
+async def test_grants_are_given_in_the_order_in_which_they_were_asked() -> None:
+    bench = Bench()
+    bench.engine.reservation = None
+    other = SequenceSpec(SequenceId("s2"), (1,), SamplingParams(seed=1))
+    bench.worker.decode(SPEC, GATEWAY, SESSION)
+    bench.worker.decode(other, GATEWAY, SessionId("session-2"))
+    first = asyncio.create_task(bench.worker.grant(SESSION, 5.0))
+    second = asyncio.create_task(bench.worker.grant(SessionId("session-2"), 5.0))
+    await asyncio.sleep(0.02)
+    bench.engine.reservation = RESERVATION
+    bench.worker.pages_may_be_free()
+    await asyncio.gather(first, second)
+    assert [session for session, _, _ in bench.receiver.issued] == [SESSION, "session-2"]
+
+
+async def test_a_broken_session_gives_the_pages_back_and_is_a_retryable_failure() -> None:
+    bench = Bench()
+    await bench.granted()
+    bench.worker.released(SESSION, PeerLost("connection reset"))
+    assert bench.engine.calls[-1] == ("cancel", RESERVATION)
+    (failure,) = bench.published
+    assert isinstance(failure, SequenceFailure)
+    assert (failure.retryable, failure.stage) == (True, Role.PREFILL)
+    assert bench.worker.num_sequences == 0
+
+
+async def test_an_abort_while_pages_arrive_waits_for_their_release() -> None:
+    bench = Bench()
+    await bench.granted()
+    bench.worker.abort(SPEC.sequence_id, "the client left")
+    assert bench.receiver.aborted == [SESSION]
+    assert ("cancel", RESERVATION) not in bench.engine.calls
+    bench.worker.released(SESSION, PeerLost("aborted"))
+    assert bench.engine.calls[-1] == ("cancel", RESERVATION)
+    assert bench.published == []
+    assert bench.worker.num_sequences == 0
+
+
+async def test_an_abort_that_the_commit_overtook_ends_the_admitted_sequence() -> None:
+    bench = Bench()
+    await bench.granted()
+    bench.worker.abort(SPEC.sequence_id, "the client left")
+    bench.worker.committed(SESSION, bytes([42]))
+    assert [call[0] for call in bench.engine.calls[-2:]] == ["admit", "abort"]
+    assert bench.worker.num_sequences == 0
+
+
+async def test_an_abort_while_a_grant_waits_refuses_it() -> None:
+    bench = Bench()
+    bench.engine.reservation = None
+    bench.worker.decode(SPEC, GATEWAY, SESSION)
+    asking = asyncio.create_task(bench.worker.grant(SESSION, 5.0))
+    await asyncio.sleep(0.02)
+    bench.worker.abort_gateway(GATEWAY)
+    bench.worker.pages_may_be_free()
+    with pytest.raises(GrantRefused, match="aborted"):
+        await asking
+    assert bench.receiver.issued == []
+
+
+async def test_a_sequence_without_a_session_is_prefilled_here() -> None:
+    bench = Bench()
+    bench.worker.decode(SPEC, GATEWAY, None)
+    assert bench.engine.calls == [("add", SPEC.sequence_id)]
+    assert bench.worker.on_failure(SequenceFailure(SPEC.sequence_id, "step failed", True, Role.PREFILL))
+    (failure,) = bench.published
+    assert isinstance(failure, SequenceFailure)
+    assert failure.stage is Role.DECODE
+
+
+async def test_what_the_engine_can_never_run_is_refused_and_forgotten() -> None:
+    bench = Bench()
+    bench.refused = "too long"
+    with pytest.raises(InvalidRequest, match="too long"):
+        bench.worker.decode(SPEC, GATEWAY, SESSION)
+    assert bench.worker.num_sequences == 0
+
+
+async def test_a_sequence_is_taken_once() -> None:
+    bench = Bench()
+    bench.worker.decode(SPEC, GATEWAY, SESSION)
+    with pytest.raises(ValueError, match="already here"):
+        bench.worker.decode(SPEC, GATEWAY, SessionId("again"))

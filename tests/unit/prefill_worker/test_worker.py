@@ -1,0 +1,263 @@
+"""The life of a hand-over at the prefill worker: what is shipped when, and that pages come back exactly once.
+
+The engine and the sender are recorders that run everything at once, so each test reads as a sequence of calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from core.errors import GrantRefused, InvalidRequest, PeerLost, TransferAborted
+from core.request import (
+    FinishReason,
+    GatewayId,
+    Role,
+    SamplingParams,
+    SequenceFailure,
+    SequenceId,
+    SequenceSpec,
+    SessionId,
+    StageStats,
+    TokenChunk,
+    WorkerId,
+)
+from engine.scheduler import StepItem, StepPlan
+from kv_transfer.session import Grant, SendReport
+from prefill_worker.worker import GrantQuery, PrefillWorker
+
+PAGE = 4
+GATEWAY = GatewayId("gateway")
+QUERY = GrantQuery(SessionId("session"), "decode:1")
+SPEC = SequenceSpec(SequenceId("s"), tuple(range(10)), SamplingParams(seed=1), hold_kv=True)
+PAGES = (7, 8, 9)
+GRANT = Grant(QUERY.session_id, b"t" * 16, 0, (1, 2, 3), b"", 30.0)
+STATS = StageStats(WorkerId(""), Role.PREFILL, queue_s=1.0, compute_s=2.0, cached_tokens=4)
+
+
+class Recorder:
+    """Stands for the engine and for the sender: writes down what is called."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments: self.calls.append((name, *arguments))
+
+    def names(self) -> list[str]:
+        return [call[0] for call in self.calls]
+
+
+class InstantEngineThread:
+    """Runs what is submitted at once."""
+
+    def __init__(self, engine: Recorder) -> None:
+        self.engine = engine
+
+    def submit(self, fn: Callable[[Any], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(self.engine))
+        return future
+
+
+class Bench:
+    """One worker, its recorders, and what it published."""
+
+    def __init__(self, grant: Grant | Exception = GRANT) -> None:
+        self.engine, self.sender = Recorder(), Recorder()
+        self.published: list[TokenChunk | SequenceFailure] = []
+        self.grant = grant
+        self.refused: str | None = None
+        self.worker = PrefillWorker(
+            WorkerId("prefill-0"),
+            InstantEngineThread(self.engine),  # type: ignore[arg-type]
+            page_size=PAGE,
+            num_layers=2,
+            check=self.check,
+            publish=lambda gateway, item: self.published.append(item),
+            ask_grant=self.ask,
+            make_commit=lambda sequence_id, tokens: f"{sequence_id}:{list(tokens)}".encode(),
+            run_on_loop=self.run,
+        )
+        self.worker.attach(self.sender)  # type: ignore[arg-type]
+
+    def check(self, spec: SequenceSpec) -> None:
+        if self.refused:
+            raise InvalidRequest("prompt", self.refused)
+
+    async def ask(self, query: GrantQuery) -> Grant:
+        if isinstance(self.grant, Exception):
+            raise self.grant
+        return self.grant
+
+    def run(self, work: Awaitable[None]) -> None:
+        async def await_it() -> None:
+            await work
+
+        asyncio.run(await_it())
+
+    def step(self, start: int, count: int, *, samples: bool, page_ids: Sequence[int] = PAGES) -> None:
+        tokens = SPEC.prompt_token_ids[start : start + count]
+        item = StepItem(SPEC.sequence_id, tokens, start, tuple(page_ids), samples, SPEC.sampling, None, 10)  # type: ignore[arg-type]
+        self.worker.step_planned(StepPlan((item,)))
+        for layer in range(2):
+            self.worker.layer_stored(layer)
+
+    def token(self, finish: FinishReason | None = None) -> None:
+        assert self.worker.on_chunk(TokenChunk(SPEC.sequence_id, 0, (42,), finish_reason=finish, stats=STATS))
+
+    def close(self, error: Exception | None = None) -> None:
+        self.worker.closed(QUERY.session_id, SendReport(error, 96, 4, 0.5, 0.1))  # type: ignore[arg-type]
+
+
+def test_pages_travel_when_they_are_full_and_the_last_one_with_the_last_chunk() -> None:
+    bench = Bench()
+    bench.worker.prefill(SPEC, GATEWAY, QUERY)
+    bench.worker.sequence_started(SPEC, 4, PAGES)  # one page was cached
+    bench.step(4, 3, samples=False)  # tokens 4..6: page 1 is not full yet
+    bench.step(7, 3, samples=True)  # tokens 7..9: page 1 is, and page 2 is the last
+    bench.token()
+    stored = [call[1:] for call in bench.sender.calls if call[0] == "pages_stored"]
+    session = QUERY.session_id
+    assert stored == [
+        (session, 0, 0, (7,)),
+        (session, 1, 0, (7,)),
+        (session, 0, 1, (8, 9)),
+        (session, 1, 1, (8, 9)),
+    ]
+    assert bench.sender.names() == ["open", "granted", *["pages_stored"] * 4, "commit"]
+    assert bench.sender.calls[0] == ("open", session, 3)
+    assert bench.sender.calls[-1] == ("commit", session, b"s:[42]")
+
+
+def test_the_gateway_gets_the_token_before_the_transfer_ends_and_its_cost_after() -> None:
+    bench = Bench()
+    bench.worker.prefill(SPEC, GATEWAY, QUERY)
+    bench.worker.sequence_started(SPEC, 0, PAGES)
+    bench.step(0, 10, samples=True)
+    bench.token()
+    (chunk,) = bench.published
+    assert isinstance(chunk, TokenChunk)
+    assert chunk.token_ids == (42,)
+    assert chunk.stats == StageStats(WorkerId("prefill-0"), Role.PREFILL, 1.0, 2.0, cached_tokens=4)
+    assert ("release", SPEC.sequence_id) not in bench.engine.calls
+
+    bench.close()
+    last = bench.published[-1]
+    assert isinstance(last, TokenChunk)
+    assert (last.position, last.token_ids) == (1, ())
+    assert last.stats is not None
+    assert (last.stats.transfer_s, last.stats.exposed_transfer_s, last.stats.bytes_shipped) == (0.5, 0.1, 96)
+    assert bench.engine.calls[-1] == ("release", SPEC.sequence_id)
+    assert bench.worker.num_sessions == 0
+
+
+def test_a_first_token_that_is_the_last_is_not_handed_over() -> None:
+    bench = Bench()
+    bench.worker.prefill(SPEC, GATEWAY, QUERY)
+    bench.worker.sequence_started(SPEC, 0, PAGES)
+    bench.step(0, 10, samples=True)
+    bench.token(FinishReason.STOP)
+    assert bench.sender.names()[-1] == "abort"
+    bench.close(TransferAborted("the first token was the last"))
+    assert len(bench.published) == 1, "the client has everything; the ended session is nobody's failure"
+    assert bench.engine.calls[-1] == ("release", SPEC.sequence_id)
+
+
+def test_without_a_session_the_pages_go_back_with_the_token() -> None:
+    bench = Bench()
+    bench.worker.prefill(SPEC, GATEWAY, None)
+    bench.worker.sequence_started(SPEC, 0, PAGES)
+    bench.step(0, 10, samples=True)
+    bench.token(FinishReason.LENGTH)
+    assert bench.sender.calls == []
+    assert bench.engine.names() == ["add", "release"]
+    assert bench.worker.num_sessions == 0
+
+
+@pytest.mark.parametrize("error", [GrantRefused("unknown"), PeerLost("gone")], ids=["refused", "lost"])
+def test_a_grant_that_is_not_given_is_the_decode_workers_fault(error: Exception) -> None:
+    bench = Bench(grant=error)
+    bench.worker.prefill(SPEC, GATEWAY, QUERY)
+    bench.worker.sequence_started(SPEC, 0, PAGES)
+    assert bench.sender.names() == ["open", "abort"]
+    bench.close(TransferAborted("no grant"))
+    (failure,) = bench.published
+    assert isinstance(failure, SequenceFailure)
+    assert (failure.retryable, failure.stage) == (True, Role.DECODE)
+    assert str(error) in failure.message
+    assert bench.engine.calls[-1] == ("abort", SPEC.sequence_id)
+    assert bench.worker.num_sessions == 0
+
+
+def test_a_broken_link_after_the_token_releases_the_pages_and_is_a_retryable_failure() -> None:
+    bench = Bench()
+    bench.worker.prefill(SPEC, GATEWAY, QUERY)
+    bench.worker.sequence_started(SPEC, 0, PAGES)
+    bench.step(0, 10, samples=True)
+    bench.token()
+    bench.close(PeerLost("connection reset"))
+    failure = bench.published[-1]
+    assert isinstance(failure, SequenceFailure)
+    assert (failure.retryable, failure.stage) == (True, Role.DECODE)
+    assert bench.engine.calls[-1] == ("release", SPEC.sequence_id)
+
+
+def test_an_abort_waits_for_the_session_before_the_pages_go_back() -> None:
+    bench = Bench()
+    bench.worker.prefill(SPEC, GATEWAY, QUERY)
+    bench.worker.sequence_started(SPEC, 0, PAGES)
+    bench.step(0, 5, samples=False)
+    bench.worker.abort(SPEC.sequence_id, "the client left")
+    assert bench.sender.names()[-1] == "abort"
+    assert "abort" not in bench.engine.names()
+    bench.close(TransferAborted("the client left"))
+    assert bench.engine.calls[-1] == ("abort", SPEC.sequence_id)
+    assert bench.worker.num_sessions == 0
+
+
+def test_an_abort_before_the_first_step_needs_no_session() -> None:
+    bench = Bench()
+    bench.worker.prefill(SPEC, GATEWAY, QUERY)
+    bench.worker.abort_gateway(GATEWAY)
+    assert bench.sender.calls == []
+    assert bench.engine.names() == ["add", "abort"]
+    assert bench.worker.num_sessions == 0
+
+
+def test_a_failed_step_breaks_the_session_and_reaches_the_gateway_once() -> None:
+    bench = Bench()
+    bench.worker.prefill(SPEC, GATEWAY, QUERY)
+    bench.worker.sequence_started(SPEC, 0, PAGES)
+    assert bench.worker.on_failure(SequenceFailure(SPEC.sequence_id, "step failed", True, Role.DECODE))
+    assert bench.sender.names()[-1] == "abort"
+    bench.close(TransferAborted("step failed"))
+    (failure,) = bench.published
+    assert isinstance(failure, SequenceFailure)
+    assert (failure.message, failure.stage) == ("step failed", Role.PREFILL)
+
+
+def test_what_the_engine_can_never_run_is_refused_and_forgotten() -> None:
+    bench = Bench()
+    bench.refused = "too long"
+    with pytest.raises(InvalidRequest, match="too long"):
+        bench.worker.prefill(SPEC, GATEWAY, QUERY)
+    assert bench.worker.num_sessions == 0
+    assert bench.engine.calls == []
+
+
+def test_a_sequence_is_taken_once() -> None:
+    bench = Bench()
+    bench.worker.prefill(SPEC, GATEWAY, QUERY)
+    with pytest.raises(ValueError, match="already here"):
+        bench.worker.prefill(SPEC, GATEWAY, QUERY)
+
+
+def test_other_peoples_chunks_are_not_ours() -> None:
+    bench = Bench()
+    assert not bench.worker.on_chunk(TokenChunk(SequenceId("other"), 0, (1,)))
+    assert not bench.worker.on_failure(SequenceFailure(SequenceId("other"), "", True, Role.DECODE))

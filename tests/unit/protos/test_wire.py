@@ -1,0 +1,128 @@
+"""Messages and our types are two spellings of one thing: every crossing and back changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.errors import ProtocolViolation
+from core.fingerprint import CacheFingerprint
+from core.request import (
+    FinishReason,
+    Role,
+    SamplingParams,
+    SequenceFailure,
+    SequenceId,
+    SequenceSpec,
+    StageStats,
+    TokenChunk,
+    TokenLogprob,
+    WorkerId,
+)
+from protos import wire
+from protos import worker_pb2 as pb
+
+TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=6).map(tuple)
+SECONDS = st.floats(0, 1e6)
+COUNTS = st.integers(0, 2**31)
+FLOAT32 = st.floats(-1e3, 0, width=32)
+
+SAMPLING = st.builds(
+    SamplingParams,
+    max_tokens=st.none() | st.integers(10, 2**31),
+    min_tokens=st.integers(0, 10),
+    temperature=st.floats(0, 2),
+    top_p=st.floats(0.01, 1),
+    top_k=st.integers(0, 2**31),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0.1, 10),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    logit_bias=st.dictionaries(st.integers(0, 2**32 - 1), st.floats(-100, 100), max_size=3),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    stop_token_ids=TOKENS,
+    ignore_eos=st.booleans(),
+    logprobs=st.none() | st.integers(0, 20),
+)
+SPECS = st.builds(
+    SequenceSpec,
+    sequence_id=st.text(min_size=1, max_size=20).map(SequenceId),
+    prompt_token_ids=TOKENS.filter(bool),
+    output_token_ids=TOKENS,
+    sampling=SAMPLING,
+    salt=st.binary(max_size=8),
+    hold_kv=st.booleans(),
+)
+STATS = st.builds(
+    StageStats,
+    worker_id=st.text(max_size=9).map(WorkerId),
+    role=st.sampled_from(Role),
+    queue_s=SECONDS,
+    compute_s=SECONDS,
+    transfer_s=SECONDS,
+    exposed_transfer_s=SECONDS,
+    cached_tokens=COUNTS,
+    received_tokens=COUNTS,
+    bytes_shipped=st.integers(0, 2**63),
+    num_preemptions=COUNTS,
+)
+LOGPROBS = st.builds(
+    TokenLogprob,
+    token_id=st.integers(0, 2**32 - 1),
+    logprob=FLOAT32,
+    top=st.lists(st.tuples(st.integers(0, 2**32 - 1), FLOAT32), max_size=3).map(tuple),
+)
+CHUNKS = st.builds(
+    TokenChunk,
+    sequence_id=st.text(min_size=1, max_size=20).map(SequenceId),
+    position=COUNTS,
+    token_ids=TOKENS,
+    logprobs=st.lists(LOGPROBS, max_size=3).map(tuple),
+    finish_reason=st.none() | st.sampled_from(FinishReason),
+    stop_token_id=st.none() | st.integers(0, 2**32 - 1),
+    stats=st.none() | STATS,
+)
+
+
+@given(SPECS)
+def test_a_sequence_survives_the_wire(spec: SequenceSpec) -> None:
+    data = wire.spec_to_message(spec).SerializeToString()
+    assert wire.spec_from_message(pb.SequenceSpec.FromString(data), hold_kv=spec.hold_kv) == spec
+
+
+@given(CHUNKS)
+def test_a_chunk_survives_the_wire(chunk: TokenChunk) -> None:
+    data = wire.chunk_to_message(chunk).SerializeToString()
+    assert wire.chunk_from_message(pb.TokenChunk.FromString(data)) == chunk
+
+
+@given(st.text(max_size=9), st.booleans(), st.sampled_from(Role))
+def test_a_failure_survives_the_wire(message: str, retryable: bool, stage: Role) -> None:
+    failure = SequenceFailure(SequenceId("s"), message, retryable, stage)
+    data = wire.failure_to_message(failure).SerializeToString()
+    assert wire.failure_from_message(pb.SequenceFailure.FromString(data)) == failure
+
+
+def test_a_fingerprint_survives_the_wire() -> None:
+    fingerprint = CacheFingerprint("llama", "abc", "bfloat16", 16, "def")
+    assert wire.fingerprint_from_message(wire.fingerprint_to_message(fingerprint)) == fingerprint
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pb.SequenceSpec(),
+        pb.SequenceSpec(sequence_id="s"),
+        pb.SequenceSpec(sequence_id="s", prompt_token_ids=[1], sampling=pb.SamplingParams(temperature=-1)),
+    ],
+    ids=["empty", "no-tokens", "bad-sampling"],
+)
+def test_a_sequence_that_no_peer_of_ours_sends_is_a_violation(message: pb.SequenceSpec) -> None:
+    with pytest.raises(ProtocolViolation):
+        wire.spec_from_message(message, hold_kv=False)
+
+
+def test_an_unknown_role_is_named_with_the_allowed_ones() -> None:
+    with pytest.raises(ProtocolViolation, match="prefill, decode, got 'encode'"):
+        wire.role_from_text("encode")
