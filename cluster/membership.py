@@ -104,7 +104,7 @@ class Membership:
         """Serve the Registry on ``host`` (port 0: any free one); returns the host:port that workers are to be given."""
         assert self._server is None, "membership was started already"
         self._server = grpc.aio.server()
-        rpc.add_RegistryServicer_to_server(_RegistryService(self), self._server)  # type: ignore[no-untyped-call]
+        rpc.add_RegistryServicer_to_server(_RegistryService(self), self._server)
         bound = self._server.add_insecure_port(f"{host}:{port}")
         await self._server.start()
         self._ticker = self._spawn(self._expire_leases())

@@ -272,11 +272,11 @@ class Router:
                 if not isinstance(event, TokenChunk):
                     self._survive(continuation, attempt, stage, event)
                     continue
-                for chunk in attempt.take(stage, event):
+                for source, chunk in attempt.take(stage, event):
                     if chunk.finish_reason is None:
                         yield continuation.next_chunk(self._clock.now(), chunk)
                         continue
-                    async with aclosing(self._finish(continuation, attempt, stage, chunk)) as last_chunks:
+                    async with aclosing(self._finish(continuation, attempt, source, chunk)) as last_chunks:
                         async for last in last_chunks:
                             yield last
                     return
@@ -611,23 +611,22 @@ class _Attempt:
         self.ended = False
         self._committed = prefill is None  # D has the K/V
         self._next_position = len(spec.output_token_ids)
-        self._early: dict[int, TokenChunk] = {}  # position |-> chunk that came before its predecessor
+        self._early: dict[int, tuple[Role, TokenChunk]] = {}  # position |-> chunk that came before its predecessor
 
-    def take(self, stage: Role, chunk: TokenChunk) -> Iterator[TokenChunk]:
-        """Note a chunk; yield those whose turn it is, in order of position."""
+    def take(self, stage: Role, chunk: TokenChunk) -> Iterator[tuple[Role, TokenChunk]]:
+        """Note a chunk; yield those whose turn it is, in order of position, each with the stage that sent it."""
         if chunk.stats is not None:
             self.stats[stage] = chunk.stats
-        if stage is Role.DECODE:
-            self._committed = True
-        elif not chunk.token_ids and chunk.finish_reason is None:
-            self._committed = True
-            self.leave_prefill()
+        is_report = not chunk.token_ids and chunk.finish_reason is None
+        self._committed = self._committed or stage is Role.DECODE or is_report
+        if is_report:
+            if stage is Role.PREFILL:
+                self.leave_prefill()
             return
-        self._early[chunk.position] = chunk
+        self._early[chunk.position] = (stage, chunk)
         while (due := self._early.pop(self._next_position, None)) is not None:
-            self._next_position += len(due.token_ids)
-            if due.token_ids or due.finish_reason is not None:
-                yield due
+            self._next_position += len(due[1].token_ids)
+            yield due
 
     def is_decodes_alone(self, num_tokens: int) -> bool:
         """D has the K/V and the client has P's token: P may go, nothing is lost."""

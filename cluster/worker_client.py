@@ -100,9 +100,9 @@ class WorkerClient:
         self._channel = channel
         self._gateway_id = gateway_id
         self._outputs = outputs
-        self._worker = rpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
-        self._prefill = rpc.PrefillStub(channel)  # type: ignore[no-untyped-call]
-        self._decode = rpc.DecodeStub(channel)  # type: ignore[no-untyped-call]
+        self._worker = rpc.WorkerStub(channel)
+        self._prefill = rpc.PrefillStub(channel)
+        self._decode = rpc.DecodeStub(channel)
         self._deliver: dict[SequenceId, Deliver] = {}
         self._lost: WorkerLost | None = None
         self.on_change: Callable[[], None] = lambda: None
@@ -113,7 +113,7 @@ class WorkerClient:
         channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         try:
             async with asyncio.timeout(timeout_s):
-                stub = rpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
+                stub = rpc.WorkerStub(channel)
                 description = await _checked(address, stub.Describe(pb.DescribeRequest(), wait_for_ready=True))
                 outputs: _Outputs = stub.Outputs(pb.OutputsRequest(gateway_id=gateway_id))
                 # Headers come once the worker knows this gateway: a sequence sent earlier would have no stream.
@@ -155,23 +155,23 @@ class WorkerClient:
             session_id=session_id,
             decode_address=decode_address,
         )
-        await self._call(self._prefill.Prefill(request, timeout=CALL_TIMEOUT_S))
+        await self._call(self._prefill.Prefill, request)
 
     async def decode(self, spec: SequenceSpec, session_id: SessionId | None) -> None:
         """Announce the sequence: its KV will come under ``session_id``; None: the worker prefills it itself."""
         request = pb.DecodeRequest(
             gateway_id=self._gateway_id, sequence=spec_to_message(spec), session_id=session_id or ""
         )
-        await self._call(self._decode.Decode(request, timeout=CALL_TIMEOUT_S))
+        await self._call(self._decode.Decode, request)
 
     async def abort(self, sequence_id: SequenceId, stage: Role, reason: str) -> None:
         """Give the sequence up at the worker in that stage; a worker that does not know it says nothing."""
         stub = self._prefill if stage is Role.PREFILL else self._decode
-        await self._call(stub.Abort(pb.AbortRequest(sequence_ids=[sequence_id], reason=reason), timeout=CALL_TIMEOUT_S))
+        await self._call(stub.Abort, pb.AbortRequest(sequence_ids=[sequence_id], reason=reason))
 
     async def set_role(self, role: Role) -> None:
         """Ask the worker to advertise ``role`` from now on."""
-        await self._call(self._worker.SetRole(pb.SetRoleRequest(role=role.value), timeout=CALL_TIMEOUT_S))
+        await self._call(self._worker.SetRole, pb.SetRoleRequest(role=role.value))
 
     async def watch(self, interval_s: float) -> AsyncIterator[WorkerState]:
         """The worker's state at once, at every change and at least every ``interval_s``; ends with ``PeerLost``."""
@@ -218,10 +218,10 @@ class WorkerClient:
         self.fail("connection closed")
         await self._channel.close(grace=None)
 
-    async def _call(self, call: Awaitable[_Reply]) -> _Reply:
+    async def _call(self, method: Callable[..., Awaitable[object]], request: object) -> None:
         if self._lost is not None:
             raise PeerLost(f"{self._lost.worker_id}: {self._lost.reason}")
-        return await _checked(str(self.description.worker_id), call)
+        await _checked(self.description.worker_id, method(request, timeout=CALL_TIMEOUT_S))
 
 
 async def _checked(peer: str, call: Awaitable[_Reply]) -> _Reply:

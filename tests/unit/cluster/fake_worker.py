@@ -267,15 +267,14 @@ class FakeWorker(rpc.WorkerServicer):
             await context.abort(refusal.code, refusal.details)
 
     def _run(self, spec: SequenceSpec, work: Coroutine[Any, Any, None]) -> None:
-        async def run() -> None:
-            try:
-                await work
-            except Interrupted:
-                return
-            finally:
-                self.running.pop(spec.sequence_id, None)
+        def ended(task: asyncio.Task[None]) -> None:
+            if self.running.get(spec.sequence_id) is task:
+                del self.running[spec.sequence_id]
+            error = None if task.cancelled() else task.exception()
+            assert error is None or isinstance(error, Interrupted), error
 
-        self.running[spec.sequence_id] = asyncio.create_task(run())
+        task = self.running[spec.sequence_id] = asyncio.create_task(work)
+        task.add_done_callback(ended)
 
 
 @dataclass
