@@ -122,7 +122,7 @@ class TcpTransport:
             self._closed = True
             ends = list(self._ends)
         if self._listener is not None and self._acceptor is not None:
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept
+            _shut_down(self._listener)  # wakes accept
             self._acceptor.join()
             self._listener.close()
         for end in ends:
