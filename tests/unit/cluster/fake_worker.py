@@ -265,6 +265,8 @@ class FakeWorker(rpc.WorkerServicer):
             await self._visit(stage, spec)
         except Refusal as refusal:
             await context.abort(refusal.code, refusal.details)
+        except Interrupted:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "dead")
 
     def _run(self, spec: SequenceSpec, work: Coroutine[Any, Any, None]) -> None:
         def ended(task: asyncio.Task[None]) -> None:

@@ -18,7 +18,7 @@ from core.errors import (
     Overloaded,
     SequenceFailed,
 )
-from core.request import FinishReason, RequestId, Role
+from core.request import FinishReason, RequestId, Role, SequenceFailure
 from tests.unit.cluster.fake_worker import (
     ANNOUNCED,
     BEFORE_COMMIT,
@@ -222,6 +222,22 @@ async def test_losing_the_prefill_worker_after_the_commit_is_no_failure() -> Non
         assert g.router.counters.num_resumes == 0
 
 
+async def test_a_first_token_lost_with_its_worker_is_made_again_although_the_sequence_was_committed() -> None:
+    async with gateway(2, 1) as g:
+        decode = g["decode-0"]
+
+        async def commit_and_die(visit: Visit) -> None:
+            decode.commit(visit.spec.sequence_id)
+            await until(lambda: not decode.running)
+            await visit.worker.kill()
+
+        g["prefill-0"].hooks[FIRST_TOKEN] = commit_and_die
+        answer = await g.generate(g.request())
+
+        assert answer.tokens == {0: EXPECTED}
+        assert g.router.counters.retries_by_reason == {"prefill_lost": 1}
+
+
 async def test_without_another_prefill_worker_the_decode_worker_takes_over() -> None:
     async with gateway(1, 1) as g:
         g["prefill-0"].hooks[FIRST_TOKEN] = kill
@@ -324,6 +340,22 @@ async def test_a_retryable_failure_is_tried_elsewhere(worker: str, stage: str, r
         assert worker not in (answer.timing.prefill_worker, answer.timing.decode_worker)
 
 
+async def test_two_reports_of_one_failure_end_one_attempt() -> None:
+    async with gateway(2, 2) as g:
+
+        async def fail_twice(visit: Visit) -> None:
+            visit.worker.hooks.clear()
+            failure = SequenceFailure(visit.spec.sequence_id, "twice", True, Role.DECODE)
+            visit.worker.send(failure, failure)
+            await stall(visit)
+
+        g["decode-0"].hooks[DECODED] = fail_twice
+        answer = await g.generate(g.request())
+
+        assert answer.tokens == {0: EXPECTED}
+        assert answer.timing.num_attempts == 2
+
+
 async def test_a_failure_that_is_not_retryable_goes_to_the_client() -> None:
     async with gateway(2, 2) as g:
 
@@ -420,10 +452,12 @@ async def test_closing_the_generator_aborts_both_workers(num_tokens_read: int) -
 async def test_a_client_that_goes_during_the_announcement_leaves_nothing_behind() -> None:
     async with gateway() as g:
         reached = asyncio.Event()
+        aborts_before_announced: list[int] = []
 
         async def slow(visit: Visit) -> None:
             reached.set()
             await asyncio.sleep(0.05)
+            aborts_before_announced.append(len(visit.worker.aborts))
 
         g["decode-0"].hooks[ANNOUNCED] = slow
         running = asyncio.create_task(g.generate(g.request()))
@@ -432,6 +466,7 @@ async def test_a_client_that_goes_during_the_announcement_leaves_nothing_behind(
         await asyncio.wait({running})
         await until(lambda: g["decode-0"].aborts)
 
+        assert aborts_before_announced == [0], "an abort overtook the announcement"
         assert g["decode-0"].announced == {}
         assert g["prefill-0"].prefills == []
 
