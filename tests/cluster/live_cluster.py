@@ -196,9 +196,7 @@ async def live_cluster(
     registry = await membership.start("127.0.0.1")
     cluster = LiveCluster(membership, Router(membership, POLICIES[policy](), router, clock, gateway_id))
     roles = [(Role.PREFILL, i) for i in range(num_prefill)] + [(Role.DECODE, i) for i in range(num_decode)]
-    configs = [
-        worker_config(f"{role.value}-{i}", role, model, registry, engine, kv_transfer) for role, i in roles
-    ]
+    configs = [worker_config(f"{role.value}-{i}", role, model, registry, engine, kv_transfer) for role, i in roles]
     try:
         for config in configs:
             if processes:

@@ -14,7 +14,7 @@ import pytest
 from core.request import OutputChunk, Role, SamplingParams, WorkerId
 from engine.config import EngineConfig
 from tests.cluster.live_cluster import Answer, LiveCluster, live_cluster
-from tests.tiny_models import TinyModel
+from tests.cluster.reference import TinyModel
 
 pytestmark = pytest.mark.timeout(300)
 

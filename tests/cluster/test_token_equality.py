@@ -14,7 +14,8 @@ from core.request import SamplingParams
 from engine.config import EngineConfig
 from kv_transfer.config import KvTransferConfig
 from tests.cluster.live_cluster import live_cluster
-from tests.tiny_models import FAMILIES, TinyModel
+from tests.cluster.reference import TinyModel
+from tests.tiny_models import FAMILIES
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -37,12 +38,15 @@ def engine_config(page_size: int, chunk: int | None, num_tokens: int = 4096) -> 
     )
 
 
+@pytest.mark.parametrize("transport", ["tcp", "local"])
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_every_family_gives_the_models_own_tokens(family: str, tiny_model: TinyModel) -> None:
-    """One and eight requests at once, cache miss then cache hit, over tcp, for each page size and chunk size."""
+async def test_every_family_gives_the_models_own_tokens(family: str, transport: str, tiny_model: TinyModel) -> None:
+    """One and eight requests at once, cache miss then cache hit, for each page size and chunk size."""
     prompts = tiny_model.prompts
+    kv_transfer = KvTransferConfig(transport=transport)
     for page_size, chunk in SHAPES:
-        async with live_cluster(str(tiny_model.folder), engine=engine_config(page_size, chunk)) as cluster:
+        engine = engine_config(page_size, chunk)
+        async with live_cluster(str(tiny_model.folder), engine=engine, kv_transfer=kv_transfer) as cluster:
             alone = await cluster.generate(prompts[0], GREEDY)
             assert alone.tokens == tiny_model.expected(prompts[0], NUM_NEW)
             answers = await asyncio.gather(*(cluster.generate(prompt, GREEDY) for prompt in prompts))
