@@ -126,13 +126,19 @@ def _candidates(request: RouteRequest, view: ClusterView) -> _Candidates:
     decode, prefill = view.ready(Role.DECODE), view.ready(Role.PREFILL)
     if not decode:
         raise NoRoute(f"no decode worker is ready ({_census(view)})")
+    fresh = tuple(w for w in decode if w.engine_id not in request.excluded)
+    fresh_prefill = tuple(w for w in prefill if w.engine_id not in request.excluded)
     # A decode worker that some prefill worker can ship to is better than one that would have to prefill alone.
-    fingerprints = {w.model.fingerprint for w in prefill}
-    served = tuple(w for w in decode if w.model.fingerprint in fingerprints)
-    pool = _avoid(served, request.excluded)
-    if not pool or all(w.engine_id in request.excluded for w in pool):
-        pool = _avoid(decode, request.excluded)
+    pool = (
+        _shippable(fresh, fresh_prefill) or _shippable(fresh, prefill) or fresh or _shippable(decode, prefill) or decode
+    )
     return _Candidates(request=request, decode=pool, prefill=prefill)
+
+
+def _shippable(decode: tuple[WorkerView, ...], prefill: tuple[WorkerView, ...]) -> tuple[WorkerView, ...]:
+    """Those of ``decode`` that some worker of ``prefill`` can ship K/V to."""
+    fingerprints = {w.model.fingerprint for w in prefill}
+    return tuple(w for w in decode if w.model.fingerprint in fingerprints)
 
 
 def _avoid(workers: tuple[WorkerView, ...], excluded: frozenset[EngineId]) -> tuple[WorkerView, ...]:

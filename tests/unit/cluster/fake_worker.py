@@ -78,6 +78,7 @@ class FakeWorker(rpc.WorkerServicer):
         self.prefills: list[SequenceSpec] = []
         self.decodes: list[SequenceSpec] = []
         self.aborts: list[tuple[str, Role]] = []
+        self.watchers: list[float] = []  # interval asked for by each Watch stream
         self.running: dict[str, asyncio.Task[None]] = {}
         self.announced: dict[str, SequenceSpec] = {}
         self._outputs: asyncio.Queue[pb.OutputBatch] = asyncio.Queue()
@@ -135,6 +136,7 @@ class FakeWorker(rpc.WorkerServicer):
         )
 
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WorkerState]:  # noqa: N802
+        self.watchers.append(request.interval_s)
         while True:
             yield pb.WorkerState(
                 engine_id=self.engine_id,

@@ -114,7 +114,7 @@ async def register(registry: str, worker: FakeWorker, *, leaving: bool = False) 
 async def until(condition: Callable[[], object]) -> None:
     """Wait for something that other coroutines bring about."""
     async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 (conditions are on plain attributes of fakes)
+        while not condition():
             await asyncio.sleep(0.002)
 
 

@@ -1,0 +1,257 @@
+"""Leases, streams and refusals, over real gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+
+import grpc
+import pytest
+
+from cluster.config import RouterConfig
+from cluster.membership import Membership
+from cluster.worker_client import SequenceEvent, WorkerLost
+from core.clock import VirtualClock
+from core.request import EngineId, Role, SequenceId
+from tests.unit.cluster.fake_worker import FINGERPRINT, FakeWorker
+from tests.unit.cluster.gateway_and_fakes import CONFIG, GATEWAY, Gateway, gateway, register, until
+
+
+def ids(g: Gateway) -> list[str]:
+    return [worker.engine_id for worker in g.membership.view().workers]
+
+
+async def refusal(g: Gateway, worker: FakeWorker) -> grpc.aio.AioRpcError:
+    await worker.start(g.fabric)
+    g.workers[worker.engine_id] = worker
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await register(g.registry, worker)
+    return caught.value
+
+
+async def test_a_registered_worker_is_in_the_view_with_what_it_said() -> None:
+    async with gateway(1, 1) as g:
+        decode, prefill = g.membership.view().workers
+
+        assert (decode.worker_id, decode.role, prefill.role) == ("decode-0", Role.DECODE, Role.PREFILL)
+        assert (decode.address, decode.engine_id) == (g["decode-0"].address, "decode-0-engine-1")
+        assert (decode.model.fingerprint, decode.load.pages_free, decode.pages_total) == (FINGERPRINT, 1000, 1000)
+
+
+async def test_the_reply_is_the_lease_and_registering_again_opens_nothing_new() -> None:
+    async with gateway(1, 0) as g:
+        before = g.membership.client(EngineId("prefill-0-engine-1"))
+
+        reply = await register(g.registry, g["prefill-0"])
+
+        assert reply.lease_s == CONFIG.lease_s
+        assert g.membership.client(EngineId("prefill-0-engine-1")) is before
+
+
+async def test_the_view_is_the_same_object_until_something_changes() -> None:
+    membership = Membership(RouterConfig(), GATEWAY, VirtualClock())
+
+    assert membership.view() is membership.view()
+
+
+async def test_the_model_is_unknown_until_a_worker_registers_and_then_kept() -> None:
+    async with gateway(0, 0) as g:
+        assert g.membership.model() is None
+        worker = await g.add(FakeWorker("decode-0", Role.DECODE))
+        model = g.membership.model()
+        await worker.kill()
+        await until(lambda: not g.membership.view().workers)
+
+        assert model is not None
+        assert g.membership.model() == model
+
+
+async def test_a_worker_that_dies_is_out_at_once_and_its_sequences_hear_of_it() -> None:
+    async with gateway(1, 1) as g:
+        client = g.membership.client(EngineId("decode-0-engine-1"))
+        assert client is not None
+        heard: list[SequenceEvent] = []
+        client.open_sequence(SequenceId("s"), heard.append)
+
+        await g["decode-0"].kill()
+        await until(lambda: heard)
+
+        assert isinstance(heard[0], WorkerLost)
+        assert ids(g) == ["prefill-0-engine-1"]
+        assert g.membership.client(EngineId("decode-0-engine-1")) is None
+
+
+async def test_a_worker_that_falls_silent_is_out_when_its_lease_runs_out() -> None:
+    async with gateway(1, 1, config=replace(CONFIG, lease_s=0.2)) as g:
+        g["decode-0"].silent.set()
+
+        await until(lambda: len(ids(g)) == 1)
+
+        assert ids(g) == ["prefill-0-engine-1"]
+
+
+async def test_leases_run_on_the_clock() -> None:
+    async with gateway(0, 0) as g:
+        clock = VirtualClock()
+        membership = Membership(replace(CONFIG, lease_s=1000.0), GATEWAY, clock)
+        registry = await membership.start("127.0.0.1")
+        worker = FakeWorker("decode-0", Role.DECODE)
+        worker.silent.set()
+        await worker.start(g.fabric)
+        g.workers["decode-0"] = worker
+        await register(registry, worker)
+
+        clock.advance(999.0)
+        membership.expire()
+        assert len(membership.view().workers) == 1
+        clock.advance(1.0)
+        assert membership.view().ready(Role.DECODE) == ()
+        membership.expire()
+        assert membership.view().workers == ()
+        await membership.close()
+
+
+async def test_heartbeats_keep_a_worker_in_the_view_beyond_its_lease() -> None:
+    async with gateway(1, 0, config=replace(CONFIG, lease_s=0.1)) as g:
+        await asyncio.sleep(0.3)
+
+        assert ids(g) == ["prefill-0-engine-1"]
+
+
+async def test_a_restarted_worker_replaces_its_old_engine_at_once() -> None:
+    async with gateway(0, 1) as g:
+        old = g.membership.client(EngineId("decode-0-engine-1"))
+        assert old is not None
+        heard: list[SequenceEvent] = []
+        old.open_sequence(SequenceId("s"), heard.append)
+        first = g["decode-0"]
+
+        await g.add(FakeWorker("decode-0", Role.DECODE, engine_id="decode-0-engine-2"))
+
+        assert isinstance(heard[0], WorkerLost)
+        assert ids(g) == ["decode-0-engine-2"]
+        await first.kill()
+
+
+async def test_a_replaced_engine_does_not_come_back() -> None:
+    async with gateway(0, 1) as g:
+        first = g["decode-0"]
+        await g.add(FakeWorker("decode-0", Role.DECODE, engine_id="decode-0-engine-2"))
+
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await register(g.registry, first)
+
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert ids(g) == ["decode-0-engine-2"]
+        await first.kill()
+
+
+async def test_a_worker_that_lost_its_connection_may_register_again() -> None:
+    async with gateway(0, 1) as g:
+        client = g.membership.client(EngineId("decode-0-engine-1"))
+        assert client is not None
+        await client.close()
+        await until(lambda: not ids(g))
+
+        await register(g.registry, g["decode-0"])
+
+        assert ids(g) == ["decode-0-engine-1"]
+
+
+@pytest.mark.parametrize("field", ["model", "revision"])
+async def test_a_worker_with_another_model_is_refused_and_logged_once(
+    field: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with gateway(1, 0) as g:
+        stranger = FakeWorker("decode-0", Role.DECODE, fingerprint=replace(FINGERPRINT, **{field: "other"}))
+        with caplog.at_level(logging.ERROR, "cluster.membership"):
+            error = await refusal(g, stranger)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await register(g.registry, stranger)
+
+        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert field in (error.details() or "")
+        assert [record.message for record in caplog.records if "decode-0" in record.message] == [
+            f"worker decode-0 (engine decode-0-engine-1) refused: {error.details()}"
+        ]
+        assert ids(g) == ["prefill-0-engine-1"]
+
+
+async def test_a_worker_with_another_page_size_is_taken_in_for_routing_to_decide() -> None:
+    async with gateway(1, 0) as g:
+        await g.add(FakeWorker("decode-0", Role.DECODE, fingerprint=replace(FINGERPRINT, page_size=64)))
+
+        assert len(ids(g)) == 2
+
+
+async def test_a_worker_that_cannot_be_reached_back_is_told_so() -> None:
+    async with gateway(0, 0) as g:
+        worker = FakeWorker("decode-0", Role.DECODE)
+        await worker.start(g.fabric)
+        other = FakeWorker("decode-1", Role.DECODE)
+        await other.start(g.fabric)
+        g.workers.update({"decode-0": worker, "decode-1": other})
+        worker.address = other.address
+
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await register(g.registry, worker)
+
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "decode-1" in (caught.value.details() or "")
+
+
+async def test_a_worker_that_leaves_is_forgotten_at_once() -> None:
+    async with gateway(1, 1) as g:
+        await register(g.registry, g["decode-0"], leaving=True)
+
+        assert ids(g) == ["prefill-0-engine-1"]
+
+
+async def test_role_and_draining_follow_the_watch_stream() -> None:
+    async with gateway(2, 0) as g:
+        await g["prefill-0"].change(role=Role.DECODE)
+        await g["prefill-1"].change(draining=True)
+
+        assert await g.membership.wait_until(
+            lambda view: len(view.ready(Role.DECODE)) == 1 and not view.ready(Role.PREFILL), 5.0
+        )
+
+
+async def test_a_worker_can_be_turned_to_the_other_role() -> None:
+    async with gateway(1, 0) as g:
+        client = g.membership.client(EngineId("prefill-0-engine-1"))
+        assert client is not None
+
+        await client.set_role(Role.DECODE)
+
+        assert await g.membership.wait_until(lambda view: len(view.ready(Role.DECODE)) == 1, 5.0)
+
+
+async def test_open_sequences_are_counted_as_assigned() -> None:
+    async with gateway(0, 1) as g:
+        client = g.membership.client(EngineId("decode-0-engine-1"))
+        assert client is not None
+        client.open_sequence(SequenceId("s"), lambda event: None)
+        assert g.membership.view().workers[0].num_assigned == 1
+
+        client.close_sequence(SequenceId("s"))
+
+        assert g.membership.view().workers[0].num_assigned == 0
+
+
+async def test_wait_until_gives_up_after_its_time() -> None:
+    async with gateway(0, 0) as g:
+        assert not await g.membership.wait_until(lambda view: bool(view.workers), 0.01)
+
+
+async def test_two_registrations_at_once_join_once() -> None:
+    async with gateway(0, 0) as g:
+        worker = FakeWorker("decode-0", Role.DECODE)
+        await worker.start(g.fabric)
+        g.workers["decode-0"] = worker
+
+        await asyncio.gather(*(register(g.registry, worker) for _ in range(4)))
+
+        assert ids(g) == ["decode-0-engine-1"]
+        assert len(worker.watchers) == 1

@@ -1,0 +1,145 @@
+"""One connection to one fake worker: demultiplexing, loss, and what statuses mean."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+
+from cluster.worker_client import SequenceEvent, WorkerClient, WorkerLost
+from core.errors import InvalidRequest, PeerLost, PrfaasError, SequenceFailed
+from core.request import Role, SamplingParams, SequenceFailure, SequenceId, SequenceSpec, SessionId, TokenChunk
+from tests.unit.cluster.fake_worker import ANNOUNCED, FakeWorker, Refusal, Visit
+from tests.unit.cluster.gateway_and_fakes import GATEWAY, until
+
+SPEC = SequenceSpec(SequenceId("s"), (1, 2, 3), SamplingParams(seed=1, max_tokens=4))
+
+
+@asynccontextmanager
+async def connection() -> AsyncIterator[tuple[FakeWorker, WorkerClient, asyncio.Task[None]]]:
+    worker = FakeWorker("decode-0", Role.DECODE)
+    client = await WorkerClient.connect(await worker.start({}), GATEWAY)
+    pump = asyncio.create_task(client.pump_outputs())
+    try:
+        yield worker, client, pump
+    finally:
+        pump.cancel()
+        await asyncio.gather(pump, return_exceptions=True)
+        await client.close()
+        await worker.kill()
+
+
+async def test_connecting_tells_who_answers() -> None:
+    async with connection() as (worker, client, _):
+        assert client.description.worker_id == "decode-0"
+        assert client.description.address == worker.address
+        assert client.description.model.eos_token_ids == (0,)
+
+
+async def test_connecting_to_nobody_is_a_lost_peer() -> None:
+    worker = FakeWorker("decode-0", Role.DECODE)
+    address = await worker.start({})
+    await worker.kill()
+
+    with pytest.raises(PeerLost, match=address):
+        await WorkerClient.connect(address, GATEWAY, timeout_s=0.2)
+
+
+async def test_each_sequence_gets_its_own_events_in_order_and_unknown_ones_are_dropped() -> None:
+    async with connection() as (worker, client, _):
+        a: list[SequenceEvent] = []
+        b: list[SequenceEvent] = []
+        client.open_sequence(SequenceId("a"), a.append)
+        client.open_sequence(SequenceId("b"), b.append)
+        chunks = [TokenChunk(SequenceId(name), i, (i,)) for i in range(3) for name in ("a", "b", "unknown")]
+        failure = SequenceFailure(SequenceId("a"), "full", True, Role.DECODE)
+
+        worker.send(*chunks, failure)
+        await until(lambda: len(a) == 4)
+
+        assert a == [TokenChunk(SequenceId("a"), i, (i,)) for i in range(3)] + [failure]
+        assert b == [TokenChunk(SequenceId("b"), i, (i,)) for i in range(3)]
+
+
+async def test_a_closed_sequence_hears_nothing_more() -> None:
+    async with connection() as (worker, client, _):
+        a: list[SequenceEvent] = []
+        b: list[SequenceEvent] = []
+        client.open_sequence(SequenceId("a"), a.append)
+        client.open_sequence(SequenceId("b"), b.append)
+
+        client.close_sequence(SequenceId("a"))
+        worker.send(TokenChunk(SequenceId("a"), 0, (1,)), TokenChunk(SequenceId("b"), 0, (1,)))
+        await until(lambda: b)
+
+        assert a == []
+        assert client.num_open == 1
+
+
+async def test_a_broken_stream_ends_the_pump_with_a_lost_peer() -> None:
+    async with connection() as (worker, _, pump):
+        await worker.kill()
+
+        with pytest.raises(PeerLost, match="Outputs stream"):
+            await pump
+
+
+async def test_failing_tells_every_open_sequence_once_and_every_later_one() -> None:
+    async with connection() as (_, client, _pump):
+        heard: list[SequenceEvent] = []
+        client.open_sequence(SequenceId("a"), heard.append)
+        client.open_sequence(SequenceId("b"), heard.append)
+
+        client.fail("its lease ran out")
+        client.fail("again")
+        client.open_sequence(SequenceId("c"), heard.append)
+
+        assert heard == [WorkerLost(client.description.worker_id, "its lease ran out")] * 3
+        assert client.num_open == 0
+        with pytest.raises(PeerLost, match="its lease ran out"):
+            await client.decode(SPEC, None)
+
+
+async def test_calls_after_closing_are_a_lost_peer() -> None:
+    async with connection() as (_, client, _pump):
+        await client.close()
+
+        with pytest.raises(PeerLost):
+            await client.abort(SequenceId("s"), Role.DECODE, "gone")
+
+
+async def test_a_sequence_is_announced_as_it_is() -> None:
+    async with connection() as (worker, client, _):
+        spec = SequenceSpec(SequenceId("s"), (1, 2), SamplingParams(seed=5, max_tokens=9), (7, 8), b"salt")
+
+        await client.decode(spec, SessionId("session"))
+        await client.abort(SequenceId("s"), Role.DECODE, "over")
+
+        assert worker.decodes == [spec]
+        assert worker.aborts == [("s", Role.DECODE)]
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, PeerLost),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, PeerLost),
+        (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequest),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, SequenceFailed),
+        (grpc.StatusCode.FAILED_PRECONDITION, SequenceFailed),
+        (grpc.StatusCode.INTERNAL, SequenceFailed),
+    ],
+)
+async def test_a_status_becomes_the_error_that_says_what_to_do(code: grpc.StatusCode, error: type[PrfaasError]) -> None:
+    async with connection() as (worker, client, _):
+
+        async def refuse(visit: Visit) -> None:
+            raise Refusal(code, "prompt: too long")
+
+        worker.hooks[ANNOUNCED] = refuse
+
+        with pytest.raises(error, match="prompt: too long"):
+            await client.decode(SPEC, None)
