@@ -204,10 +204,10 @@ def test_what_is_drawn_is_what_the_filters_leave_and_as_often_as_it_is_likely(sa
 def test_a_nucleus_beyond_every_guess_is_found_by_sorting() -> None:
     vocab = 5000
     logits = make_logits(1, scale=0.01, vocab=vocab)
-    items = [item(top_p=0.95, seed=seed) for seed in range(2000)]
+    items = [item(top_p=0.95, seed=seed) for seed in range(300)]
     allowed = filtered(logits[0].tolist(), items[0])
     assert 4096 < len(allowed) < vocab
-    assert set(sample(logits.expand(2000, -1), items)) <= set(allowed)
+    assert set(sample(logits.expand(300, -1), items)) <= set(allowed)
 
 
 def test_tokens_of_equal_weight_stay_or_go_together() -> None:
@@ -223,6 +223,26 @@ def test_an_impossible_token_is_never_drawn() -> None:
     logits[0, [0, 299, VOCAB - 1]] = 0.0
     items = [item(seed=seed) for seed in range(300)]
     assert set(sample(logits.expand(300, -1), items)) == {0, 299, VOCAB - 1}
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 299), (1 - 2.0**-53, 410)], ids=["first", "last"])
+def test_the_ends_of_the_interval_draw_the_first_and_the_last_possible_token(
+    uniform: float, token: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.sampler._uniform", lambda item: uniform)
+    logits = torch.full((2000, VOCAB), -math.inf)  # so many rows that rounding puts some targets beyond the total
+    logits[:, 299:411] = make_logits(2000, vocab=112)
+    assert set(sample(logits, [item()] * 2000)) == {token}
+
+
+def test_a_row_of_nan_gives_some_token_and_spoils_no_neighbour() -> None:
+    logits = make_logits(4)
+    items = [item(seed=row, top_p=0.9, top_k=30) for row in range(4)]
+    clean = sample(logits, items)
+    logits[1] = math.nan
+    spoilt = sample(logits, items)
+    assert 0 <= spoilt[1] < VOCAB
+    assert [spoilt[row] for row in (0, 2, 3)] == [clean[row] for row in (0, 2, 3)]
 
 
 # ---- draws ----
