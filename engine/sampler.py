@@ -7,9 +7,9 @@ Order, as vLLM's: log-probabilities of the untouched logits; then min_tokens (en
 repetition, frequency and presence penalties; greedy rows take the maximum here (the lowest id among equals); the others
 go on with temperature, min_p, top_k, top_p and the draw.
 
-The filters do not sort the vocabulary (top_p may have to, where the distribution is flat). Each raises a *cutoff* below which a row's weights become 0, so tokens of equal
-weight stay or go together (no filter depends on the order of ties), and the draw is an inverse CDF over what is left
-in the order of token ids.
+The filters do not sort the vocabulary (only top_p may have to, where the distribution is flat). Each raises a *cutoff*
+below which a row's weights become 0, so tokens of equal weight stay or go together, whatever order ties come in; the
+draw is an inverse CDF over what is left, in the order of token ids.
 """
 
 from __future__ import annotations
