@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.prefix_hash import DIGEST_BYTES, extend_page_hashes, page_hashes
@@ -9,6 +9,7 @@ TOKENS = st.lists(st.integers(0, 300_000), max_size=60)
 PAGE_SIZES = st.integers(1, 8)
 
 
+@settings(deadline=None, derandomize=True)
 @given(TOKENS, PAGE_SIZES)
 def test_every_full_page_has_a_digest_and_a_partial_one_has_none(tokens: list[int], page_size: int) -> None:
     hashes = page_hashes(tokens, page_size)
@@ -16,6 +17,7 @@ def test_every_full_page_has_a_digest_and_a_partial_one_has_none(tokens: list[in
     assert all(len(digest) == DIGEST_BYTES for digest in hashes)
 
 
+@settings(deadline=None, derandomize=True)
 @given(TOKENS, TOKENS, PAGE_SIZES)
 def test_digests_are_equal_exactly_as_far_as_the_pages_are(left: list[int], right: list[int], page_size: int) -> None:
     for index, (a, b) in enumerate(zip(page_hashes(left, page_size), page_hashes(right, page_size), strict=False)):
@@ -23,6 +25,7 @@ def test_digests_are_equal_exactly_as_far_as_the_pages_are(left: list[int], righ
         assert (a == b) == (left[:end] == right[:end])
 
 
+@settings(deadline=None, derandomize=True)
 @given(TOKENS, PAGE_SIZES, st.integers(0, 60))
 def test_extending_gives_what_hashing_at_once_gives(tokens: list[int], page_size: int, known: int) -> None:
     hashes = list(page_hashes(tokens[:known], page_size))
