@@ -1,0 +1,534 @@
+"""The HTTP door: OpenAI's /v1/chat/completions, /v1/completions and /v1/models, and what operators ask for.
+
+The life of a generating request here:
+1. The body is read up to ``http.max_body_bytes`` and understood by ``openai_api``; every prompt is prepared.
+2. Nothing is sent before the first token is there, so whatever goes wrong until then has its own status code, from
+   one table, ``_STATUS``, in OpenAI's error body. Later errors are an event in the stream.
+3. While it runs, the connection is watched: a client that goes away cancels it, which frees both pools.
+
+Every answer has an ``x-request-id``: the client's, or a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import socket
+import string
+import uuid
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster import openai_api
+from cluster.config import ServiceConfig
+from cluster.front_door import ClusterMembership, Door, RequestRouter, not_ready_reason
+from cluster.generation import Finish, Generation, LogprobText, PreparedRequest, TextChunk, TextRequest
+from cluster.metrics import Metrics
+from cluster.version import version
+from core.clock import Clock, unix_time
+from core.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidConfig,
+    InvalidRequest,
+    NoRoute,
+    Overloaded,
+    PrfaasError,
+    SequenceFailed,
+    TransferError,
+    UnknownModel,
+)
+from core.request import RequestId
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+_MAX_DRAINED_BODIES = 8  # a body that is too large is read on to that many times the limit, so that the answer arrives
+_NO_ROUTE_RETRY_AFTER_S = 1
+_REQUEST_ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:+=@/")
+_MAX_REQUEST_ID_CHARS = 128
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request's body is larger than ``http.max_body_bytes``."""
+
+
+@dataclass(frozen=True)
+class _Status:
+    code: int
+    kind: str  # OpenAI's error type
+    name: str | None = None  # OpenAI's error code
+
+
+# The error tree as statuses: the first line that fits is taken, so narrow errors stand before wide ones.
+_STATUS: tuple[tuple[type[PrfaasError], _Status], ...] = (
+    (UnknownModel, _Status(404, "invalid_request_error", "model_not_found")),
+    (BodyTooLarge, _Status(413, "invalid_request_error", "body_too_large")),
+    (InvalidRequest, _Status(400, "invalid_request_error", "invalid_value")),
+    (Overloaded, _Status(429, "rate_limit_error", "overloaded")),
+    (NoRoute, _Status(503, "service_unavailable_error", "no_worker")),
+    (DeadlineExceeded, _Status(504, "timeout_error", "deadline_exceeded")),
+    (Cancelled, _Status(499, "cancelled_error", "cancelled")),
+    (SequenceFailed, _Status(500, "server_error", "sequence_failed")),
+    (TransferError, _Status(503, "service_unavailable_error", "transfer_failed")),
+    (PrfaasError, _Status(500, "server_error")),
+)
+
+
+class HttpGateway:
+    """The HTTP server of one gateway process."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        router: RequestRouter,
+        membership: ClusterMembership,
+        metrics: Metrics,
+        config: ServiceConfig,
+        clock: Clock,
+    ) -> None:
+        self._config = config.http
+        app = make_app(generation, router, membership, metrics, config, clock)
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+            )
+        )
+        self._serving: asyncio.Task[None] | None = None
+        self._socket: socket.socket | None = None
+
+    @property
+    def port(self) -> int:
+        """The bound port, which the configuration may have left open (0)."""
+        assert self._socket is not None, "started first"
+        return int(self._socket.getsockname()[1])
+
+    async def start(self) -> None:
+        """Bind and serve; ``InvalidConfig`` if the address cannot be had."""
+        host, port = self._config.host, self._config.port
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self._socket = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            raise InvalidConfig("http.port", f"cannot listen on {host}:{port}: {error.strerror}") from error
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        await self._server.ready.wait()
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new connections, let running requests end for ``grace_s``, then cancel them."""
+        if self._serving is None:
+            return
+        self._server.config.timeout_graceful_shutdown = math.ceil(grace_s)
+        self._server.should_exit = True
+        await self._serving
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn inside a process that has its own signal handlers and other servers."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready.set()
+
+
+def make_app(
+    generation: Generation,
+    router: RequestRouter,
+    membership: ClusterMembership,
+    metrics: Metrics,
+    config: ServiceConfig,
+    clock: Clock,
+) -> FastAPI:
+    """The routes, without a server."""
+    app = FastAPI(title="prfaas", version=version(), summary="OpenAI-compatible door of a prfaas service")
+    app.add_middleware(_RequestIds)
+    app.add_exception_handler(HTTPException, _http_error)
+    created = int(unix_time())
+    card = {"id": config.model_name, "object": "model", "created": created, "owned_by": "prfaas"}
+
+    def model_card() -> dict[str, object]:
+        model = membership.model()
+        return card if model is None else {**card, "max_model_len": model.max_model_len}
+
+    def answer(request: Request, parse: Callable[[object], openai_api.Call]) -> Response:
+        return _Answer(request, parse, generation, metrics, config, clock)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return answer(request, openai_api.parse_chat)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return answer(request, openai_api.parse_completion)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [model_card()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        if name != config.model_name:
+            return _error_response(UnknownModel(name, config.model_name))
+        return JSONResponse(model_card())
+
+    @app.get("/health")
+    async def health() -> Response:
+        reason = not_ready_reason(membership)
+        body = {"status": "ok"} if reason is None else {"status": "unavailable", "reason": reason}
+        return JSONResponse(body, status_code=200 if reason is None else 503)
+
+    @app.get("/live")
+    async def live() -> Response:
+        return PlainTextResponse("ok")
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/version")
+    async def show_version() -> Response:
+        return JSONResponse({"version": version()})
+
+    return app
+
+
+class _Answer(Response):
+    """The answer to one generating request: it reads the body, runs the request and watches the connection."""
+
+    def __init__(
+        self,
+        request: Request,
+        parse: Callable[[object], openai_api.Call],
+        generation: Generation,
+        metrics: Metrics,
+        config: ServiceConfig,
+        clock: Clock,
+    ) -> None:
+        super().__init__()
+        self._request = request
+        self._parse = parse
+        self._generation = generation
+        self._metrics = metrics
+        self._config = config
+        self._clock = clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived_at = self._clock.now()
+        try:
+            try:
+                body = await _read_json(self._request, self._config.http.max_body_bytes)
+                call = self._parse(body)
+            except InvalidRequest as error:
+                self._metrics.refuse(Door.HTTP, error)
+                raise
+        except ClientDisconnect:
+            return
+        except PrfaasError as error:
+            await _error_response(error)(scope, receive, send)
+            return
+        await _until_disconnect(receive, self._run(call, arrived_at, _Sender(scope, receive, send)))
+
+    async def _run(self, call: openai_api.Call, arrived_at: float, sender: _Sender) -> None:
+        """Answer ``call``; an error is told to the client in the way that is still possible."""
+        try:
+            prepared = await self._prepare(call, arrived_at)
+            async with aclosing(_choices(self._generation, prepared)) as chunks:
+                run = _Run(call, prepared, call.format(self._config.model_name, int(unix_time())), chunks)
+                await (run.stream(sender) if call.stream else run.collect(sender))
+        except InvalidRequest as error:
+            await sender.error(openai_api.renamed(error, call.aliases))
+        except PrfaasError as error:
+            await sender.error(error)
+        except Exception:
+            logger.exception("an HTTP request failed for a reason that is ours")
+            await sender.error(PrfaasError("internal error, see the gateway's log"))
+
+    async def _prepare(self, call: openai_api.Call, arrived_at: float) -> list[PreparedRequest]:
+        """Every prompt, checked before any of them starts."""
+        name = f"http-{uuid.uuid4().hex}"
+        many = len(call.prompts) > 1
+        requests = [
+            TextRequest(
+                request_id=RequestId(f"{name}-{position}" if many else name),
+                door=Door.HTTP,
+                prompt=prompt,
+                prompt_field=f"{call.prompt_field}[{position}]" if many else call.prompt_field,
+                sampling=call.sampling,
+                arrived_at=arrived_at,
+                model=call.model,
+                salt=call.salt,
+            )
+            for position, prompt in enumerate(call.prompts)
+        ]
+        return [await self._generation.prepare(request) for request in requests]
+
+
+class _Run:
+    """The chunks of one call, written as one answer. Choice ``c`` is continuation ``c % n`` of prompt ``c // n``."""
+
+    def __init__(
+        self,
+        call: openai_api.Call,
+        prepared: Sequence[PreparedRequest],
+        answer: openai_api.Format,
+        chunks: AsyncGenerator[tuple[int, TextChunk], None],
+    ) -> None:
+        self._call = call
+        self._prepared = prepared
+        self._answer = answer
+        self._chunks = chunks
+        self._num_choices = len(prepared) * call.sampling.n
+        self._output_tokens = 0
+        self._cached_tokens: dict[int, int] = {}  # prompt |-> tokens
+
+    async def stream(self, sender: _Sender) -> None:
+        """Server-sent events, the first of them when the first token is there."""
+        extra: dict[str, object] = {"usage": None} if self._call.include_usage else {}
+        async for index, chunk in self._chunks:
+            if not sender.started:
+                await sender.start_events()
+                for opening in map(self._answer.opening, range(self._num_choices)):
+                    if opening is not None:
+                        await sender.event(opening)
+            finish = chunk.finish
+            if finish is None:
+                event = self._answer.event(index, chunk, extra)
+            else:
+                self._count(index, chunk)
+                event = self._answer.event(index, chunk, extra | _vendor([self._timing(index, finish)]))
+            if event is not None:
+                await sender.event(event)
+        if self._call.include_usage:
+            await sender.event(self._answer.closing(self._usage()))
+        await sender.end_events()
+
+    async def collect(self, sender: _Sender) -> None:
+        """One JSON body when everything is there."""
+        logprobs: dict[int, list[LogprobText]] = {index: [] for index in range(self._num_choices)}
+        finishes: dict[int, Finish] = {}
+        async for index, chunk in self._chunks:
+            logprobs[index] += chunk.logprobs
+            if chunk.finish is not None:
+                self._count(index, chunk)
+                finishes[index] = chunk.finish
+        wanted = self._call.sampling.logprobs is not None
+        choices = [
+            self._answer.choice(index, finish, logprobs[index] if wanted else None)
+            for index, finish in sorted(finishes.items())
+        ]
+        timings = [self._timing(index, finish) for index, finish in sorted(finishes.items())]
+        body = self._answer.response(choices, self._usage(), _vendor(timings))
+        await sender.json(200, body, _worker_headers(finishes.get(0)))
+
+    def _count(self, index: int, chunk: TextChunk) -> None:
+        self._output_tokens += chunk.num_output_tokens
+        prompt = index // self._call.sampling.n
+        self._cached_tokens[prompt] = max(self._cached_tokens.get(prompt, 0), chunk.cached_tokens)
+
+    def _usage(self) -> dict[str, object]:
+        prompt_tokens = sum(len(prepared.request.prompt_token_ids) for prepared in self._prepared)
+        return openai_api.usage(prompt_tokens, self._output_tokens, sum(self._cached_tokens.values()))
+
+    def _timing(self, index: int, finish: Finish) -> dict[str, object]:
+        return openai_api.timing(index, finish, self._prepared[index // self._call.sampling.n].tokenize_s)
+
+
+class _Sender:
+    """One HTTP answer. ``started`` is True when its status is sent: from then on an error is an event."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self.started = False
+
+    async def json(self, status: int, body: object, headers: Mapping[str, str]) -> None:
+        self.started = True
+        await JSONResponse(body, status_code=status, headers=headers)(self._scope, self._receive, self._send)
+
+    async def start_events(self) -> None:
+        self.started = True
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        headers.append((b"x-accel-buffering", b"no"))  # nginx would collect events
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def event(self, event: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": event, "more_body": True})
+
+    async def end_events(self) -> None:
+        await self._send({"type": "http.response.body", "body": openai_api.DONE, "more_body": False})
+
+    async def error(self, error: PrfaasError) -> None:
+        if not self.started:
+            self.started = True
+            await _error_response(error)(self._scope, self._receive, self._send)
+            return
+        await self.event(openai_api.event(_error_body(error)))
+        await self.end_events()
+
+
+async def _choices(
+    generation: Generation, prepared: Sequence[PreparedRequest]
+) -> AsyncGenerator[tuple[int, TextChunk], None]:
+    """The chunks of all prompts as they come, each with the number of its choice."""
+    if len(prepared) == 1:
+        async with aclosing(generation.stream(prepared[0])) as chunks:
+            async for chunk in chunks:
+                yield chunk.index, chunk
+        return
+    queue: asyncio.Queue[tuple[int, TextChunk] | Exception | None] = asyncio.Queue()
+
+    async def run(position: int, one: PreparedRequest) -> None:
+        try:
+            async with aclosing(generation.stream(one)) as chunks:
+                async for chunk in chunks:
+                    queue.put_nowait((position * one.request.sampling.n + chunk.index, chunk))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(run(position, one)) for position, one in enumerate(prepared)]
+    try:
+        num_running = len(tasks)
+        while num_running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _until_disconnect(receive: Receive, work: Coroutine[None, None, None]) -> None:
+    """Run ``work``; cancel it when the client goes away."""
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        results = await asyncio.gather(working, watching, return_exceptions=True)
+    if isinstance(results[0], Exception):
+        raise results[0]
+
+
+async def _read_json(request: Request, max_bytes: int) -> object:
+    """The body as JSON; ``BodyTooLarge`` or ``InvalidRequest`` on field ``body``."""
+    length = request.headers.get("content-length", "")
+    too_large = length.isdigit() and int(length) > max_bytes
+    if too_large and request.headers.get("expect", "").lower() == "100-continue":
+        raise BodyTooLarge("body", f"has {length} bytes; at most {max_bytes} are taken")  # it was not sent yet
+    body, num_bytes = bytearray(), 0
+    async for chunk in request.stream():
+        num_bytes += len(chunk)
+        if num_bytes > _MAX_DRAINED_BODIES * max_bytes:
+            break
+        if num_bytes <= max_bytes:
+            body += chunk
+        else:
+            body.clear()
+    if num_bytes > max_bytes:
+        raise BodyTooLarge("body", f"has {length or 'too many'} bytes; at most {max_bytes} are taken")
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
+        raise InvalidRequest("body", f"must be JSON: {error}") from error
+
+
+def _vendor(timings: Sequence[object]) -> dict[str, object]:
+    return {"prfaas": {"timing": timings}}
+
+
+def _worker_headers(finish: Finish | None) -> dict[str, str]:
+    """Where the first choice was prefilled and decoded, for people with curl."""
+    if finish is None or finish.timing is None:
+        return {}
+    prefill = finish.timing.prefill_worker or finish.timing.decode_worker or ""
+    decode = finish.timing.decode_worker or finish.timing.prefill_worker or ""
+    return {"x-prfaas-prefill-worker": prefill, "x-prfaas-decode-worker": decode}
+
+
+def _status(error: PrfaasError) -> _Status:
+    return next(status for kind, status in _STATUS if isinstance(error, kind))
+
+
+def _error_body(error: PrfaasError) -> dict[str, object]:
+    status = _status(error)
+    param = error.field if isinstance(error, InvalidRequest) else None
+    return openai_api.error_body(str(error), status.kind, param, status.name)
+
+
+def _error_response(error: PrfaasError) -> Response:
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    elif isinstance(error, NoRoute):
+        headers["retry-after"] = str(_NO_ROUTE_RETRY_AFTER_S)
+    return JSONResponse(_error_body(error), status_code=_status(error).code, headers=headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Errors of the routes themselves (no such path, wrong method), in OpenAI's body."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    body = openai_api.error_body(message, "invalid_request_error", None, None)
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+class _RequestIds:
+    """Gives every answer an ``x-request-id``: the client's own if it is printable and short, else a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        usable = 0 < len(given) <= _MAX_REQUEST_ID_CHARS and _REQUEST_ID_CHARS.issuperset(given)
+        header = (b"x-request-id", (given if usable else uuid.uuid4().hex).encode())
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], header]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
