@@ -22,7 +22,7 @@ from threading import Condition
 from core.clock import Clock
 from core.errors import PeerLost, ProtocolViolation, TransferAborted, TransferError
 from core.request import SessionId
-from kv_transfer.messages import Abort, AbortAck, AbortCause, Begin, Commit, CommitAck, decode, encode
+from kv_transfer.messages import Abort, AbortAck, AbortCause, Begin, Commit, CommitAck, Message, decode, encode
 from kv_transfer.session import Grant, ReceiveSession, ReceiveState
 from kv_transfer.transport import TOKEN_BYTES, Link, PageSpan, Transport
 
@@ -150,14 +150,15 @@ class KvReceiver:
 
     def notified(self, link: Link, message: bytes) -> None:
         match decode(message):
-            case Begin(session_id, token):
-                self._begin(link, session_id, token)
-            case Commit(session_id, payload):
-                self._commit(link, session_id, payload)
-            case Abort(session_id) as abort:
-                self._stopped(link, session_id, abort.error)
-            case AbortAck(session_id):
-                self._stopped(link, session_id, ProtocolViolation("an abort was acknowledged that was never asked for"))
+            case Begin() as begin:
+                self._begin(link, begin)
+            case Commit() as commit:
+                self._commit(link, commit)
+            case Abort() as abort:
+                self._stopped(link, abort, abort.error)
+            case AbortAck() as ack:
+                unasked = f"session {ack.session_id}: an abort was acknowledged that was not asked for"
+                self._stopped(link, ack, ProtocolViolation(unasked))
             case other:
                 raise ProtocolViolation(f"a sending end does not send {type(other).__name__}")
 
@@ -181,7 +182,8 @@ class KvReceiver:
         if isinstance(error, ProtocolViolation):
             logger.warning("kv session %s aborted: %s", session.session_id, error)
         if entry.link is not None:
-            entry.link.notify(session.session_id, encode(Abort.because_of(session.session_id, error)))
+            abort = Abort.because_of(session.session_id, session.token, error)
+            entry.link.notify(session.session_id, encode(abort))
 
     def _expire(self, entry: _Entry, now: float) -> None:
         heard_at = entry.session.issued_at if entry.link is None else entry.link.heard_at
@@ -194,9 +196,12 @@ class KvReceiver:
             # Its sessions are released by ``lost``, once the link's threads have stopped and nothing can land.
             entry.link.close(PeerLost(f"{entry.link.peer} was silent for {silent_s:.1f} s"))
 
-    def _owned(self, link: Link, session_id: SessionId) -> _Entry | None:
-        entry = self._entries.get(session_id)
-        return entry if entry is not None and entry.link is link else None
+    def _entry_of(self, link: Link | None, message: Message) -> _Entry | None:
+        """The living session that ``message`` names and proves, if it is on ``link`` (None: on no link yet)."""
+        entry = self._entries.get(message.session_id)
+        if entry is None or entry.link is not link or not hmac.compare_digest(entry.session.token, message.token):
+            return None
+        return entry
 
     def _pop_released(self, entries: Iterable[_Entry]) -> list[tuple[SessionId, TransferError]]:
         released = []
@@ -215,21 +220,20 @@ class KvReceiver:
 
     # ---- the rest of an event ----
 
-    def _begin(self, link: Link, session_id: SessionId, token: bytes) -> None:
+    def _begin(self, link: Link, begin: Begin) -> None:
         with self._changed:
-            entry = self._entries.get(session_id)
-            known = entry is not None and hmac.compare_digest(entry.session.token, token)
-            if entry is None or not known or entry.session.state is not ReceiveState.ISSUED:
-                self._refuse(link, session_id)
+            entry = self._entry_of(None, begin)
+            if entry is None:
+                self._refuse(link, begin)
                 return
             entry.session.begin()
             entry.link = link
 
-    def _commit(self, link: Link, session_id: SessionId, payload: bytes) -> None:
+    def _commit(self, link: Link, commit: Commit) -> None:
         with self._changed:
-            entry = self._owned(link, session_id)
+            entry = self._entry_of(link, commit)
             if entry is None:
-                self._refuse(link, session_id)
+                self._refuse(link, commit)
                 return
             if entry.session.state is ReceiveState.QUARANTINED:
                 return  # our abort is under way to the sender
@@ -240,23 +244,26 @@ class KvReceiver:
                 return
             self._forget(entry)
         try:
-            self._on_committed(session_id, payload)
+            self._on_committed(commit.session_id, commit.payload)
         finally:
             self._reported()
-        link.notify(session_id, encode(CommitAck(session_id)))
+        link.notify(commit.session_id, encode(CommitAck(commit.session_id, commit.token)))
 
-    def _stopped(self, link: Link, session_id: SessionId, error: TransferError) -> None:
+    def _stopped(self, link: Link, message: Abort | AbortAck, error: TransferError) -> None:
         with self._changed:
-            entry = self._owned(link, session_id)
+            # On no link yet: the sender gave up before its Begin was sent.
+            entry = self._entry_of(link, message) or self._entry_of(None, message)
             if entry is None:
                 return  # ended already, or was never granted to this peer
             entry.session.stopped(error)
             released = self._pop_released([entry])
         self._report(released)
 
-    def _refuse(self, link: Link, session_id: SessionId) -> None:
-        reason = f"session {session_id} is not granted, or no longer"
-        link.notify(session_id, encode(Abort(session_id, AbortCause.UNKNOWN_GRANT, reason)))
+    def _refuse(self, link: Link, message: Begin | Commit) -> None:
+        reason = f"session {message.session_id} is not granted, or no longer"
+        link.notify(
+            message.session_id, encode(Abort(message.session_id, message.token, AbortCause.UNKNOWN_GRANT, reason))
+        )
 
     def _report(self, released: Iterable[tuple[SessionId, TransferError]]) -> None:
         for session_id, error in released:

@@ -126,7 +126,7 @@ class KvSender:
             entry = self._entries.get(session_id)
             if entry is None:
                 return
-            self._abort(entry, error, encode(Abort.because_of(session_id, error)))
+            self._abort(entry, error, lambda token: Abort.because_of(session_id, token, error))
             closed = self._pop_closed([entry])
         self._report(closed)
 
@@ -171,10 +171,10 @@ class KvSender:
 
     def notified(self, link: SendLink, message: bytes) -> None:
         match decode(message):
-            case CommitAck(session_id):
-                closed = self._acknowledged(link, session_id)
-            case Abort(session_id) as abort:
-                closed = self._aborted_by_peer(link, session_id, abort)
+            case CommitAck() as ack:
+                closed = self._acknowledged(link, ack)
+            case Abort() as abort:
+                closed = self._aborted_by_peer(link, abort)
             case other:
                 raise ProtocolViolation(f"a receiving end does not send {type(other).__name__}")
         self._report(closed)
@@ -209,18 +209,25 @@ class KvSender:
         peer.lease_s = grant.lease_s
         return peer.link
 
-    def _abort(self, entry: _Entry, error: TransferError, farewell: bytes) -> None:
+    def _abort(self, entry: _Entry, error: TransferError, farewell: Callable[[bytes], Abort | AbortAck]) -> None:
         """``farewell`` tells the peer that nothing follows: it is queued behind the one write that may be under way."""
-        if entry.session.state is SendState.ABORTING:
+        session, link = entry.session, entry.link
+        if session.state is SendState.ABORTING:
             return
         now = self._clock.now()
-        entry.session.abort(error, now)
-        if entry.link is None:
+        session.abort(error, now)
+        if link is None or session.token is None:
             return
-        idle = entry.link.cancel(entry.session.session_id)
-        entry.link.notify(entry.session.session_id, farewell)
+        idle = link.cancel(session.session_id)
+        link.notify(session.session_id, encode(farewell(session.token)))
         if idle:
-            entry.session.drained(now)
+            session.drained(now)
+
+    def _entry_of(self, link: SendLink, message: CommitAck | Abort) -> _Entry | None:
+        entry = self._entries.get(message.session_id)
+        if entry is None or entry.link is not link or entry.session.token != message.token:
+            return None  # it ended, and its name may be in use again
+        return entry
 
     def _pop_closed(self, entries: Iterable[_Entry]) -> list[tuple[SessionId, SendReport]]:
         closed = []
@@ -234,24 +241,21 @@ class KvSender:
 
     # ---- the rest of an event ----
 
-    def _acknowledged(self, link: SendLink, session_id: SessionId) -> list[tuple[SessionId, SendReport]]:
+    def _acknowledged(self, link: SendLink, ack: CommitAck) -> list[tuple[SessionId, SendReport]]:
         with self._changed:
-            entry = self._entries.get(session_id)
-            if entry is None or entry.link is not link or entry.session.state is SendState.ABORTING:
+            entry = self._entry_of(link, ack)
+            if entry is None or entry.session.state is SendState.ABORTING:
                 return []  # given up here while the acknowledgement was under way
             entry.session.acknowledged(self._clock.now())
             return self._pop_closed([entry])
 
-    def _aborted_by_peer(
-        self, link: SendLink, session_id: SessionId, abort: Abort
-    ) -> list[tuple[SessionId, SendReport]]:
-        farewell = encode(AbortAck(session_id))
+    def _aborted_by_peer(self, link: SendLink, abort: Abort) -> list[tuple[SessionId, SendReport]]:
         with self._changed:
-            entry = self._entries.get(session_id)
-            if entry is None or entry.link is not link:
-                link.notify(session_id, farewell)  # nothing of it is queued, or ever will be
+            entry = self._entry_of(link, abort)
+            if entry is None:  # nothing of it is queued, or ever will be
+                link.notify(abort.session_id, encode(AbortAck(abort.session_id, abort.token)))
                 return []
-            self._abort(entry, abort.error, farewell)
+            self._abort(entry, abort.error, lambda token: AbortAck(abort.session_id, token))
             return self._pop_closed([entry])
 
     def _report(self, closed: Iterable[tuple[SessionId, SendReport]]) -> None:

@@ -128,6 +128,11 @@ class SendSession:
         return self._state
 
     @property
+    def token(self) -> bytes | None:
+        """The grant's secret; None before the grant."""
+        return None if self._grant is None else self._grant.token
+
+    @property
     def report(self) -> SendReport | None:
         """How it ended; None until then."""
         return self._report
@@ -148,7 +153,7 @@ class SendSession:
         self._stored.clear()
         if self._payload is not None:
             self._move(SendState.COMMITTING)
-            outgoing.append(Commit(self.session_id, self._payload))
+            outgoing.append(Commit(self.session_id, grant.token, self._payload))
         return outgoing
 
     def store(self, layer: int, first_page: int, src_pages: Sequence[int], now: float) -> list[Outgoing]:
@@ -174,7 +179,7 @@ class SendSession:
             self._move(SendState.COMMITTING)
         self._payload = payload
         self._committed_at = now
-        return [] if self._state is SendState.OPEN else [Commit(self.session_id, payload)]
+        return [] if self._grant is None else [Commit(self.session_id, self._grant.token, payload)]
 
     def written(self, write: Write) -> None:
         """A write's source pages were read for the last time."""

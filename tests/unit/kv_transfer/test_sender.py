@@ -14,7 +14,7 @@ from kv_transfer.session import Grant, SendReport
 from kv_transfer.transport import PageRun, Write
 
 A, B = SessionId("a"), SessionId("b")
-TOKEN = bytes(16)
+TOKEN = bytes(range(16))
 LEASE_S = 30.0
 
 
@@ -51,9 +51,9 @@ def test_a_session_begins_writes_commits_and_is_acknowledged(rig: Rig) -> None:
     rig.sender.pages_stored(A, 0, 0, [1, 2])
     rig.sender.commit(A, b"token")
     write = Write(A, TOKEN, 0, (PageRun(1, 5, 2),))
-    assert link.sent == [Begin(A, TOKEN), write, Commit(A, b"token")]
+    assert link.sent == [Begin(A, TOKEN), write, Commit(A, TOKEN, b"token")]
     rig.sender.written(link, write)
-    rig.sender.notified(link, encode(CommitAck(A)))
+    rig.sender.notified(link, encode(CommitAck(A, TOKEN)))
     assert [(session_id, report.error, report.bytes_sent) for session_id, report in rig.closed] == [(A, None, 16)]
     assert (rig.sender.num_sessions, rig.sender.bytes_sent) == (0, 16)
 
@@ -99,7 +99,9 @@ def test_an_abort_while_nothing_is_read_closes_at_once_and_tells_the_peer(rig: R
     link = rig.start(A)
     rig.sender.abort(A, "enough")
     assert rig.errors == {A: TransferAborted}
-    assert isinstance(link.sent[-1], Abort)
+    (farewell,) = link.sent[1:]
+    assert isinstance(farewell, Abort)
+    assert farewell.token == TOKEN
 
 
 def test_an_abort_while_pages_are_read_closes_when_they_were_read(rig: Rig) -> None:
@@ -118,7 +120,7 @@ def test_an_acknowledgement_that_crosses_an_abort_is_ignored(rig: Rig) -> None:
     rig.sender.commit(A, b"")
     link.idle = False
     rig.sender.abort(A, "enough")
-    rig.sender.notified(link, encode(CommitAck(A)))
+    rig.sender.notified(link, encode(CommitAck(A, TOKEN)))
     assert rig.closed == []
     rig.sender.written(link, link.sent[1])
     assert rig.errors == {A: TransferAborted}
@@ -126,26 +128,35 @@ def test_an_acknowledgement_that_crosses_an_abort_is_ignored(rig: Rig) -> None:
 
 def test_the_peers_abort_is_acknowledged_and_gives_its_reason(rig: Rig) -> None:
     link = rig.start(A)
-    rig.sender.notified(link, encode(Abort(A, AbortCause.UNKNOWN_GRANT, "who are you")))
-    assert link.sent[-1] == AbortAck(A)
+    rig.sender.notified(link, encode(Abort(A, TOKEN, AbortCause.UNKNOWN_GRANT, "who are you")))
+    assert link.sent[-1] == AbortAck(A, TOKEN)
     assert rig.errors == {A: GrantRefused}
 
 
 def test_the_peers_abort_of_a_session_that_ended_is_acknowledged(rig: Rig) -> None:
     link = rig.start(A)
     rig.sender.abort(A, "enough")
-    rig.sender.notified(link, encode(Abort(A, AbortCause.ABORTED, "")))
-    assert link.sent[-1] == AbortAck(A)
+    rig.sender.notified(link, encode(Abort(A, TOKEN, AbortCause.ABORTED, "")))
+    assert link.sent[-1] == AbortAck(A, TOKEN)
     assert len(rig.closed) == 1
+
+
+def test_what_the_peer_says_of_another_grant_of_the_same_name_is_not_for_this_session(rig: Rig) -> None:
+    link = rig.start(A)
+    rig.sender.commit(A, b"")
+    rig.sender.notified(link, encode(CommitAck(A, bytes(16))))
+    rig.sender.notified(link, encode(Abort(A, bytes(16), AbortCause.ABORTED, "")))
+    assert rig.closed == []
+    assert link.sent[-1] == AbortAck(A, bytes(16))
 
 
 def test_an_acknowledgement_without_a_commit_is_a_violation(rig: Rig) -> None:
     link = rig.start(A)
     with pytest.raises(ProtocolViolation):
-        rig.sender.notified(link, encode(CommitAck(A)))
+        rig.sender.notified(link, encode(CommitAck(A, TOKEN)))
 
 
-@pytest.mark.parametrize("message", [Begin(A, TOKEN), Commit(A, b""), AbortAck(A)])
+@pytest.mark.parametrize("message", [Begin(A, TOKEN), Commit(A, TOKEN, b""), AbortAck(A, TOKEN)])
 def test_a_message_that_only_senders_send_is_a_violation(rig: Rig, message: Begin | Commit | AbortAck) -> None:
     link = rig.start(A)
     with pytest.raises(ProtocolViolation):
