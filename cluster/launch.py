@@ -1,0 +1,314 @@
+"""How does one command become a running service, and then nothing again? The gateway process is put together here.
+
+    1  resolve the model to a folder     a subprocess: it may download or convert, and that loads torch
+    2  join Ray, open the Registry       the fleet says at which address workers reach this process
+    3  start the workers                 they load the model and register; meanwhile the tokenizer is loaded here
+    4  wait until every worker is ready  with a line whenever something changed
+    5  open both doors, say where        ``on_ready``
+    6  wait for SIGINT or SIGTERM        a second one cuts every step below short
+    7  drain                             no new requests; running ones get ``drain_timeout_s``, then are cancelled
+    8  close the doors, drop the workers' connections, stop the fleet and Ray
+
+Whatever happens in 1 to 6, step 8 is done for everything that was opened, in reverse order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
+from uuid import uuid4
+
+from cluster.config import ServiceConfig
+from cluster.generation import Generation
+from cluster.grpc_gateway import GrpcGateway
+from cluster.http_gateway import HttpGateway
+from cluster.membership import Membership
+from cluster.metrics import Metrics
+from cluster.router import Router
+from cluster.routing_policy import make_policy
+from cluster.tokenizer import Tokenizer
+from cluster.view import ClusterView
+from core.clock import Clock, WallClock
+from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
+from core.request import GatewayId, Role
+
+logger = logging.getLogger(__name__)
+
+EXIT_OK, EXIT_FAILED, EXIT_WRONG_INPUT = 0, 1, 2
+
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+_CHECK_INTERVAL_S = 0.25  # how often the start looks for workers that failed
+_DOOR_GRACE_S = 0.5  # for answers that are written already; requests were drained before
+_FLEET_GRACE_S = 1.0  # for workers to say goodbye; they run nothing any more
+
+_T = TypeVar("_T")
+
+
+class NotReadyInTime(PrfaasError):
+    """The workers were not ready within ``start_timeout_s``; the message says which are missing."""
+
+
+class Fleet(Protocol):
+    """Starts and ends worker processes; methods block. ``cluster.ray_fleet.RayFleet`` is the real one."""
+
+    def join(self) -> str:
+        """Make ready to start workers; returns the address at which workers reach this process."""
+        ...
+
+    def start(self, registry: str) -> None:
+        """Start every worker of the configuration; each registers at ``registry``."""
+        ...
+
+    def check(self) -> None:
+        """Raise the reason if a worker has failed to start."""
+        ...
+
+    def stop(self, timeout_s: float) -> None:
+        """End every worker, within about ``timeout_s``; 0: at once. Harmless if nothing runs."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where the service listens."""
+
+    http: str  # URL
+    grpc: str  # host:port
+
+
+OnReady = Callable[[Endpoints], None]
+
+
+def serve(config: ServiceConfig, on_ready: OnReady | None = None) -> int:
+    """Serve until SIGINT or SIGTERM; returns the process's exit code, after printing why if it is not 0.
+
+    2: the configuration is wrong or the model cannot be served. 1: something else kept the service from starting.
+    """
+    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format=_LOG_FORMAT)
+    try:
+        asyncio.run(serve_async(config, on_ready))
+    except (InvalidConfig, UnsupportedModel) as error:
+        print(f"prfaas: {error}", file=sys.stderr, flush=True)
+        return EXIT_WRONG_INPUT
+    except PrfaasError as error:
+        print(f"prfaas: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+    return EXIT_OK
+
+
+async def serve_async(
+    config: ServiceConfig,
+    on_ready: OnReady | None = None,
+    make_fleet: Callable[[ServiceConfig], Fleet] | None = None,
+    clock: Clock | None = None,
+) -> None:
+    """Serve until SIGINT or SIGTERM. Raises what kept the service from starting; everything is closed by then."""
+    with _Signals() as signals:
+        service = _Service(config, (make_fleet or _ray_fleet)(config), clock or WallClock(), signals)
+        try:
+            if await signals.unless_stopped(service.start()):
+                _say(f"ready: {config.model_name} at {service.endpoints.http} and grpc://{service.endpoints.grpc}")
+                (on_ready or _ignore)(service.endpoints)
+                await signals.first.wait()
+                _say(f"stopping: running requests get {config.drain_timeout_s:g} s; a second signal stops at once")
+                await signals.unless_repeated(service.drain())
+        finally:
+            await service.stop()
+
+
+class _Service:
+    """What was started so far, and how each part is closed."""
+
+    def __init__(self, config: ServiceConfig, fleet: Fleet, clock: Clock, signals: _Signals) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._clock = clock
+        self._signals = signals
+        self._opened = AsyncExitStack()
+        self._router: Router | None = None
+        self._endpoints: Endpoints | None = None
+
+    @property
+    def endpoints(self) -> Endpoints:
+        assert self._endpoints is not None, "started first"
+        return self._endpoints
+
+    async def start(self) -> None:
+        config, gateway_id = self._config, GatewayId(f"gateway-{uuid4().hex[:8]}")
+        began_at = self._clock.now()
+        folder = await resolve_model(config.model, config.model_cache_dir)
+        self._opened.push_async_callback(self._stop_fleet)
+        host = await _to_the_end(asyncio.to_thread(self._fleet.join))
+        membership = Membership(config.router, gateway_id, self._clock)
+        self._opened.push_async_callback(membership.close)
+        registry = await membership.start(host)
+        await _to_the_end(asyncio.to_thread(self._fleet.start, registry))
+        tokenizer = await asyncio.to_thread(_load_tokenizer, folder)
+        await self._wait_for_workers(membership, began_at)
+        router = Router(membership, make_policy(config.router.policy), config.router, self._clock, gateway_id)
+        self._router = router
+        self._opened.push_async_callback(router.drain, 0.0)
+        metrics = Metrics(membership, router)
+        generation = Generation(router, membership, tokenizer, metrics, config, self._clock)
+        grpc = GrpcGateway(generation, router, membership, config, self._clock)
+        self._opened.push_async_callback(grpc.stop, _DOOR_GRACE_S)
+        await grpc.start()
+        http = HttpGateway(generation, router, membership, metrics, config, self._clock)
+        self._opened.push_async_callback(http.stop, _DOOR_GRACE_S)
+        await http.start()
+        self._endpoints = Endpoints(
+            http=f"http://{_authority(config.http.host, http.port)}", grpc=_authority(config.grpc.host, grpc.port)
+        )
+
+    async def drain(self) -> None:
+        assert self._router is not None, "started first"
+        await self._router.drain(self._config.drain_timeout_s)
+
+    async def stop(self) -> None:
+        """Close what was opened, the last first."""
+        await self._opened.aclose()
+
+    async def _stop_fleet(self) -> None:
+        await asyncio.to_thread(self._fleet.stop, 0.0 if self._signals.second.is_set() else _FLEET_GRACE_S)
+
+    async def _wait_for_workers(self, membership: Membership, began_at: float) -> None:
+        """Every configured worker is ready, or ``NotReadyInTime``; what failed to start is raised as it is."""
+        wanted = {role: self._config.pool(role).count for role in Role}
+        said = ""
+        while True:
+            await _to_the_end(asyncio.to_thread(self._fleet.check))
+            line = _progress(membership.view(), wanted)
+            if line != said:
+                said = line
+                _say(f"workers ready: {line}")
+            if await membership.wait_until(partial(_all_ready, wanted=wanted), _CHECK_INTERVAL_S):
+                _say(f"workers ready: all, {self._clock.now() - began_at:.1f} s after the start")
+                return
+            if self._clock.now() - began_at > self._config.start_timeout_s:
+                raise NotReadyInTime(f"after {self._config.start_timeout_s:g} s the workers ready are {line}")
+
+
+async def resolve_model(model: str, cache_dir: str) -> str:
+    """The folder that holds ``model``; its progress goes to stderr. Raises ``UnsupportedModel`` with the reason."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "engine.model_source",
+        model,
+        "--cache-dir",
+        cache_dir,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,  # a Ctrl-C in the terminal is for this process, which then ends the child
+    )
+    assert child.stdout is not None, "asked for as a pipe"
+    assert child.stderr is not None, "asked for as a pipe"
+    last_line = ""
+    try:
+        async for line in child.stderr:
+            last_line = line.decode(errors="replace").rstrip()
+            _say(last_line)
+        lines = (await child.stdout.read()).decode().split("\n")
+        exit_code = await child.wait()
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+    if exit_code != 0:
+        raise UnsupportedModel(last_line or f"{model}: resolving it ended with exit code {exit_code}")
+    return lines[-2]
+
+
+class _Signals:
+    """SIGINT and SIGTERM, counted: the first asks for an orderly stop, the second for one at once."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+
+    def __enter__(self) -> _Signals:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._came)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+    async def unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Do ``work``; cancelled, and False, if the first signal comes before it is done."""
+        return await _unless(self.first, work)
+
+    async def unless_repeated(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Do ``work``; cancelled, and False, if the second signal comes before it is done."""
+        return await _unless(self.second, work)
+
+    def _came(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+
+async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    doing, waiting = asyncio.create_task(work), asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait({doing, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            doing.cancel()
+            await asyncio.wait({doing})
+            return False
+        await doing
+        return True
+    finally:
+        waiting.cancel()
+
+
+async def _to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
+    """Cancelling waits: a thread in Ray cannot be interrupted, and Ray cannot be stopped beside it."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
+
+
+def _ray_fleet(config: ServiceConfig) -> Fleet:
+    from cluster.ray_fleet import RayFleet  # here, because importing ray takes half a second
+
+    return RayFleet(config)
+
+
+def _load_tokenizer(folder: str) -> Tokenizer:
+    try:
+        return Tokenizer.load(folder)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{folder}: no tokenizer that transformers can load: {error}") from error
+
+
+def _all_ready(view: ClusterView, wanted: dict[Role, int]) -> bool:
+    return all(len(view.ready(role)) >= count for role, count in wanted.items())
+
+
+def _progress(view: ClusterView, wanted: dict[Role, int]) -> str:
+    return ", ".join(f"{len(view.ready(role))} of {count} {role}" for role, count in wanted.items() if count)
+
+
+def _authority(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _ignore(endpoints: Endpoints) -> None:
+    """Nobody waits for the service to be ready."""
+
+
+def _say(line: str) -> None:
+    """To the person or the job log that started the service."""
+    print(f"prfaas: {line}", flush=True)

@@ -1,0 +1,241 @@
+"""How do worker processes come to be, stay, and end? As Ray actors. Every Ray call of the project is in this file.
+
+Ray starts, places and restarts processes, and is asked for nothing else: requests, tokens and KV never pass through it.
+
+    actor        one for each worker, in plain scheduling or in its pool's placement group, never in a group of the
+                 driver's (nested groups deadlock); it ends with this process (not detached)
+    start        the model is loaded in the actor's constructor, so a restarted actor serves again by itself; it takes
+                 any free port and draws a new engine id at each start, so no two starts can be mistaken for each other
+    restart      for ever after a crash (``max_restarts=-1``), never after an exception: one at the first start is
+                 kept for ``check``, which raises it; one at a restart ends the actor and is in its log
+    threads      Ray sets OMP_NUM_THREADS to the CPUs that it reserves; reserving is not limiting, so it is taken back
+                 before torch is loaded, and ``engine.threads`` decides
+    stop         actors are asked to stop, then killed; a Ray of our own is shut down
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.config import PoolConfig, ServiceConfig, WorkerConfig
+from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
+from core.request import ClusterId, Role, WorkerId
+
+if TYPE_CHECKING:
+    from cluster.worker_host import WorkerHost
+
+logger = logging.getLogger(__name__)
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+_IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a submitted job
+_STOP_SLACK_S = 1.0  # an actor answers so long after the time that it was given to stop in
+
+
+class WorkerNotStarted(PrfaasError):
+    """A worker process could not start; the message says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailure:
+    """Why a worker did not start, as it travels from its actor."""
+
+    kind: str  # name of the exception's class
+    message: str
+
+
+class RayFleet:
+    """The worker processes of one service. Methods block; they are called from one thread at a time."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        self._config = config
+        self._workers: dict[WorkerId, Any] = {}  # worker id |-> actor handle
+        self._starting: dict[Any, WorkerId] = {}  # reference to the actor's start |-> worker id
+        self._groups: list[PlacementGroup] = []
+
+    def join(self) -> str:
+        """Start or join Ray; returns this node's address, as workers reach it. ``InvalidConfig`` if that fails."""
+        options: dict[str, Any] = {
+            "namespace": self._config.ray.namespace,
+            "logging_level": logging.ERROR,
+            "log_to_driver": True,
+        }
+        address = "auto" if _IN_RAY_JOB in os.environ else self._config.ray.address
+        try:
+            if address is None:
+                ray.init(address="local", include_dashboard=False, **options, **_own_resources(self._config))
+            else:
+                ray.init(address=address, **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InvalidConfig("ray.address", f"no Ray at {address or 'this machine'}: {error}") from error
+        if address is None:
+            _require_gpus(self._config)
+        return self._config.host or _node_address()
+
+    def start(self, registry: str) -> None:
+        """Start every worker; they register at ``registry`` (host:port). Returns before any of them is ready."""
+        service = uuid4().hex[:8]  # two services of one namespace may have workers of one name
+        for role in Role:
+            pool = self._config.pool(role)
+            for index, placing in enumerate(self._places(role, pool)):
+                worker_id = WorkerId(f"{role}-{index}")
+                actor: Any = ray.remote(WorkerActor).options(
+                    name=f"{worker_id}@{service}",
+                    num_cpus=pool.num_cpus,
+                    num_gpus=pool.num_gpus,
+                    resources=pool.resources or None,
+                    scheduling_strategy=placing,
+                    max_restarts=-1,
+                )
+                self._workers[worker_id] = handle = actor.remote(self._config, role, worker_id, registry)
+                self._starting[handle.start_failure.remote()] = worker_id
+
+    def check(self) -> None:
+        """Raise ``UnsupportedModel`` or ``WorkerNotStarted`` if a worker has failed to start since the last call."""
+        if not self._starting:
+            return
+        done, _ = ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0)
+        for reference in done:
+            worker_id = self._starting.pop(reference)
+            try:
+                failure: StartFailure | None = ray.get(reference)
+            except ray.exceptions.RayActorError as error:
+                raise WorkerNotStarted(f"{worker_id}: {error}") from error
+            if failure is not None:
+                _raise_here(worker_id, failure)
+
+    def stop(self, timeout_s: float) -> None:
+        """Ask the workers to stop within ``timeout_s``, kill what is left, leave Ray. Harmless if nothing runs."""
+        if not ray.is_initialized():
+            return
+        loading = set(self._starting.values())  # one that still loads would answer only after that
+        asked = [actor.stop.remote(timeout_s) for name, actor in self._workers.items() if name not in loading]
+        if asked and timeout_s > 0:
+            ray.wait(asked, num_returns=len(asked), timeout=timeout_s + _STOP_SLACK_S)
+        for actor in self._workers.values():
+            ray.kill(actor, no_restart=True)
+        for group in self._groups:
+            remove_placement_group(group)
+        self._workers.clear()
+        self._starting.clear()
+        self._groups.clear()
+        ray.shutdown()
+
+    def _places(self, role: Role, pool: PoolConfig) -> Iterator[str | PlacementGroupSchedulingStrategy]:
+        """Where each worker of a pool goes."""
+        if pool.placement is None or pool.count == 0:
+            yield from ["DEFAULT"] * pool.count
+            return
+        bundle = _bundle(pool)
+        if not bundle:
+            raise InvalidConfig(f"{role}.placement", "needs num_cpus, num_gpus or resources above 0 to place by")
+        group = placement_group([bundle] * pool.count, strategy=pool.placement)
+        self._groups.append(group)
+        for index in range(pool.count):
+            yield PlacementGroupSchedulingStrategy(group, index, placement_group_capture_child_tasks=False)
+
+
+class WorkerActor:
+    """One worker process, as Ray sees it. Made by Ray, again after each crash."""
+
+    def __init__(self, config: ServiceConfig, role: Role, worker_id: WorkerId, registry: str) -> None:
+        os.environ.pop("OMP_NUM_THREADS", None)
+        logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format=LOG_FORMAT)
+        self._host: WorkerHost | None = None
+        self._failure: StartFailure | None = None
+        try:
+            self._host = _start_host(config, role, worker_id, registry)
+        except Exception as error:
+            logger.exception("worker %s did not start", worker_id)
+            if ray.get_runtime_context().was_current_actor_reconstructed:
+                raise  # nobody asks any more; Ray does not repeat a constructor that raises
+            self._failure = StartFailure(type(error).__name__, str(error))
+
+    def start_failure(self) -> StartFailure | None:
+        """Why the worker did not start; None: it serves."""
+        return self._failure
+
+    def stop(self, timeout_s: float) -> None:
+        """Take nothing new, finish what runs for up to ``timeout_s``, leave the gateways."""
+        if self._host is not None:
+            self._host.stop(timeout_s)
+
+
+def worker_config(config: ServiceConfig, role: Role, worker_id: WorkerId, host: str, registry: str) -> WorkerConfig:
+    """What one worker is told, of what the service was told."""
+    return WorkerConfig(
+        worker_id=worker_id,
+        cluster_id=ClusterId(config.cluster_id),
+        role=role,
+        model=config.model,
+        model_cache_dir=config.model_cache_dir,
+        engine=config.engine_for(role),
+        kv_transfer=config.kv_transfer,
+        host=host,
+        registries=(registry,),
+        log_level=config.log_level,
+    )
+
+
+def _start_host(config: ServiceConfig, role: Role, worker_id: WorkerId, registry: str) -> WorkerHost:
+    from cluster.worker_host import WorkerHost  # torch, which only a worker's process may load
+
+    worker = WorkerHost(worker_config(config, role, worker_id, config.host or _node_address(), registry))
+    worker.start()
+    return worker
+
+
+def _node_address() -> str:
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def _raise_here(worker_id: WorkerId, failure: StartFailure) -> None:
+    if failure.kind == UnsupportedModel.__name__:
+        raise UnsupportedModel(failure.message)
+    raise WorkerNotStarted(f"{worker_id}: {failure.kind}: {failure.message}")
+
+
+def _bundle(pool: PoolConfig) -> dict[str, float]:
+    """The Ray resources of one worker."""
+    wanted = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
+    return {name: amount for name, amount in wanted.items() if amount > 0}
+
+
+def _needed(config: ServiceConfig) -> Mapping[str, float]:
+    """The Ray resources of all workers together."""
+    needed: dict[str, float] = {}
+    for role in Role:
+        pool = config.pool(role)
+        for name, amount in _bundle(pool).items():
+            needed[name] = needed.get(name, 0.0) + amount * pool.count
+    return needed
+
+
+def _own_resources(config: ServiceConfig) -> dict[str, Any]:
+    """Resources of a Ray of our own: what the machine has, and no worker waits for ever for CPUs that it has not."""
+    needed = dict(_needed(config))
+    num_cpus, wanted = os.cpu_count() or 1, needed.pop("CPU", 0.0)
+    needed.pop("GPU", None)
+    if wanted > num_cpus:
+        logger.warning("the workers reserve %g CPUs, this machine has %d: they will share", wanted, num_cpus)
+    return {"num_cpus": max(num_cpus, int(-(-wanted // 1))), "resources": needed or None}
+
+
+def _require_gpus(config: ServiceConfig) -> None:
+    wanted, has = _needed(config).get("GPU", 0.0), _gpus_here()
+    if wanted > has:
+        raise InvalidConfig("num_gpus", f"the workers need {wanted:g} GPUs in all, this machine has {has:g}")
+
+
+def _gpus_here() -> float:
+    return float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
