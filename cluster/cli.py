@@ -1,0 +1,346 @@
+"""The ``prfaas`` command: start a service, talk to one, look into one.
+
+``serve`` runs a service in this process; ``generate``, ``chat`` and ``status`` are clients of a running one and speak
+nothing but its public gRPC API. What the model says goes to standard output, everything else to standard error.
+Exit codes: 0 done, 1 the service refused or could not be reached, 2 the command or the configuration is wrong,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, cast
+
+import grpc
+import typer
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.table import Table
+
+from cluster.config import load_config, service_document, service_schema
+from cluster.version import version
+from core.errors import InvalidConfig, UnsupportedModel
+from protos import serving_pb2 as pb
+from protos import serving_pb2_grpc as rpc
+
+DEFAULT_ADDRESS = "127.0.0.1:9000"
+_INFO_TIMEOUT_S = 10.0
+_INTERRUPTED = 130
+_PIPE_COLUMNS = 160  # a table that is read by a program must not be folded
+
+app = typer.Typer(
+    name="prfaas",
+    help="Serve language models with prefill and decode on separate workers.",
+    epilog="""Start a service on this machine:
+
+prfaas serve deploy/examples/laptop.yaml
+
+Then, in another terminal:
+
+prfaas generate "Name three rivers." --max-tokens 60 --timing
+
+prfaas status
+
+curl http://127.0.0.1:8000/v1/models""",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Check a configuration, or print what can be configured.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+Address = Annotated[str, typer.Option("--address", "-a", help="host:port of the service's gRPC door.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set one key over the file, e.g. engine.page_size=32. Repeatable."),
+]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The service's configuration.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate; without it, what the context holds.")]
+Temperature = Annotated[float | None, typer.Option(help="0: always the most likely token; the default is 1.")]
+TopP = Annotated[float | None, typer.Option(help="Choose among the most likely tokens of this total probability.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer, wherever it is computed.")]
+System = Annotated[str | None, typer.Option(help="A system message, put before the conversation.")]
+
+
+def main() -> None:
+    """The entry point of the ``prfaas`` command."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def root(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Options of the command itself."""
+    if show_version:
+        typer.echo(f"prfaas {version()}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: prfaas serve deploy/examples/laptop.yaml --set http.port=8080 --set decode.count=2")
+def serve(config_file: ConfigFile, overrides: Overrides = None) -> None:
+    """Run a service until Ctrl-C or SIGTERM; running requests get to finish first."""
+    with _config_errors():
+        config = load_config(config_file, overrides or ())
+        from cluster.launch import serve as run_service  # here, because Ray takes seconds to import
+
+        raise typer.Exit(run_service(config))
+
+
+@app.command(epilog='Example: prfaas generate "Name three rivers." --max-tokens 60 --temperature 0 --timing')
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to say to the model; - reads standard input.")],
+    address: Address = DEFAULT_ADDRESS,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text. Repeatable.")] = None,
+    system: System = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
+    timing: Annotated[bool, typer.Option("--timing", help="Show where it was computed and where time went.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of text.")] = False,
+) -> None:
+    """Send one prompt and print the answer as it streams."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    request = pb.GenerateRequest(sampling_params=_sampling(max_tokens, temperature, top_p, seed, stop or ()))
+    with _service(address) as stub:
+        if raw or not stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=_INFO_TIMEOUT_S).has_chat_template:
+            request.text = text
+        else:
+            request.chat.CopyFrom(pb.ChatInput(messages=[*_system(system), _message("user", text)]))
+        complete = _stream(stub, request, show=not as_json)
+    if as_json:
+        typer.echo(json.dumps(_as_dict(complete), ensure_ascii=False))
+    if timing:
+        Console(stderr=True).print(_timing_table(complete))
+
+
+@app.command(epilog="In the conversation: /reset forgets it, /exit or Ctrl-D ends it, Ctrl-C ends an answer early.")
+def chat(
+    address: Address = DEFAULT_ADDRESS,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    system: System = None,
+) -> None:
+    """Talk with the model, turn by turn."""
+    sampling = _sampling(max_tokens, temperature, top_p, seed, ())
+    beginning = _system(system)
+    messages = list(beginning)
+    with _service(address) as stub:
+        info = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=_INFO_TIMEOUT_S)
+        if not info.has_chat_template:
+            _fail(f"{info.model} has no chat template; use: prfaas generate --raw", code=1)
+        typer.echo(f"{info.model}; /reset forgets, /exit ends", err=True)
+        for line in _typed_lines():
+            if line == "/reset":
+                messages = list(beginning)
+                continue
+            messages.append(_message("user", line))
+            request = pb.GenerateRequest(chat=pb.ChatInput(messages=messages), sampling_params=sampling)
+            try:
+                answer = _stream(stub, request, show=True).text
+            except KeyboardInterrupt:
+                typer.echo("")
+                messages.pop()
+                continue
+            messages.append(_message("assistant", answer))
+
+
+@app.command(epilog="Example: prfaas status --json | jq '.workers[].worker_id'")
+def status(
+    address: Address = DEFAULT_ADDRESS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show the workers of a service: roles, pages, queues, bytes shipped."""
+    with _service(address) as stub:
+        info = stub.GetClusterInfo(pb.GetClusterInfoRequest(), timeout=_INFO_TIMEOUT_S)
+    if as_json:
+        typer.echo(json.dumps(_as_dict(info), ensure_ascii=False))
+        return
+    console = Console() if sys.stdout.isatty() else Console(width=_PIPE_COLUMNS)
+    console.print(
+        f"{info.model}, prfaas {info.version}, up {info.uptime_s:.0f} s, policy {info.policy}: "
+        f"{info.num_inflight} running, {info.num_requests} requests so far, "
+        f"{info.num_retries} retries, {info.num_resumes} resumes",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(_worker_table(info.workers))
+
+
+@config_app.command("check", epilog="Example: prfaas config check service.yaml --set engine.page_size=32")
+def check_config(config_file: ConfigFile, overrides: Overrides = None) -> None:
+    """Say whether a configuration is valid, and what is wrong with it."""
+    with _config_errors():
+        config = load_config(config_file, overrides or ())
+    typer.echo(f"{config_file}: valid; {config.prefill.count} prefill + {config.decode.count} decode of {config.model}")
+
+
+@config_app.command("schema")
+def print_schema() -> None:
+    """Print the JSON schema of a configuration, for editors."""
+    typer.echo(json.dumps(service_schema(), indent=2))
+
+
+@config_app.command("docs", epilog="Example: prfaas config docs > docs/configuration.md")
+def print_docs() -> None:
+    """Print every key with its type, default and meaning, as Markdown."""
+    typer.echo(service_document(), nl=False)
+
+
+# ---- talking to a service ----
+
+
+@contextmanager
+def _service(address: str) -> Iterator[rpc.GenerationStub]:
+    """A client of the service at ``address``; its refusals end the command with one line."""
+    options = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+    with grpc.insecure_channel(address, options=options) as channel:
+        try:
+            yield rpc.GenerationStub(channel)
+        except KeyboardInterrupt:
+            raise typer.Exit(_INTERRUPTED) from None
+        except grpc.RpcError as error:
+            failed = cast(grpc.Call, error)  # what a call raises is the call itself
+            hint = ""
+            if failed.code() is grpc.StatusCode.UNAVAILABLE:
+                hint = f" (is a service running at {address}? prfaas serve CONFIG.yaml starts one)"
+            _fail(f"{failed.code().name}: {failed.details()}{hint}", code=1)
+
+
+def _stream(stub: rpc.GenerationStub, request: pb.GenerateRequest, *, show: bool) -> pb.GenerateComplete:
+    """Run a request, printing its text as it comes. Leaving early, by Ctrl-C too, cancels it on the workers."""
+    call = stub.Generate(request)
+    complete = pb.GenerateComplete()
+    try:
+        for response in call:
+            if show and response.WhichOneof("response") == "chunk":
+                sys.stdout.write(response.chunk.text)
+                sys.stdout.flush()
+            elif response.WhichOneof("response") == "complete":
+                complete = response.complete
+    finally:
+        call.cancel()
+    if show:
+        sys.stdout.write("\n")
+    return complete
+
+
+def _sampling(
+    max_tokens: int | None, temperature: float | None, top_p: float | None, seed: int | None, stop: Sequence[str]
+) -> pb.SamplingParams:
+    try:
+        return pb.SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
+    except ValueError as error:  # a negative number for a field that has none
+        _fail(str(error), code=2)
+
+
+def _message(role: str, content: str) -> pb.ChatMessage:
+    return pb.ChatMessage(role=role, content=content)
+
+
+def _system(text: str | None) -> list[pb.ChatMessage]:
+    return [] if text is None else [_message("system", text)]
+
+
+def _typed_lines() -> Iterator[str]:
+    """What the user types, without empty lines, until /exit or the end of input."""
+    while True:
+        typer.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/exit":
+            return
+        if line.strip():
+            yield line.strip()
+
+
+# ---- showing ----
+
+
+def _timing_table(complete: pb.GenerateComplete) -> Table:
+    timing, usage = complete.timing, complete.usage
+    table = Table(show_header=False, box=None, pad_edge=False)
+    rows = (
+        ("prefilled on", timing.prefill_worker or timing.decode_worker),
+        ("decoded on", timing.decode_worker or timing.prefill_worker),
+        ("because", timing.route_reason),
+        ("prompt tokens", f"{usage.prompt_tokens} ({usage.cached_tokens} cached)"),
+        ("generated tokens", str(usage.completion_tokens)),
+        ("shipped", _bytes(timing.bytes_shipped)),
+        ("tokenise, route", f"{timing.tokenize_s:.3f} s, {timing.route_s:.3f} s"),
+        ("prefill", f"{timing.prefill_s:.3f} s after {timing.prefill_queue_s:.3f} s in the queue"),
+        ("transfer", f"{timing.transfer_s:.3f} s, of which {timing.exposed_transfer_s:.3f} s after the first token"),
+        ("decode", f"{timing.decode_s:.3f} s after {timing.decode_queue_s:.3f} s in the queue"),
+        ("first token, all", f"{timing.ttft_s:.3f} s, {timing.total_s:.3f} s"),
+        ("tries", str(timing.num_attempts)),
+    )
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _worker_table(workers: Iterable[pb.WorkerInfo]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("worker", "role", "state"):
+        table.add_column(name, overflow="fold")
+    for name in ("run", "wait", "pages", "cached", "sessions", "sent", "received", "prompt", "generated"):
+        table.add_column(name, justify="right", overflow="fold")
+    for worker in workers:
+        table.add_row(
+            worker.worker_id,
+            worker.role,
+            worker.state,
+            str(worker.num_running),
+            str(worker.num_waiting),
+            f"{worker.pages_total - worker.pages_free}/{worker.pages_total}",
+            str(worker.pages_cached),
+            str(worker.num_sessions),
+            _bytes(worker.bytes_sent),
+            _bytes(worker.bytes_received),
+            str(worker.prompt_tokens),
+            str(worker.generated_tokens),
+        )
+    return table
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    """Every field by its proto name, defaults included. protobuf's own JSON writes 64-bit integers as strings."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, Message):
+            return _as_dict(value)
+        return value if isinstance(value, str | int | float) else [plain(item) for item in value]  # type: ignore[attr-defined]
+
+    return {
+        field.name: plain(getattr(message, field.name))
+        for field in message.DESCRIPTOR.fields
+        if field.containing_oneof is None or message.HasField(field.name)
+    }
+
+
+@contextmanager
+def _config_errors() -> Iterator[None]:
+    try:
+        yield
+    except (InvalidConfig, UnsupportedModel) as error:
+        _fail(str(error), code=2)
+
+
+def _fail(message: str, *, code: int) -> NoReturn:
+    typer.echo(f"prfaas: {message}", err=True)
+    raise typer.Exit(code)

