@@ -97,10 +97,13 @@ class LocalTransport:
             raise
         return self._events
 
-    def refused(self) -> None:
-        """A write was not admitted."""
+    def count_refused_write(self) -> None:
         with self._changed:
             self._counters = replace(self._counters, writes_refused=self._counters.writes_refused + 1)
+
+    def count_bad_frame(self) -> None:
+        with self._changed:
+            self._counters = replace(self._counters, bad_frames=self._counters.bad_frames + 1)
 
     def forget(self, joint: _Joint) -> None:
         """The link's last event was called."""
@@ -127,7 +130,7 @@ class _Joint:
         self.receive_end = _End(self, sender.clock)
         self._error: TransferError | None = None
         self._lock = Lock()
-        self._threads = [Thread(target=self._guard, args=(self._forward,), name="kv-local-send", daemon=True)]
+        self._threads = [Thread(target=self._guard, args=(self._forward, receiver), name="kv-local-send", daemon=True)]
         self._num_running = 1
 
     def start(self) -> None:
@@ -144,9 +147,13 @@ class _Joint:
         self.send_end.outbox.close()
         self.receive_end.outbox.close()
 
-    def _guard(self, body: Callable[[], None]) -> None:
+    def _guard(self, body: Callable[[], None], listener: LocalTransport | None) -> None:
         try:
             body()
+        except ProtocolViolation as error:
+            if listener is not None:
+                listener.count_bad_frame()
+            self.close(error)
         except TransferError as error:
             self.close(error)
         finally:
@@ -191,7 +198,7 @@ class _Joint:
                 self._send_events.notified(self.send_end, item)
 
     def _start_backward(self) -> None:
-        thread = Thread(target=self._guard, args=(self._backward,), name="kv-local-reply", daemon=True)
+        thread = Thread(target=self._guard, args=(self._backward, self.sender), name="kv-local-reply", daemon=True)
         self._threads.append(thread)
         with self._lock:
             self._num_running += 1
@@ -201,7 +208,7 @@ class _Joint:
         spans = tuple(PageSpan(run.dst_page, run.num_pages) for run in write.runs)
         session_id = events.admit(self.receive_end, write.token, write.layer, spans)
         if session_id is None:
-            receiver.refused()
+            receiver.count_refused_write()
             return
         num_bytes = 0
         for run in write.runs:

@@ -36,14 +36,16 @@ def plan_writes(
     piece: list[PageRun] = []
     room = max_pages
     for run in _contiguous_runs(src_pages, dst_pages):
-        rest = run
-        while rest.num_pages:
+        start = 0
+        while start < run.num_pages:
             if room == 0 or len(piece) == max_runs:
                 pieces.append(tuple(piece))
                 piece, room = [], max_pages
-            head, rest = _split(rest, min(room, rest.num_pages))
-            piece.append(head)
-            room -= head.num_pages
+            count = min(room, run.num_pages - start)
+            whole = count == run.num_pages
+            piece.append(run if whole else PageRun(run.src_page + start, run.dst_page + start, count))
+            room -= count
+            start += count
     if piece:
         pieces.append(tuple(piece))
     return pieces
@@ -57,8 +59,3 @@ def _contiguous_runs(src_pages: Sequence[int], dst_pages: Sequence[int]) -> Iter
             start = i
     if src_pages:
         yield PageRun(src_pages[start], dst_pages[start], len(src_pages) - start)
-
-
-def _split(run: PageRun, count: int) -> tuple[PageRun, PageRun]:
-    tail = PageRun(run.src_page + count, run.dst_page + count, run.num_pages - count)
-    return PageRun(run.src_page, run.dst_page, count), tail

@@ -307,6 +307,16 @@ def test_an_event_that_raises_closes_the_link(prefill: End, decode: End) -> None
     prefill.connect(decode).notify(A, b"nonsense")
     assert isinstance(decode.received.until_lost(), ProtocolViolation)
     assert isinstance(prefill.sent.until_lost(), TransferError)
+    assert decode.transport.counters.bad_frames == 1
+
+
+def test_a_transport_may_write_to_itself(make_end: MakeEnd) -> None:
+    end = make_end(random.Random(1))
+    link = end.connect(end)
+    link.write(write(2, (1, 9)))
+    link.notify(A, b"all")
+    end.received.until_told("notified", b"all")
+    assert end.pool.page(2, 9) == end.pool.page(2, 1)
 
 
 @pytest.mark.parametrize("descriptor", [b"", b"x", b"tcp/1", b"local", bytes(40)])

@@ -408,7 +408,7 @@ ENDS = ["commit", "abort_here", "abort_there", "break_link"]
 STEPS = ["grant", "store", "store", "finish", "deliver", "deliver", "reply"]
 
 
-@given(st.lists(st.sampled_from(ENDS + STEPS * 6), max_size=60))
+@given(st.lists(st.sampled_from(ENDS + STEPS * 20), max_size=60))
 @settings(max_examples=300)
 def test_any_interleaving_ends_with_one_outcome_at_each_end(acts: list[str]) -> None:
     pair = Pair()
