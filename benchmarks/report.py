@@ -17,11 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 Cell = str | float | int | None
 
+_TABLE_WIDTH = 140
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -40,13 +42,15 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
-    def print_table(self, console: Console, columns: Mapping[str, str], title: str) -> None:
-        """Print the rows; ``columns`` is key of a row -> heading, in order. Numbers get three significant digits."""
-        table = Table(title=title)
+    def print_table(self, columns: Mapping[str, str], title: str) -> None:
+        """Print the rows, as Markdown; ``columns`` is key of a row |-> heading, in order."""
+        console = Console(width=_TABLE_WIDTH, highlight=False)
+        table = Table(box=box.MARKDOWN)
         for heading in columns.values():
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(*(_shown(row.get(key)) for key in columns))
+        console.print(title)
         console.print(table)
         for name, value in self.figures.items():
             console.print(f"{name} = {value:.2f}")
@@ -97,12 +101,9 @@ def _version(distribution: str) -> str:
 
 
 def _shown(cell: Cell) -> str:
+    """Three significant digits of a number, more if it has more before the point."""
     if cell is None:
         return "-"
-    return (
-        f"{cell:.3g}"
-        if isinstance(cell, float) and cell < 1000
-        else f"{cell:.0f}"
-        if isinstance(cell, float)
-        else str(cell)
-    )
+    if isinstance(cell, float):
+        return f"{cell:.3g}" if abs(cell) < 1000 else f"{cell:.0f}"
+    return str(cell)

@@ -37,14 +37,14 @@ CONCURRENCIES = (1, 8, 32)
 TRANSFORMERS = ("static", "continuous")
 COLUMNS = {
     "arm": "arm",
-    "concurrency": "requests at once",
+    "concurrency": "at once",
     "tokens_per_s": "tokens/s",
     "ttft_p50_s": "TTFT p50 s",
-    "ttft_p90_s": "p90",
-    "ttft_p99_s": "p99",
+    "ttft_p90_s": "TTFT p90 s",
+    "ttft_p99_s": "TTFT p99 s",
     "tpot_p50_s": "TPOT p50 s",
-    "tpot_p90_s": "p90 ",
-    "tpot_p99_s": "p99 ",
+    "tpot_p90_s": "TPOT p90 s",
+    "tpot_p99_s": "TPOT p99 s",
 }
 
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             arm = _arm(name, options, config.model_name, model_folder, Path(folder))
             rows += _measure(name, arm, work, progress)
     finished = report.Report("serving", report.commit(), report.machine(), rows, figures(rows))
-    finished.print_table(Console(), COLUMNS, f"{config.model_name}, 32-256 tokens in, 64 out, {finished.commit[:12]}")
+    finished.print_table(COLUMNS, f"{config.model_name}, 32-256 tokens in, 64 out, {finished.commit[:12]}")
     if options.json:
         finished.write_json(options.json)
     return 0

@@ -37,7 +37,7 @@ from protos import serving_pb2_grpc as rpc
 DEFAULT_CONFIG = "deploy/examples/laptop.yaml"
 STOP_WITHIN_S = 10.0
 _ANSWER_WITHIN_S = 120.0
-_MAX_TOKENS = 80
+_MAX_TOKENS = 64
 # Row of the table, and the field of RequestTiming that it shows.
 _SECONDS = (
     ("queue, prefill", "prefill_queue_s"),
@@ -109,13 +109,20 @@ def _service(config_path: str, overrides: Sequence[str], config: ServiceConfig, 
 
 
 def _wait(service: ServiceProcess, config: ServiceConfig, console: Console) -> None:
+    last = ""
+
     with console.status("starting") as status:
-        waited_s = service.wait_until_healthy(
-            config.start_timeout_s,
-            lambda so_far_s, line: status.update(f"starting, {so_far_s:.0f} s  [dim]{escape(line)}[/dim]"),
-        )
+
+        def show(waited_s: float, line: str) -> None:
+            nonlocal last
+            status.update(f"starting, {waited_s:.0f} s  [dim]{escape(line)}[/dim]")
+            if line != last and not console.is_terminal:  # where nothing can be updated, a line for each event
+                console.print(f"  {waited_s:3.0f} s  {line}", markup=False, soft_wrap=True)
+            last = line
+
+        waited_s = service.wait_until_healthy(config.start_timeout_s, show)
     workers = f"{config.prefill.count} prefill and {config.decode.count} decode worker"
-    console.print(f"{config.model_name} is served by {workers}, ready after {waited_s:.1f} s\n")
+    console.print(f"{config.model_name}: {workers}, ready after {waited_s:.1f} s\n", soft_wrap=True)
 
 
 def _stop(service: ServiceProcess, console: Console) -> None:

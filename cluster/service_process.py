@@ -10,6 +10,7 @@ then stops the child in order; after ``stop`` no process of that group is left.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import urllib.error
@@ -86,7 +87,7 @@ class ServiceProcess:
                 raise ServiceNotHealthy(f"ended with exit code {self._child.returncode}:\n{self.log_tail()}")
             if waited_s > timeout_s:
                 raise ServiceNotHealthy(f"{self._health_url} not healthy after {timeout_s:g} s:\n{self.log_tail()}")
-            on_wait(waited_s, self.log_tail().rpartition("\n")[2])
+            on_wait(waited_s, re.split(r"[\r\n]", self.log_tail())[-1])
         return self._clock.now() - began_at
 
     def stop(self, timeout_s: float) -> int:
