@@ -25,6 +25,7 @@ from engine.cache_layout import CacheLayout
 from engine.config import EngineConfig
 from engine.model_runner import ATTENTION_NAME, probe_layers, register_attention
 from engine.model_source import ModelSource, SourceKind
+from engine.packed_linear import pack_linears
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ def _load(source: ModelSource, config: EngineConfig, device: torch.device) -> Pr
     except _LOADING_ERRORS as error:
         raise UnsupportedModel(f"{source.name}: transformers cannot load it: {error}") from error
     loaded: PreTrainedModel = model.to(device).eval()
+    pack_linears(loaded)
     return loaded
 
 
