@@ -146,6 +146,7 @@ class _Service:
         folder = await resolve_model(config.model, config.model_cache_dir)
         self._opened.push_async_callback(self._stop_fleet)
         host = await _to_the_end(asyncio.to_thread(self._fleet.join))
+        self._signals.listen()
         membership = Membership(config.router, gateway_id, self._clock)
         self._opened.push_async_callback(membership.close)
         registry = await membership.start(host)
@@ -234,15 +235,19 @@ class _Signals:
         self.second = asyncio.Event()
 
     def __enter__(self) -> _Signals:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._came)
+        self.listen()
         return self
 
     def __exit__(self, *_: object) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+
+    def listen(self) -> None:
+        """Take the signals; again, if a library has taken them (Ray's prints a stack and goes on)."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._came)
 
     async def unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
         """Do ``work``; cancelled, and False, if the first signal comes before it is done."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 _IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a submitted job
+_CONNECT_TIMEOUT_S = 5.0
 _STOP_SLACK_S = 1.0  # an actor answers so long after the time that it was given to stop in
 
 
@@ -75,8 +77,9 @@ class RayFleet:
             if address is None:
                 ray.init(address="local", include_dashboard=False, **options, **_own_resources(self._config))
             else:
+                _require_listener(address)
                 ray.init(address=address, **options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise InvalidConfig("ray.address", f"no Ray at {address or 'this machine'}: {error}") from error
         if address is None:
             _require_gpus(self._config)
@@ -157,7 +160,7 @@ class WorkerActor:
             self._host = _start_host(config, role, worker_id, registry)
         except Exception as error:
             logger.exception("worker %s did not start", worker_id)
-            if ray.get_runtime_context().was_current_actor_reconstructed:
+            if _is_restart():
                 raise  # nobody asks any more; Ray does not repeat a constructor that raises
             self._failure = StartFailure(type(error).__name__, str(error))
 
@@ -195,6 +198,10 @@ def _start_host(config: ServiceConfig, role: Role, worker_id: WorkerId, registry
     return worker
 
 
+def _is_restart() -> bool:
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
 def _node_address() -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
@@ -229,6 +236,13 @@ def _own_resources(config: ServiceConfig) -> dict[str, Any]:
     if wanted > num_cpus:
         logger.warning("the workers reserve %g CPUs, this machine has %d: they will share", wanted, num_cpus)
     return {"num_cpus": max(num_cpus, int(-(-wanted // 1))), "resources": needed or None}
+
+
+def _require_listener(address: str) -> None:
+    """``OSError`` if nobody listens there: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
 
 
 def _require_gpus(config: ServiceConfig) -> None:

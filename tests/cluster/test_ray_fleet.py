@@ -1,0 +1,255 @@
+"""A real Ray of our own with tiny workers: they come, come back after kill -9, and go without a trace.
+
+Each test pays for a Ray and for torch in its workers (10 to 20 s on two cores), so each asks several questions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from transformers import LlamaConfig
+
+from cluster import ray_fleet
+from cluster.config import GrpcConfig, HttpConfig, PoolConfig, RayConfig, RouterConfig, ServiceConfig
+from cluster.membership import Membership
+from cluster.ray_fleet import RayFleet, StartFailure, WorkerActor
+from cluster.view import ClusterView
+from core.clock import WallClock
+from core.errors import InvalidConfig, UnsupportedModel
+from core.request import GatewayId, Role, WorkerId
+from engine.config import EngineConfig
+from protos import worker_pb2 as pb
+from protos import worker_pb2_grpc as rpc
+from tests.unit.cluster import tiny_tokenizers
+
+START_S = 120.0
+STOP_S = 10.0
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of random weights, with a tokenizer."""
+    folder = tiny_tokenizers.save(tmp_path_factory.mktemp("dummy"))
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=None,
+    ).save_pretrained(folder)
+    return f"dummy:{folder}"
+
+
+def service(model: str, **changes: object) -> ServiceConfig:
+    config = ServiceConfig(
+        model=model,
+        host="127.0.0.1",
+        engine=EngineConfig(device="cpu", dtype="float32", num_pages=64, max_batch_tokens=64, max_batch_size=8),
+        prefill=PoolConfig(count=1, num_cpus=0.5),
+        decode=PoolConfig(count=1, num_cpus=0.5, placement="PACK"),
+        router=RouterConfig(lease_s=3.0),
+        http=HttpConfig(port=0),
+        grpc=GrpcConfig(port=0),
+        drain_timeout_s=2.0,
+        start_timeout_s=START_S,
+    )
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def running(config: ServiceConfig) -> AsyncIterator[tuple[RayFleet, Membership]]:
+    """The fleet, and a gateway's membership for it to register at."""
+    fleet = RayFleet(config)
+    membership = Membership(config.router, GatewayId("test"), WallClock())
+    try:
+        host = await asyncio.to_thread(fleet.join)
+        await asyncio.to_thread(fleet.start, await membership.start(host))
+        yield fleet, membership
+    finally:
+        await membership.close()
+        await asyncio.to_thread(fleet.stop, 1.0)
+
+
+async def view_where(fleet: RayFleet, membership: Membership, fits: Callable[[ClusterView], bool]) -> ClusterView:
+    async with asyncio.timeout(START_S):
+        while not await membership.wait_until(fits, 0.5):
+            await asyncio.to_thread(fleet.check)
+    return membership.view()
+
+
+async def describe(address: str) -> pb.WorkerDescription:
+    async with grpc.aio.insecure_channel(address) as channel:
+        reply: pb.WorkerDescription = await rpc.WorkerStub(channel).Describe(pb.DescribeRequest(), timeout=5.0)
+        return reply
+
+
+def num_ready(view: ClusterView) -> int:
+    return sum(len(view.ready(role)) for role in Role)
+
+
+def children() -> set[int]:
+    """Processes below this one that are alive."""
+    return {p.pid for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE}
+
+
+async def none_left(pids: set[int]) -> bool:
+    for _ in range(100):
+        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+            return True
+        await asyncio.sleep(0.05)
+    return False
+
+
+async def test_workers_serve_come_back_after_kill_9_and_leave_nothing_when_stopped(model: str) -> None:
+    before = children()
+    async with running(service(model)) as (fleet, membership):
+        view = await view_where(fleet, membership, lambda view: num_ready(view) == 2)
+        decode, prefill = view.workers
+        assert (decode.worker_id, decode.role) == ("decode-0", Role.DECODE)
+        assert (prefill.worker_id, prefill.role) == ("prefill-0", Role.PREFILL)
+        assert decode.engine_id != prefill.engine_id
+        assert decode.address != prefill.address
+        assert decode.model.fingerprint == prefill.model.fingerprint
+
+        pid = (await describe(decode.address)).pid
+        os.kill(pid, signal.SIGKILL)
+        view = await view_where(
+            fleet,
+            membership,
+            lambda view: num_ready(view) == 2 and all(w.engine_id != decode.engine_id for w in view.workers),
+        )
+
+        restarted = view.workers[0]
+        assert restarted.worker_id == "decode-0"
+        assert (await describe(restarted.address)).pid != pid
+        started = children() - before
+        assert len(started) > 2
+
+    assert await none_left(started)
+
+
+async def test_a_model_that_cannot_be_served_is_reported_with_its_reason_and_not_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}')
+    async with running(service(f"dummy:{tmp_path}")) as (fleet, membership):
+        with pytest.raises(UnsupportedModel) as caught:
+            await view_where(fleet, membership, lambda view: num_ready(view) == 2)
+
+        assert str(caught.value)
+
+
+def test_gpus_that_the_machine_does_not_have_are_refused_at_once(model: str) -> None:
+    fleet = RayFleet(service(model, decode=PoolConfig(num_gpus=64)))
+    try:
+        with pytest.raises(InvalidConfig, match="64 GPUs"):
+            fleet.join()
+    finally:
+        fleet.stop(0.0)
+
+
+def test_a_ray_that_is_not_there_is_an_error_of_the_configuration(model: str) -> None:
+    fleet = RayFleet(service(model, ray=RayConfig(address="127.0.0.1:1")))
+
+    with pytest.raises(InvalidConfig, match=r"ray\.address"):
+        fleet.join()
+    fleet.stop(0.0)
+
+
+SERVE = """
+import sys
+from tests.cluster.test_ray_fleet import service
+from cluster.launch import serve
+sys.exit(serve(service(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_whole_service_in_time_with_exit_code_0(
+    model: str, signum: signal.Signals, tmp_path: Path
+) -> None:
+    with (tmp_path / "log").open("w") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-c", SERVE, model],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+    try:
+        assert child.stdout is not None
+        lines = []
+        for line in child.stdout:
+            lines.append(line)
+            if line.startswith("prfaas: ready: "):
+                break
+        assert lines[-1].startswith("prfaas: ready: "), (lines, (tmp_path / "log").read_text())
+        family = {p.pid for p in psutil.Process(child.pid).children(recursive=True)}
+
+        if signum is signal.SIGINT:
+            os.killpg(child.pid, signum)  # as a terminal does
+        else:
+            child.send_signal(signum)
+        child.stdout.read()
+
+        assert child.wait(STOP_S) == 0, (tmp_path / "log").read_text()
+        assert asyncio.run(none_left(family))
+        assert "Traceback" not in (tmp_path / "log").read_text()
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        if child.stdout is not None:
+            child.stdout.close()
+
+
+def test_a_service_whose_model_cannot_be_served_ends_with_code_2_and_the_reason(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE, f"dummy:{tmp_path}"], capture_output=True, text=True, cwd=ROOT, timeout=START_S
+    )
+
+    assert done.returncode == 2
+    assert "there is no config.json" in done.stderr
+
+
+def test_a_worker_has_no_thread_limit_of_rays_when_it_loads_torch(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[str | None] = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(ray_fleet, "_start_host", lambda *_: limits.append(os.environ.get("OMP_NUM_THREADS")))
+
+    WorkerActor(service(model), Role.DECODE, WorkerId("decode-0"), "127.0.0.1:1")
+
+    assert limits == [None]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_an_exception_at_the_first_start_is_kept_to_be_asked_for_and_ends_a_restarted_actor(
+    restarted: bool, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(ray_fleet, "_start_host", fail)
+    monkeypatch.setattr(ray_fleet, "_is_restart", lambda: restarted)
+    if restarted:
+        with pytest.raises(OSError, match="no space left"):
+            WorkerActor(service(model), Role.DECODE, WorkerId("decode-0"), "127.0.0.1:1")
+    else:
+        actor = WorkerActor(service(model), Role.DECODE, WorkerId("decode-0"), "127.0.0.1:1")
+        assert actor.start_failure() == StartFailure("OSError", "no space left")
