@@ -38,8 +38,8 @@ DEFAULT_CONFIG = "deploy/examples/laptop.yaml"
 STOP_WITHIN_S = 10.0
 _ANSWER_WITHIN_S = 120.0
 _MAX_TOKENS = 64
-# Row of the table, and the field of RequestTiming that it shows.
-_SECONDS = (
+# Row of the table, and the field of core.request.RequestTiming that it shows.
+SECONDS = (
     ("queue, prefill", "prefill_queue_s"),
     ("prefill", "prefill_s"),
     ("transfer of KV", "transfer_s"),
@@ -254,7 +254,7 @@ def _rows(answered: Sequence[Answered]) -> Iterator[tuple[str, list[str]]]:
     yield "  of them cached", [str(request.cached_tokens) for request in answered]
     yield "output tokens", [str(request.completion_tokens) for request in answered]
     yield "KV shipped", [f"{request.timing.get('bytes_shipped', 0) / 2**20:.2f} MiB" for request in answered]
-    for name, field in _SECONDS:
+    for name, field in SECONDS:
         yield name, [f"{request.timing.get(field, 0.0):.3f} s" for request in answered]
 
 
