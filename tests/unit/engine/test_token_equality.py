@@ -1,0 +1,168 @@
+"""Greedy tokens of the engine are those of ``transformers.generate``, for every family, however they are computed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from core.clock import VirtualClock
+from core.request import SamplingParams, SequenceId, SequenceSpec
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.scheduler import StepPlan
+from tests.tiny_models import FAMILIES, VOCAB_SIZE, generate_with, save_tiny_model
+
+NUM_TOKENS = 10
+PROMPT_LENGTHS = (1, 2, 5, 16, 17, 23, 40, 64)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model and what transformers goes on with after each prompt."""
+
+    folder: Path
+    prompts: tuple[tuple[int, ...], ...]
+    expected: tuple[tuple[int, ...], ...]
+
+
+@pytest.fixture(scope="session")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Example]:
+    @cache
+    def make(family: str) -> Example:
+        folder = save_tiny_model(family, tmp_path_factory.mktemp("models") / family)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        draw = random.Random(family)
+        prompts = tuple(tuple(draw.randrange(1, VOCAB_SIZE) for _ in range(n)) for n in PROMPT_LENGTHS)
+        expected = tuple(tuple(generate_with(model, list(prompt), NUM_TOKENS)) for prompt in prompts)
+        assert len(set(sum(expected, ()))) > NUM_TOKENS, "tokens that hardly vary would prove nothing"
+        return Example(folder, prompts, expected)
+
+    return make
+
+
+def load(folder: Path, **settings: Any) -> Engine:
+    config = EngineConfig(**{"device": "cpu", "threads": 1, "dtype": "float32", "num_pages": 64, **settings})
+    return Engine.load_model(config, str(folder), VirtualClock())
+
+
+def spec(name: str, prompt: Sequence[int], outputs: Sequence[int] = (), *, hold_kv: bool = False) -> SequenceSpec:
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0)
+    return SequenceSpec(SequenceId(name), tuple(prompt), sampling, tuple(outputs), hold_kv=hold_kv)
+
+
+def run(engine: Engine, specs: Sequence[SequenceSpec]) -> Mapping[str, tuple[int, ...]]:
+    """Add ``specs`` at once and run until nothing is left to do."""
+    outputs: dict[str, tuple[int, ...]] = {s.sequence_id: () for s in specs}
+    for s in specs:
+        engine.add(s)
+    while engine.has_work:
+        output = engine.step()
+        assert not output.failures
+        for chunk in output.chunks:
+            outputs[chunk.sequence_id] += chunk.token_ids
+    return outputs
+
+
+def tokens(engine: Engine, case: Example, tag: str) -> tuple[tuple[int, ...], ...]:
+    """What the engine makes of all prompts at once."""
+    specs = [spec(f"{tag}-{i}", prompt) for i, prompt in enumerate(case.prompts)]
+    return tuple(run(engine, specs).values())
+
+
+@pytest.mark.parametrize(("page_size", "chunk"), [(1, 7), (16, 5), (64, None)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batched_alone_and_cached(
+    family: str, page_size: int, chunk: int | None, example: Callable[[str], Example]
+) -> None:
+    case = example(family)
+    engine = load(case.folder, page_size=page_size, num_pages=1024 // page_size, max_prefill_chunk=chunk)
+
+    assert tokens(engine, case, "all at once") == case.expected
+    num_cached = engine.load().cached_tokens
+    assert tokens(engine, case, "again, from the prefix cache") == case.expected
+    assert (engine.load().cached_tokens > num_cached) == (page_size < max(PROMPT_LENGTHS))
+    alone = tuple(run(engine, [spec(f"alone-{i}", p)])[f"alone-{i}"] for i, p in enumerate(case.prompts))
+    assert alone == case.expected
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_preempted(family: str, example: Callable[[str], Example]) -> None:
+    case = example(family)
+    engine = load(case.folder, page_size=4, num_pages=26, max_prefill_chunk=7, prefix_cache=family < "m")
+
+    assert tokens(engine, case, "crowded") == case.expected
+    assert engine.load().num_preemptions > 0
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_handed_over_between_two_engines(family: str, example: Callable[[str], Example]) -> None:
+    """Prefilled on one engine, its pages copied byte by byte at the moment each layer is stored, decoded on another."""
+    case = example(family)
+    prefill, decode = (load(case.folder, page_size=4, max_prefill_chunk=7) for _ in range(2))
+    decode.fingerprint.require_equal(prefill.fingerprint)
+    prompt = case.prompts[5]
+    reservation = decode.reserve(spec("s", prompt))
+    assert reservation is not None
+    prefill.listener = _Shipper(prefill, decode, reservation.page_ids)
+
+    first = run(prefill, [spec("s", prompt, hold_kv=True)])["s"]
+    assert prefill.release(SequenceId("s"))
+    decode.admit(reservation, first)
+    rest: list[int] = []
+    while decode.has_work:
+        rest.extend(token for chunk in decode.step().chunks for token in chunk.token_ids)
+
+    assert (*first, *rest) == case.expected[5]
+    assert len(first) == 1
+    prefill.check_integrity()
+    decode.check_integrity()
+
+
+class _Shipper:
+    """Copies whatever pages a step completes or touches, layer by layer, as a transport would."""
+
+    def __init__(self, source: Engine, target: Engine, target_pages: Sequence[int]) -> None:
+        self._source, self._target, self._target_pages = source, target, target_pages
+        self._plan: StepPlan | None = None
+
+    def sequence_started(self, spec: SequenceSpec, num_cached_tokens: int, page_ids: Sequence[int]) -> None:
+        assert num_cached_tokens == 0
+
+    def step_planned(self, plan: StepPlan) -> None:
+        self._plan = plan
+
+    def layer_stored(self, layer: int) -> None:
+        assert self._plan is not None
+        size = self._source.layout.page_bytes(layer)
+        source, target = self._source.pool.layer_bytes(layer), self._target.pool.layer_bytes(layer)
+        for item in self._plan.items:
+            for i in range(item.start // 4, -(-(item.start + len(item.token_ids)) // 4)):
+                page, other = item.page_ids[i] * size, self._target_pages[i] * size
+                target[other : other + size] = source[page : page + size]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_resumed_elsewhere(family: str, example: Callable[[str], Example]) -> None:
+    case = example(family)
+    engine = load(case.folder, page_size=4)
+
+    resumed = run(engine, [spec("b", case.prompts[4], case.expected[4][:6])])["b"]
+
+    assert resumed == case.expected[4][6:]
+
+
+def test_sdpa_backend(example: Callable[[str], Example]) -> None:
+    for family in ("llama", "mistral", "deepseek_v3", "gpt_oss"):
+        case = example(family)
+        engine = load(case.folder, page_size=16, max_prefill_chunk=7, attention="sdpa")
+        assert tokens(engine, case, "all at once") == case.expected
