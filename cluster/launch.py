@@ -262,17 +262,18 @@ class _Signals:
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Do ``work`` to its end, or until ``event``; whichever way this ends, ``work`` has ended too."""
     doing, waiting = asyncio.create_task(work), asyncio.create_task(event.wait())
     try:
         await asyncio.wait({doing, waiting}, return_when=asyncio.FIRST_COMPLETED)
         if not doing.done():
-            doing.cancel()
-            await asyncio.wait({doing})
             return False
         await doing
         return True
     finally:
+        doing.cancel()
         waiting.cancel()
+        await asyncio.wait({doing, waiting})
 
 
 async def _to_the_end(work: Coroutine[Any, Any, _T]) -> _T:

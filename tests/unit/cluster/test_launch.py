@@ -1,0 +1,229 @@
+"""The gateway process with a fleet of fake workers: it starts, says why it cannot, and stops in order."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import signal
+import socket
+import urllib.request
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+
+from cluster.config import GrpcConfig, HttpConfig, PoolConfig, RouterConfig, ServiceConfig
+from cluster.launch import EXIT_WRONG_INPUT, Endpoints, NotReadyInTime, resolve_model, serve, serve_async
+from core.errors import InvalidConfig, UnsupportedModel
+from core.request import Role
+from protos import serving_pb2 as pb
+from protos import serving_pb2_grpc as rpc
+from tests.unit.cluster import tiny_tokenizers
+from tests.unit.cluster.fake_worker import FIRST_TOKEN, FakeWorker, Visit
+from tests.unit.cluster.gateway_and_fakes import PATIENCE_S, register
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tiny_tokenizers.save(tmp_path_factory.mktemp("model"))
+    (folder / "config.json").write_text("{}")
+    return str(folder)
+
+
+def config(model: str, *, start_timeout_s: float = PATIENCE_S, drain_timeout_s: float = PATIENCE_S) -> ServiceConfig:
+    return ServiceConfig(
+        model=model,
+        served_model_name="tiny",
+        prefill=PoolConfig(count=1),
+        decode=PoolConfig(count=2),
+        router=RouterConfig(lease_s=2.0),
+        http=HttpConfig(port=0),
+        grpc=GrpcConfig(port=0),
+        start_timeout_s=start_timeout_s,
+        drain_timeout_s=drain_timeout_s,
+    )
+
+
+@pytest.fixture(autouse=True)
+async def no_server_outlives_its_loop() -> AsyncIterator[None]:
+    """The finaliser of a grpc.aio server needs its event loop, and cycles of frames may hold one until then."""
+    yield
+    gc.collect()
+
+
+class FakeFleet:
+    """Fake workers on the test's event loop, behind the blocking methods of a fleet."""
+
+    def __init__(self, num_missing: int = 0, failure: Exception | None = None) -> None:
+        self.workers: list[FakeWorker] = []
+        self.done: list[str] = []
+        self._num_missing = num_missing
+        self._failure = failure
+        self._loop = asyncio.get_running_loop()
+
+    def make(self, config: ServiceConfig) -> FakeFleet:
+        names = [(role, index) for role in Role for index in range(config.pool(role).count)]
+        self.workers = [FakeWorker(f"{role}-{index}", role) for role, index in names[self._num_missing :]]
+        return self
+
+    def join(self) -> str:
+        self.done.append("join")
+        return "127.0.0.1"
+
+    def start(self, registry: str) -> None:
+        self.done.append("start")
+        asyncio.run_coroutine_threadsafe(self._start(registry), self._loop).result()
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self, timeout_s: float) -> None:
+        self.done.append("stop" if timeout_s > 0 else "stop at once")
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
+
+    async def _start(self, registry: str) -> None:
+        fabric: dict[str, FakeWorker] = {}
+        for worker in self.workers:
+            await worker.start(fabric)
+            await register(registry, worker)
+
+    async def _stop(self) -> None:
+        for worker in self.workers:
+            await worker.kill()
+
+
+@asynccontextmanager
+async def serving(fleet: FakeFleet, config: ServiceConfig) -> AsyncIterator[tuple[asyncio.Task[None], Endpoints]]:
+    """The service in a task, ready; ended whatever the test does."""
+    ready: asyncio.Future[Endpoints] = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(serve_async(config, ready.set_result, fleet.make))
+    try:
+        await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
+        yield task, ready.result()
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+async def test_a_service_answers_through_both_doors_and_stops_in_order(model: str) -> None:
+    fleet = FakeFleet()
+    async with serving(fleet, config(model)) as (task, endpoints):
+        models = await asyncio.to_thread(lambda: urllib.request.urlopen(f"{endpoints.http}/v1/models").read())
+        async with grpc.aio.insecure_channel(endpoints.grpc) as channel:
+            info = await rpc.GenerationStub(channel).GetClusterInfo(pb.GetClusterInfoRequest())
+        interrupt()
+        await asyncio.wait_for(task, PATIENCE_S)
+
+    assert json.loads(models)["data"][0]["id"] == "tiny"
+    assert [worker.worker_id for worker in info.workers] == ["decode-0", "decode-1", "prefill-0"]
+    assert fleet.done == ["join", "start", "stop"]
+
+
+def tokens(num_tokens: int) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        tokenized=pb.TokenizedInput(input_ids=[5, 6]), sampling_params=pb.SamplingParams(max_tokens=num_tokens)
+    )
+
+
+async def test_requests_that_run_end_before_the_service_does(model: str) -> None:
+    fleet = FakeFleet()
+    async with serving(fleet, config(model)) as (task, endpoints):
+        for worker in fleet.workers:
+            worker.step_s = 0.02
+        async with grpc.aio.insecure_channel(endpoints.grpc) as channel:
+            replies = []
+            async for reply in rpc.GenerationStub(channel).Generate(tokens(10)):
+                if not replies:
+                    interrupt()
+                replies.append(reply)
+        await asyncio.wait_for(task, PATIENCE_S)
+
+    assert len(replies[-1].complete.output_ids) == 10
+
+
+async def test_a_second_signal_cuts_the_drain_short(model: str) -> None:
+    async def stall(visit: Visit) -> None:
+        await asyncio.Event().wait()
+
+    fleet = FakeFleet()
+    async with serving(fleet, config(model, drain_timeout_s=1000.0)) as (task, endpoints):
+        for worker in fleet.workers:
+            worker.hooks[FIRST_TOKEN] = stall
+        async with grpc.aio.insecure_channel(endpoints.grpc) as channel:
+            reading = asyncio.ensure_future(rpc.GenerationStub(channel).Generate(tokens(10)).read())
+            while not any(worker.prefills for worker in fleet.workers):
+                await asyncio.sleep(0.005)
+            interrupt()
+            await asyncio.sleep(0.05)
+            assert not task.done()
+            interrupt()
+            await asyncio.wait_for(task, PATIENCE_S)
+            await asyncio.wait({reading})
+
+    assert isinstance(reading.exception(), grpc.aio.AioRpcError)
+    assert fleet.done[-1] == "stop at once"
+
+
+async def test_a_signal_during_the_start_stops_what_was_started(model: str) -> None:
+    fleet = FakeFleet(num_missing=1)
+    task = asyncio.create_task(serve_async(config(model, start_timeout_s=1000.0), None, fleet.make))
+    while "start" not in fleet.done:
+        await asyncio.sleep(0.005)
+
+    interrupt()
+    await asyncio.wait_for(task, PATIENCE_S)
+
+    assert fleet.done == ["join", "start", "stop"]
+
+
+async def test_workers_that_do_not_come_in_time_end_the_start_with_what_is_missing(model: str) -> None:
+    fleet = FakeFleet(num_missing=1)
+
+    with pytest.raises(NotReadyInTime, match="0 of 1 prefill, 2 of 2 decode"):
+        await serve_async(config(model, start_timeout_s=0.5), None, fleet.make)
+    assert fleet.done[-1] == "stop"
+
+
+async def test_what_a_worker_could_not_start_for_is_raised_and_the_fleet_stopped(model: str) -> None:
+    fleet = FakeFleet(failure=UnsupportedModel("it is an encoder"))
+
+    with pytest.raises(UnsupportedModel, match="it is an encoder"):
+        await serve_async(config(model), None, fleet.make)
+    assert fleet.done[-1] == "stop"
+
+
+async def test_a_port_in_use_is_an_error_of_the_configuration_and_leaves_nothing(model: str) -> None:
+    fleet = FakeFleet()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        clash = replace(config(model), http=HttpConfig(port=taken.getsockname()[1]))
+
+        with pytest.raises(InvalidConfig, match=r"http\.port"):
+            await serve_async(clash, None, fleet.make)
+
+    assert fleet.done == ["join", "start", "stop"]
+
+
+async def test_resolving_gives_the_folder(model: str, tmp_path: Path) -> None:
+    assert await resolve_model(model, str(tmp_path)) == model
+
+
+async def test_resolving_says_why_there_is_no_such_model(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="there is no config"):
+        await resolve_model(f"dummy:{tmp_path}", str(tmp_path))
+
+
+def test_serve_returns_2_and_prints_the_reason(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = serve(config(f"dummy:{tmp_path}"))
+
+    assert code == EXIT_WRONG_INPUT
+    assert "there is no config.json" in capfd.readouterr().err
