@@ -82,9 +82,14 @@ def prfaas(config_path: Path, overrides: Sequence[str], model_name: str, log_fol
 
 @contextmanager
 def vllm(python: Path, model_folder: Path, log_folder: Path) -> Iterator[RunningArm]:
-    """``vllm serve`` for CPU from the environment that shared/peers/setup-vllm-cpu makes."""
+    """vLLM's server for CPU, from an environment that holds it.
+
+    Its module is started, not the ``vllm`` command: that asks for a distribution of this name, and the CPU build's is
+    called ``vllm-cpu``.
+    """
     (port,) = _free_ports(1)
-    command = [str(python.with_name("vllm")), "serve", str(model_folder), "--served-model-name", _VLLM_MODEL_NAME]
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(model_folder), "--served-model-name", _VLLM_MODEL_NAME]
     command += ["--dtype", "bfloat16", "--max-model-len", "4096", "--host", "127.0.0.1", "--port", str(port)]
     env = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
     with _service(command, port, log_folder / "vllm.log", env):

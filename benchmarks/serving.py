@@ -9,7 +9,7 @@ and 32 to each arm, one arm after another:
                 streamed (the first token is the prefill worker's, so TTFT is before the hand-over, TPOT contains it)
     static      transformers.generate on one left-padded batch, in process
     continuous  transformers' generate_batch, in process
-    vllm        `vllm serve` for CPU, called by the same client as ours
+    vllm        vLLM's server for CPU, called by the same client as ours
 
 ``throughput_ratio_cN`` is ours over the better of the two transformers modes, ``vllm_ratio_cN`` ours over vLLM.
 What tokens/s, TTFT and TPOT mean: benchmarks/measurement.py. Which requests: benchmarks/workload.py.
