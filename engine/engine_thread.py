@@ -68,8 +68,8 @@ class EngineThread:
             self._condition.notify()
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
-        if not self._thread.is_alive():
-            self._end("the engine has stopped")
+        else:
+            self._end("the engine was stopped before it started")
         return not self._thread.is_alive()
 
     def submit(self, fn: Callable[[Engine], T]) -> Future[T]:
@@ -103,6 +103,7 @@ class EngineThread:
                 self._run_calls()
                 if self._engine.has_work:
                     self._publish(self._engine.step())
+            self._end("the engine has stopped")
         except Exception as error:  # a bug of ours: see the module's last rule
             logger.critical("the engine thread died", exc_info=error)
             self._end(f"the engine died: {type(error).__name__}: {error}")
