@@ -35,8 +35,8 @@ ATTENTION_NAME = "prfaas_paged"
 # batch says already, or they are for other attention functions.
 _WITHOUT_EFFECT = frozenset({"dropout", "is_causal", "position_ids", "position_embeddings", "use_cache"})
 _SELF_TEST_CHUNKS = (13, 9, 1)  # the second begins inside a page, the third is a decode step
-# Largest distance of logits from the model's own, relative to their spread; what is unrelated is at 1.4. Rounding gives a
-# tenth of these, except that in bfloat16 it may turn a router to another expert (0.2).
+# Largest distance of logits from the model's own, relative to their spread; unrelated ones are 1.4 apart. Rounding
+# gives a tenth of these, except that in bfloat16 it may turn a router to another expert (0.2).
 _SELF_TEST_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 
