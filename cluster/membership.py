@@ -223,7 +223,7 @@ class Membership:
         }
         try:
             done, _ = await asyncio.wait(streams, return_when=asyncio.FIRST_COMPLETED)
-            self._drop(member, "; ".join(str(stream.exception()) for stream in done))
+            self._drop(member, "; ".join(map(_why_it_ended, done)))
         finally:
             for stream in streams:
                 stream.cancel()
@@ -302,6 +302,11 @@ class Membership:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _why_it_ended(stream: asyncio.Task[None]) -> str:
+    # grpc.aio cancels who reads from a channel that is being closed.
+    return "connection closed" if stream.cancelled() else str(stream.exception())
 
 
 class _Member:
