@@ -191,9 +191,11 @@ def worker_config(config: ServiceConfig, role: Role, worker_id: WorkerId, host: 
 
 
 def _start_host(config: ServiceConfig, role: Role, worker_id: WorkerId, registry: str) -> WorkerHost:
-    from cluster.worker_host import WorkerHost  # torch, which only a worker's process may load
+    from cluster.worker_host import EXIT_ENGINE_DIED, WorkerHost  # torch, which only a worker's process may load
 
-    worker = WorkerHost(worker_config(config, role, worker_id, config.host or _node_address(), registry))
+    told = worker_config(config, role, worker_id, config.host or _node_address(), registry)
+    # A process whose engine died of a bug ends at once: Ray starts it anew, the router moves its requests.
+    worker = WorkerHost(told, on_death=lambda: os._exit(EXIT_ENGINE_DIED))
     worker.start()
     return worker
 
