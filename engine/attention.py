@@ -265,8 +265,8 @@ def _rows(slots: torch.Tensor, layer: LayerCache, page_size: int, first_element:
     row, num_heads = _row_elements(layer), layer.num_kv_heads
     page_elements = page_size * num_heads * (layer.key_dim + layer.value_dim)
     pages, offsets = slots // page_size, slots % page_size
-    elements = pages * page_elements + first_element + offsets * (num_heads * dim)  # of head 0; [n, keys]
-    heads = torch.arange(num_heads)[:, None] * dim
+    elements = pages * page_elements + first_element + offsets * dim  # of head 0; [n, keys]
+    heads = torch.arange(num_heads)[:, None] * (page_size * dim)
     first_rows = (elements[:, None] + heads) // row  # [n, kv_heads, keys]
     return (first_rows[..., None] + torch.arange(dim // row)).flatten()
 

@@ -7,8 +7,8 @@ exactly when their layouts have equal fingerprints.
 Invariants:
 - ``layers`` is ordered by ``LayerCache.layer`` and names no layer twice; a model layer that stores nothing of its own
   (it reads another layer's cache) is left out, so positions in ``layers`` and layer numbers may differ.
-- The K half of a page comes first, then the V half: ``[page_size, num_kv_heads, key_dim]`` and
-  ``[page_size, num_kv_heads, value_dim]``.
+- The K half of a page comes first, then the V half: ``[num_kv_heads, page_size, key_dim]`` and
+  ``[num_kv_heads, page_size, value_dim]``.
 """
 
 from __future__ import annotations

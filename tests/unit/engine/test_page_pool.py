@@ -37,7 +37,7 @@ def test_views_have_the_layers_shapes(pool: PagePool, index: int) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_page_is_one_run_of_bytes_with_keys_before_values(pool: PagePool, index: int) -> None:
+def test_a_page_is_one_run_of_bytes_with_keys_before_values_and_heads_before_tokens(pool: PagePool, index: int) -> None:
     page_bytes = LAYOUT.page_bytes(index)
     keys = torch.randn(pool.keys(index).shape[1:]).to(pool.keys(index).dtype)
     values = torch.randn(pool.values(index).shape[1:]).to(pool.values(index).dtype)
@@ -46,7 +46,7 @@ def test_a_page_is_one_run_of_bytes_with_keys_before_values(pool: PagePool, inde
     pool.values(index)[2] = values
 
     page = bytes(pool.layer_bytes(index)[2 * page_bytes : 3 * page_bytes])
-    assert page == _bytes(keys) + _bytes(values)
+    assert page == _bytes(keys.transpose(0, 1)) + _bytes(values.transpose(0, 1))
     assert not any(pool.layer_bytes(index)[: 2 * page_bytes])
     assert not any(pool.layer_bytes(index)[3 * page_bytes :])
 
