@@ -38,6 +38,7 @@ from decode_worker.service import DecodeService
 from decode_worker.worker import DecodeWorker
 from engine.engine import Engine, EngineLoad, StepOutput
 from engine.engine_thread import EngineThread
+from engine.turns import make_turns
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.sender import KvSender
 from kv_transfer.transport import LayerPages, PageGeometry, Region, create_transport
@@ -72,7 +73,12 @@ class WorkerHost:
         """``on_death`` is called on the engine's thread if that thread dies of a bug: the process should end then."""
         self._config = config
         self._clock = clock or WallClock()
-        self._on_death = on_death
+        self._engine = EngineThread(
+            self._load_engine,
+            self._on_output,
+            lambda _: on_death(),
+            make_turns(config.engine.turns_file, self._clock),
+        )
         self._engine_id = EngineId(uuid.uuid4().hex)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="worker-host", daemon=True)
@@ -87,14 +93,12 @@ class WorkerHost:
     @property
     def engine(self) -> EngineThread:
         """The engine's thread, for those who ask whether its pool is whole."""
-        return self._started.engine
+        return self._engine
 
     def start(self) -> str:
         """Load the model, serve, register; return the address. Raise ``UnsupportedModel`` or what loading raised."""
         logging.getLogger().setLevel(self._config.log_level.upper())
-        engine = Engine.load_model(
-            self._config.engine, self._config.model, self._clock, cache_dir=self._config.model_cache_dir
-        )
+        engine = self._engine.start()
         self._thread.start()
         self._parts = self._on_loop(self._serve(engine))
         logger.info("worker %s serves as %s at %s", self._config.worker_id, self._config.role, self.address)
@@ -121,8 +125,15 @@ class WorkerHost:
     def _on_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
+    def _load_engine(self) -> Engine:
+        config = self._config
+        return Engine.load_model(config.engine, config.model, self._clock, cache_dir=config.model_cache_dir)
+
+    def _on_output(self, output: StepOutput) -> None:
+        self._started.on_output(output)
+
     async def _serve(self, engine: Engine) -> _Parts:
-        parts = _Parts(self._config, self._engine_id, engine, self._clock, self._on_death)
+        parts = _Parts(self._config, self._engine_id, engine, self._engine, self._clock)
         await parts.start()
         return parts
 
@@ -138,8 +149,8 @@ class _Parts(rpc.WorkerServicer):
         config: WorkerConfig,
         engine_id: EngineId,
         engine: Engine,
+        thread: EngineThread,
         clock: Clock,
-        on_death: Callable[[], None],
     ) -> None:
         self._config = config
         self._engine_id = engine_id
@@ -157,14 +168,14 @@ class _Parts(rpc.WorkerServicer):
         self._load_asked = False
 
         self._outputs = OutputStreams(self._loop, self._gateway_gone)
-        self.engine = EngineThread(engine, self._on_output, lambda _: on_death())
+        self._engine = thread
         kv_transfer = replace(config.kv_transfer, host=config.kv_transfer.host or config.host)
         self._transport = create_transport(kv_transfer, self._fingerprint, clock)
         self._transport.register(_region(engine))
         self._grants = GrantClient(engine_id, self._fingerprint, config.kv_transfer.grant_wait_s)
         self._prefill = PrefillWorker(
             config.worker_id,
-            self.engine,
+            thread,
             page_size=self._layout.page_size,
             num_layers=self._layout.num_layers,
             check=engine.check,
@@ -175,7 +186,7 @@ class _Parts(rpc.WorkerServicer):
         )
         self._decode = DecodeWorker(
             config.worker_id,
-            self.engine,
+            thread,
             page_size=self._layout.page_size,
             check=engine.check,
             publish=self._outputs.publish,
@@ -201,7 +212,6 @@ class _Parts(rpc.WorkerServicer):
         port = self._server.add_insecure_port(f"{self._config.host}:0")
         self.address = f"{self._config.host}:{port}"
         await self._server.start()
-        self.engine.start()
         self._spawn(self._expire_leases())
         for registry in self._config.registries:
             self._spawn(self._keep_registered(registry))
@@ -225,7 +235,7 @@ class _Parts(rpc.WorkerServicer):
         self._sender.close()
         self._receiver.close()
         self._transport.close()
-        self.engine.stop()
+        self._engine.stop()
 
     def _busy(self) -> bool:
         return self._decode.num_sequences > 0 or self._prefill.num_sessions > 0
@@ -245,7 +255,8 @@ class _Parts(rpc.WorkerServicer):
 
     # ---- engine thread ----
 
-    def _on_output(self, output: StepOutput) -> None:
+    def on_output(self, output: StepOutput) -> None:
+        """What a step brought, to the half that it belongs to."""
         for chunk in output.chunks:
             if not self._prefill.on_chunk(chunk):
                 self._decode.on_chunk(chunk)
@@ -356,7 +367,7 @@ class _Parts(rpc.WorkerServicer):
         if self._load_asked:
             return
         self._load_asked = True
-        self.engine.submit(lambda engine: engine.load()).add_done_callback(self._note_load)
+        self._engine.submit(lambda engine: engine.load()).add_done_callback(self._note_load)
 
     def _note_load(self, done: Future[EngineLoad]) -> None:
         self._load_asked = False

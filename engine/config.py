@@ -27,6 +27,8 @@ class EngineConfig:
     prefix_cache: whether pages of earlier prompts are kept and used again while there is room.
     attention: name of the attention backend; ``auto`` chooses by device.
     threads: CPU threads of one worker; null: torch's own choice.
+    turns_file: file by which workers that share CPU cores compute one step at a time, which is faster than at once;
+        the same for all of them; null: this worker has its device to itself.
     dummy_seed: seed of the random weights of a ``dummy:`` model.
     """
 
@@ -42,6 +44,7 @@ class EngineConfig:
     prefix_cache: bool = True
     attention: str = "auto"
     threads: int | None = None
+    turns_file: str | None = None
     dummy_seed: int = 0
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from core.errors import SequenceFailed
+from core.errors import SequenceFailed, UnsupportedModel
 from core.request import SequenceId, TokenChunk
 from engine.engine import Engine, StepOutput
 from engine.engine_thread import EngineThread
@@ -69,7 +69,7 @@ def output() -> Output:
 
 @pytest.fixture
 def thread(counting: CountingEngine, output: Output) -> Iterator[EngineThread]:
-    thread = EngineThread(cast(Engine, counting), output)
+    thread = EngineThread(lambda: cast(Engine, counting), output)
     thread.start()
     yield thread
     assert thread.stop(TIMEOUT_S)
@@ -155,7 +155,7 @@ def test_a_listener_that_fails_does_not_end_the_thread(
     def fail(output: StepOutput) -> None:
         raise ValueError("listener")
 
-    thread = EngineThread(cast(Engine, counting), fail)
+    thread = EngineThread(lambda: cast(Engine, counting), fail)
     thread.start()
     thread.submit(give_work(2)).result(TIMEOUT_S)
     while thread.submit(lambda engine: engine.has_work).result(TIMEOUT_S):
@@ -177,7 +177,7 @@ def test_an_engine_that_raises_ends_the_thread_loudly(
         deaths.append(error)
         died.set()
 
-    thread = EngineThread(cast(Engine, counting), output, on_death)
+    thread = EngineThread(lambda: cast(Engine, counting), output, on_death)
     counting.error = AssertionError("the books are wrong")
     counting.work = 1
     thread.start()
@@ -192,7 +192,7 @@ def test_an_engine_that_raises_ends_the_thread_loudly(
 
 
 def test_stop_fails_what_did_not_run_and_what_comes_later(counting: CountingEngine, output: Output) -> None:
-    thread = EngineThread(cast(Engine, counting), output)
+    thread = EngineThread(lambda: cast(Engine, counting), output)
     thread.start()
     busy, gate = threading.Event(), threading.Event()
     thread.submit(lambda engine: (busy.set(), gate.wait(TIMEOUT_S)))
@@ -210,7 +210,7 @@ def test_stop_fails_what_did_not_run_and_what_comes_later(counting: CountingEngi
 
 
 def test_stop_before_start_fails_what_was_submitted(counting: CountingEngine, output: Output) -> None:
-    thread = EngineThread(cast(Engine, counting), output)
+    thread = EngineThread(lambda: cast(Engine, counting), output)
     before = thread.submit(lambda engine: 1)
 
     assert thread.stop(TIMEOUT_S)
@@ -220,10 +220,48 @@ def test_stop_before_start_fails_what_was_submitted(counting: CountingEngine, ou
 
 
 def test_stop_ends_between_steps_though_there_is_work(counting: CountingEngine, output: Output) -> None:
-    thread = EngineThread(cast(Engine, counting), output)
+    thread = EngineThread(lambda: cast(Engine, counting), output)
     thread.start()
     thread.submit(give_work(10**9))
     output.wait_for(1)
 
     assert thread.stop(TIMEOUT_S)
     assert counting.work > 0
+
+
+class ScriptedTurns:
+    """Gives the turn when the test says so."""
+
+    def __init__(self) -> None:
+        self.allowed = threading.Event()
+        self.num_given_back = 0
+
+    def try_take(self) -> bool:
+        return self.allowed.is_set()
+
+    def give_back(self) -> None:
+        self.num_given_back += 1
+
+
+def test_a_step_waits_for_its_turn_and_callers_do_not(counting: CountingEngine, output: Output) -> None:
+    turns = ScriptedTurns()
+    thread = EngineThread(lambda: cast(Engine, counting), output, turns=turns)
+    thread.start()
+    thread.submit(lambda engine: setattr(counting, "work", 2)).result(TIMEOUT_S)
+    assert thread.submit(lambda engine: counting.num_steps).result(TIMEOUT_S) == 0, "no turn, no step"
+    turns.allowed.set()
+    output.wait_for(2)
+    assert thread.stop(TIMEOUT_S)
+    assert turns.num_given_back >= 2
+
+
+def test_what_keeps_the_engine_from_being_made_reaches_who_started_it(output: Output) -> None:
+    def fail() -> Engine:
+        raise UnsupportedModel("no such model")
+
+    thread = EngineThread(fail, output)
+    early = thread.submit(lambda engine: engine.has_work)
+    with pytest.raises(UnsupportedModel, match="no such model"):
+        thread.start()
+    with pytest.raises(SequenceFailed, match="no such model"):
+        early.result(TIMEOUT_S)
