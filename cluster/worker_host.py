@@ -32,7 +32,7 @@ from pydantic import TypeAdapter
 from cluster.config import WorkerConfig
 from cluster.output_streams import OutputStreams
 from core.clock import Clock, WallClock
-from core.errors import ProtocolViolation
+from core.errors import InvalidConfig, ProtocolViolation
 from core.request import EngineId, GatewayId, SequenceId
 from decode_worker.service import DecodeService
 from decode_worker.worker import DecodeWorker
@@ -398,6 +398,12 @@ class _Parts(rpc.WorkerServicer):
 
 
 def _region(engine: Engine) -> Region:
+    """The pool as the transport sees it. Raises ``InvalidConfig`` for a pool that no transport can reach."""
+    if engine.pool.device.type != "cpu":
+        raise InvalidConfig(
+            "engine.device",
+            f"K/V transport works on host memory so far: a worker must be on cpu, not {engine.pool.device}",
+        )
     layers = range(engine.layout.num_layers)
     geometry = PageGeometry(tuple(LayerPages(engine.layout.page_bytes(i)) for i in layers), engine.pool.num_pages)
     return Region(geometry, tuple(engine.pool.layer_bytes(i) for i in layers))

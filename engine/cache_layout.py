@@ -18,6 +18,7 @@ from dataclasses import astuple, dataclass
 from itertools import pairwise
 from types import MappingProxyType
 
+PAGE_ORDER = "heads, tokens, dims"  # of K and of V within a page: a change of it makes two layouts differ
 DTYPE_BYTES = MappingProxyType(
     {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "float64": 8}
 )
@@ -76,5 +77,5 @@ class CacheLayout:
 
     def fingerprint(self) -> str:
         """A digest that is equal exactly for equal layouts, over processes and versions of Python."""
-        text = repr((self.page_size, tuple(astuple(layer) for layer in self.layers)))
+        text = repr((PAGE_ORDER, self.page_size, tuple(astuple(layer) for layer in self.layers)))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

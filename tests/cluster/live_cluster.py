@@ -53,7 +53,7 @@ class WorkerProcess:
 
     @classmethod
     def start(cls, config: WorkerConfig) -> WorkerProcess:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT) + os.pathsep + os.environ.get("EXTRA_PATH", "")}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(
             [sys.executable, "-m", "cluster.worker_host", json.dumps(asdict(config))],
             stdout=subprocess.DEVNULL,

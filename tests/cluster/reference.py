@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.tiny_models import generate_with
+
 # One token, around page borders of 16 and 64, several windows, and a mixed batch of eight.
 PROMPT_LENGTHS = (1, 5, 16, 17, 33, 64, 65, 100)
 
 
 @dataclass
-class TinyModel:
-    """A model folder, eight prompts for it, and its own greedy continuations (computed once each)."""
+class ReferenceModel:
+    """A model folder, prompts for it, and its own greedy continuations (computed once each)."""
 
     folder: Path
     prompts: tuple[tuple[int, ...], ...]
@@ -34,19 +36,7 @@ class TinyModel:
     def _generate(self, prompt: tuple[int, ...], num_new: int) -> list[int]:
         if self._model is None:
             self._model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
-        input_ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            output = self._model.generate(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=num_new,
-                min_new_tokens=num_new,
-                do_sample=False,
-                pad_token_id=0,
-                eos_token_id=None,
-            )
-        tokens: list[int] = output[0, len(prompt) :].tolist()
-        return tokens
+        return generate_with(self._model, list(prompt), num_new)
 
 
 def make_prompts(vocab_size: int, seed: int = 7) -> tuple[tuple[int, ...], ...]:

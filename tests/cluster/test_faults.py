@@ -14,7 +14,7 @@ import pytest
 from core.request import OutputChunk, Role, SamplingParams, WorkerId
 from engine.config import EngineConfig
 from tests.cluster.live_cluster import Answer, LiveCluster, live_cluster
-from tests.cluster.reference import TinyModel
+from tests.cluster.reference import ReferenceModel
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -40,7 +40,7 @@ async def run_all(cluster: LiveCluster, prompts: list[list[int]], started: async
     return list(await asyncio.gather(*(run(prompt) for prompt in prompts)))
 
 
-async def kill_under_load(cluster: LiveCluster, model: TinyModel, victim: str, signum: int) -> list[Answer]:
+async def kill_under_load(cluster: LiveCluster, model: ReferenceModel, victim: str, signum: int) -> list[Answer]:
     prompts = [list(prompt) for prompt in (*model.prompts, *model.prompts)][:8]
     started = asyncio.Event()
     running = asyncio.create_task(run_all(cluster, prompts, started))
@@ -54,7 +54,7 @@ async def kill_under_load(cluster: LiveCluster, model: TinyModel, victim: str, s
 
 @pytest.mark.parametrize("family", ["llama"])
 async def test_sigkill_of_either_worker_loses_no_request_and_changes_no_token(
-    family: str, tiny_model: TinyModel
+    family: str, tiny_model: ReferenceModel
 ) -> None:
     async with live_cluster(
         str(tiny_model.folder), engine=SLOW, num_prefill=2, num_decode=2, processes=True, policy="round_robin"
@@ -72,7 +72,7 @@ async def test_sigkill_of_either_worker_loses_no_request_and_changes_no_token(
 
 @pytest.mark.parametrize("family", ["llama"])
 async def test_a_stopped_worker_is_out_when_its_lease_ends_and_its_requests_go_on_elsewhere(
-    family: str, tiny_model: TinyModel
+    family: str, tiny_model: ReferenceModel
 ) -> None:
     async with live_cluster(
         str(tiny_model.folder), engine=SLOW, num_decode=2, processes=True, policy="round_robin"
@@ -84,7 +84,7 @@ async def test_a_stopped_worker_is_out_when_its_lease_ends_and_its_requests_go_o
 
 
 @pytest.mark.parametrize("family", ["llama"])
-async def test_clients_that_disconnect_free_both_pools_within_a_second(family: str, tiny_model: TinyModel) -> None:
+async def test_clients_that_disconnect_free_both_pools_within_a_second(family: str, tiny_model: ReferenceModel) -> None:
     endless = SamplingParams(temperature=0.0, max_tokens=100_000 // 256, ignore_eos=True)
     async with live_cluster(str(tiny_model.folder), engine=SLOW) as cluster:
         for num_chunks in (0, 1, 4):  # before the first token, at it, and while decoding

