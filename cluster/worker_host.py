@@ -80,10 +80,8 @@ class WorkerHost:
             make_turns(config.engine.turns_file, self._clock),
         )
         self._engine_id = EngineId(uuid.uuid4().hex)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run_loop, name="worker-host", daemon=True)
+        self._runner: _LoopThread | None = None  # None: not started, or stopped
         self._parts: _Parts | None = None
-        self.stopped = threading.Event()
 
     @property
     def address(self) -> str:
@@ -99,31 +97,25 @@ class WorkerHost:
         """Load the model, serve, register; return the address. Raise ``UnsupportedModel`` or what loading raised."""
         logging.getLogger().setLevel(self._config.log_level.upper())
         engine = self._engine.start()
-        self._thread.start()
-        self._parts = self._on_loop(self._serve(engine))
+        self._runner = _LoopThread()
+        self._parts = self._runner.run(self._serve(engine))
         logger.info("worker %s serves as %s at %s", self._config.worker_id, self._config.role, self.address)
         return self.address
 
     def stop(self, timeout_s: float) -> None:
         """Take no new sequences, let running ones finish for up to ``timeout_s``, then end everything."""
-        if self._parts is not None and not self.stopped.is_set():
+        runner, self._runner = self._runner, None
+        if runner is None:
+            return
+        if self._parts is not None:
             with suppress(Exception):  # whatever fails, the process ends; it was logged where it happened
-                self._on_loop(self._shut_down(self._parts, timeout_s))
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(timeout=5)
-        self.stopped.set()
+                runner.run(self._parts.stop(timeout_s))
+        runner.close()
 
     @property
     def _started(self) -> _Parts:
         assert self._parts is not None, "start() comes first"
         return self._parts
-
-    def _run_loop(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
-
-    def _on_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def _load_engine(self) -> Engine:
         config = self._config
@@ -137,8 +129,30 @@ class WorkerHost:
         await parts.start()
         return parts
 
-    async def _shut_down(self, parts: _Parts, timeout_s: float) -> None:
-        await parts.stop(timeout_s)
+
+class _LoopThread:
+    """An event loop on a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="worker-host", daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run it there and wait for what it returns or raises."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def close(self) -> None:
+        """End the thread; what still runs on the loop is dropped."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
 
 
 class _Parts(rpc.WorkerServicer):

@@ -109,13 +109,24 @@ def test_no_service_is_said_with_what_to_do():
 async def test_ctrl_c_cancels_the_request_on_the_workers(service, door):
     service.router.gate.clear()
     command = [sys.executable, "-m", "cluster", "generate", "hello", "--address", f"127.0.0.1:{door.port}"]
-    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=_heed_ctrl_c,
+    )
     await service.router.started.wait()
     process.send_signal(signal.SIGINT)
     await asyncio.wait_for(service.router.closed.wait(), 10)
     stdout, _ = await process.communicate()
     assert process.returncode == 130
     assert ANSWER.startswith(stdout.decode())
+
+
+def _heed_ctrl_c() -> None:
+    """A shell starts its background jobs with SIGINT ignored, and their children inherit it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 # ---- chat ----
