@@ -40,7 +40,7 @@ PAGE_WAIT_S = 0.5  # a waiting grant looks again after so long even if nobody ra
 
 @dataclass(slots=True)
 class _Arrival:
-    """One announced sequence until it ends. Written under the worker's lock."""
+    """One announced sequence until it ends. What is known later than its announcement is written under the lock."""
 
     spec: SequenceSpec
     gateway_id: GatewayId
@@ -106,7 +106,8 @@ class DecodeWorker:
             if session_id is not None:
                 self._by_session[session_id] = spec.sequence_id
         if session_id is None:
-            self._engine.submit(lambda engine: engine.add(spec))
+            queued = self._engine.submit(lambda engine: engine.add(spec))
+            queued.add_done_callback(lambda done: self._fail_if_refused(arrival, done))
 
     async def grant(self, session_id: SessionId, wait_s: float) -> Grant:
         """Reserve pages for an announced session; raise ``GrantRefused`` if it is unknown or pages stay short."""
@@ -168,7 +169,8 @@ class DecodeWorker:
             arrival.admitted = True
             self._by_session.pop(session_id, None)
             aborted = arrival.aborted
-        self._engine.submit(lambda engine: engine.admit(reservation, token_ids))
+        queued = self._engine.submit(lambda engine: engine.admit(reservation, token_ids))
+        queued.add_done_callback(lambda done: self._fail_if_refused(arrival, done))
         if aborted:
             self.abort(sequence_id, "aborted while its K/V arrived")
 
@@ -253,6 +255,17 @@ class DecodeWorker:
         if arrival.reservation is None:
             return 0
         return len(arrival.spec.token_ids) - arrival.reservation.num_cached_pages * self._page_size
+
+    def _fail_if_refused(self, arrival: _Arrival, done: Future[None]) -> None:
+        """The engine took the sequence, or the gateway hears why not."""
+        error = done.exception()
+        if error is None:
+            return
+        if (reservation := arrival.reservation) is not None:
+            self._engine.submit(lambda engine: engine.cancel(reservation))
+        failure = SequenceFailure(arrival.spec.sequence_id, str(error), retryable=True, stage=Role.DECODE)
+        logger.error("sequence %s was not taken: %s", failure.sequence_id, error)
+        self.on_failure(failure)
 
     def _forget(self, arrival: _Arrival) -> None:
         with self._lock:

@@ -20,7 +20,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 
 from core.errors import GrantRefused, PeerLost, TransferError
 from core.request import (
@@ -61,7 +62,11 @@ RunOnLoop = Callable[[Awaitable[None]], None]
 
 @dataclass(slots=True)
 class _Handover:
-    """One sequence between ``prefill`` and the end of its session. Written under the worker's lock."""
+    """One sequence between ``prefill`` and the end of its session.
+
+    The engine's thread writes the fields; ``fault`` and ``reason`` are written by whoever breaks the session, before
+    it does. Which hand-overs there are is under the worker's lock.
+    """
 
     spec: SequenceSpec
     gateway_id: GatewayId
@@ -81,11 +86,6 @@ class _Stored:
     session_id: SessionId
     first_page: int
     page_ids: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class _Step:
-    stored: list[_Stored] = field(default_factory=list)
 
 
 class PrefillWorker:
@@ -120,7 +120,7 @@ class PrefillWorker:
         self._lock = threading.Lock()
         self._handovers: dict[SequenceId, _Handover] = {}
         self._by_session: dict[SessionId, SequenceId] = {}
-        self._step = _Step()
+        self._completed: list[_Stored] = []  # by the step that is being computed; the engine's thread alone
         self._sender: KvSender | None = None
 
     def attach(self, sender: KvSender) -> None:
@@ -145,7 +145,8 @@ class PrefillWorker:
             self._handovers[spec.sequence_id] = handover
             if query is not None:
                 self._by_session[query.session_id] = spec.sequence_id
-        self._engine.submit(lambda engine: engine.add(spec))
+        queued = self._engine.submit(lambda engine: engine.add(spec))
+        queued.add_done_callback(lambda done: self._fail_if_refused(spec, done))
 
     def abort(self, sequence_id: SequenceId, reason: str) -> None:
         """End a sequence in any state, quietly; its pages come back once its session can read no more of them."""
@@ -178,7 +179,7 @@ class PrefillWorker:
                 self._transport.pages_stored(query.session_id, layer, 0, page_ids[:num_cached])
 
     def step_planned(self, plan: StepPlan) -> None:
-        self._step = _Step()
+        self._completed = []
         for item in plan.items:
             handover = self._handovers.get(item.sequence_id)
             if handover is None or handover.query is None or handover.token is not None:
@@ -188,10 +189,10 @@ class PrefillWorker:
             first, handover.num_pages_stored = handover.num_pages_stored, end
             if end > first:
                 pages = tuple(item.page_ids[first:end])
-                self._step.stored.append(_Stored(handover.query.session_id, first, pages))
+                self._completed.append(_Stored(handover.query.session_id, first, pages))
 
     def layer_stored(self, layer: int) -> None:
-        for stored in self._step.stored:
+        for stored in self._completed:
             self._transport.pages_stored(stored.session_id, layer, stored.first_page, stored.page_ids)
 
     def on_chunk(self, chunk: TokenChunk) -> bool:
@@ -285,6 +286,13 @@ class PrefillWorker:
         logger.warning("sequence %s: %s", sequence_id, message)
         failure = SequenceFailure(sequence_id, message, retryable=True, stage=fault)
         self._publish(handover.gateway_id, failure)
+
+    def _fail_if_refused(self, spec: SequenceSpec, done: Future[None]) -> None:
+        """The engine took the sequence, or the gateway hears why not."""
+        error = done.exception()
+        if error is not None:
+            logger.error("sequence %s was not taken: %s", spec.sequence_id, error)
+            self.on_failure(SequenceFailure(spec.sequence_id, str(error), retryable=True, stage=Role.PREFILL))
 
     def _forget(self, handover: _Handover) -> None:
         with self._lock:

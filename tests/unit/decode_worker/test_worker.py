@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from core.errors import GrantRefused, InvalidRequest, PeerLost
+from core.errors import GrantRefused, InvalidRequest, PeerLost, ProtocolViolation
 from core.request import (
     FinishReason,
     GatewayId,
@@ -40,8 +40,11 @@ class FakeEngine:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.reservation: Reservation | None = RESERVATION
+        self.refuses: Exception | None = None
 
     def add(self, spec: SequenceSpec) -> None:
+        if self.refuses:
+            raise self.refuses
         self.calls.append(("add", spec.sequence_id))
 
     def abort(self, sequence_id: SequenceId) -> None:
@@ -55,6 +58,8 @@ class FakeEngine:
         self.calls.append(("cancel", reservation))
 
     def admit(self, reservation: Reservation, token_ids: tuple[int, ...]) -> None:
+        if self.refuses:
+            raise self.refuses
         self.calls.append(("admit", reservation, token_ids))
 
 
@@ -64,7 +69,10 @@ class InstantEngineThread:
 
     def submit(self, fn: Callable[[Any], Any]) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(fn(self.engine))
+        try:
+            future.set_result(fn(self.engine))
+        except Exception as error:
+            future.set_exception(error)
         return future
 
 
@@ -241,3 +249,18 @@ async def test_a_sequence_is_taken_once() -> None:
     bench.worker.decode(SPEC, GATEWAY, SESSION)
     with pytest.raises(ValueError, match="already here"):
         bench.worker.decode(SPEC, GATEWAY, SessionId("again"))
+
+
+@pytest.mark.parametrize("session_id", [SESSION, None], ids=["admitted", "added"])
+async def test_a_sequence_that_the_engine_does_not_take_fails_and_leaves_nothing(session_id: SessionId | None) -> None:
+    bench = Bench()
+    bench.engine.refuses = ProtocolViolation("its first token already ended it")
+    bench.worker.decode(SPEC, GATEWAY, session_id)
+    if session_id is not None:
+        await bench.worker.grant(session_id, 1.0)
+        bench.worker.committed(session_id, bytes([42]))
+        assert bench.engine.calls[-1] == ("cancel", RESERVATION)
+    (failure,) = bench.published
+    assert isinstance(failure, SequenceFailure)
+    assert (failure.retryable, failure.stage) == (True, Role.DECODE)
+    assert bench.worker.num_sequences == 0

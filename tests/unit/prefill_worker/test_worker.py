@@ -60,7 +60,10 @@ class InstantEngineThread:
 
     def submit(self, fn: Callable[[Any], Any]) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(fn(self.engine))
+        try:
+            future.set_result(fn(self.engine))
+        except Exception as error:
+            future.set_exception(error)
         return future
 
 
@@ -261,3 +264,17 @@ def test_other_peoples_chunks_are_not_ours() -> None:
     bench = Bench()
     assert not bench.worker.on_chunk(TokenChunk(SequenceId("other"), 0, (1,)))
     assert not bench.worker.on_failure(SequenceFailure(SequenceId("other"), "", True, Role.DECODE))
+
+
+def test_a_sequence_that_the_engine_does_not_take_fails_and_leaves_nothing() -> None:
+    bench = Bench()
+
+    def refuse(spec: SequenceSpec) -> None:
+        raise InvalidRequest("max_tokens", "must be above what is already there")
+
+    bench.engine.add = refuse  # type: ignore[method-assign]
+    bench.worker.prefill(SPEC, GATEWAY, QUERY)
+    (failure,) = bench.published
+    assert isinstance(failure, SequenceFailure)
+    assert (failure.stage, "max_tokens" in failure.message) == (Role.PREFILL, True)
+    assert bench.worker.num_sessions == 0
