@@ -5,17 +5,67 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from core.errors import InvalidConfig
+from core.request import ClusterId
+
+DIALS = ("sender", "receiver")
+CHECKSUMS = ("xxh3", "none")
+CODECS = ("raw", "lossless", "int8", "fp8")
+ANY_CLUSTER = "*"
+
+
+@dataclass(frozen=True)
+class LinkConfig:
+    """How KV travels from workers of one cluster to workers of one cluster. The first entry that fits a link is used.
+
+    from_cluster: cluster of the sending (prefill) worker; ``*``: any.
+    to_cluster: cluster of the receiving (decode) worker; ``*``: any.
+    connections: TCP connections of each pair of workers.
+    dial: which end opens the connections, ``sender`` or ``receiver``: firewalls often allow one direction only.
+    capacity_gbps: what the path between the clusters carries, Gbit/s, for all workers together; null: not known.
+    pace_gbps: no pair of workers sends faster, Gbit/s; null: as fast as TCP allows.
+    checksum: ``xxh3`` of every piece, checked by the receiver; ``none`` leaves it to TCP and TLS.
+    codecs: what may be on the wire. Anything but ``raw`` is used only while raw does not fit the measured bandwidth:
+        ``lossless`` costs CPU, ``int8`` and ``fp8`` change the tokens a little.
+    """
+
+    from_cluster: str = ANY_CLUSTER
+    to_cluster: str = ANY_CLUSTER
+    connections: int = 4
+    dial: str = "sender"
+    capacity_gbps: float | None = None
+    pace_gbps: float | None = None
+    checksum: str = "xxh3"
+    codecs: tuple[str, ...] = ("raw",)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.from_cluster), "from_cluster", "must be * or a cluster's name", self.from_cluster)
+        _require(bool(self.to_cluster), "to_cluster", "must be * or a cluster's name", self.to_cluster)
+        _require(1 <= self.connections <= 64, "connections", "must be between 1 and 64", self.connections)
+        _require(self.dial in DIALS, "dial", f"must be one of {', '.join(DIALS)}", self.dial)
+        _require(self.checksum in CHECKSUMS, "checksum", f"must be one of {', '.join(CHECKSUMS)}", self.checksum)
+        for name in ("capacity_gbps", "pace_gbps"):
+            rate = getattr(self, name)
+            _require(rate is None or rate > 0, name, "must be null or above 0 Gbit/s", rate)
+        for codec in self.codecs:
+            _require(codec in CODECS, "codecs", f"must be some of {', '.join(CODECS)}", codec)
+        _require("raw" in self.codecs, "codecs", "must hold raw", self.codecs)
+
+    def fits(self, from_cluster: ClusterId, to_cluster: ClusterId) -> bool:
+        """Is this entry about links from ``from_cluster`` to ``to_cluster``?"""
+        return self.from_cluster in (ANY_CLUSTER, from_cluster) and self.to_cluster in (ANY_CLUSTER, to_cluster)
 
 
 @dataclass(frozen=True)
 class KvTransferConfig:
     """One worker's end of every link.
 
-    transport: ``tcp`` between processes and hosts; ``local`` only inside one process (tests, one-process demos).
+    transport: ``tcp`` between processes and hosts; ``nixl`` over RDMA, NVLink or shared memory; ``local`` only inside
+        one process (tests, one-process demos).
     host: address that peers connect to; null: the worker's own host.
     port: TCP port of the receiving end; 0: any free one (needed when workers share a host).
     lease_s: how long pages stay granted, or held, for a peer from which nothing is heard.
     grant_wait_s: how long a finished prefill waits for the decode worker to have pages before it is given up.
+    links: settings of links between clusters; what no entry fits has the defaults.
     """
 
     transport: str = "tcp"
@@ -23,6 +73,7 @@ class KvTransferConfig:
     port: int = 0
     lease_s: float = 30.0
     grant_wait_s: float = 60.0
+    links: tuple[LinkConfig, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.transport:
@@ -32,3 +83,13 @@ class KvTransferConfig:
                 raise InvalidConfig(f"kv_transfer.{name}", f"must be above 0 s, got {getattr(self, name)!r}")
         if not 0 <= self.port < 65536:
             raise InvalidConfig("kv_transfer.port", f"must be between 0 and 65535, got {self.port!r}")
+
+    def link(self, from_cluster: ClusterId, to_cluster: ClusterId) -> LinkConfig:
+        """The settings of links from ``from_cluster`` to ``to_cluster``."""
+        fitting = (link for link in self.links if link.fits(from_cluster, to_cluster))
+        return next(fitting, LinkConfig())
+
+
+def _require(ok: bool, key: str, allowed: str, value: object) -> None:
+    if not ok:
+        raise InvalidConfig(f"kv_transfer.links.{key}", f"{allowed}, got {value!r}")

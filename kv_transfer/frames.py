@@ -4,9 +4,10 @@
     header  = magic "KV" | kind u8 | zero u8 | head_bytes u32 | payload_bytes u64
     HELLO     head: version u16 | role u8 | access key [16] | page_size u32
                     then model, revision, dtype, layout, each: length u16 | UTF-8
-    WRITE     head: token [16] | layer u32 | codec u8 | checksum algorithm u8 | spans u16 | checksum u64
-                    then for each span: first page u32 | pages u32 (the receiver's page ids)
-              payload: the bytes of those pages, in order, whole
+    WRITE     head: token [16] | first layer u16 | layers u16 | codec u8 | checksum algorithm u8 | spans u16
+                    checksum u64
+                    then for each span: offset u64 | bytes u32 (in the receiver's memory of each of the layers)
+              payload: layer after layer, the bytes of each span in order
     MESSAGE   head: what kv_transfer/messages.py makes
     KEEPALIVE nothing
 
@@ -28,7 +29,7 @@ from enum import IntEnum
 from core.errors import Incompatible, ProtocolViolation
 from core.fingerprint import CacheFingerprint
 from kv_transfer.messages import MAX_PAYLOAD_BYTES
-from kv_transfer.transport import TOKEN_BYTES, PageSpan
+from kv_transfer.transport import TOKEN_BYTES, Span
 
 VERSION = 1
 KEY_BYTES = 16
@@ -39,8 +40,8 @@ _MAGIC = b"KV"
 _HEADER = struct.Struct("<2sBBIQ")
 _HELLO = struct.Struct("<HB16sI")
 _TEXT = struct.Struct("<H")
-_WRITE = struct.Struct("<16sIBBHQ")
-_SPAN = struct.Struct("<II")
+_WRITE = struct.Struct("<16sHHBBHQ")
+_SPAN = struct.Struct("<QI")
 _RAW = 0
 _NO_CHECKSUM = 0
 HEADER_BYTES = _HEADER.size
@@ -77,12 +78,13 @@ class Hello:
 @dataclass(frozen=True, slots=True)
 class WriteHead:
     token: bytes
-    layer: int
-    spans: tuple[PageSpan, ...]
+    layers: range
+    spans: tuple[Span, ...]
 
     @property
-    def num_pages(self) -> int:
-        return sum(span.num_pages for span in self.spans)
+    def num_bytes(self) -> int:
+        """Bytes that the write puts into the receiver's memory."""
+        return len(self.layers) * sum(span.num_bytes for span in self.spans)
 
 
 KEEPALIVE = _HEADER.pack(_MAGIC, FrameKind.KEEPALIVE, 0, 0, 0)
@@ -100,10 +102,10 @@ def pack_message(message: bytes) -> bytes:
     return _frame(FrameKind.MESSAGE, message)
 
 
-def pack_write(token: bytes, layer: int, spans: Iterable[tuple[int, int]], payload_bytes: int) -> bytes:
-    """Header and head of a write; ``spans`` are (first page, pages) at the receiver. The payload follows."""
-    packed = b"".join(_SPAN.pack(first_page, num_pages) for first_page, num_pages in spans)
-    head = _WRITE.pack(token, layer, _RAW, _NO_CHECKSUM, len(packed) // _SPAN.size, 0) + packed
+def pack_write(token: bytes, layers: range, spans: Iterable[tuple[int, int]], payload_bytes: int) -> bytes:
+    """Header and head of a write; ``spans`` are (offset, bytes) at the receiver. The payload follows."""
+    packed = b"".join(_SPAN.pack(offset, num_bytes) for offset, num_bytes in spans)
+    head = _WRITE.pack(token, layers.start, len(layers), _RAW, _NO_CHECKSUM, len(packed) // _SPAN.size, 0) + packed
     return _HEADER.pack(_MAGIC, FrameKind.WRITE, 0, len(head), payload_bytes) + head
 
 
@@ -140,16 +142,16 @@ def parse_hello(head: bytes) -> Hello:
 def parse_write(head: bytes) -> WriteHead:
     if len(head) < _WRITE.size:
         raise ProtocolViolation("a WRITE head that is too short")
-    token, layer, codec, algorithm, num_spans, _checksum = _WRITE.unpack_from(head)
+    token, first_layer, num_layers, codec, algorithm, num_spans, _checksum = _WRITE.unpack_from(head)
     if codec != _RAW or algorithm != _NO_CHECKSUM:
         raise ProtocolViolation(f"a WRITE with codec {codec} and checksum algorithm {algorithm}")
-    if num_spans == 0 or len(head) != _WRITE.size + num_spans * _SPAN.size:
+    if num_layers == 0 or num_spans == 0 or len(head) != _WRITE.size + num_spans * _SPAN.size:
         raise ProtocolViolation(f"a WRITE head of {len(head)} bytes for {num_spans} spans")
-    spans = tuple(PageSpan(first, count) for first, count in _SPAN.iter_unpack(head[_WRITE.size :]))
-    if not all(span.num_pages for span in spans):
+    spans = tuple(Span(offset, num_bytes) for offset, num_bytes in _SPAN.iter_unpack(head[_WRITE.size :]))
+    if not all(span.num_bytes for span in spans):
         raise ProtocolViolation("a WRITE with an empty span")
     assert len(token) == TOKEN_BYTES, "the struct says so"
-    return WriteHead(token, layer, spans)
+    return WriteHead(token, range(first_layer, first_layer + num_layers), spans)
 
 
 def _frame(kind: FrameKind, head: bytes) -> bytes:

@@ -15,12 +15,23 @@ from typing import ClassVar
 from weakref import WeakValueDictionary
 
 from core.clock import Clock
+from core.credentials import Credentials
 from core.errors import PeerLost, ProtocolViolation, TransferError
 from core.fingerprint import CacheFingerprint
 from core.request import SessionId
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.outbox import Outbox
-from kv_transfer.transport import PageSpan, ReceiveEvents, Region, SendEvents, TransportCounters, Write
+from kv_transfer.transport import (
+    ANONYMOUS,
+    LinkStats,
+    PeerIdentity,
+    ReceiveEvents,
+    Region,
+    SendEvents,
+    Span,
+    TransportCounters,
+    Write,
+)
 
 _PREFIX = b"local:"
 _IDLE_S = 3600.0  # nothing has to be sent while a link is idle
@@ -32,7 +43,14 @@ class LocalTransport:
     # The process is the network: a descriptor must lead to the other end without anything being passed around.
     _endpoints: ClassVar[WeakValueDictionary[bytes, LocalTransport]] = WeakValueDictionary()
 
-    def __init__(self, config: KvTransferConfig, fingerprint: CacheFingerprint, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: KvTransferConfig,
+        fingerprint: CacheFingerprint,
+        clock: Clock,
+        identity: PeerIdentity = ANONYMOUS,
+        credentials: Credentials | None = None,
+    ) -> None:
         self.fingerprint = fingerprint
         self.clock = clock
         self._region: Region | None = None
@@ -72,6 +90,12 @@ class LocalTransport:
             joint.close(PeerLost("this transport is closed"))
         joint.start()
         return joint.send_end
+
+    def invite(self, descriptor: bytes) -> None:
+        """Every link is dialled by its sending end."""
+
+    def stats(self) -> tuple[LinkStats, ...]:
+        return ()
 
     def close(self) -> None:
         self._endpoints.pop(self._descriptor, None)
@@ -205,17 +229,16 @@ class _Joint:
         thread.start()
 
     def _copy(self, receiver: LocalTransport, events: ReceiveEvents, write: Write) -> None:
-        spans = tuple(PageSpan(run.dst_page, run.num_pages) for run in write.runs)
-        session_id = events.admit(self.receive_end, write.token, write.layer, spans)
+        spans = tuple(Span(strip.dst, strip.num_bytes) for strip in write.strips)
+        session_id = events.admit(self.receive_end, write.token, write.layers, spans)
         if session_id is None:
             receiver.count_refused_write()
             return
-        num_bytes = 0
-        for run in write.runs:
-            src = self.sender.region.pages(write.layer, run.src_page, run.num_pages)
-            receiver.region.pages(write.layer, run.dst_page, run.num_pages)[:] = src
-            num_bytes += src.nbytes
-        events.landed(self.receive_end, session_id, num_bytes)
+        for layer in write.layers:
+            for strip in write.strips:
+                src = self.sender.region.bytes_at(layer, strip.src, strip.num_bytes)
+                receiver.region.bytes_at(layer, strip.dst, strip.num_bytes)[:] = src
+        events.landed(self.receive_end, session_id, write.layers, spans)
 
 
 class _End:

@@ -24,7 +24,7 @@ from core.errors import PeerLost, ProtocolViolation, TransferAborted, TransferEr
 from core.request import SessionId
 from kv_transfer.messages import Abort, AbortAck, AbortCause, Begin, Commit, CommitAck, Message, decode, encode
 from kv_transfer.session import Grant, ReceiveSession, ReceiveState
-from kv_transfer.transport import TOKEN_BYTES, Link, PageSpan, Transport
+from kv_transfer.transport import TOKEN_BYTES, Link, Span, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class KvReceiver:
         geometry = self._transport.region.geometry
         assert all(0 <= page < geometry.num_pages for page in pages), "the allocator gives pages of the pool"
         token = secrets.token_bytes(TOKEN_BYTES)
-        session = ReceiveSession(session_id, token, pages, geometry.num_layers, self._clock.now())
+        session = ReceiveSession(session_id, token, pages, geometry, self._clock.now())
         with self._changed:
             if self._closed:
                 raise ProtocolViolation("the receiver is closed")
@@ -131,22 +131,25 @@ class KvReceiver:
 
     # ---- ReceiveEvents: called by the transport's threads ----
 
-    def admit(self, link: Link, token: bytes, layer: int, spans: tuple[PageSpan, ...]) -> SessionId | None:
+    def admit(self, link: Link, token: bytes, layers: range, spans: tuple[Span, ...]) -> SessionId | None:
         with self._changed:
             entry = self._by_token.get(token)
             if entry is None or entry.link is not link or entry.session.state is not ReceiveState.RECEIVING:
                 return None
             try:
-                entry.session.admit(layer, spans)
+                entry.session.admit(layers, spans)
             except ProtocolViolation as error:
                 self._abort(entry, error)
                 return None
             return entry.session.session_id
 
-    def landed(self, link: Link, session_id: SessionId, num_bytes: int) -> None:
+    def landed(self, link: Link, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:
         with self._changed:
-            self._bytes_received += num_bytes
+            self._bytes_received += len(layers) * sum(span.num_bytes for span in spans)
             self._entries[session_id].session.landed()
+
+    def damaged(self, link: Link, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:
+        raise NotImplementedError
 
     def notified(self, link: Link, message: bytes) -> None:
         match decode(message):

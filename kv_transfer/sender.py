@@ -158,8 +158,7 @@ class KvSender:
 
     def written(self, link: SendLink, write: Write) -> None:
         with self._changed:
-            page_bytes = self._transport.region.geometry.layers[write.layer].page_bytes
-            self._bytes_sent += write.num_pages * page_bytes
+            self._bytes_sent += write.num_bytes
             entry = self._entries.get(write.session_id)
             if entry is None or entry.link is not link:
                 return

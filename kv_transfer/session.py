@@ -29,7 +29,7 @@ from core.errors import ProtocolViolation, TransferError
 from core.request import SessionId
 from kv_transfer.messages import MAX_PAYLOAD_BYTES, Begin, Commit
 from kv_transfer.transfer_plan import plan_writes
-from kv_transfer.transport import PageGeometry, PageRun, PageSpan, Write
+from kv_transfer.transport import PageGeometry, Span, Strip, Write
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class SendSession:
         self._report: SendReport | None = None
         # A step stores the same pages in every layer: one plan serves them all.
         self._planned: tuple[int, tuple[int, ...], int] | None = None  # first page, source pages, bytes of a page
-        self._pieces: list[tuple[PageRun, ...]] = []
+        self._pieces: list[tuple[Strip, ...]] = []
 
     @property
     def state(self) -> SendState:
@@ -184,7 +184,7 @@ class SendSession:
     def written(self, write: Write) -> None:
         """A write's source pages were read for the last time."""
         self._num_writes += 1
-        self._bytes_sent += write.num_pages * self._geometry.layers[write.layer].page_bytes
+        self._bytes_sent += write.num_bytes
 
     def acknowledged(self, now: float) -> None:
         """The receiver's ``on_committed`` returned."""
@@ -221,7 +221,7 @@ class SendSession:
             self._planned = key
         if self._pieces and self._first_write_at is None:
             self._first_write_at = now
-        return [Write(self.session_id, grant.token, stored.layer, runs) for runs in self._pieces]
+        return [Write(self.session_id, grant.token, stored.layer, 1, strips) for strips in self._pieces]
 
     def _check(self, stored: _StoredPages) -> None:
         if self._payload is not None:
@@ -252,7 +252,9 @@ class SendSession:
 class ReceiveSession:
     """The receiving end of one hand-over: which pages it still waits for, and how it ended."""
 
-    def __init__(self, session_id: SessionId, token: bytes, pages: Sequence[int], num_layers: int, now: float) -> None:
+    def __init__(
+        self, session_id: SessionId, token: bytes, pages: Sequence[int], geometry: PageGeometry, now: float
+    ) -> None:
         self.session_id = session_id
         self.token = token
         self.num_pages = len(pages)
@@ -261,8 +263,8 @@ class ReceiveSession:
         self._pages = frozenset(pages)
         assert len(self._pages) == len(pages), "a page is granted once"
         # layer |-> pages not admitted yet; a layer without an entry waits for nothing
-        self._missing: dict[int, set[int]] = {layer: set(pages) for layer in range(num_layers) if pages}
-        self._num_layers = num_layers
+        self._missing: dict[int, set[int]] = {layer: set(pages) for layer in range(geometry.num_layers) if pages}
+        self._geometry = geometry
         self._num_landing = 0
         self._error: TransferError | None = None
 
@@ -279,23 +281,34 @@ class ReceiveSession:
         """A peer showed the token: its writes are admitted from now on."""
         self._move(ReceiveState.RECEIVING)
 
-    def admit(self, layer: int, spans: Iterable[PageSpan]) -> None:
-        """A write is about to land. Raises ProtocolViolation if it may not, be it for one page, and changes nothing."""
+    def admit(self, layers: range, spans: Sequence[Span]) -> None:
+        """A write is about to land. Raises ProtocolViolation if it may not, be it for one byte, and changes nothing."""
         if self._state is not ReceiveState.RECEIVING:
             raise ProtocolViolation(f"session {self.session_id} takes no writes in state {self._state.name}")
-        if not 0 <= layer < self._num_layers:
-            raise ProtocolViolation(f"session {self.session_id}: a write names layer {layer} of {self._num_layers}")
+        if not layers or layers.start < 0 or layers.stop > self._geometry.num_layers:
+            num_layers = self._geometry.num_layers
+            raise ProtocolViolation(f"session {self.session_id}: a write names layers {layers} of {num_layers}")
+        pages_of = {layer: self._pages_to_admit(layer, spans) for layer in layers}
+        for layer, pages in pages_of.items():
+            missing = self._missing.get(layer, set())
+            missing -= pages
+            if not missing:
+                self._missing.pop(layer, None)
+        self._num_landing += 1
+
+    def _pages_to_admit(self, layer: int, spans: Iterable[Span]) -> set[int]:
+        page_bytes = self._geometry.layers[layer].page_bytes
         missing = self._missing.get(layer, set())
         pages: set[int] = set()
         for span in spans:
-            for page in range(span.first_page, span.first_page + span.num_pages):
+            if span.offset % page_bytes or span.num_bytes % page_bytes:
+                raise ProtocolViolation(f"session {self.session_id}: a write of parts of pages of layer {layer}")
+            first = span.offset // page_bytes
+            for page in range(first, first + span.num_bytes // page_bytes):
                 if page not in missing or page in pages:
                     raise ProtocolViolation(self._describe_refusal(layer, page))
                 pages.add(page)
-        missing -= pages
-        if not missing:
-            self._missing.pop(layer, None)
-        self._num_landing += 1
+        return pages
 
     def landed(self) -> None:
         """An admitted write is in the region."""

@@ -29,6 +29,7 @@ from dataclasses import replace
 from threading import Condition, Lock, Thread, current_thread
 
 from core.clock import Clock
+from core.credentials import Credentials
 from core.errors import Incompatible, PeerLost, ProtocolViolation, TransferError
 from core.fingerprint import CacheFingerprint
 from core.request import SessionId
@@ -50,7 +51,16 @@ from kv_transfer.frames import (
     parse_write,
 )
 from kv_transfer.outbox import Outbox
-from kv_transfer.transport import ReceiveEvents, Region, SendEvents, TransportCounters, Write
+from kv_transfer.transport import (
+    ANONYMOUS,
+    LinkStats,
+    PeerIdentity,
+    ReceiveEvents,
+    Region,
+    SendEvents,
+    TransportCounters,
+    Write,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +76,14 @@ _BACKLOG = 128
 class TcpTransport:
     """One process's listening socket and every link that it made or accepted."""
 
-    def __init__(self, config: KvTransferConfig, fingerprint: CacheFingerprint, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: KvTransferConfig,
+        fingerprint: CacheFingerprint,
+        clock: Clock,
+        identity: PeerIdentity = ANONYMOUS,
+        credentials: Credentials | None = None,
+    ) -> None:
         self.fingerprint = fingerprint
         self.clock = clock
         self.lease_s = config.lease_s
@@ -114,6 +131,12 @@ class TcpTransport:
         end = _SendEnd(self, f"{host}:{port}", events, (host, port), key)
         self._start(end)
         return end
+
+    def invite(self, descriptor: bytes) -> None:
+        """Every link is dialled by its sending end."""
+
+    def stats(self) -> tuple[LinkStats, ...]:
+        return ()
 
     def close(self) -> None:
         with self._changed:
@@ -415,9 +438,9 @@ class _SendEnd(_End):
 
     def _send_write(self, connection: socket.socket, write: Write) -> None:
         region = self._transport.region
-        views = [region.pages(write.layer, run.src_page, run.num_pages) for run in write.runs]
-        spans = ((run.dst_page, run.num_pages) for run in write.runs)
-        head = pack_write(write.token, write.layer, spans, sum(view.nbytes for view in views))
+        views = [region.bytes_at(layer, strip.src, strip.num_bytes) for layer in write.layers for strip in write.strips]
+        spans = ((strip.dst, strip.num_bytes) for strip in write.strips)
+        head = pack_write(write.token, write.layers, spans, write.num_bytes)
         _send_all(connection, [memoryview(head), *views])
         self._outbox.done()
         self._events.written(self, write)
@@ -473,19 +496,18 @@ class _ReceiveEnd(_End):
         connection.sendall(pack_hello(Hello(LinkRole.RECEIVES_PAGES, _NO_KEY, self._transport.fingerprint)))
 
     def _take_write(self, header: Header, head: WriteHead) -> None:
-        geometry = self._transport.region.geometry
-        if head.layer < geometry.num_layers:
-            expected = head.num_pages * geometry.layers[head.layer].page_bytes
-            if header.payload_bytes != expected:
-                raise ProtocolViolation(f"a WRITE of {head.num_pages} pages with {header.payload_bytes} bytes")
-        session_id = self._events.admit(self, head.token, head.layer, head.spans)
+        if header.payload_bytes != head.num_bytes:
+            raise ProtocolViolation(f"a WRITE of {head.num_bytes} bytes with a payload of {header.payload_bytes}")
+        session_id = self._events.admit(self, head.token, head.layers, head.spans)
         if session_id is None:
             self._transport.count_refused_write()
             self._drain(header.payload_bytes)
             return
-        pages = self._transport.region.pages
-        self._receive([pages(head.layer, span.first_page, span.num_pages) for span in head.spans])
-        self._events.landed(self, session_id, header.payload_bytes)
+        region = self._transport.region
+        self._receive(
+            [region.bytes_at(layer, span.offset, span.num_bytes) for layer in head.layers for span in head.spans]
+        )
+        self._events.landed(self, session_id, head.layers, head.spans)
 
     def _take_message(self, message: bytes) -> None:
         self._events.notified(self, message)

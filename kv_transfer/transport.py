@@ -6,15 +6,18 @@ exchange small messages on it. Links are made by the sending end, are long-lived
 
 Rules that every implementation keeps:
 
-- Per session, what ``write`` and ``notify`` were given is delivered in that order: a message never overtakes an
-  earlier write of its session. Between sessions the link takes turns, one write each.
+- A message never overtakes an earlier write or message of its session: when ``notified`` is called, each write that was
+  queued before it has landed, was refused, was damaged, or was lost with its connection. Writes of a session may land
+  in any order. Between sessions the link goes by ``SendOrder``.
 - ``write``, ``notify``, ``cancel`` and ``close`` of a link only queue: they never block on the peer and never call an
   event from within the call, so they may be called while holding the caller's own locks.
-- Events are called from the transport's threads, one at a time for each end of a link, while no transport lock is held.
-  They must be short: they delay the link. An event that raises ``TransferError`` closes the link.
+- Events are called from the transport's threads while no transport lock is held, ``admit``, ``landed``, ``damaged`` and
+  ``written`` of one link also from several threads at once (a link may be several connections), ``notified`` one at a
+  time. They must be short: they delay the link. An event that raises ``TransferError`` closes the link.
 - ``lost`` is the last event of each end of a link and comes exactly once. After it no byte of this end's region is
   read or written for the link.
-- Payload bytes land only in pages that ``admit`` allowed, and are all there when ``landed`` is called.
+- Payload bytes land only where ``admit`` allowed, and are all there, as they were sent, when ``landed`` is called.
+  After an admission exactly one of ``landed`` and ``damaged`` follows, or the link's ``lost``.
 - A peer is heard at least every few seconds (``keep_alive``), also when there is nothing to send.
 
 How to add one: implement ``Transport`` in a file of its own, name it in ``TRANSPORTS``, and put it through
@@ -23,14 +26,18 @@ tests/contract/test_transport_contract.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
 
 from core.clock import Clock
+from core.credentials import Credentials
 from core.errors import InvalidConfig, TransferError
 from core.fingerprint import CacheFingerprint
-from core.request import SessionId
+from core.request import ClusterId, SessionId, WorkerId
+from kv_transfer.codec import Codec
 from kv_transfer.config import KvTransferConfig
 
 TOKEN_BYTES = 16
@@ -38,9 +45,15 @@ TOKEN_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class LayerPages:
-    """One layer of a page pool: every page of it is one contiguous run of ``page_bytes`` bytes."""
+    """One layer of a page pool: every page of it is one contiguous run of ``page_bytes`` bytes.
+
+    ``dtype`` names its elements and ``block_bytes`` is the run that a lossy codec gives one scale: one head's keys, or
+    values, within a page. Both matter to codecs alone; raw bytes need neither.
+    """
 
     page_bytes: int
+    dtype: str = "uint8"
+    block_bytes: int = 0  # 0: the page is one block
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +76,8 @@ class PageGeometry:
 class Region:
     """The memory of one page pool: per layer a writable memoryview of ``num_pages * page_bytes`` bytes.
 
-    The views belong to the pool's owner, who keeps the memory alive until the transport is closed.
+    The views belong to the pool's owner, who keeps the memory alive until the transport is closed. This one is host
+    memory, of which ``outgoing`` and ``incoming`` lend the bytes themselves; staging.py has the one for device memory.
     """
 
     def __init__(self, geometry: PageGeometry, layers: tuple[memoryview, ...]) -> None:
@@ -75,41 +89,83 @@ class Region:
         self.geometry = geometry
         self._layers = flat
 
+    def layer_bytes(self, layer: int) -> int:
+        """Size of one layer's memory."""
+        return self._layers[layer].nbytes
+
+    def bytes_at(self, layer: int, offset: int, num_bytes: int) -> memoryview:
+        """``num_bytes`` bytes of ``layer`` from ``offset`` on, uncopied."""
+        return self._layers[layer][offset : offset + num_bytes]
+
+    @contextmanager
+    def outgoing(self, write: Write) -> Iterator[list[memoryview]]:
+        """Host views of the write's source bytes, in the payload's order; they may be read until the block ends."""
+        yield [self.bytes_at(layer, strip.src, strip.num_bytes) for layer in write.layers for strip in write.strips]
+
+    @contextmanager
+    def incoming(self, layers: range, spans: Sequence[Span]) -> Iterator[list[memoryview]]:
+        """Host views to be filled with a payload, in its order; the pool holds it when the block has ended.
+
+        Raising out of the block leaves those bytes of the pool undefined.
+        """
+        yield [self.bytes_at(layer, span.offset, span.num_bytes) for layer in layers for span in spans]
+
     def pages(self, layer: int, first: int, count: int) -> memoryview:
         """The bytes of pages ``first .. first + count - 1`` of ``layer``, uncopied."""
         size = self.geometry.layers[layer].page_bytes
-        return self._layers[layer][first * size : (first + count) * size]
+        return self.bytes_at(layer, first * size, count * size)
 
 
 @dataclass(frozen=True, slots=True)
-class PageRun:
-    """Pages that follow each other at both ends: ``src_page + i`` goes to ``dst_page + i`` for i < num_pages."""
+class Strip:
+    """Bytes that follow each other at both ends: from offset ``src`` of a layer here to offset ``dst`` of it there."""
 
-    src_page: int
-    dst_page: int
-    num_pages: int
+    src: int
+    dst: int
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
-class PageSpan:
-    """``num_pages`` pages from ``first_page`` on, at one end."""
+class Span:
+    """``num_bytes`` bytes from ``offset`` on of one layer's memory, at one end."""
 
-    first_page: int
-    num_pages: int
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendOrder:
+    """Whose bytes go first on a link: tenants share it by weight, within a tenant the earliest deadline wins."""
+
+    tenant: str = ""
+    weight: float = 1.0
+    deadline_at: float | None = None  # instant on the transport's Clock of the promised first token; None: no promise
 
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Page runs of one layer, sent as one piece. ``token`` is the grant's secret, by which the receiver knows it."""
+    """The same strips of one or several layers that follow each other, sent as one piece.
+
+    Its payload is layer after layer, each with its strips in order. ``token`` is the grant's secret, by which the
+    receiver knows it.
+    """
 
     session_id: SessionId
     token: bytes  # [TOKEN_BYTES]
-    layer: int
-    runs: tuple[PageRun, ...]
+    first_layer: int
+    num_layers: int
+    strips: tuple[Strip, ...]
+    order: SendOrder = SendOrder()
+    codec: Codec = Codec.RAW
 
     @property
-    def num_pages(self) -> int:
-        return sum(run.num_pages for run in self.runs)
+    def layers(self) -> range:
+        return range(self.first_layer, self.first_layer + self.num_layers)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it puts into the receiver's memory."""
+        return self.num_layers * sum(strip.num_bytes for strip in self.strips)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +175,35 @@ class TransportCounters:
     links_refused: int = 0  # handshakes that ended in a refusal: fingerprint, access key, nonsense
     bad_frames: int = 0  # links closed because the peer spoke nonsense
     writes_refused: int = 0  # writes that ``admit`` did not allow; drained, never landed
+    writes_damaged: int = 0  # admitted writes whose checksum failed or whose connection broke; sent again
+
+
+@dataclass(frozen=True, slots=True)
+class PeerIdentity:
+    """Who is at one end of a link, in the cluster's terms. Named in descriptors and handshakes; proves nothing."""
+
+    worker_id: WorkerId
+    cluster_id: ClusterId
+
+
+ANONYMOUS = PeerIdentity(WorkerId(""), ClusterId(""))
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStats:
+    """What one sending end of a link knows of the path to its peer, now. Counters run from the link's start."""
+
+    peer: PeerIdentity
+    path: str  # what carries the bytes, as found and not as configured: ``tcp``, ``tcp+tls1.3``, ``ucx:shm``, ``local``
+    connections: int = 0  # that live now
+    bytes_sent: int = 0  # payload bytes, as on the wire
+    rtt_s: float | None = None  # smoothed, mean over the connections; None: the path does not tell
+    min_rtt_s: float | None = None
+    delivery_rate: float | None = None  # bytes/s, the kernel's estimate, sum over the connections
+    retransmits: int = 0  # segments sent again
+    busy_s: float = 0.0  # seconds in which at least one write was queued or under way
+    bytes_queued: int = 0  # of writes not yet taken
+    reconnects: int = 0  # connections that broke and were made again
 
 
 class Link(Protocol):
@@ -177,15 +262,22 @@ class SendEvents(Protocol):
 class ReceiveEvents(Protocol):
     """What the receiving end of a link asks and reports; one object serves all links of a transport."""
 
-    def admit(self, link: Link, token: bytes, layer: int, spans: tuple[PageSpan, ...]) -> SessionId | None:
+    def admit(self, link: Link, token: bytes, layers: range, spans: tuple[Span, ...]) -> SessionId | None:
         """May this write land? The session that it belongs to, or None: not one byte of it lands.
 
-        Called before the payload is read. Spans may name any page or layer: judging them is the callee's work.
+        Called before the payload is read. Spans may name any layer and offset: judging them is the callee's work.
         """
         ...
 
-    def landed(self, link: Link, session_id: SessionId, num_bytes: int) -> None:
-        """An admitted write is in the region, whole."""
+    def landed(self, link: Link, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:
+        """An admitted write is in the region, whole and as it was sent."""
+        ...
+
+    def damaged(self, link: Link, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:
+        """An admitted write will not land: its checksum failed, or its connection broke while the link lives.
+
+        Its bytes of the region may hold anything; they are missing again, and nothing of it can land any more.
+        """
         ...
 
     def notified(self, link: Link, message: bytes) -> None:
@@ -228,6 +320,18 @@ class Transport(Protocol):
         """
         ...
 
+    def invite(self, descriptor: bytes) -> None:
+        """Expect a link from the sending transport that ``descriptor`` describes: a grant for it is about to leave.
+
+        Where this end is the one that dials (``LinkConfig.dial``) it does so now; otherwise nothing happens.
+        Raises ProtocolViolation when the descriptor is malformed or of another kind of transport.
+        """
+        ...
+
+    def stats(self) -> tuple[LinkStats, ...]:
+        """One entry for each living link that this end sends on, ordered by peer."""
+        ...
+
     def close(self) -> None:
         """Close every link and stop accepting; returns when every ``lost`` was called and no thread is left.
 
@@ -237,7 +341,14 @@ class Transport(Protocol):
 
 
 class TransportFactory(Protocol):
-    def __call__(self, config: KvTransferConfig, fingerprint: CacheFingerprint, clock: Clock) -> Transport: ...
+    def __call__(
+        self,
+        config: KvTransferConfig,
+        fingerprint: CacheFingerprint,
+        clock: Clock,
+        identity: PeerIdentity,
+        credentials: Credentials | None,
+    ) -> Transport: ...
 
 
 # name |-> module:class, imported when first asked for: an optional dependency of one transport stays optional.
@@ -247,12 +358,21 @@ TRANSPORTS = {
 }
 
 
-def create_transport(config: KvTransferConfig, fingerprint: CacheFingerprint, clock: Clock) -> Transport:
-    """The transport that ``config.transport`` names. Raises InvalidConfig for an unknown name."""
+def create_transport(
+    config: KvTransferConfig,
+    fingerprint: CacheFingerprint,
+    clock: Clock,
+    identity: PeerIdentity = ANONYMOUS,
+    credentials: Credentials | None = None,
+) -> Transport:
+    """The transport that ``config.transport`` names. Raises InvalidConfig for an unknown name.
+
+    With ``credentials`` every connection of a transport that uses sockets is mutual TLS; None: it is plain.
+    """
     target = TRANSPORTS.get(config.transport)
     if target is None:
         known = ", ".join(sorted(TRANSPORTS))
         raise InvalidConfig("kv_transfer.transport", f"must be one of {known}, got {config.transport!r}")
     module, _, name = target.partition(":")
     factory: TransportFactory = getattr(import_module(module), name)
-    return factory(config, fingerprint, clock)
+    return factory(config, fingerprint, clock, identity, credentials)
