@@ -7,6 +7,7 @@ is checked here and in engine/config.py and kv_transfer/config.py, once, when th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,12 +17,14 @@ import yaml
 
 from cluster import config_schema
 from cluster.routing_policy import POLICIES
+from core.credentials import Credentials
 from core.errors import InvalidConfig
 from core.request import ClusterId, Role, WorkerId
 from engine.config import DEVICES, DTYPES, EngineConfig
-from kv_transfer.config import KvTransferConfig
+from kv_transfer.config import CHECKSUMS, CODECS, DIALS, KvTransferConfig, LinkConfig
 
 PLACEMENTS = ("PACK", "SPREAD")
+TLS_MODES = ("auto", "on", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -76,6 +79,43 @@ class RouterConfig:
         _require(self.max_attempts >= 1, "router.max_attempts", "must be at least 1", self.max_attempts)
         _require(self.lease_s > 0, "router.lease_s", "must be above 0 s", self.lease_s)
         _require(self.no_route_wait_s >= 0, "router.no_route_wait_s", "must be at least 0 s", self.no_route_wait_s)
+
+
+@dataclass(frozen=True)
+class TlsConfig:
+    """Who may talk inside the service: mutual TLS on every KV link and every internal gRPC call.
+
+    mode: ``auto`` is on unless workers listen on loopback addresses only and no files are given; ``on``; ``off``.
+    ca_file: PEM certificates of the authority that signs every worker's and gateway's; null, with the other two: one is
+        made for each run of the service.
+    cert_file: PEM certificate of the process, on each node; it must have the DNS name ``prfaas.internal``.
+    key_file: PEM private key of ``cert_file``, not encrypted. All three are read again when they change.
+    """
+
+    mode: str = "auto"
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_word(self.mode in TLS_MODES, "tls.mode", TLS_MODES, self.mode)
+        files = {name: getattr(self, name) for name in ("ca_file", "cert_file", "key_file")}
+        for name, path in files.items():
+            _require(path != "", f"tls.{name}", "must be null or a path", path)
+            if path is None and self.has_files:
+                raise InvalidConfig(f"tls.{name}", "is needed too: ca_file, cert_file and key_file come together")
+
+    @property
+    def has_files(self) -> bool:
+        """Are the certificates given, rather than made for each run?"""
+        return any((self.ca_file, self.cert_file, self.key_file))
+
+    @property
+    def credentials(self) -> Credentials | None:
+        """The files that are given, as they lie on this node."""
+        if self.ca_file is None or self.cert_file is None or self.key_file is None:
+            return None
+        return Credentials(*(Path(file).expanduser() for file in (self.ca_file, self.cert_file, self.key_file)))
 
 
 @dataclass(frozen=True)
@@ -155,6 +195,7 @@ class ServiceConfig:
     prefill: PoolConfig = field(default_factory=PoolConfig)
     decode: PoolConfig = field(default_factory=PoolConfig)
     kv_transfer: KvTransferConfig = field(default_factory=KvTransferConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
     grpc: GrpcConfig = field(default_factory=GrpcConfig)
@@ -208,6 +249,7 @@ class WorkerConfig:
     """What one worker process is told; made by ``launch`` from the service's configuration.
 
     registries: host:port of every gateway's Registry service, to which the worker registers.
+    credentials: files, on the worker's node, by which it and its peers know each other; null: anyone may talk to it.
     """
 
     worker_id: WorkerId
@@ -219,10 +261,15 @@ class WorkerConfig:
     kv_transfer: KvTransferConfig
     host: str
     registries: tuple[str, ...]
+    credentials: Credentials | None = None
     log_level: str = "info"
 
 
 CHOICES: config_schema.Choices = {
+    (TlsConfig, "mode"): TLS_MODES,
+    (LinkConfig, "dial"): DIALS,
+    (LinkConfig, "checksum"): CHECKSUMS,
+    (LinkConfig, "codecs"): CODECS,
     (EngineConfig, "device"): DEVICES,
     (EngineConfig, "dtype"): DTYPES,
     (PoolConfig, "placement"): PLACEMENTS,
@@ -244,7 +291,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ServiceConfi
     if not isinstance(values, dict):
         raise InvalidConfig(str(path), "must hold a mapping of keys to values")
     for override in overrides:
-        _set(values, override)
+        values = _overridden(values, override)
     return config_schema.read(ServiceConfig, values, CHOICES)
 
 
@@ -266,8 +313,13 @@ _DOCUMENT_END = """
 """
 
 
+_BOOL = "tag:yaml.org,2002:bool"
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error; plain YAML silently takes the last."""
+    """YAML without two of its traps: a key given twice is an error (plain YAML silently takes the last), and only
+    ``true`` and ``false`` are booleans, as in YAML 1.2 (``on`` and ``off`` are words, and modes of ours).
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -277,8 +329,15 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _set(values: dict[str, Any], override: str) -> None:
-    """Put one ``a.b=value`` into nested mappings."""
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver(_BOOL, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
+
+
+def _overridden(values: dict[str, Any], override: str) -> dict[str, Any]:
+    """``values`` with one ``a.b[0].c=value`` put in."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise InvalidConfig(override, "must be KEY=VALUE, for example engine.page_size=32")
@@ -286,15 +345,38 @@ def _set(values: dict[str, Any], override: str) -> None:
         value = yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
         raise InvalidConfig(key, f"has a value that is not YAML: {text!r}") from error
-    *parents, last = key.split(".")
-    section = values
-    for depth, name in enumerate(parents, start=1):
-        if section.get(name) is None:
-            section[name] = {}
-        section = section[name]
-        if not isinstance(section, dict):
-            raise InvalidConfig(key, f"{'.'.join(parents[:depth])} is a value, not a section")
-    section[last] = value
+    placed: dict[str, Any] = _placed(values, _steps(key), value, key)
+    return placed
+
+
+_KEY = re.compile(r"[^.\[\]]+(\[\d+\]|\.[^.\[\]]+)*")
+
+
+def _steps(key: str) -> tuple[str | int, ...]:
+    """``a.b[0].c`` as ``a``, ``b``, 0, ``c``."""
+    if not _KEY.fullmatch(key):
+        raise InvalidConfig(key, "is not a key such as engine.page_size or kv_transfer.links[0].connections")
+    found = re.findall(r"\[(\d+)\]|([^.\[\]]+)", key)
+    return tuple(int(index) if index else name for index, name in found)
+
+
+def _placed(section: Any, steps: Sequence[str | int], value: object, key: str) -> Any:
+    """``section`` with ``value`` at the end of ``steps``; sections, and a list's next item, are made where missing."""
+    if not steps:
+        return value
+    step, rest = steps[0], steps[1:]
+    if isinstance(step, int):
+        items = [] if section is None else section
+        if not isinstance(items, list):
+            raise InvalidConfig(key, f"has the index [{step}], but what it is an index of is not a list")
+        if step > len(items):
+            raise InvalidConfig(key, f"has the index [{step}], but the list has {len(items)} items")
+        old = items[step] if step < len(items) else None
+        return [*items[:step], _placed(old, rest, value, key), *items[step + 1 :]]
+    named = {} if section is None else section
+    if not isinstance(named, dict):
+        raise InvalidConfig(key, f"has the part {step!r}, but what it is a part of is not a section")
+    return named | {step: _placed(named.get(step), rest, value, key)}
 
 
 def _require(ok: bool, key: str, allowed: str, value: object) -> None:

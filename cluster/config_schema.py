@@ -1,9 +1,10 @@
 """How does a mapping from a YAML file become a frozen dataclass, and how are its keys described to people and tools?
 
-Knows dataclasses, not keys: types come from the annotations, defaults from the fields, meanings from the class
-docstrings, in which an entry begins with ``name:`` (or ``name, name:``) and ends at the next entry or an empty line.
-A wrong mapping raises ``InvalidConfig`` with the dotted path of the key, what was allowed and, for a misspelt key,
-the nearest one. Ranges are checked where the keys are declared, in each class's ``__post_init__``.
+Knows dataclasses, not keys: types come from the annotations (a list is ``tuple[X, ...]``), defaults from the fields,
+meanings from the class docstrings, in which an entry begins with ``name:`` (or ``name, name:``) and ends at the next
+entry or an empty line. A wrong mapping raises ``InvalidConfig`` with the path of the key (``links[0].dial``), what was
+allowed and, for a misspelt key, the nearest one. Ranges are checked where the keys are declared, in each class's
+``__post_init__``.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def read_values(cls: type[Any], values: Mapping[str, object], choices: Choices, 
             raise InvalidConfig(key, f"is not a key{_nearest(str(name), names)}; allowed here: {', '.join(names)}")
         checked[name] = _read_value(hints[name], value, key, choices)
         allowed = choices.get((cls, name))
-        if allowed is not None and value is not None and value not in allowed:
-            raise InvalidConfig(key, f"must be one of {', '.join(allowed)}, got {value!r}")
+        if allowed is not None:
+            _require_words(checked[name], key, allowed)
     return checked
 
 
@@ -82,7 +83,7 @@ def json_schema(cls: type[Any], choices: Choices) -> dict[str, object]:
         schema = _type_schema(hints[field.name], choices)
         if (cls, field.name) in choices:
             optional = [None] if isinstance(schema["type"], list) else []
-            schema["enum"] = [*choices[cls, field.name], *optional]
+            schema.get("items", schema)["enum"] = [*choices[cls, field.name], *optional]
         if not is_dataclass(hints[field.name]) and not _required(field):
             schema["default"] = _default(field)
         properties[field.name] = schema | ({"description": meanings[field.name]} if field.name in meanings else {})
@@ -113,6 +114,11 @@ def _read_value(hint: Any, value: object, key: str, choices: Choices) -> Any:
     if typing.get_origin(hint) is dict:
         _, item = typing.get_args(hint)
         return {name: _read_value(item, v, _join(key, name), choices) for name, v in _mapping(value, key).items()}
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise InvalidConfig(key, f"must be a list, got {value!r}")
+        item = _item(hint)
+        return tuple(_read_value(item, v, f"{key}[{index}]", choices) for index, v in enumerate(value))
     if hint is object:
         return value
     scalar = _SCALARS[hint]
@@ -121,6 +127,27 @@ def _read_value(hint: Any, value: object, key: str, choices: Choices) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise InvalidConfig(key, f"must be finite, got {value!r}")
     return float(value) if isinstance(value, int) and hint is float else value
+
+
+def _item(hint: Any) -> Any:
+    """What a list is a list of: ``tuple[X, ...]`` is the only kind of list."""
+    item, rest = typing.get_args(hint)
+    assert rest is Ellipsis, "a list has any number of items"
+    return item
+
+
+def _require_words(value: object, key: str, allowed: Collection[str]) -> None:
+    """``value``, or each item of a list, is one of the allowed words; null is allowed where the type allows it."""
+    for word, at in _named(value, key):
+        if word is not None and word not in allowed:
+            raise InvalidConfig(at, f"must be one of {', '.join(allowed)}, got {word!r}")
+
+
+def _named(value: object, key: str) -> Iterator[tuple[object, str]]:
+    if isinstance(value, tuple):
+        yield from ((item, f"{key}[{index}]") for index, item in enumerate(value))
+    else:
+        yield value, key
 
 
 def _mapping(value: object, key: str) -> Mapping[str, object]:
@@ -145,7 +172,9 @@ def _required(field: Field[Any]) -> bool:
 
 
 def _default(field: Field[Any]) -> object:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+    """As YAML and JSON write it."""
+    value = field.default if field.default_factory is MISSING else field.default_factory()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _type_schema(hint: Any, choices: Choices) -> dict[str, Any]:
@@ -157,6 +186,8 @@ def _type_schema(hint: Any, choices: Choices) -> dict[str, Any]:
     if typing.get_origin(hint) is dict:
         item = typing.get_args(hint)[1]
         return {"type": "object", "additionalProperties": True if item is object else _type_schema(item, choices)}
+    if typing.get_origin(hint) is tuple:
+        return {"type": "array", "items": _type_schema(_item(hint), choices)}
     return {"type": _SCALARS[hint].json_type}
 
 
@@ -164,6 +195,9 @@ def _type_words(hint: Any, allowed: Collection[str] | None) -> str:
     if isinstance(hint, types.UnionType):
         inner = next(option for option in hint.__args__ if option is not type(None))
         return f"{_type_words(inner, allowed)} or null"
+    if typing.get_origin(hint) is tuple:
+        item = _item(hint)
+        return "list of mappings" if is_dataclass(item) else f"list of {_type_words(item, allowed)}"
     if allowed is not None:
         return ", ".join(f"`{word}`" for word in allowed)
     if typing.get_origin(hint) is dict:
@@ -176,8 +210,11 @@ def _sections(cls: type[Any], path: str) -> Iterator[tuple[str, type[Any]]]:
     yield path, cls
     hints = typing.get_type_hints(cls)
     for field in fields(cls):
-        if is_dataclass(hints[field.name]):
-            yield from _sections(typing.cast(type[Any], hints[field.name]), _join(path, field.name))
+        hint, key = hints[field.name], _join(path, field.name)
+        if typing.get_origin(hint) is tuple:
+            hint, key = _item(hint), f"{key}[]"
+        if is_dataclass(hint):
+            yield from _sections(typing.cast(type[Any], hint), key)
 
 
 def _section(path: str, cls: type[Any], choices: Choices, seen: dict[type[Any], str]) -> str:

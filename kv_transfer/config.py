@@ -46,9 +46,9 @@ class LinkConfig:
         for name in ("capacity_gbps", "pace_gbps"):
             rate = getattr(self, name)
             _require(rate is None or rate > 0, name, "must be null or above 0 Gbit/s", rate)
-        for codec in self.codecs:
-            _require(codec in CODECS, "codecs", f"must be some of {', '.join(CODECS)}", codec)
-        _require("raw" in self.codecs, "codecs", "must hold raw", self.codecs)
+        for index, codec in enumerate(self.codecs):
+            _require(codec in CODECS, f"codecs[{index}]", f"must be some of {', '.join(CODECS)}", codec)
+        _require("raw" in self.codecs, "codecs", "must hold raw", list(self.codecs))
 
     def fits(self, from_cluster: ClusterId, to_cluster: ClusterId) -> bool:
         """Is this entry about links from ``from_cluster`` to ``to_cluster``?"""
@@ -92,4 +92,4 @@ class KvTransferConfig:
 
 def _require(ok: bool, key: str, allowed: str, value: object) -> None:
     if not ok:
-        raise InvalidConfig(f"kv_transfer.links.{key}", f"{allowed}, got {value!r}")
+        raise InvalidConfig(key, f"{allowed}, got {value!r}")

@@ -8,8 +8,10 @@ import pytest
 import yaml
 
 from cluster.config import PoolConfig, ServiceConfig, load_config, service_document, service_schema
+from core.credentials import Credentials
 from core.errors import InvalidConfig
 from core.request import Role
+from kv_transfer.config import LinkConfig
 
 ROOT = Path(__file__).parents[3]
 LAPTOP = ROOT / "deploy/examples/laptop.yaml"
@@ -64,6 +66,35 @@ def test_overrides_win_and_their_values_are_yaml(tmp_path):
     assert config.router.lease_s == 3.0
 
 
+def test_links_are_a_list_of_sections(tmp_path):
+    text = "model: m\nkv_transfer:\n  links:\n  - {from_cluster: east, connections: 8, codecs: [raw, fp8]}\n  - {}\n"
+
+    links = load(tmp_path, text).kv_transfer.links
+
+    assert links == (LinkConfig(from_cluster="east", connections=8, codecs=("raw", "fp8")), LinkConfig())
+
+
+def test_an_override_reaches_into_a_list_appends_to_it_or_replaces_it(tmp_path):
+    text = "model: m\nkv_transfer: {links: [{dial: receiver}]}"
+
+    changed = load(tmp_path, text, "kv_transfer.links[0].connections=8", "kv_transfer.links[1].pace_gbps=2.5")
+    replaced = load(tmp_path, text, "kv_transfer.links=[{connections: 2}, {}]", "kv_transfer.links[1].dial=receiver")
+    made = load(tmp_path, "model: m", "kv_transfer.links[0].connections=3")
+
+    assert changed.kv_transfer.links == (LinkConfig(dial="receiver", connections=8), LinkConfig(pace_gbps=2.5))
+    assert replaced.kv_transfer.links == (LinkConfig(connections=2), LinkConfig(dial="receiver"))
+    assert made.kv_transfer.links == (LinkConfig(connections=3),)
+
+
+def test_certificate_files_are_where_the_node_has_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/node")
+    config = load(tmp_path, "model: m\ntls: {mode: on, ca_file: /a/ca.pem, cert_file: ~/c.pem, key_file: k.pem}")
+
+    assert config.tls.mode == "on"
+    assert config.tls.credentials == Credentials(Path("/a/ca.pem"), Path("/home/node/c.pem"), Path("k.pem"))
+    assert load(tmp_path, "model: m").tls.credentials is None
+
+
 def test_a_section_with_every_key_commented_out_is_the_default(tmp_path):
     assert load(tmp_path, "model: m\nengine:\nprefill:\n") == ServiceConfig(model="m")
 
@@ -80,6 +111,7 @@ def test_a_section_with_every_key_commented_out_is_the_default(tmp_path):
         ("model: m\nengine: {page_size: 1.5}", "engine.page_size", "must be an integer, got 1.5"),
         ("model: m\nengine: {page_size: null}", "engine.page_size", "must be an integer, got None"),
         ("model: m\nengine: {page_size: 0}", "engine.page_size", "at least 1"),
+        ("model: m\nengine: {prefix_cache: yes}", "engine.prefix_cache", "must be true or false, got 'yes'"),
         ("model: m\nengine: {prefix_cache: 1}", "engine.prefix_cache", "must be true or false"),
         ("model: m\nengine: {dtype: fp8}", "engine.dtype", "must be one of auto, bfloat16, float16, float32"),
         ("model: m\nengine: [1]", "engine", "must be a mapping"),
@@ -98,6 +130,18 @@ def test_a_section_with_every_key_commented_out_is_the_default(tmp_path):
         ("model: m\nhttp: {port: -1}", "http.port", "between 0 and 65535"),
         ("model: m\ngrpc: {port: 8000}", "grpc.port", "must not be http.port"),
         ("model: m\nlog_level: loud", "log_level", "must be one of debug, info, warning, error"),
+        ("model: m\nkv_transfer: {links: {dial: x}}", "kv_transfer.links", "must be a list"),
+        ("model: m\nkv_transfer: {links: [3]}", "kv_transfer.links[0]", "must be a mapping"),
+        ("model: m\nkv_transfer: {links: [{}, {dail: x}]}", "kv_transfer.links[1].dail", "did you mean dial?"),
+        ("model: m\nkv_transfer: {links: [{dial: both}]}", "kv_transfer.links[0].dial", "sender, receiver"),
+        ("model: m\nkv_transfer: {links: [{}, {connections: 0}]}", "kv_transfer.links[1].connections", "1 and 64"),
+        ("model: m\nkv_transfer: {links: [{pace_gbps: 0}]}", "kv_transfer.links[0].pace_gbps", "above 0"),
+        ("model: m\nkv_transfer: {links: [{codecs: raw}]}", "kv_transfer.links[0].codecs", "must be a list"),
+        ("model: m\nkv_transfer: {links: [{codecs: [raw, gz]}]}", "kv_transfer.links[0].codecs[1]", "one of raw"),
+        ("model: m\nkv_transfer: {links: [{codecs: [fp8]}]}", "kv_transfer.links[0].codecs", "must hold raw"),
+        ("model: m\ntls: {mode: maybe}", "tls.mode", "must be one of auto, on, off"),
+        ("model: m\ntls: {cert_file: c.pem}", "tls.ca_file", "come together"),
+        ("model: m\ntls: {ca_file: a, cert_file: c.pem, key_file: ''}", "tls.key_file", "null or a path"),
         ("model: 7", "model", "must be text, got 7"),
         ("model: ''", "model", "must not be empty"),
     ],
@@ -116,6 +160,12 @@ def test_a_wrong_key_or_value_is_named_with_what_is_allowed(tmp_path, text, key,
         ("model.name=3", "model.name"),
         ("engine.page_size={", "engine.page_size"),
         ("engine.nope=1", "engine.nope"),
+        ("engine..page_size=1", "engine..page_size"),
+        ("model[0].page_size=1", "model[0].page_size"),
+        ("kv_transfer.links[x].dial=sender", "kv_transfer.links[x].dial"),
+        ("kv_transfer.links[1].dial=sender", "kv_transfer.links[1].dial"),
+        ("kv_transfer.links[0].dial=both", "kv_transfer.links[0].dial"),
+        ("kv_transfer.links[0]=8", "kv_transfer.links[0]"),
     ],
 )
 def test_a_wrong_override_is_named(tmp_path, override, key):
@@ -155,6 +205,9 @@ def test_the_schema_refuses_what_the_reader_refuses():
     validator.check_schema(service_schema())
     json.dumps(service_schema())
     assert validator.is_valid({"model": "m", "decode": {"placement": None}})
+    assert validator.is_valid({"model": "m", "kv_transfer": {"links": [{"codecs": ["raw", "int8"]}]}})
+    for links in ({}, [{"codecs": ["gz"]}], [{"dail": "sender"}], [{"dial": "both"}]):
+        assert not validator.is_valid({"model": "m", "kv_transfer": {"links": links}})
     for wrong in ({}, {"model": "m", "engin": {}}, {"model": "m", "engine": {"dtype": "x"}}, {"model": 1}):
         assert not validator.is_valid(wrong)
 
