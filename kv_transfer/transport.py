@@ -37,7 +37,7 @@ from core.credentials import Credentials
 from core.errors import InvalidConfig, TransferError
 from core.fingerprint import CacheFingerprint
 from core.request import ClusterId, SessionId, WorkerId
-from kv_transfer.codec import Codec
+from kv_transfer.codec import Codec, CodecUse
 from kv_transfer.config import KvTransferConfig
 
 TOKEN_BYTES = 16
@@ -204,6 +204,7 @@ class LinkStats:
     busy_s: float = 0.0  # seconds in which at least one write was queued or under way
     bytes_queued: int = 0  # of writes not yet taken
     reconnects: int = 0  # connections that broke and were made again
+    encoded: tuple[CodecUse, ...] = ()  # one for each codec but raw that was used
 
 
 class Link(Protocol):
