@@ -1,0 +1,146 @@
+"""Real ports and channels: who gets an answer, and what a rotation of certificates does to either end."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from cluster.certificates import Authority, write_files
+from core.credentials import Credentials
+from core.errors import InvalidConfig
+from protos import worker_pb2 as pb
+from protos import worker_pb2_grpc as rpc
+from protos.channels import open_channel, open_port
+
+OURS, THEIRS = Authority.create("ours"), Authority.create("theirs")
+TIMEOUT_S = 10.0
+
+
+class Registry(rpc.RegistryServicer):
+    """Notes whose certificate each call came with."""
+
+    def __init__(self) -> None:
+        self.peers: list[str | None] = []
+
+    async def Register(self, request, context):  # noqa: N802
+        names = context.auth_context().get("x509_common_name")
+        self.peers.append(names[0].decode() if names else None)
+        return pb.RegisterReply(lease_s=7.0)
+
+
+def issued(directory: Path, authority: Authority = OURS, name: str = "worker", days: float = 1.0) -> Credentials:
+    return write_files(directory, authority.issue(name, days))
+
+
+@asynccontextmanager
+async def serving(credentials: Credentials | None) -> AsyncIterator[tuple[str, Registry]]:
+    server, registry = grpc.aio.server(), Registry()
+    rpc.add_RegistryServicer_to_server(registry, server)
+    port = open_port(server, "127.0.0.1:0", credentials)
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}", registry
+    finally:
+        await server.stop(grace=None)
+
+
+async def register(address: str, credentials: Credentials | None) -> float:
+    async with open_channel(address, credentials) as channel:
+        return (await rpc.RegistryStub(channel).Register(pb.RegisterRequest(), timeout=TIMEOUT_S)).lease_s
+
+
+async def test_processes_of_one_authority_talk_and_know_each_other(tmp_path):
+    async with serving(issued(tmp_path / "gateway")) as (address, registry):
+        assert await register(address, issued(tmp_path / "worker", name="prefill-0")) == 7.0
+    assert registry.peers == ["prefill-0"]
+
+
+async def test_without_credentials_calls_are_plain():
+    async with serving(None) as (address, registry):
+        assert await register(address, None) == 7.0
+    assert registry.peers == [None]
+
+
+@pytest.mark.parametrize("intruder", ["plain", "foreign", "expired", "no certificate"])
+async def test_who_has_no_valid_certificate_reaches_no_method(tmp_path, intruder):
+    ours = issued(tmp_path / "gateway")
+    async with serving(ours) as (address, registry):
+        match intruder:
+            case "plain":
+                channel = open_channel(address, None)
+            case "foreign":
+                theirs = issued(tmp_path / "b", THEIRS)  # trusts us, so that it is us who refuse
+                channel = open_channel(address, Credentials(ours.ca_file, theirs.cert_file, theirs.key_file))
+            case "expired":
+                channel = open_channel(address, issued(tmp_path / "b", days=-0.001))
+            case _:
+                secrets = grpc.ssl_channel_credentials(ours.ca_file.read_bytes())
+                override = (("grpc.ssl_target_name_override", "prfaas.internal"),)
+                channel = grpc.aio.secure_channel(address, secrets, options=override)
+        async with channel:
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await rpc.RegistryStub(channel).Register(pb.RegisterRequest(), timeout=TIMEOUT_S)
+        assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert await register(address, issued(tmp_path / "c")) == 7.0, "the port goes on for who may come"
+    assert len(registry.peers) == 1
+
+
+@pytest.mark.parametrize("impostor", ["plain", "foreign", "expired"])
+async def test_a_client_tells_nothing_to_a_port_without_a_valid_certificate(tmp_path, impostor):
+    ours = issued(tmp_path / "worker")
+    match impostor:
+        case "plain":
+            held = None
+        case "foreign":
+            theirs = issued(tmp_path / "b", THEIRS)
+            held = Credentials(ours.ca_file, theirs.cert_file, theirs.key_file)
+        case _:
+            held = issued(tmp_path / "b", days=-0.001)
+    async with serving(held) as (address, registry):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await register(address, ours)
+    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert registry.peers == []
+
+
+async def test_a_port_takes_up_changed_files_while_it_serves(tmp_path):
+    held = issued(tmp_path / "gateway")
+    async with serving(held) as (address, registry):
+        old = open_channel(address, issued(tmp_path / "a", name="early"))
+        async with old:
+            await rpc.RegistryStub(old).Register(pb.RegisterRequest(), timeout=TIMEOUT_S)
+            theirs = issued(tmp_path / "new", THEIRS)
+            for new, path in (
+                (theirs.ca_file, held.ca_file),
+                (theirs.cert_file, held.cert_file),
+                (theirs.key_file, held.key_file),
+            ):
+                os.replace(new, path)
+
+            assert await register(address, issued(tmp_path / "b", THEIRS, name="late")) == 7.0
+            with pytest.raises(grpc.aio.AioRpcError):
+                await register(address, issued(tmp_path / "c", name="of the old authority"))
+            await rpc.RegistryStub(old).Register(pb.RegisterRequest(), timeout=TIMEOUT_S)
+    assert registry.peers == ["early", "late", "early"], "a connection keeps what it was made with"
+
+
+async def test_files_that_cannot_be_used_are_named_when_a_port_or_channel_is_made(tmp_path):
+    held = issued(tmp_path / "gateway")
+    held.key_file.unlink()
+    server = grpc.aio.server()
+    with pytest.raises(InvalidConfig, match=r"tls\.key_file"):
+        open_port(server, "127.0.0.1:0", held)
+    with pytest.raises(InvalidConfig, match=r"tls\.key_file"):
+        open_channel("127.0.0.1:1", held)
+    await server.stop(None)
+
+
+async def test_many_channels_at_once_share_nothing_but_the_port(tmp_path):
+    async with serving(issued(tmp_path / "gateway")) as (address, registry):
+        ours = issued(tmp_path / "worker")
+        assert await asyncio.gather(*(register(address, ours) for _ in range(16))) == [7.0] * 16
+    assert len(registry.peers) == 16
