@@ -12,6 +12,9 @@ Invariants:
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -47,7 +50,7 @@ class Authority:
     def create(cls, name: str, days: float = AUTHORITY_DAYS) -> Self:
         """A new one, valid for ``days`` days."""
         key = ec.generate_private_key(ec.SECP256R1())
-        subject = _name(f"{name} authority")
+        subject = _name(f"prfaas {name}")
         builder = _builder(subject, subject, key, key.public_key(), _now() + _days(days))
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         builder = builder.add_extension(_usage(sign_certificates=True), critical=True)
@@ -126,6 +129,13 @@ def write_files(directory: Path, pem: Pem, authority: Authority | None = None) -
     return Credentials(directory / CA_FILE, directory / CERT_FILE, directory / KEY_FILE)
 
 
+@contextmanager
+def private_files(pem: Pem) -> Iterator[Credentials]:
+    """Temporary files of one process, in a folder that only its user can enter; gone when the block ends."""
+    with tempfile.TemporaryDirectory(prefix="prfaas-tls-") as directory:  # mode 0700
+        yield write_files(Path(directory), pem)
+
+
 def read_certificates(path: Path) -> list[x509.Certificate]:
     """The certificates of a PEM file, at least one. Raises ``InvalidConfig`` naming the file."""
     try:
@@ -185,9 +195,8 @@ def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
 
 
 def _name(text: str) -> x509.Name:
-    if not 1 <= len(text) <= _MAX_NAME:
-        raise InvalidConfig("name", f"must have 1 to {_MAX_NAME} characters, got {text!r}")
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+    """A common name, cut to the length that X.520 allows: it is for people."""
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text[:_MAX_NAME])])
 
 
 def _days(days: float) -> timedelta:

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
 
@@ -21,6 +22,16 @@ from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
+from cluster.certificates import (
+    AUTHORITY_DAYS,
+    CA_KEY_FILE,
+    CERTIFICATE_DAYS,
+    Authority,
+    CertificateSummary,
+    read_certificates,
+    summarize,
+    write_files,
+)
 from cluster.config import load_config, service_document, service_schema
 from cluster.version import version
 from core.errors import InvalidConfig, UnsupportedModel
@@ -52,6 +63,8 @@ curl http://127.0.0.1:8000/v1/models""",
 )
 config_app = typer.Typer(help="Check a configuration, or print what can be configured.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+certs_app = typer.Typer(help="Make the certificates of a service's processes, or look at them.", no_args_is_help=True)
+app.add_typer(certs_app, name="certs")
 
 Address = Annotated[str, typer.Option("--address", "-a", help="host:port of the service's gRPC door.")]
 Overrides = Annotated[
@@ -172,6 +185,7 @@ def status(
         highlight=False,
         soft_wrap=True,
     )
+    console.print(f"internal TLS {info.internal_tls}", highlight=False, soft_wrap=True, markup=False)
     console.print(_worker_table(info.workers))
 
 
@@ -193,6 +207,53 @@ def print_schema() -> None:
 def print_docs() -> None:
     """Print every key with its type, default and meaning, as Markdown."""
     typer.echo(service_document(), nl=False)
+
+
+@certs_app.command("make", epilog="Example: prfaas certs make certs && prfaas certs make node2 --ca certs --name node2")
+def make_certs(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to; it is made if need be.")],
+    name: Annotated[str, typer.Option(help="Whose certificate this is, for people and logs.")] = "prfaas",
+    days: Annotated[int, typer.Option(min=1, max=AUTHORITY_DAYS, help="How long it is valid.")] = CERTIFICATE_DAYS,
+    ca: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Sign with the authority in this folder, not with a new one.")
+    ] = None,
+) -> None:
+    """Make a certificate for the processes of a service, and the authority that signs it.
+
+    Writes ca.pem, cert.pem and key.pem, and without --ca also ca-key.pem; nothing is ever overwritten. Put the first
+    three on every node and name them under tls: in the service's configuration. Whoever holds ca-key.pem can let
+    others in: keep it off the nodes. A node may have a certificate of its own, made with --ca.
+    """
+    with _config_errors():
+        authority = Authority.create("service") if ca is None else Authority.load(ca)
+        held = write_files(directory, authority.issue(name, days), authority if ca is None else None)
+        held.check()
+    typer.echo(f"{directory}: a certificate of {name}, valid for {days} days at most; in the configuration:\n")
+    typer.echo(f"tls:\n  ca_file: {held.ca_file}\n  cert_file: {held.cert_file}\n  key_file: {held.key_file}")
+    if ca is None:
+        typer.echo(f"\n{directory / CA_KEY_FILE} signs further certificates: keep it away from the nodes.")
+
+
+@certs_app.command("show", epilog="Example: prfaas certs show certs/cert.pem")
+def show_certs(file: Annotated[Path, typer.Argument(metavar="FILE", help="PEM file of certificates.")]) -> None:
+    """Print whom the certificates in a file belong to, who signed them and until when they are valid."""
+    with _config_errors():
+        certificates = [summarize(certificate) for certificate in read_certificates(file)]
+    for certificate in certificates:
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for row in _certificate_rows(certificate):
+            table.add_row(*row)
+        Console(width=_PIPE_COLUMNS, highlight=False).print(table)
+
+
+def _certificate_rows(certificate: CertificateSummary) -> Iterator[tuple[str, str]]:
+    usable = certificate.is_valid(datetime.now(UTC))
+    yield "belongs to", f"{certificate.subject}{' (an authority)' if certificate.is_authority else ''}"
+    yield "signed by", certificate.issuer
+    yield "DNS names", ", ".join(certificate.names) or "none"
+    yield "valid", f"{certificate.valid_from:%Y-%m-%d %H:%M} to {certificate.valid_until:%Y-%m-%d %H:%M} UTC"
+    yield "now", "valid" if usable else "NOT VALID"
+    yield "SHA-256", certificate.sha256
 
 
 # ---- talking to a service ----

@@ -36,6 +36,7 @@ from cluster.generation import (
     TokenPrompt,
     TokenText,
 )
+from cluster.internal_tls import TlsDecision
 from cluster.tokenizer import ChatMessage
 from cluster.version import version
 from cluster.view import WorkerView
@@ -91,10 +92,11 @@ class GrpcGateway:
         membership: ClusterMembership,
         config: ServiceConfig,
         clock: Clock,
+        internal_tls: TlsDecision,
     ) -> None:
         self._membership = membership
         self._config = config.grpc
-        self._servicer = GenerationServicer(generation, router, membership, config, clock)
+        self._servicer = GenerationServicer(generation, router, membership, config, clock, internal_tls)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
         self._server: grpc.aio.Server | None = None
         self._health_task: asyncio.Task[None] | None = None
@@ -159,12 +161,14 @@ class GenerationServicer(rpc.GenerationServicer):
         membership: ClusterMembership,
         config: ServiceConfig,
         clock: Clock,
+        internal_tls: TlsDecision,
     ) -> None:
         self._generation = generation
         self._router = router
         self._membership = membership
         self._config = config
         self._clock = clock
+        self._internal_tls = internal_tls
         self._started_at = clock.now()
 
     async def Generate(self, request: pb.GenerateRequest, context: _Context) -> None:  # noqa: N802
@@ -224,6 +228,7 @@ class GenerationServicer(rpc.GenerationServicer):
                 workers=[_worker_info(worker, now) for worker in self._membership.view().workers],
                 num_inflight=self._router.num_inflight,
                 policy=self._config.router.policy,
+                internal_tls=str(self._internal_tls),
                 uptime_s=now - self._started_at,
                 version=version(),
                 model=self._config.model_name,

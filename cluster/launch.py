@@ -1,7 +1,8 @@
 """How does one command become a running service, and then nothing again? The gateway process is put together here.
 
     1  resolve the model to a folder     a subprocess: it may download or convert, and that loads torch
-    2  join Ray, open the Registry       the fleet says at which address workers reach this process
+    2  join Ray, open the Registry       the fleet says at which address workers reach this process; whether what they
+                                         say to each other is encrypted is decided with it
     3  start the workers                 they load the model and register; meanwhile the tokenizer is loaded here
     4  wait until every worker is ready  with a line whenever something changed
     5  open both doors, say where        ``on_ready``
@@ -29,6 +30,7 @@ from cluster.config import ServiceConfig
 from cluster.generation import Generation
 from cluster.grpc_gateway import GrpcGateway
 from cluster.http_gateway import HttpGateway
+from cluster.internal_tls import InternalTls, IssueProof
 from cluster.membership import Membership
 from cluster.metrics import Metrics
 from cluster.router import Router
@@ -37,7 +39,8 @@ from cluster.tokenizer import Tokenizer
 from cluster.view import ClusterView
 from core.clock import Clock, WallClock
 from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
-from core.request import GatewayId, Role
+from core.request import ClusterId, GatewayId, Role
+from protos.channels import InternalGrpc
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +65,8 @@ class Fleet(Protocol):
         """Make ready to start workers; returns the address at which workers reach this process."""
         ...
 
-    def start(self, registry: str) -> None:
-        """Start every worker of the configuration; each registers at ``registry``."""
+    def start(self, registry: str, issue_proof: IssueProof) -> None:
+        """Start every worker of the configuration; each registers at ``registry``, with what it was issued."""
         ...
 
     def check(self) -> None:
@@ -147,10 +150,14 @@ class _Service:
         self._opened.push_async_callback(self._stop_fleet)
         host = await _to_the_end(asyncio.to_thread(self._fleet.join))
         self._signals.listen()
-        membership = Membership(config.router, gateway_id, self._clock)
+        tls = InternalTls(config.tls, (host, config.kv_transfer.host or host), ClusterId(config.cluster_id))
+        self._opened.callback(tls.close)
+        _say(f"internal TLS {tls.decision}")
+        internal = InternalGrpc(tls.open(gateway_id))
+        membership = Membership(config.router, gateway_id, self._clock, internal)
         self._opened.push_async_callback(membership.close)
         registry = await membership.start(host)
-        await _to_the_end(asyncio.to_thread(self._fleet.start, registry))
+        await _to_the_end(asyncio.to_thread(self._fleet.start, registry, tls.proof_of))
         tokenizer = await asyncio.to_thread(_load_tokenizer, folder)
         await self._wait_for_workers(membership, began_at)
         router = Router(membership, make_policy(config.router.policy), config.router, self._clock, gateway_id)
@@ -158,7 +165,7 @@ class _Service:
         self._opened.push_async_callback(router.drain, 0.0)
         metrics = Metrics(membership, router)
         generation = Generation(router, membership, tokenizer, metrics, config, self._clock)
-        grpc = GrpcGateway(generation, router, membership, config, self._clock)
+        grpc = GrpcGateway(generation, router, membership, config, self._clock, tls.decision)
         self._opened.push_async_callback(grpc.stop, _DOOR_GRACE_S)
         await grpc.start()
         http = HttpGateway(generation, router, membership, metrics, config, self._clock)

@@ -32,6 +32,7 @@ from core.errors import Incompatible, PeerLost, PrfaasError, ProtocolViolation
 from core.request import EngineId, GatewayId, WorkerId
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
+from protos.channels import InternalGrpc
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +46,11 @@ _MAX_WATCH_INTERVAL_S = 0.25  # routing by load wants it fresh, whatever the lea
 class Membership:
     """The workers that this gateway holds a lease of. Everything happens on one event loop."""
 
-    def __init__(self, config: RouterConfig, gateway_id: GatewayId, clock: Clock) -> None:
+    def __init__(self, config: RouterConfig, gateway_id: GatewayId, clock: Clock, internal: InternalGrpc) -> None:
         self._lease_s = config.lease_s
         self._gateway_id = gateway_id
         self._clock = clock
+        self._internal = internal
         self._members: dict[WorkerId, _Member] = {}
         self._latest: dict[WorkerId, EngineId] = {}  # the engine that registered last under that name
         self._replaced: set[EngineId] = set()
@@ -105,7 +107,7 @@ class Membership:
         assert self._server is None, "membership was started already"
         self._server = grpc.aio.server()
         rpc.add_RegistryServicer_to_server(_RegistryService(self), self._server)
-        bound = self._server.add_insecure_port(f"{host}:{port}")
+        bound = self._internal.listen(self._server, f"{host}:{port}")
         await self._server.start()
         self._ticker = self._spawn(self._expire_leases())
         return f"{host}:{bound}"
@@ -179,7 +181,7 @@ class Membership:
 
     async def _join(self, worker_id: WorkerId, engine_id: EngineId, address: str) -> None:
         """Connect to the worker and follow it; returns when it is in the view."""
-        client = await WorkerClient.connect(address, self._gateway_id)
+        client = await WorkerClient.connect(address, self._gateway_id, self._internal)
         member: _Member | None = None
         try:
             description = client.description

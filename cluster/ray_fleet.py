@@ -20,6 +20,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -28,7 +29,10 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.certificates import private_files
 from cluster.config import PoolConfig, ServiceConfig, WorkerConfig
+from cluster.internal_tls import IssueProof, Proof
+from core.credentials import Credentials, Pem
 from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
 from core.request import ClusterId, Role, WorkerId
 
@@ -85,8 +89,11 @@ class RayFleet:
             _require_gpus(self._config)
         return self._config.host or _node_address()
 
-    def start(self, registry: str) -> None:
-        """Start every worker; they register at ``registry`` (host:port). Returns before any of them is ready."""
+    def start(self, registry: str, issue_proof: IssueProof) -> None:
+        """Start every worker; they register at ``registry`` (host:port). Returns before any of them is ready.
+
+        What ``issue_proof`` gives for a worker travels in its actor's arguments, which Ray keeps for restarts.
+        """
         service = uuid4().hex[:8]  # two services of one namespace may have workers of one name
         for role in Role:
             pool = self._config.pool(role)
@@ -100,7 +107,9 @@ class RayFleet:
                     scheduling_strategy=placing,
                     max_restarts=-1,
                 )
-                self._workers[worker_id] = handle = actor.remote(self._config, role, worker_id, registry)
+                self._workers[worker_id] = handle = actor.remote(
+                    self._config, role, worker_id, registry, issue_proof(worker_id)
+                )
                 self._starting[handle.start_failure.remote()] = worker_id
 
     def check(self) -> None:
@@ -151,13 +160,15 @@ class RayFleet:
 class WorkerActor:
     """One worker process, as Ray sees it. Made by Ray, again after each crash."""
 
-    def __init__(self, config: ServiceConfig, role: Role, worker_id: WorkerId, registry: str) -> None:
+    def __init__(self, config: ServiceConfig, role: Role, worker_id: WorkerId, registry: str, proof: Proof) -> None:
         os.environ.pop("OMP_NUM_THREADS", None)
         logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format=LOG_FORMAT)
         self._host: WorkerHost | None = None
         self._failure: StartFailure | None = None
+        self._files = ExitStack()
         try:
-            self._host = _start_host(config, role, worker_id, registry)
+            credentials = self._files.enter_context(private_files(proof)) if isinstance(proof, Pem) else proof
+            self._host = _start_host(config, role, worker_id, registry, credentials)
         except Exception as error:
             logger.exception("worker %s did not start", worker_id)
             if _is_restart():
@@ -172,9 +183,17 @@ class WorkerActor:
         """Take nothing new, finish what runs for up to ``timeout_s``, leave the gateways."""
         if self._host is not None:
             self._host.stop(timeout_s)
+        self._files.close()
 
 
-def worker_config(config: ServiceConfig, role: Role, worker_id: WorkerId, host: str, registry: str) -> WorkerConfig:
+def worker_config(
+    config: ServiceConfig,
+    role: Role,
+    worker_id: WorkerId,
+    host: str,
+    registry: str,
+    credentials: Credentials | None,
+) -> WorkerConfig:
     """What one worker is told, of what the service was told."""
     return WorkerConfig(
         worker_id=worker_id,
@@ -186,14 +205,17 @@ def worker_config(config: ServiceConfig, role: Role, worker_id: WorkerId, host: 
         kv_transfer=config.kv_transfer,
         host=host,
         registries=(registry,),
+        credentials=credentials,
         log_level=config.log_level,
     )
 
 
-def _start_host(config: ServiceConfig, role: Role, worker_id: WorkerId, registry: str) -> WorkerHost:
+def _start_host(
+    config: ServiceConfig, role: Role, worker_id: WorkerId, registry: str, credentials: Credentials | None
+) -> WorkerHost:
     from cluster.worker_host import EXIT_ENGINE_DIED, WorkerHost  # torch, which only a worker's process may load
 
-    told = worker_config(config, role, worker_id, config.host or _node_address(), registry)
+    told = worker_config(config, role, worker_id, config.host or _node_address(), registry, credentials)
     # A process whose engine died of a bug ends at once: Ray starts it anew, the router moves its requests.
     worker = WorkerHost(told, on_death=lambda: os._exit(EXIT_ENGINE_DIED))
     worker.start()

@@ -34,6 +34,7 @@ from core.request import (
 )
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
+from protos.channels import InternalGrpc
 from protos.wire import (
     chunk_from_message,
     failure_from_message,
@@ -50,9 +51,6 @@ _Outputs = grpc.aio.UnaryStreamCall[pb.OutputsRequest, pb.OutputBatch]
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    # A restarted worker may get its predecessor's port: it must not inherit the predecessor's reconnection back-off.
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_http_proxy", 0),
 )
 
 
@@ -108,9 +106,11 @@ class WorkerClient:
         self.on_change: Callable[[], None] = lambda: None
 
     @classmethod
-    async def connect(cls, address: str, gateway_id: GatewayId, timeout_s: float = CALL_TIMEOUT_S) -> Self:
+    async def connect(
+        cls, address: str, gateway_id: GatewayId, internal: InternalGrpc, timeout_s: float = CALL_TIMEOUT_S
+    ) -> Self:
         """Ask the worker who it is and open its Outputs stream; ``PeerLost`` if either does not work in time."""
-        channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        channel = internal.channel(address, _CHANNEL_OPTIONS)
         try:
             async with asyncio.timeout(timeout_s):
                 stub = rpc.WorkerStub(channel)

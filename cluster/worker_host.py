@@ -41,12 +41,13 @@ from engine.engine_thread import EngineThread
 from engine.turns import make_turns
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.sender import KvSender
-from kv_transfer.transport import LayerPages, PageGeometry, Region, create_transport
+from kv_transfer.transport import LayerPages, PageGeometry, PeerIdentity, Region, create_transport
 from prefill_worker.service import GrantClient, PrefillService
 from prefill_worker.worker import PrefillWorker
 from protos import wire
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
+from protos.channels import InternalGrpc
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,12 @@ class WorkerHost:
         return self._engine
 
     def start(self) -> str:
-        """Load the model, serve, register; return the address. Raise ``UnsupportedModel`` or what loading raised."""
+        """Load the model, serve, register; return the address. Raise ``UnsupportedModel``, ``InvalidConfig`` for
+        certificates that cannot be used, or what loading raised.
+        """
         logging.getLogger().setLevel(self._config.log_level.upper())
+        if self._config.credentials is not None:
+            self._config.credentials.check()  # before the model is loaded, which takes minutes
         engine = self._engine.start()
         self._runner = _LoopThread()
         self._parts = self._runner.run(self._serve(engine))
@@ -184,9 +189,11 @@ class _Parts(rpc.WorkerServicer):
         self._outputs = OutputStreams(self._loop, self._gateway_gone)
         self._engine = thread
         kv_transfer = replace(config.kv_transfer, host=config.kv_transfer.host or config.host)
-        self._transport = create_transport(kv_transfer, self._fingerprint, clock)
+        identity = PeerIdentity(config.worker_id, config.cluster_id)
+        self._transport = create_transport(kv_transfer, self._fingerprint, clock, identity, config.credentials)
         self._transport.register(_region(engine))
-        self._grants = GrantClient(engine_id, self._fingerprint, config.kv_transfer.grant_wait_s)
+        self._internal = InternalGrpc(config.credentials)
+        self._grants = GrantClient(engine_id, self._fingerprint, config.kv_transfer.grant_wait_s, self._internal)
         self._prefill = PrefillWorker(
             config.worker_id,
             thread,
@@ -223,7 +230,7 @@ class _Parts(rpc.WorkerServicer):
         rpc.add_DecodeServicer_to_server(
             DecodeService(self._decode, self._fingerprint, self._outputs.has), self._server
         )
-        port = self._server.add_insecure_port(f"{self._config.host}:0")
+        port = self._internal.listen(self._server, f"{self._config.host}:0")
         self.address = f"{self._config.host}:{port}"
         await self._server.start()
         self._spawn(self._expire_leases())
@@ -285,24 +292,32 @@ class _Parts(rpc.WorkerServicer):
         """Register for as long as the process lives: each call is the lease of the next few seconds."""
         request = pb.RegisterRequest(worker_id=self._config.worker_id, engine_id=self._engine_id, address=self.address)
         refused = ""
-        async with grpc.aio.insecure_channel(registry) as channel:
-            while True:
-                try:
-                    reply = await rpc.RegistryStub(channel).Register(request, timeout=5.0)
-                    refused, wait_s = "", reply.lease_s / 3
-                except grpc.aio.AioRpcError as error:
-                    said = f"{error.code().name} {error.details()}"
-                    if error.code() is grpc.StatusCode.FAILED_PRECONDITION and said != refused:
-                        logger.error("gateway %s does not take this worker: %s", registry, said)
-                    refused, wait_s = said, REGISTER_RETRY_S
-                await asyncio.sleep(wait_s)
+        while True:
+            try:
+                async with self._internal.channel(registry) as channel:
+                    while True:
+                        reply = await rpc.RegistryStub(channel).Register(request, timeout=5.0)
+                        refused = ""
+                        await asyncio.sleep(reply.lease_s / 3)
+            except grpc.aio.AioRpcError as error:
+                said = f"{error.code().name} {error.details()}"
+                if said != refused:
+                    wrong = error.code() is grpc.StatusCode.FAILED_PRECONDITION  # else it may come back, or be cut off
+                    logger.log(
+                        logging.ERROR if wrong else logging.WARNING,
+                        "gateway %s does not take this worker: %s",
+                        registry,
+                        said,
+                    )
+                refused = said
+            await asyncio.sleep(REGISTER_RETRY_S)
 
     async def _leave(self, registry: str) -> None:
         request = pb.RegisterRequest(
             worker_id=self._config.worker_id, engine_id=self._engine_id, address=self.address, leaving=True
         )
         with suppress(grpc.aio.AioRpcError):  # a gateway that is gone needs no goodbye
-            async with grpc.aio.insecure_channel(registry) as channel:
+            async with self._internal.channel(registry) as channel:
                 await rpc.RegistryStub(channel).Register(request, timeout=1.0)
 
     def _gateway_gone(self, gateway_id: GatewayId) -> None:

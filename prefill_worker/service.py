@@ -18,6 +18,7 @@ from prefill_worker.worker import GrantQuery, PrefillWorker
 from protos import wire
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
+from protos.channels import InternalGrpc
 
 OutputsCheck = Callable[[GatewayId], bool]
 
@@ -58,8 +59,11 @@ class PrefillService(rpc.PrefillServicer):
 class GrantClient:
     """Asks decode workers for grants; keeps one channel to each."""
 
-    def __init__(self, engine_id: EngineId, fingerprint: CacheFingerprint, wait_s: float) -> None:
+    def __init__(
+        self, engine_id: EngineId, fingerprint: CacheFingerprint, wait_s: float, internal: InternalGrpc
+    ) -> None:
         self._engine_id = engine_id
+        self._internal = internal
         self._fingerprint = wire.fingerprint_to_message(fingerprint)
         self._wait_s = wait_s
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -68,7 +72,7 @@ class GrantClient:
         """Raise ``GrantRefused``, ``Incompatible`` or ``PeerLost``."""
         channel = self._channels.get(query.address)
         if channel is None:
-            channel = self._channels[query.address] = grpc.aio.insecure_channel(query.address)
+            channel = self._channels[query.address] = self._internal.channel(query.address)
         request = pb.GrantRequest(
             session_id=query.session_id,
             fingerprint=self._fingerprint,

@@ -5,8 +5,8 @@ reaches no method, not even to be told that there is none. Without them every ca
 clients of the service are not made here.
 
 Invariants:
-- A port follows changed certificate files: it asks for them at each handshake. A channel keeps the ones it was made
-  with, also when it reconnects: whoever keeps a channel for long makes it anew when it breaks.
+- Changed certificate files are taken up at the next handshake of a port and by the next channel. A channel keeps the
+  ones that it was made with, also when it reconnects: whoever keeps one for long makes it anew when it breaks.
 - gRPC compares a name and cannot be told not to: it is ``INTERNAL_NAME``, in every certificate, wherever a worker runs.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import grpc
 
-from core.credentials import INTERNAL_NAME, Credentials, Reloaded
+from core.credentials import INTERNAL_NAME, Credentials, Pem, Reloaded
 
 _Options = Sequence[tuple[str, int | str]]
 
@@ -24,32 +24,38 @@ _Options = Sequence[tuple[str, int | str]]
 _OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
 
 
-def open_channel(address: str, credentials: Credentials | None, options: _Options = ()) -> grpc.aio.Channel:
-    """A channel to a process of the service at host:port. Raises ``InvalidConfig`` for files that cannot be used."""
-    options = (*_OWN_CONNECTION, *options)
-    if credentials is None:
-        return grpc.aio.insecure_channel(address, options=options)
-    pem = credentials.pem()
-    secrets = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
-    name = (("grpc.ssl_target_name_override", INTERNAL_NAME), ("grpc.default_authority", INTERNAL_NAME))
-    return grpc.aio.secure_channel(address, secrets, options=(*options, *name))
+class InternalGrpc:
+    """How one process of the service reaches the others and is reached: in the clear, or with its credentials."""
+
+    def __init__(self, credentials: Credentials | None) -> None:
+        """Raises ``InvalidConfig`` for files that cannot be used."""
+        self._pem = None if credentials is None else Reloaded(credentials, Credentials.pem)
+
+    def channel(self, address: str, options: _Options = ()) -> grpc.aio.Channel:
+        """A new channel to a process of the service at host:port."""
+        options = (*_OWN_CONNECTION, *options)
+        if self._pem is None:
+            return grpc.aio.insecure_channel(address, options=options)
+        pem = self._pem.current()
+        name = (("grpc.ssl_target_name_override", INTERNAL_NAME), ("grpc.default_authority", INTERNAL_NAME))
+        secrets = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
+        return grpc.aio.secure_channel(address, secrets, options=(*options, *name))
+
+    def listen(self, server: grpc.aio.Server, address: str) -> int:
+        """Let ``server`` listen at host:port (port 0: any free one); returns the port.
+
+        Raises ``RuntimeError`` if it cannot be had.
+        """
+        if self._pem is None:
+            return server.add_insecure_port(address)
+        pem = self._pem
+
+        def current() -> grpc.ServerCertificateConfiguration:
+            return _configuration(pem.current())
+
+        secrets = grpc.dynamic_ssl_server_credentials(current(), current, require_client_authentication=True)
+        return server.add_secure_port(address, secrets)
 
 
-def open_port(server: grpc.aio.Server, address: str, credentials: Credentials | None) -> int:
-    """Let ``server`` listen at host:port (port 0: any free one); returns the port.
-
-    Raises ``InvalidConfig`` for files that cannot be used, ``RuntimeError`` if the port cannot be had.
-    """
-    if credentials is None:
-        return server.add_insecure_port(address)
-    return server.add_secure_port(address, _port_credentials(credentials))
-
-
-def _port_credentials(credentials: Credentials) -> grpc.ServerCredentials:
-    files = Reloaded(credentials, _configuration)
-    return grpc.dynamic_ssl_server_credentials(files.current(), files.current, require_client_authentication=True)
-
-
-def _configuration(credentials: Credentials) -> grpc.ServerCertificateConfiguration:
-    pem = credentials.pem()
+def _configuration(pem: Pem) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration([(pem.key, pem.cert)], root_certificates=pem.ca)

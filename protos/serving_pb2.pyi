@@ -324,7 +324,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., transport: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., lease_left_s: _Optional[float] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
 
 class GetClusterInfoResponse(_message.Message):
-    __slots__ = ("workers", "num_inflight", "policy", "uptime_s", "version", "model", "num_requests", "num_retries", "num_resumes")
+    __slots__ = ("workers", "num_inflight", "policy", "uptime_s", "version", "model", "num_requests", "num_retries", "num_resumes", "internal_tls")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     NUM_INFLIGHT_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -334,6 +334,7 @@ class GetClusterInfoResponse(_message.Message):
     NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     NUM_RETRIES_FIELD_NUMBER: _ClassVar[int]
     NUM_RESUMES_FIELD_NUMBER: _ClassVar[int]
+    INTERNAL_TLS_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerInfo]
     num_inflight: int
     policy: str
@@ -343,7 +344,8 @@ class GetClusterInfoResponse(_message.Message):
     num_requests: int
     num_retries: int
     num_resumes: int
-    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., num_inflight: _Optional[int] = ..., policy: _Optional[str] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_retries: _Optional[int] = ..., num_resumes: _Optional[int] = ...) -> None: ...
+    internal_tls: str
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., num_inflight: _Optional[int] = ..., policy: _Optional[str] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_retries: _Optional[int] = ..., num_resumes: _Optional[int] = ..., internal_tls: _Optional[str] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)

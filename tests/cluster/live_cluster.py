@@ -7,23 +7,27 @@ processes (``processes``: can be killed). The gateway's half is the production M
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cluster.config import RouterConfig, WorkerConfig
+from pydantic import TypeAdapter
+
+from cluster.certificates import private_files
+from cluster.config import RouterConfig, TlsConfig, WorkerConfig
+from cluster.internal_tls import InternalTls, Proof
 from cluster.membership import Membership
 from cluster.router import Router
 from cluster.routing_policy import POLICIES
 from cluster.view import ClusterView
 from cluster.worker_host import WorkerHost
 from core.clock import WallClock
+from core.credentials import Credentials, Pem
 from core.request import (
     ClusterId,
     FinishReason,
@@ -38,9 +42,11 @@ from core.request import (
 )
 from engine.config import EngineConfig
 from kv_transfer.config import KvTransferConfig
+from protos.channels import InternalGrpc
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 120
+PLAIN = TlsConfig(mode="off")
 ROUTER = RouterConfig(lease_s=3.0, no_route_wait_s=60.0, max_attempts=6)
 
 
@@ -55,7 +61,7 @@ class WorkerProcess:
     def start(cls, config: WorkerConfig) -> WorkerProcess:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.worker_host", json.dumps(asdict(config))],
+            [sys.executable, "-m", "cluster.worker_host", TypeAdapter(WorkerConfig).dump_json(config).decode()],
             stdout=subprocess.DEVNULL,
             env=environment,
             cwd=ROOT,
@@ -81,6 +87,8 @@ class LiveCluster:
 
     membership: Membership
     router: Router
+    internal: InternalGrpc  # how the gateway reaches the workers
+    registry: str
     hosts: dict[WorkerId, WorkerHost] = field(default_factory=dict)
     processes: dict[WorkerId, WorkerProcess] = field(default_factory=dict)
     num_requests: int = 0
@@ -162,6 +170,7 @@ def worker_config(
     registry: str,
     engine: EngineConfig,
     kv_transfer: KvTransferConfig | None = None,
+    credentials: Credentials | None = None,
 ) -> WorkerConfig:
     return WorkerConfig(
         worker_id=WorkerId(worker_id),
@@ -173,8 +182,14 @@ def worker_config(
         kv_transfer=kv_transfer or KvTransferConfig(),
         host="127.0.0.1",
         registries=(registry,),
+        credentials=credentials,
         log_level="warning",
     )
+
+
+def _on_this_node(proof: Proof, files: ExitStack) -> Credentials | None:
+    """What ray_fleet's actor does with what it was issued."""
+    return files.enter_context(private_files(proof)) if isinstance(proof, Pem) else proof
 
 
 @asynccontextmanager
@@ -188,15 +203,25 @@ async def live_cluster(
     processes: bool = False,
     policy: str = "least_loaded",
     router: RouterConfig = ROUTER,
+    tls: TlsConfig = PLAIN,
 ) -> AsyncIterator[LiveCluster]:
     """A service of tiny workers on this machine; torn down whatever happens."""
     clock = WallClock()
     gateway_id = GatewayId("test-gateway")
-    membership = Membership(router, gateway_id, clock)
+    internal_tls = InternalTls(tls, ("127.0.0.1",), ClusterId("test"))
+    internal = InternalGrpc(internal_tls.open(gateway_id))
+    membership = Membership(router, gateway_id, clock, internal)
     registry = await membership.start("127.0.0.1")
-    cluster = LiveCluster(membership, Router(membership, POLICIES[policy](), router, clock, gateway_id))
+    cluster = LiveCluster(
+        membership, Router(membership, POLICIES[policy](), router, clock, gateway_id), internal, registry
+    )
+    files = ExitStack()
     roles = [(Role.PREFILL, i) for i in range(num_prefill)] + [(Role.DECODE, i) for i in range(num_decode)]
-    configs = [worker_config(f"{role.value}-{i}", role, model, registry, engine, kv_transfer) for role, i in roles]
+    configs = [
+        worker_config(f"{role.value}-{i}", role, model, registry, engine, kv_transfer, held)
+        for role, i in roles
+        for held in [_on_this_node(internal_tls.proof_of(WorkerId(f"{role.value}-{i}")), files)]
+    ]
     try:
         for config in configs:
             if processes:
@@ -215,3 +240,5 @@ async def live_cluster(
         for worker in cluster.processes.values():
             await asyncio.to_thread(worker.stop)
         await membership.close()
+        files.close()
+        internal_tls.close()

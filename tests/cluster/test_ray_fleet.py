@@ -22,6 +22,7 @@ from transformers import LlamaConfig
 
 from cluster import ray_fleet
 from cluster.config import GrpcConfig, HttpConfig, PoolConfig, RayConfig, RouterConfig, ServiceConfig
+from cluster.internal_tls import Proof
 from cluster.membership import Membership
 from cluster.ray_fleet import RayFleet, StartFailure, WorkerActor
 from cluster.view import ClusterView
@@ -31,6 +32,7 @@ from core.request import GatewayId, Role, WorkerId
 from engine.config import EngineConfig
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
+from protos.channels import InternalGrpc
 from tests.unit.cluster import tiny_tokenizers
 
 START_S = 120.0
@@ -73,14 +75,19 @@ def service(model: str, **changes: object) -> ServiceConfig:
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
+def no_proof(worker_id: WorkerId) -> Proof:
+    """Workers on loopback."""
+    return None
+
+
 @asynccontextmanager
 async def running(config: ServiceConfig) -> AsyncIterator[tuple[RayFleet, Membership]]:
     """The fleet, and a gateway's membership for it to register at."""
     fleet = RayFleet(config)
-    membership = Membership(config.router, GatewayId("test"), WallClock())
+    membership = Membership(config.router, GatewayId("test"), WallClock(), InternalGrpc(None))
     try:
         host = await asyncio.to_thread(fleet.join)
-        await asyncio.to_thread(fleet.start, await membership.start(host))
+        await asyncio.to_thread(fleet.start, await membership.start(host), no_proof)
         yield fleet, membership
     finally:
         await membership.close()

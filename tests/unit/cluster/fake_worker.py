@@ -19,6 +19,7 @@ from core.request import FinishReason, Role, SequenceFailure, SequenceSpec, Stag
 from protos import wire
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
+from protos.channels import InternalGrpc
 
 FINGERPRINT = CacheFingerprint(model="fake", revision="r1", dtype="float32", page_size=4, layout="l1")
 VOCAB_SIZE = 1000
@@ -70,6 +71,7 @@ class FakeWorker(rpc.WorkerServicer):
     pages_free: int = 1000
     step_s: float = 0.0
     hooks: dict[str, Hook] = field(default_factory=dict)
+    internal: InternalGrpc = field(default_factory=lambda: InternalGrpc(None))
 
     def __post_init__(self) -> None:
         self.engine_id = self.engine_id or f"{self.worker_id}-engine-1"
@@ -93,7 +95,7 @@ class FakeWorker(rpc.WorkerServicer):
         rpc.add_WorkerServicer_to_server(self, server)
         rpc.add_PrefillServicer_to_server(_PrefillEdge(self), server)
         rpc.add_DecodeServicer_to_server(_DecodeEdge(self), server)
-        port = server.add_insecure_port("127.0.0.1:0")
+        port = self.internal.listen(server, "127.0.0.1:0")
         self.address = f"127.0.0.1:{port}"
         fabric[self.address] = self
         await server.start()

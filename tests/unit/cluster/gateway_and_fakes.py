@@ -7,8 +7,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-import grpc
-
 from cluster.config import RouterConfig
 from cluster.membership import Membership
 from cluster.router import Router
@@ -17,6 +15,7 @@ from core.clock import WallClock
 from core.request import GatewayId, GenerateRequest, OutputChunk, RequestId, RequestTiming, Role, SamplingParams
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
+from protos.channels import InternalGrpc
 from tests.unit.cluster.fake_worker import FakeWorker
 
 GATEWAY = GatewayId("gateway-1")
@@ -101,7 +100,7 @@ async def collect(stream: AsyncGenerator[OutputChunk, None]) -> Answer:
 
 async def register(registry: str, worker: FakeWorker, *, leaving: bool = False) -> pb.RegisterReply:
     """What a worker process does every few seconds."""
-    async with grpc.aio.insecure_channel(registry) as channel:
+    async with worker.internal.channel(registry) as channel:
         reply: pb.RegisterReply = await rpc.RegistryStub(channel).Register(
             pb.RegisterRequest(
                 worker_id=worker.worker_id, engine_id=worker.engine_id, address=worker.address, leaving=leaving
@@ -124,7 +123,7 @@ async def gateway(
 ) -> AsyncIterator[Gateway]:
     """A gateway with so many fake workers, ``prefill-0``, ``decode-0``, ...; whatever happens, nothing is left."""
     clock = WallClock()
-    membership = Membership(config, GATEWAY, clock)
+    membership = Membership(config, GATEWAY, clock, InternalGrpc(None))
     registry = await membership.start("127.0.0.1")
     router = Router(membership, policy or RoundRobin(), config, clock, GATEWAY)
     running = Gateway(membership, router, registry, clock)

@@ -7,15 +7,20 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import cluster.launch
 from cluster import cli
+from cluster.certificates import Authority, write_files
 from cluster.config import ServiceConfig, service_document
 from cluster.grpc_gateway import GrpcGateway
+from cluster.internal_tls import TlsDecision
+from core.credentials import Credentials
 from core.errors import NoRoute, Overloaded, UnsupportedModel
 from core.request import Role
 from tests.unit.cluster.conftest import ANSWER
@@ -24,12 +29,14 @@ from tests.unit.cluster.scripted_router import MODEL, Gateway, worker
 ROOT = Path(__file__).parents[3]
 LAPTOP = str(ROOT / "deploy/examples/laptop.yaml")
 
+
+TLS = TlsDecision(True, "workers listen on 10.0.0.5")
 Run = Callable[..., Coroutine[None, None, object]]
 
 
 @pytest.fixture
 async def door(service: Gateway) -> AsyncIterator[GrpcGateway]:
-    gateway = GrpcGateway(service.generation, service.router, service.membership, service.config, service.clock)
+    gateway = GrpcGateway(service.generation, service.router, service.membership, service.config, service.clock, TLS)
     await gateway.start()
     yield gateway
     await gateway.stop(0)
@@ -156,7 +163,15 @@ async def test_status_shows_workers_and_counters(service, run):
     service.membership.workers += (worker("prefill-1", Role.PREFILL, draining=True),)
     result = await run("status")
     assert result.exit_code == 0
-    for words in ("decode-0", "prefill-1", "draining", "1.0 KiB", "2 retries, 1 resumes", "tiny"):
+    for words in (
+        "decode-0",
+        "prefill-1",
+        "draining",
+        "1.0 KiB",
+        "2 retries, 1 resumes",
+        "tiny",
+        "internal TLS on: work",
+    ):
         assert words in result.stdout
 
 
@@ -208,7 +223,8 @@ def test_config_prints_its_schema_and_its_page():
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["serve"], ["generate"], ["chat"], ["status"], ["config"], ["config", "check"]]
+    "command",
+    [[], ["serve"], ["generate"], ["chat"], ["status"], ["config"], ["config", "check"], ["certs"], ["certs", "make"]],
 )
 def test_help_teaches(command):
     result = invoke(*command, "--help")
@@ -218,3 +234,55 @@ def test_help_teaches(command):
 
 def test_the_version_is_printed():
     assert invoke("--version").stdout.startswith("prfaas ")
+
+
+# ---- certs ----
+
+
+def test_certs_make_gives_files_that_work_and_the_lines_to_configure_them(tmp_path):
+    folder = tmp_path / "certs"
+
+    made = invoke("certs", "make", str(folder), "--name", "gateway", "--days", "30")
+    node = invoke("certs", "make", str(tmp_path / "node"), "--ca", str(folder), "--name", "node-1")
+
+    assert (made.exit_code, node.exit_code) == (0, 0), (made.stderr, node.stderr)
+    config = yaml.safe_load(made.stdout[made.stdout.index("tls:") : made.stdout.index(f"{folder}/ca-key.pem")])
+    assert config["tls"] == {f"{name}_file": f"{folder}/{name}.pem" for name in ("ca", "cert", "key")}
+    Credentials(folder / "ca.pem", tmp_path / "node/cert.pem", tmp_path / "node/key.pem").check()
+    assert not (tmp_path / "node/ca-key.pem").exists()
+
+
+def test_certs_make_overwrites_nothing(tmp_path):
+    invoke("certs", "make", str(tmp_path))
+    before = (tmp_path / "key.pem").read_bytes()
+
+    again = invoke("certs", "make", str(tmp_path))
+
+    assert again.exit_code == 2
+    assert "exists, and no key is ever overwritten" in again.stderr
+    assert (tmp_path / "key.pem").read_bytes() == before
+
+
+def test_certs_make_without_an_authority_there_is_exit_2(tmp_path):
+    result = invoke("certs", "make", str(tmp_path / "a"), "--ca", str(tmp_path / "b"))
+    assert result.exit_code == 2
+    assert "ca.pem" in result.stderr
+    assert not (tmp_path / "a").exists()
+
+
+def test_certs_show_says_whose_and_until_when(tmp_path):
+    invoke("certs", "make", str(tmp_path), "--name", "gateway", "--days", "30")
+    until = f"{datetime.now(UTC) + timedelta(days=30):%Y-%m-%d}"
+
+    shown = invoke("certs", "show", str(tmp_path / "cert.pem"))
+
+    for words in ("CN=gateway", "CN=prfaas service", "prfaas.internal", until, "now", "valid"):
+        assert words in shown.stdout
+    assert "NOT VALID" not in shown.stdout
+    assert "(an authority)" in invoke("certs", "show", str(tmp_path / "ca.pem")).stdout
+    assert invoke("certs", "show", str(tmp_path / "key.pem")).exit_code == 2
+
+
+def test_certs_show_sees_an_expired_certificate(tmp_path):
+    held = write_files(tmp_path / "c", Authority.create("service").issue("w", days=-1.0))
+    assert "NOT VALID" in invoke("certs", "show", str(held.cert_file)).stdout

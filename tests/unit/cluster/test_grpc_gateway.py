@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from cluster.config import GrpcConfig, ServiceConfig
 from cluster.front_door import Door
 from cluster.grpc_gateway import GrpcGateway, _shortest
+from cluster.internal_tls import TlsDecision
 from core.errors import (
     DeadlineExceeded,
     GrantRefused,
@@ -28,10 +29,12 @@ from protos import serving_pb2_grpc as rpc
 from tests.unit.cluster.conftest import ANSWER
 from tests.unit.cluster.scripted_router import Gateway, worker
 
+TLS = TlsDecision(True, "workers listen on 10.0.0.5")
+
 
 @pytest.fixture
 async def door(service: Gateway) -> AsyncIterator[GrpcGateway]:
-    gateway = GrpcGateway(service.generation, service.router, service.membership, service.config, service.clock)
+    gateway = GrpcGateway(service.generation, service.router, service.membership, service.config, service.clock, TLS)
     await gateway.start()
     yield gateway
     await gateway.stop(0)
@@ -333,6 +336,7 @@ async def test_cluster_info_lists_workers_and_counters(service, stub):
     ]
     assert (info.num_requests, info.num_retries, info.num_resumes) == (5, 2, 1)
     assert (info.model, info.policy) == ("tiny", "least_loaded")
+    assert info.internal_tls == "on: workers listen on 10.0.0.5"
 
 
 async def test_health_follows_the_cluster(service, channel):
@@ -362,7 +366,7 @@ async def test_reflection_lists_the_services(channel):
 
 async def test_a_taken_port_is_named(service, door):
     config = ServiceConfig(model="m", grpc=GrpcConfig(port=door.port))
-    second = GrpcGateway(service.generation, service.router, service.membership, config, service.clock)
+    second = GrpcGateway(service.generation, service.router, service.membership, config, service.clock, TLS)
     with pytest.raises(InvalidConfig) as caught:
         await second.start()
     assert caught.value.key == "grpc.port"

@@ -8,21 +8,28 @@ import json
 import os
 import signal
 import socket
+import stat
+import tempfile
 import urllib.request
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import pytest
 
-from cluster.config import GrpcConfig, HttpConfig, PoolConfig, RouterConfig, ServiceConfig
+from cluster.certificates import Authority, private_files, write_files
+from cluster.config import GrpcConfig, HttpConfig, PoolConfig, RouterConfig, ServiceConfig, TlsConfig
+from cluster.internal_tls import IssueProof
 from cluster.launch import EXIT_WRONG_INPUT, Endpoints, NotReadyInTime, resolve_model, serve, serve_async
+from core.credentials import Pem
 from core.errors import InvalidConfig, UnsupportedModel
-from core.request import Role
+from core.request import Role, WorkerId
 from protos import serving_pb2 as pb
 from protos import serving_pb2_grpc as rpc
+from protos import worker_pb2, worker_pb2_grpc
+from protos.channels import InternalGrpc
 from tests.unit.cluster import tiny_tokenizers
 from tests.unit.cluster.fake_worker import FIRST_TOKEN, FakeWorker, Visit
 from tests.unit.cluster.gateway_and_fakes import PATIENCE_S, register
@@ -62,6 +69,8 @@ class FakeFleet:
     def __init__(self, num_missing: int = 0, failure: Exception | None = None) -> None:
         self.workers: list[FakeWorker] = []
         self.done: list[str] = []
+        self.registry = ""
+        self._files = ExitStack()
         self._num_missing = num_missing
         self._failure = failure
         self._loop = asyncio.get_running_loop()
@@ -75,8 +84,13 @@ class FakeFleet:
         self.done.append("join")
         return "127.0.0.1"
 
-    def start(self, registry: str) -> None:
+    def start(self, registry: str, issue_proof: IssueProof) -> None:
         self.done.append("start")
+        self.registry = registry
+        for worker in self.workers:
+            proof = issue_proof(WorkerId(worker.worker_id))
+            held = self._files.enter_context(private_files(proof)) if isinstance(proof, Pem) else proof
+            worker.internal = InternalGrpc(held)
         asyncio.run_coroutine_threadsafe(self._start(registry), self._loop).result()
 
     def check(self) -> None:
@@ -86,6 +100,7 @@ class FakeFleet:
     def stop(self, timeout_s: float) -> None:
         self.done.append("stop" if timeout_s > 0 else "stop at once")
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
+        self._files.close()
 
     async def _start(self, registry: str) -> None:
         fabric: dict[str, FakeWorker] = {}
@@ -126,7 +141,53 @@ async def test_a_service_answers_through_both_doors_and_stops_in_order(model: st
 
     assert json.loads(models)["data"][0]["id"] == "tiny"
     assert [worker.worker_id for worker in info.workers] == ["decode-0", "decode-1", "prefill-0"]
+    assert info.internal_tls == "off: workers listen on loopback only"
     assert fleet.done == ["join", "start", "stop"]
+
+
+def modes(folder: Path) -> list[int]:
+    """Permissions of what lies in ``folder``."""
+    return [stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()]
+
+
+async def register_a_stranger(registry: str, internal: InternalGrpc) -> None:
+    async with internal.channel(registry) as channel:
+        request = worker_pb2.RegisterRequest(worker_id="x", engine_id="x", address="127.0.0.1:1", leaving=True)
+        await worker_pb2_grpc.RegistryStub(channel).Register(request, timeout=PATIENCE_S)
+
+
+async def test_with_tls_on_and_no_files_the_run_makes_its_own_and_keeps_strangers_out(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    fleet = FakeFleet()
+    async with serving(fleet, replace(config(model), tls=TlsConfig(mode="on"))) as (task, endpoints):
+        async with grpc.aio.insecure_channel(endpoints.grpc) as channel:
+            info = await rpc.GenerationStub(channel).GetClusterInfo(pb.GetClusterInfoRequest())
+            answer = [reply async for reply in rpc.GenerationStub(channel).Generate(tokens(3))][-1]
+        with private_files(Authority.create("local").issue("x")) as foreign:
+            for stranger in (InternalGrpc(None), InternalGrpc(foreign)):
+                with pytest.raises(grpc.aio.AioRpcError, match="UNAVAILABLE"):
+                    await register_a_stranger(fleet.registry, stranger)
+        await register_a_stranger(fleet.registry, fleet.workers[0].internal)
+        folders = modes(tmp_path)
+        interrupt()
+        await asyncio.wait_for(task, PATIENCE_S)
+
+    assert info.internal_tls == "on: tls.mode says so, with certificates made for this run"
+    assert len(answer.complete.output_ids) == 3
+    assert folders == [0o700] * 4, "the gateway's and three workers'"
+    assert modes(tmp_path) == []
+
+
+async def test_given_certificates_that_cannot_be_used_are_an_error_at_the_start(model: str, tmp_path: Path) -> None:
+    held = write_files(tmp_path / "old", Authority.create("local").issue("gateway", days=-1.0))
+    files = TlsConfig(ca_file=str(held.ca_file), cert_file=str(held.cert_file), key_file=str(held.key_file))
+    fleet = FakeFleet()
+
+    with pytest.raises(InvalidConfig, match=r"tls\.cert_file: .*expired"):
+        await serve_async(replace(config(model), tls=files), None, fleet.make)
+    assert fleet.done == ["join", "stop"]
 
 
 def tokens(num_tokens: int) -> pb.GenerateRequest:

@@ -14,6 +14,7 @@ from cluster.membership import Membership
 from cluster.worker_client import SequenceEvent, WorkerLost
 from core.clock import VirtualClock
 from core.request import EngineId, Role, SequenceId
+from protos.channels import InternalGrpc
 from tests.unit.cluster.fake_worker import FINGERPRINT, FakeWorker
 from tests.unit.cluster.gateway_and_fakes import CONFIG, GATEWAY, Gateway, gateway, register, until
 
@@ -50,7 +51,7 @@ async def test_the_reply_is_the_lease_and_registering_again_opens_nothing_new() 
 
 
 async def test_the_view_is_the_same_object_until_something_changes() -> None:
-    membership = Membership(RouterConfig(), GATEWAY, VirtualClock())
+    membership = Membership(RouterConfig(), GATEWAY, VirtualClock(), InternalGrpc(None))
 
     assert membership.view() is membership.view()
 
@@ -94,7 +95,7 @@ async def test_a_worker_that_falls_silent_is_out_when_its_lease_runs_out() -> No
 async def test_leases_run_on_the_clock() -> None:
     async with gateway(0, 0) as g:
         clock = VirtualClock()
-        membership = Membership(replace(CONFIG, lease_s=1000.0), GATEWAY, clock)
+        membership = Membership(replace(CONFIG, lease_s=1000.0), GATEWAY, clock, InternalGrpc(None))
         registry = await membership.start("127.0.0.1")
         worker = FakeWorker("decode-0", Role.DECODE)
         worker.silent.set()

@@ -12,6 +12,7 @@ import pytest
 from cluster.worker_client import SequenceEvent, WorkerClient, WorkerLost
 from core.errors import InvalidRequest, PeerLost, PrfaasError, SequenceFailed
 from core.request import Role, SamplingParams, SequenceFailure, SequenceId, SequenceSpec, SessionId, TokenChunk
+from protos.channels import InternalGrpc
 from tests.unit.cluster.fake_worker import ANNOUNCED, FakeWorker, Refusal, Visit
 from tests.unit.cluster.gateway_and_fakes import GATEWAY, until
 
@@ -21,7 +22,7 @@ SPEC = SequenceSpec(SequenceId("s"), (1, 2, 3), SamplingParams(seed=1, max_token
 @asynccontextmanager
 async def connection() -> AsyncIterator[tuple[FakeWorker, WorkerClient, asyncio.Task[None]]]:
     worker = FakeWorker("decode-0", Role.DECODE)
-    client = await WorkerClient.connect(await worker.start({}), GATEWAY)
+    client = await WorkerClient.connect(await worker.start({}), GATEWAY, InternalGrpc(None))
     pump = asyncio.create_task(client.pump_outputs())
     try:
         yield worker, client, pump
@@ -45,7 +46,7 @@ async def test_connecting_to_nobody_is_a_lost_peer() -> None:
     await worker.kill()
 
     with pytest.raises(PeerLost, match=address):
-        await WorkerClient.connect(address, GATEWAY, timeout_s=0.2)
+        await WorkerClient.connect(address, GATEWAY, InternalGrpc(None), timeout_s=0.2)
 
 
 async def test_each_sequence_gets_its_own_events_in_order_and_unknown_ones_are_dropped() -> None:

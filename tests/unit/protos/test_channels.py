@@ -14,7 +14,7 @@ from core.credentials import Credentials
 from core.errors import InvalidConfig
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
-from protos.channels import open_channel, open_port
+from protos.channels import InternalGrpc
 
 OURS, THEIRS = Authority.create("ours"), Authority.create("theirs")
 TIMEOUT_S = 10.0
@@ -40,7 +40,7 @@ def issued(directory: Path, authority: Authority = OURS, name: str = "worker", d
 async def serving(credentials: Credentials | None) -> AsyncIterator[tuple[str, Registry]]:
     server, registry = grpc.aio.server(), Registry()
     rpc.add_RegistryServicer_to_server(registry, server)
-    port = open_port(server, "127.0.0.1:0", credentials)
+    port = InternalGrpc(credentials).listen(server, "127.0.0.1:0")
     await server.start()
     try:
         yield f"127.0.0.1:{port}", registry
@@ -49,7 +49,7 @@ async def serving(credentials: Credentials | None) -> AsyncIterator[tuple[str, R
 
 
 async def register(address: str, credentials: Credentials | None) -> float:
-    async with open_channel(address, credentials) as channel:
+    async with InternalGrpc(credentials).channel(address) as channel:
         return (await rpc.RegistryStub(channel).Register(pb.RegisterRequest(), timeout=TIMEOUT_S)).lease_s
 
 
@@ -71,12 +71,12 @@ async def test_who_has_no_valid_certificate_reaches_no_method(tmp_path, intruder
     async with serving(ours) as (address, registry):
         match intruder:
             case "plain":
-                channel = open_channel(address, None)
+                channel = InternalGrpc(None).channel(address)
             case "foreign":
                 theirs = issued(tmp_path / "b", THEIRS)  # trusts us, so that it is us who refuse
-                channel = open_channel(address, Credentials(ours.ca_file, theirs.cert_file, theirs.key_file))
+                channel = InternalGrpc(Credentials(ours.ca_file, theirs.cert_file, theirs.key_file)).channel(address)
             case "expired":
-                channel = open_channel(address, issued(tmp_path / "b", days=-0.001))
+                channel = InternalGrpc(issued(tmp_path / "b", days=-0.001)).channel(address)
             case _:
                 secrets = grpc.ssl_channel_credentials(ours.ca_file.read_bytes())
                 override = (("grpc.ssl_target_name_override", "prfaas.internal"),)
@@ -110,7 +110,7 @@ async def test_a_client_tells_nothing_to_a_port_without_a_valid_certificate(tmp_
 async def test_a_port_takes_up_changed_files_while_it_serves(tmp_path):
     held = issued(tmp_path / "gateway")
     async with serving(held) as (address, registry):
-        old = open_channel(address, issued(tmp_path / "a", name="early"))
+        old = InternalGrpc(issued(tmp_path / "a", name="early")).channel(address)
         async with old:
             await rpc.RegistryStub(old).Register(pb.RegisterRequest(), timeout=TIMEOUT_S)
             theirs = issued(tmp_path / "new", THEIRS)
@@ -128,15 +128,26 @@ async def test_a_port_takes_up_changed_files_while_it_serves(tmp_path):
     assert registry.peers == ["early", "late", "early"], "a connection keeps what it was made with"
 
 
-async def test_files_that_cannot_be_used_are_named_when_a_port_or_channel_is_made(tmp_path):
+async def test_a_channel_is_made_with_the_last_usable_files(tmp_path):
+    async with serving(issued(tmp_path / "gateway")) as (address, registry):
+        held = issued(tmp_path / "worker", name="before")
+        internal = InternalGrpc(held)
+        held.key_file.unlink()  # a rotation is half done
+        async with internal.channel(address) as channel:
+            await rpc.RegistryStub(channel).Register(pb.RegisterRequest(), timeout=TIMEOUT_S)
+        new = issued(tmp_path / "new", name="after")
+        os.replace(new.key_file, held.key_file)
+        os.replace(new.cert_file, held.cert_file)
+        async with internal.channel(address) as channel:
+            await rpc.RegistryStub(channel).Register(pb.RegisterRequest(), timeout=TIMEOUT_S)
+    assert registry.peers == ["before", "after"]
+
+
+def test_files_that_cannot_be_used_are_named_at_the_start(tmp_path):
     held = issued(tmp_path / "gateway")
     held.key_file.unlink()
-    server = grpc.aio.server()
     with pytest.raises(InvalidConfig, match=r"tls\.key_file"):
-        open_port(server, "127.0.0.1:0", held)
-    with pytest.raises(InvalidConfig, match=r"tls\.key_file"):
-        open_channel("127.0.0.1:1", held)
-    await server.stop(None)
+        InternalGrpc(held)
 
 
 async def test_many_channels_at_once_share_nothing_but_the_port(tmp_path):
