@@ -433,8 +433,10 @@ def _region(engine: Engine) -> Region:
             "engine.device",
             f"K/V transport works on host memory so far: a worker must be on cpu, not {engine.pool.device}",
         )
-    layers = range(engine.layout.num_layers)
-    geometry = PageGeometry(tuple(LayerPages(engine.layout.page_bytes(i)) for i in layers), engine.pool.num_pages)
+    layout = engine.layout
+    layers = range(layout.num_layers)
+    pages = (LayerPages(layout.page_bytes(i), layout.layers[i].dtype, layout.block_bytes(i)) for i in layers)
+    geometry = PageGeometry(tuple(pages), engine.pool.num_pages)
     return Region(geometry, tuple(engine.pool.layer_bytes(i) for i in layers))
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import astuple, dataclass
 from itertools import pairwise
+from math import gcd
 from types import MappingProxyType
 
 PAGE_ORDER = "heads, tokens, dims"  # of K and of V within a page: a change of it makes two layouts differ
@@ -64,6 +65,15 @@ class CacheLayout:
     def page_bytes(self, index: int) -> int:
         """Bytes of one page in ``layers[index]``."""
         return self.layers[index].token_bytes * self.page_size
+
+    def block_bytes(self, index: int) -> int:
+        """A run that never joins two heads, nor keys and values: one head's keys, or values, within a page.
+
+        Where keys and values are not equally wide it is the largest run that divides both. Lossy codecs give each
+        such run a scale of its own.
+        """
+        layer = self.layers[index]
+        return gcd(layer.key_dim, layer.value_dim) * self.page_size * DTYPE_BYTES[layer.dtype]
 
     @property
     def bytes_per_token(self) -> int:

@@ -26,6 +26,12 @@ def test_sizes_add_up_over_layers_of_different_shapes() -> None:
     assert both.bytes_per_page == 4 * (48 + 512)
 
 
+def test_block_is_one_heads_keys_or_values_or_what_divides_both() -> None:
+    equal = dataclasses.replace(LAYER, layer=1, key_dim=8, value_dim=8)
+    both = layout(LAYER, equal, page_size=4)
+    assert [both.block_bytes(index) for index in range(both.num_layers)] == [4 * 4 * 2, 4 * 8 * 2]
+
+
 def test_equal_layouts_have_equal_fingerprints() -> None:
     assert layout().fingerprint() == layout(dataclasses.replace(LAYER)).fingerprint()
 
