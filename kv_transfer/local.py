@@ -20,7 +20,7 @@ from core.errors import PeerLost, ProtocolViolation, TransferError
 from core.fingerprint import CacheFingerprint
 from core.request import SessionId
 from kv_transfer.config import KvTransferConfig
-from kv_transfer.outbox import Outbox
+from kv_transfer.outbox import Notice, Outbox, Taker
 from kv_transfer.transport import (
     ANONYMOUS,
     LinkStats,
@@ -204,22 +204,24 @@ class _Joint:
             raise PeerLost("nobody is at this descriptor")
         receive_events = self._receive_events = self.receiver.accept(self)
         self._start_backward()
-        outbox = self.send_end.outbox
+        outbox, taker = self.send_end.outbox, Taker(control=True)
         while not outbox.closed:
-            item = outbox.take(_IDLE_S)
+            item = outbox.take(taker, _IDLE_S)
             if isinstance(item, Write):
                 self._copy(self.receiver, receive_events, item)
-                outbox.done()
+                drained = outbox.done(item)
                 self._send_events.written(self.send_end, item)
-            elif item is not None:
-                receive_events.notified(self.receive_end, item)
+                if drained:
+                    self._send_events.drained(self.send_end, item.session_id)
+            elif isinstance(item, Notice):
+                receive_events.notified(self.receive_end, item.message)
 
     def _backward(self) -> None:
-        outbox = self.receive_end.outbox
+        outbox, taker = self.receive_end.outbox, Taker(control=True)
         while not outbox.closed:
-            item = outbox.take(_IDLE_S)
-            if isinstance(item, bytes):
-                self._send_events.notified(self.send_end, item)
+            item = outbox.take(taker, _IDLE_S)
+            if isinstance(item, Notice):
+                self._send_events.notified(self.send_end, item.message)
 
     def _start_backward(self) -> None:
         thread = Thread(target=self._guard, args=(self._backward, self.sender), name="kv-local-reply", daemon=True)
@@ -247,7 +249,7 @@ class _End:
     def __init__(self, joint: _Joint, clock: Clock) -> None:
         self._joint = joint
         self._clock = clock
-        self.outbox = Outbox()
+        self.outbox = Outbox(clock)
 
     @property
     def peer(self) -> str:

@@ -134,6 +134,8 @@ class KvReceiver:
     def admit(self, link: Link, token: bytes, layers: range, spans: tuple[Span, ...]) -> SessionId | None:
         with self._changed:
             entry = self._by_token.get(token)
+            if entry is not None and entry.link is None and entry.session.state is ReceiveState.ISSUED:
+                self._begun(entry, link)  # a write may overtake its Begin; it, too, shows the token
             if entry is None or entry.link is not link or entry.session.state is not ReceiveState.RECEIVING:
                 return None
             try:
@@ -188,6 +190,10 @@ class KvReceiver:
             abort = Abort.because_of(session.session_id, session.token, error)
             entry.link.notify(session.session_id, encode(abort))
 
+    def _begun(self, entry: _Entry, link: Link) -> None:
+        entry.session.begin()
+        entry.link = link
+
     def _expire(self, entry: _Entry, now: float) -> None:
         heard_at = entry.session.issued_at if entry.link is None else entry.link.heard_at
         silent_s = now - heard_at
@@ -225,12 +231,13 @@ class KvReceiver:
 
     def _begin(self, link: Link, begin: Begin) -> None:
         with self._changed:
+            if self._entry_of(link, begin) is not None:
+                return  # a write came before it
             entry = self._entry_of(None, begin)
             if entry is None:
                 self._refuse(link, begin)
                 return
-            entry.session.begin()
-            entry.link = link
+            self._begun(entry, link)
 
     def _commit(self, link: Link, commit: Commit) -> None:
         with self._changed:

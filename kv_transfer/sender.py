@@ -163,8 +163,13 @@ class KvSender:
             if entry is None or entry.link is not link:
                 return
             entry.session.written(write)
-            if entry.session.state is SendState.ABORTING:
-                entry.session.drained(self._clock.now())
+
+    def drained(self, link: SendLink, session_id: SessionId) -> None:
+        with self._changed:
+            entry = self._entries.get(session_id)
+            if entry is None or entry.link is not link:
+                return
+            entry.session.drained(self._clock.now())
             closed = self._pop_closed([entry])
         self._report(closed)
 
@@ -209,7 +214,7 @@ class KvSender:
         return peer.link
 
     def _abort(self, entry: _Entry, error: TransferError, farewell: Callable[[bytes], Abort | AbortAck]) -> None:
-        """``farewell`` tells the peer that nothing follows: it is queued behind the one write that may be under way."""
+        """``farewell`` tells the peer that nothing follows: it is queued behind the writes that may be under way."""
         session, link = entry.session, entry.link
         if session.state is SendState.ABORTING:
             return

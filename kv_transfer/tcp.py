@@ -50,7 +50,7 @@ from kv_transfer.frames import (
     parse_hello,
     parse_write,
 )
-from kv_transfer.outbox import Outbox
+from kv_transfer.outbox import Notice, Outbox, Taker
 from kv_transfer.transport import (
     ANONYMOUS,
     LinkStats,
@@ -236,7 +236,7 @@ class _End(ABC):
         self._transport = transport
         self._peer = peer
         self._heard_at = transport.clock.now()
-        self._outbox = Outbox()
+        self._outbox = Outbox(transport.clock)
         self._lock = Lock()
         self._socket: socket.socket | None = None
         self._error: TransferError | None = None
@@ -328,12 +328,13 @@ class _End(ABC):
 
     def _write_loop(self) -> None:
         connection = self._opened()
+        taker = Taker(control=True)
         while not self._outbox.closed:
-            item = self._outbox.take(self._transport.keepalive_s)
+            item = self._outbox.take(taker, self._transport.keepalive_s)
             if isinstance(item, Write):
                 self._send_write(connection, item)
-            elif item is not None:
-                connection.sendall(pack_message(item))
+            elif isinstance(item, Notice):
+                connection.sendall(pack_message(item.message))
             elif not self._outbox.closed:
                 connection.sendall(KEEPALIVE)
 
@@ -442,8 +443,10 @@ class _SendEnd(_End):
         spans = ((strip.dst, strip.num_bytes) for strip in write.strips)
         head = pack_write(write.token, write.layers, spans, write.num_bytes)
         _send_all(connection, [memoryview(head), *views])
-        self._outbox.done()
+        drained = self._outbox.done(write)
         self._events.written(self, write)
+        if drained:
+            self._events.drained(self, write.session_id)
 
     def _take_message(self, message: bytes) -> None:
         self._events.notified(self, message)

@@ -8,12 +8,16 @@ Rules that every implementation keeps:
 
 - A message never overtakes an earlier write or message of its session: when ``notified`` is called, each write that was
   queued before it has landed, was refused, was damaged, or was lost with its connection. Writes of a session may land
-  in any order. Between sessions the link goes by ``SendOrder``.
+  in any order, and may overtake an earlier message. Between sessions the link goes by ``SendOrder``.
+- A link may lose a part of itself (one of several connections) and live on. Writes that this cut short are damaged,
+  writes that had not begun to arrive are missing without a word: ``written`` says only that a source is free again.
+  Who needs to know what arrived asks behind a message.
 - ``write``, ``notify``, ``cancel`` and ``close`` of a link only queue: they never block on the peer and never call an
   event from within the call, so they may be called while holding the caller's own locks.
-- Events are called from the transport's threads while no transport lock is held, ``admit``, ``landed``, ``damaged`` and
-  ``written`` of one link also from several threads at once (a link may be several connections), ``notified`` one at a
-  time. They must be short: they delay the link. An event that raises ``TransferError`` closes the link.
+- Events are called from the transport's threads while no transport lock is held, ``admit``, ``landed``, ``damaged``,
+  ``written`` and ``drained`` of one link also from several threads at once (a link may be several connections),
+  ``notified`` one at a time. They must be short: they delay the link. An event that raises ``TransferError`` closes
+  the link.
 - ``lost`` is the last event of each end of a link and comes exactly once. After it no byte of this end's region is
   read or written for the link.
 - Payload bytes land only where ``admit`` allowed, and are all there, as they were sent, when ``landed`` is called.
@@ -239,7 +243,8 @@ class SendLink(Link, Protocol):
     def cancel(self, session_id: SessionId) -> bool:
         """Forget everything that is queued for the session.
 
-        True: none of its pages is being read. False: one write is under way; its ``written`` (or ``lost``) follows.
+        True: none of its pages is being read. False: writes of it are under way; behind the ``written`` of the last of
+        them ``drained`` follows, once (or ``lost``). Nothing may be written for the session until then.
         """
         ...
 
@@ -248,7 +253,11 @@ class SendEvents(Protocol):
     """What the sending end of a link reports; one object serves all links of a transport."""
 
     def written(self, link: SendLink, write: Write) -> None:
-        """The write's source pages were read for the last time."""
+        """The write's source pages were read for the last time: it was sent, or its connection broke."""
+        ...
+
+    def drained(self, link: SendLink, session_id: SessionId) -> None:
+        """``cancel`` of the session had found writes under way; now none of its pages is being read."""
         ...
 
     def notified(self, link: SendLink, message: bytes) -> None:
