@@ -1,0 +1,244 @@
+"""Which workers hold how much of this prompt? Page hash |-> workers, for every worker that a gateway follows.
+
+A worker's pages are prefix-closed: whoever holds page i of a prompt holds pages 0..i-1 as well (the allocator evicts
+the end of a prefix first). So along a prompt's pages the set of holders only shrinks, and the depth of every worker
+is found by halving intervals: O(log pages) look-ups for each distinct set of workers that the prompt meets, however
+many workers are in it.
+
+    key    the first 8 bytes of a PageHash. Two prefixes of 10 million that share a key are expected once in 300,000
+           such indexes, and a wrong hit costs a worse route, never a wrong token: the allocators compare whole hashes.
+    slot   one bit for one worker's cache since it last began empty. A worker that is lost, or that clears its cache,
+           just loses its slot: its bits stay in the index, are masked out of every answer, and are swept out a shard
+           at a time, so that no event waits for a walk over all pages.
+    set    an interned bitmap of slots: millions of pages share a few thousand of them.
+
+Invariant: an answer is what a scan of every worker's own pages would give, as of the last event of each.
+Everything happens on one event loop; ``Membership`` is the one writer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from core.prefix_hash import PageHash
+from core.request import EngineId
+
+KEY_BYTES = 8
+_NUM_SHARDS = 256  # a sweep step walks one: 40,000 pages of 10 million
+
+
+def page_key(page_hash: PageHash) -> int:
+    """What the index and the workers' page events call a page."""
+    return int.from_bytes(page_hash[:KEY_BYTES], "little")
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixLevel:
+    """``holders`` (a bitmap of slots) hold exactly ``num_pages`` leading pages of the prompt."""
+
+    num_pages: int
+    holders: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """For one prompt: how many of its leading pages each worker holds, most first. Who holds none is on no level."""
+
+    levels: tuple[PrefixLevel, ...] = ()
+    slots: Mapping[EngineId, int] = field(default_factory=dict)
+
+    def pages_on(self, engine_id: EngineId) -> int:
+        """Leading pages that ``engine_id`` holds."""
+        slot = self.slots.get(engine_id)
+        if slot is None:
+            return 0
+        return next((level.num_pages for level in self.levels if level.holders >> slot & 1), 0)
+
+    @property
+    def longest(self) -> int:
+        """Pages that the best worker holds."""
+        return self.levels[0].num_pages if self.levels else 0
+
+
+NO_MATCH = PrefixMatch()
+
+
+class PrefixIndex:
+    """The pages of every followed worker."""
+
+    def __init__(self) -> None:
+        self._shards: list[dict[int, int]] = [{} for _ in range(_NUM_SHARDS)]  # key |-> id of a set
+        self._sets = _SlotSets()
+        self._slot_of: Mapping[EngineId, int] = {}  # replaced, never changed: answers keep the one of their time
+        self._alive = 0  # bitmap of the slots in _slot_of
+        self._num_slots = 0
+        self._free_slots: list[int] = []
+        self._dead = 0  # bitmap of lost slots whose bits may still be in some set
+        self._sweeping = 0  # the part of _dead that the present sweep takes out
+        self._next_shard = 0
+
+    @property
+    def num_keys(self) -> int:
+        """Distinct pages in the index, those of lost workers that are not swept out yet included."""
+        return sum(map(len, self._shards))
+
+    # ---- events ----
+
+    def add_worker(self, engine_id: EngineId) -> None:
+        """Follow a worker; its cache counts as empty. Of a worker that is followed already, everything is forgotten."""
+        self.remove_worker(engine_id)
+        if not self._free_slots:
+            self._free_slots.append(self._num_slots)
+            self._num_slots += 1
+        slot = self._free_slots.pop()
+        self._slot_of = {**self._slot_of, engine_id: slot}
+        self._alive |= 1 << slot
+
+    def remove_worker(self, engine_id: EngineId) -> None:
+        """Forget a worker and all its pages; unknown ones are ignored."""
+        slot = self._slot_of.get(engine_id)
+        if slot is None:
+            return
+        self._slot_of = {name: s for name, s in self._slot_of.items() if name != engine_id}
+        self._alive &= ~(1 << slot)
+        self._dead |= 1 << slot
+
+    def stored(self, engine_id: EngineId, keys: Iterable[int]) -> None:
+        """The worker now holds these pages; events of workers that are not followed are ignored."""
+        slot = self._slot_of.get(engine_id)
+        if slot is None:
+            return
+        shards, sets = self._shards, self._sets
+        with_slot = sets.adding(slot)
+        for key in keys:
+            shard = shards[key & 0xFF]
+            before = shard.get(key, 0)
+            after = with_slot.get(before)
+            if after is None:
+                after = with_slot[before] = sets.id_of(sets.bitmap(before) | 1 << slot)
+            shard[key] = after
+
+    def removed(self, engine_id: EngineId, keys: Iterable[int]) -> None:
+        """The worker no longer holds these pages."""
+        slot = self._slot_of.get(engine_id)
+        if slot is None:
+            return
+        shards, sets = self._shards, self._sets
+        without_slot = sets.removing(slot)
+        for key in keys:
+            shard = shards[key & 0xFF]
+            before = shard.get(key)
+            if before is None:
+                continue
+            after = without_slot.get(before)
+            if after is None:
+                after = without_slot[before] = sets.id_of(sets.bitmap(before) & ~(1 << slot))
+            if after:
+                shard[key] = after
+            else:
+                del shard[key]
+
+    def sweep(self) -> bool:
+        """Take lost workers' bits out of one shard; call it now and then. False: there was nothing to do."""
+        if not self._sweeping:
+            if not self._dead:
+                return False
+            self._sweeping, self._next_shard = self._dead, 0
+        self._sweep_shard(self._shards[self._next_shard])
+        self._next_shard += 1
+        if self._next_shard == _NUM_SHARDS:
+            self._free_slots += _bits(self._sweeping)
+            self._sets.forget(self._sweeping)
+            self._dead &= ~self._sweeping
+            self._sweeping = 0
+        return True
+
+    # ---- answers ----
+
+    def match(self, hashes: Sequence[PageHash]) -> PrefixMatch:
+        """How many of the prompt's leading pages each followed worker holds."""
+        if not hashes:
+            return NO_MATCH
+        first, last = self._holders(hashes[0]), self._holders(hashes[-1])
+        levels = [PrefixLevel(len(hashes), last)] if last else []
+        # (first, holders of page first, last, holders of page last); the deepest interval is taken first.
+        intervals = [(0, first, len(hashes) - 1, last)]
+        while intervals:
+            low, holders, high, survivors = intervals.pop()
+            gone = holders & ~survivors
+            if not gone:
+                continue
+            if high - low == 1:
+                levels.append(PrefixLevel(high, gone))
+                continue
+            middle = (low + high) // 2
+            between = self._holders(hashes[middle]) & holders
+            intervals.append((low, holders, middle, between))
+            intervals.append((middle, between, high, survivors & between))
+        return PrefixMatch(tuple(levels), self._slot_of)
+
+    # ---- inside ----
+
+    def _holders(self, page_hash: PageHash) -> int:
+        key = page_key(page_hash)
+        return self._sets.bitmap(self._shards[key & 0xFF].get(key, 0)) & self._alive
+
+    def _sweep_shard(self, shard: dict[int, int]) -> None:
+        kept: dict[int, int] = {}  # set id |-> what is left of it
+        sets, dead = self._sets, self._sweeping
+        for key, before in list(shard.items()):
+            after = kept.get(before)
+            if after is None:
+                after = kept[before] = sets.id_of(sets.bitmap(before) & ~dead)
+            if after == 0:
+                del shard[key]
+            elif after != before:
+                shard[key] = after
+
+
+class _SlotSets:
+    """Interned bitmaps: id 0 is the empty one. ``forget`` drops what names slots that are in use no more."""
+
+    def __init__(self) -> None:
+        self._bitmaps: dict[int, int] = {0: 0}  # id |-> bitmap
+        self._ids: dict[int, int] = {0: 0}
+        self._next_id = 1
+        self._adding: dict[int, dict[int, int]] = {}  # slot |-> id |-> id of that set with the slot
+        self._removing: dict[int, dict[int, int]] = {}
+
+    def bitmap(self, set_id: int) -> int:
+        return self._bitmaps[set_id]
+
+    def id_of(self, bitmap: int) -> int:
+        set_id = self._ids.get(bitmap)
+        if set_id is None:
+            set_id = self._ids[bitmap] = self._next_id
+            self._bitmaps[set_id] = bitmap
+            self._next_id += 1
+        return set_id
+
+    def adding(self, slot: int) -> dict[int, int]:
+        return self._adding.setdefault(slot, {})
+
+    def removing(self, slot: int) -> dict[int, int]:
+        return self._removing.setdefault(slot, {})
+
+    def forget(self, slots: int) -> None:
+        """No page's set holds any of ``slots`` any more."""
+        gone = {set_id for set_id, bitmap in self._bitmaps.items() if bitmap & slots}
+        for set_id in gone:
+            del self._ids[self._bitmaps.pop(set_id)]
+        for moves in (self._adding, self._removing):
+            for slot in _bits(slots):
+                moves.pop(slot, None)
+            for slot, changes in moves.items():
+                moves[slot] = {b: a for b, a in changes.items() if b not in gone and a not in gone}
+
+
+def _bits(bitmap: int) -> Iterator[int]:
+    """Positions of the set bits, lowest first."""
+    while bitmap:
+        low = bitmap & -bitmap
+        yield low.bit_length() - 1
+        bitmap ^= low
