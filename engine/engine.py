@@ -32,7 +32,7 @@ from engine.config import EngineConfig
 from engine.model_loader import LoadedModel, ModelDescription, load_model
 from engine.model_runner import ModelRunner
 from engine.model_source import resolve
-from engine.page_allocator import PageAllocator
+from engine.page_allocator import CacheChanges, PageAllocator
 from engine.page_pool import PagePool
 from engine.sampler import Sampler
 from engine.scheduler import ChunkedPrefillScheduler, Reservation, SampledToken, Scheduler, StepPlan
@@ -220,6 +220,10 @@ class Engine:
         return StepOutput(failures=tuple(SequenceFailure(s, message, True, Role.DECODE) for s in failed))
 
     # ---- reports ----
+
+    def take_cache_changes(self) -> CacheChanges:
+        """Prefix pages that became known, or unknown, since this was called last; one caller."""
+        return self._allocator.take_changes()
 
     def load(self) -> EngineLoad:
         """What is queued, running and done."""

@@ -15,10 +15,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from core.prefix_hash import PageHash
 
 _FREE = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CacheChanges:
+    """What became of known prefixes since the last report: net, so a page that came and went is in neither."""
+
+    stored: tuple[PageHash, ...] = ()
+    removed: tuple[PageHash, ...] = ()
 
 
 class PageAllocator:
@@ -36,6 +45,7 @@ class PageAllocator:
         self._page_of: dict[PageHash, int] = {}
         self._hash_of: dict[int, PageHash] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._changed: dict[PageHash, bool] = {}  # since the last report; True: known now, and was not then
 
     @property
     def num_free(self) -> int:
@@ -81,6 +91,7 @@ class PageAllocator:
         assert page not in self._hash_of, f"page {page} already has a name"
         self._page_of[page_hash] = page
         self._hash_of[page] = page_hash
+        self._note_change(page_hash, known=True)
 
     def retain(self, pages: Iterable[int]) -> None:
         """One more reference to each of ``pages``, which must be used or cached."""
@@ -97,6 +108,14 @@ class PageAllocator:
             self._refs[page] -= 1
             if self._refs[page] == 0:
                 self._retire(page)
+
+    def take_changes(self) -> CacheChanges:
+        """Prefix pages that became known, or unknown, since this was called last; in the order of the changes."""
+        changed, self._changed = self._changed, {}
+        return CacheChanges(
+            stored=tuple(page_hash for page_hash, known in changed.items() if known),
+            removed=tuple(page_hash for page_hash, known in changed.items() if not known),
+        )
 
     def whole(self) -> bool:
         """True when no page is referenced."""
@@ -124,10 +143,16 @@ class PageAllocator:
             self._free[page] = _FREE
             self._num_unused += 1
 
+    def _note_change(self, page_hash: PageHash, *, known: bool) -> None:
+        if self._changed.pop(page_hash, known) is known:
+            self._changed[page_hash] = known
+
     def _evict(self, num_pages: int) -> None:
         for _ in range(num_pages):
             page, _unused = self._cached.popitem(last=False)
-            del self._page_of[self._hash_of.pop(page)]
+            page_hash = self._hash_of.pop(page)
+            del self._page_of[page_hash]
+            self._note_change(page_hash, known=False)
             self._free[page] = _FREE
             self._num_unused += 1
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from core.prefix_hash import PageHash, page_hashes
-from engine.page_allocator import PageAllocator
+from engine.page_allocator import CacheChanges, PageAllocator
 
 
 def names(*letters: str) -> list[PageHash]:
@@ -204,3 +204,27 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 AllocatorMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
 TestAllocatorMachine = AllocatorMachine.TestCase
+
+
+def test_changes_tell_once_what_became_known_or_unknown() -> None:
+    allocator = PageAllocator(2, 4)
+    first, second, third = (PageHash(bytes([i]) * 16) for i in range(3))
+    pages = allocator.allocate(2)
+    assert pages is not None
+    allocator.register(pages[0], first)
+    allocator.register(pages[1], second)
+    assert allocator.take_changes() == CacheChanges(stored=(first, second))
+    assert allocator.take_changes() == CacheChanges()
+    allocator.release(pages)
+    (page,) = allocator.allocate(1) or ()
+    allocator.register(page, third)
+    assert allocator.take_changes() == CacheChanges(stored=(third,), removed=(second,))
+
+
+def test_a_page_that_came_and_went_between_two_reports_is_in_neither() -> None:
+    allocator = PageAllocator(1, 4)
+    pages = allocator.allocate(1) or []
+    allocator.register(pages[0], PageHash(b"0" * 16))
+    allocator.release(pages)
+    assert allocator.allocate(1) is not None
+    assert allocator.take_changes() == CacheChanges()
