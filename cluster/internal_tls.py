@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from cluster.certificates import AUTHORITY_DAYS, Authority, private_files
+from cluster.certificates import AUTHORITY_DAYS, Authority, private_files, require_grpc_accepts
 from cluster.config import TlsConfig
 from core.credentials import Credentials, Pem
 from core.request import ClusterId, GatewayId, WorkerId
@@ -85,6 +85,7 @@ class InternalTls:
         if self._authority is None:
             assert self._given is not None, "on without files means an authority"
             self._given.check()
+            require_grpc_accepts(self._given.cert_file)
             return self._given
         return self._files.enter_context(private_files(self._authority.issue(gateway_id, AUTHORITY_DAYS)))
 

@@ -21,14 +21,14 @@ import pytest
 from transformers import LlamaConfig
 
 from cluster import ray_fleet
-from cluster.config import GrpcConfig, HttpConfig, PoolConfig, RayConfig, RouterConfig, ServiceConfig
-from cluster.internal_tls import Proof
+from cluster.config import GrpcConfig, HttpConfig, PoolConfig, RayConfig, RouterConfig, ServiceConfig, TlsConfig
+from cluster.internal_tls import InternalTls
 from cluster.membership import Membership
 from cluster.ray_fleet import RayFleet, StartFailure, WorkerActor
 from cluster.view import ClusterView
 from core.clock import WallClock
 from core.errors import InvalidConfig, UnsupportedModel
-from core.request import GatewayId, Role, WorkerId
+from core.request import ClusterId, GatewayId, Role, WorkerId
 from engine.config import EngineConfig
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
@@ -75,23 +75,21 @@ def service(model: str, **changes: object) -> ServiceConfig:
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
-def no_proof(worker_id: WorkerId) -> Proof:
-    """Workers on loopback."""
-    return None
-
-
 @asynccontextmanager
-async def running(config: ServiceConfig) -> AsyncIterator[tuple[RayFleet, Membership]]:
-    """The fleet, and a gateway's membership for it to register at."""
+async def running(config: ServiceConfig) -> AsyncIterator[tuple[RayFleet, Membership, InternalGrpc]]:
+    """The fleet, a gateway's membership for it to register at, and how that gateway reaches workers."""
     fleet = RayFleet(config)
-    membership = Membership(config.router, GatewayId("test"), WallClock(), InternalGrpc(None))
+    tls = InternalTls(config.tls, ("127.0.0.1",), ClusterId("test"))
+    internal = InternalGrpc(tls.open(GatewayId("test")))
+    membership = Membership(config.router, GatewayId("test"), WallClock(), internal)
     try:
         host = await asyncio.to_thread(fleet.join)
-        await asyncio.to_thread(fleet.start, await membership.start(host), no_proof)
-        yield fleet, membership
+        await asyncio.to_thread(fleet.start, await membership.start(host), tls.proof_of)
+        yield fleet, membership, internal
     finally:
         await membership.close()
         await asyncio.to_thread(fleet.stop, 1.0)
+        tls.close()
 
 
 async def view_where(fleet: RayFleet, membership: Membership, fits: Callable[[ClusterView], bool]) -> ClusterView:
@@ -101,8 +99,8 @@ async def view_where(fleet: RayFleet, membership: Membership, fits: Callable[[Cl
     return membership.view()
 
 
-async def describe(address: str) -> pb.WorkerDescription:
-    async with grpc.aio.insecure_channel(address) as channel:
+async def describe(address: str, internal: InternalGrpc) -> pb.WorkerDescription:
+    async with internal.channel(address) as channel:
         reply: pb.WorkerDescription = await rpc.WorkerStub(channel).Describe(pb.DescribeRequest(), timeout=5.0)
         return reply
 
@@ -126,7 +124,7 @@ async def none_left(pids: set[int]) -> bool:
 
 async def test_workers_serve_come_back_after_kill_9_and_leave_nothing_when_stopped(model: str) -> None:
     before = children()
-    async with running(service(model)) as (fleet, membership):
+    async with running(service(model, tls=TlsConfig(mode="on"))) as (fleet, membership, internal):
         view = await view_where(fleet, membership, lambda view: num_ready(view) == 2)
         decode, prefill = view.workers
         assert (decode.worker_id, decode.role) == ("decode-0", Role.DECODE)
@@ -135,7 +133,7 @@ async def test_workers_serve_come_back_after_kill_9_and_leave_nothing_when_stopp
         assert decode.address != prefill.address
         assert decode.model.fingerprint == prefill.model.fingerprint
 
-        pid = (await describe(decode.address)).pid
+        pid = (await describe(decode.address, internal)).pid
         os.kill(pid, signal.SIGKILL)
         view = await view_where(
             fleet,
@@ -145,7 +143,9 @@ async def test_workers_serve_come_back_after_kill_9_and_leave_nothing_when_stopp
 
         restarted = view.workers[0]
         assert restarted.worker_id == "decode-0"
-        assert (await describe(restarted.address)).pid != pid
+        assert (await describe(restarted.address, internal)).pid != pid
+        with pytest.raises(grpc.aio.AioRpcError, match="UNAVAILABLE"):
+            await describe(restarted.address, InternalGrpc(None))
         started = children() - before
         assert len(started) > 2
 
@@ -154,7 +154,7 @@ async def test_workers_serve_come_back_after_kill_9_and_leave_nothing_when_stopp
 
 async def test_a_model_that_cannot_be_served_is_reported_with_its_reason_and_not_tried_again(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}')
-    async with running(service(f"dummy:{tmp_path}")) as (fleet, membership):
+    async with running(service(f"dummy:{tmp_path}")) as (fleet, membership, _):
         with pytest.raises(UnsupportedModel) as caught:
             await view_where(fleet, membership, lambda view: num_ready(view) == 2)
 
@@ -240,7 +240,7 @@ def test_a_worker_has_no_thread_limit_of_rays_when_it_loads_torch(model: str, mo
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(ray_fleet, "_start_host", lambda *_: limits.append(os.environ.get("OMP_NUM_THREADS")))
 
-    WorkerActor(service(model), Role.DECODE, WorkerId("decode-0"), "127.0.0.1:1")
+    WorkerActor(service(model), Role.DECODE, WorkerId("decode-0"), "127.0.0.1:1", None)
 
     assert limits == [None]
 
@@ -256,7 +256,7 @@ def test_an_exception_at_the_first_start_is_kept_to_be_asked_for_and_ends_a_rest
     monkeypatch.setattr(ray_fleet, "_is_restart", lambda: restarted)
     if restarted:
         with pytest.raises(OSError, match="no space left"):
-            WorkerActor(service(model), Role.DECODE, WorkerId("decode-0"), "127.0.0.1:1")
+            WorkerActor(service(model), Role.DECODE, WorkerId("decode-0"), "127.0.0.1:1", None)
     else:
-        actor = WorkerActor(service(model), Role.DECODE, WorkerId("decode-0"), "127.0.0.1:1")
+        actor = WorkerActor(service(model), Role.DECODE, WorkerId("decode-0"), "127.0.0.1:1", None)
         assert actor.start_failure() == StartFailure("OSError", "no space left")

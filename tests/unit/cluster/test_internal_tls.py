@@ -1,14 +1,18 @@
 import logging
 import stat
 import tempfile
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from cluster.certificates import Authority, read_certificates, summarize, write_files
 from cluster.config import TlsConfig
 from cluster.internal_tls import InternalTls, decide_tls, is_loopback
-from core.credentials import Credentials, Pem
+from core.credentials import INTERNAL_NAME, Credentials, Pem
 from core.errors import InvalidConfig
 from core.request import ClusterId, GatewayId, WorkerId
 
@@ -95,6 +99,23 @@ def test_two_runs_do_not_trust_each_other(tmp_path):
 
     with pytest.raises(InvalidConfig, match=r"tls\.cert_file"):
         write_files(tmp_path / "mixed", Pem(ca=one.ca, cert=other.cert, key=other.key)).check()
+
+
+def test_a_key_that_openssl_takes_and_grpc_does_not_is_refused_at_the_start(tmp_path: Path):
+    key, name = ed25519.Ed25519PrivateKey.generate(), x509.Name([])
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(1), now + timedelta(1))
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(INTERNAL_NAME)]), critical=True)
+    pem = builder.sign(key, None).public_bytes(serialization.Encoding.PEM)
+    key_pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    held = write_files(tmp_path / "certs", Pem(ca=pem, cert=pem, key=key_pem))
+    held.check()
+    given = TlsConfig(ca_file=str(held.ca_file), cert_file=str(held.cert_file), key_file=str(held.key_file))
+
+    with pytest.raises(InvalidConfig, match=r"tls\.cert_file.*ECDSA or RSA"):
+        InternalTls(given, ["10.0.0.5"], EAST).open(GatewayId("g"))
 
 
 def test_given_files_are_checked_here_and_named_to_the_workers(tmp_path: Path):
