@@ -5,16 +5,22 @@ from __future__ import annotations
 import struct
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import ProtocolViolation
+from core.request import SessionId
+from engine.cache_layout import CacheLayout, LayerCache
+from engine.page_pool import PagePool
 from kv_transfer.codec import ELEMENT_BYTES, LOSSY_DTYPES, Codec, can_encode, decode, encode, encoded_bound
+from kv_transfer.transport import TOKEN_BYTES, LayerPages, PageGeometry, Region, Span, Strip, Write
 
 LOSSY = (Codec.INT8, Codec.FP8)
 DTYPES = sorted(LOSSY_DTYPES)
@@ -166,7 +172,6 @@ def test_largest_float32_stays_finite(codec: Codec) -> None:
 
 
 def test_fp8_codes_are_the_nearest_of_torch() -> None:
-    torch = pytest.importorskip("torch")
     values = np.random.default_rng(1).standard_normal(1 << 14).astype(np.float32)
     values[0] = 448  # so that the scale is 1
     values[1:4096] *= 2.0**-8  # many subnormal codes
@@ -359,3 +364,44 @@ def test_frame_whose_content_is_not_what_it_says_is_refused() -> None:
 
     refused(Codec.LOSSLESS, plane(bytes(frame)))
     refused(Codec.LOSSLESS, plane(bytes(frame), 65), size=130)
+
+
+# ---- a real pool ----
+
+
+@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_head_of_a_pool_has_a_scale_of_its_own(codec: Codec, dtype: str) -> None:
+    layer = LayerCache(layer=0, num_kv_heads=3, key_dim=8, value_dim=4, dtype=dtype)
+    layout = CacheLayout((layer, replace(layer, layer=1)), page_size=8)
+    source, target = (PagePool(layout, num_pages=6) for _ in range(2))
+    size = torch.tensor([1e-3, 1.0, 1e3])[:, None]  # by head: a shared scale would wipe the small ones out
+    for index in range(layout.num_layers):
+        for half in (source.keys(index), source.values(index)):  # [pages, tokens, heads, dim]
+            half.copy_(torch.randn(half.shape, generator=torch.Generator().manual_seed(index)) * size)
+    page_bytes = layout.page_bytes(0)
+    strips = (Strip(0, 3 * page_bytes, 2 * page_bytes), Strip(4 * page_bytes, 0, page_bytes))
+    write = Write(SessionId("a"), bytes(TOKEN_BYTES), 0, 2, strips, codec=codec)
+    spans = [Span(strip.dst, strip.num_bytes) for strip in strips]
+    pages = region(source).geometry.layers[0]
+
+    with region(source).outgoing(write) as views:
+        payload = b"".join(encode(codec, views, pages.dtype, pages.block_bytes))
+    with region(target).incoming(write.layers, spans) as views:
+        decode(codec, memoryview(payload), views, pages.dtype)
+
+    rounding = ROUNDING[dtype][0]
+    share = {Codec.RAW: 0.0, Codec.LOSSLESS: 0.0, Codec.INT8: 1 / 254 + rounding + 1e-6, Codec.FP8: 1 / 16 + rounding}
+    for index in range(layout.num_layers):
+        halves = ((source.keys(index), target.keys(index)), (source.values(index), target.values(index)))
+        for sent, arrived in halves:
+            for src, dst in ((0, 3), (1, 4), (4, 0)):
+                error = (sent[src].double() - arrived[dst].double()).abs().amax(dim=(0, 2))  # by head
+                assert (error <= share[codec] * sent[src].double().abs().amax(dim=(0, 2))).all()
+
+
+def region(pool: PagePool) -> Region:
+    layout = pool.layout
+    layers = range(layout.num_layers)
+    pages = (LayerPages(layout.page_bytes(i), layout.layers[i].dtype, layout.block_bytes(i)) for i in layers)
+    return Region(PageGeometry(tuple(pages), pool.num_pages), tuple(pool.layer_bytes(i) for i in layers))
