@@ -6,15 +6,16 @@ Invariants:
   says, for people, which process it belongs to.
 - Keys are ECDSA P-256: gRPC (BoringSSL) accepts them, which it does not do for Ed25519, and a handshake spends about
   0.1 ms on each signature, made and checked.
-- A private key is written to files of mode 0600 only, never over an existing file.
+- A private key is written to files of mode 0600 only, never over an existing file, or to memory.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -131,9 +132,17 @@ def write_files(directory: Path, pem: Pem, authority: Authority | None = None) -
 
 @contextmanager
 def private_files(pem: Pem) -> Iterator[Credentials]:
-    """Temporary files of one process, in a folder that only its user can enter; gone when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="prfaas-tls-") as directory:  # mode 0700
-        yield write_files(Path(directory), pem)
+    """Files for this process alone, gone when the block ends.
+
+    On Linux they are in anonymous memory: no key is on a disk, and none is left when the process is killed. Elsewhere
+    they are in a temporary folder that only its user can enter, which a killed process leaves behind.
+    """
+    with ExitStack() as stack:
+        if sys.platform == "linux":
+            yield Credentials(*(stack.enter_context(_in_memory(content)) for content in (pem.ca, pem.cert, pem.key)))
+        else:
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="prfaas-tls-"))  # mode 0700
+            yield write_files(Path(directory), pem)
 
 
 def read_certificates(path: Path) -> list[x509.Certificate]:
@@ -165,6 +174,13 @@ def summarize(certificate: x509.Certificate) -> CertificateSummary:
         valid_until=certificate.not_valid_after_utc,
         sha256=certificate.fingerprint(hashes.SHA256()).hex(),
     )
+
+
+@contextmanager
+def _in_memory(content: bytes) -> Iterator[Path]:
+    with open(os.memfd_create("prfaas-tls"), "wb", buffering=0) as file:
+        file.write(content)
+        yield Path(f"/proc/self/fd/{file.fileno()}")
 
 
 def _builder(

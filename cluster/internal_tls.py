@@ -21,7 +21,7 @@ from core.request import ClusterId, GatewayId, WorkerId
 
 logger = logging.getLogger(__name__)
 
-# What one worker process shows its peers: files on its node, or the contents of files to be made there, or nothing.
+# What one worker process shows its peers: files on its node, or what it is to put into files of its own, or nothing.
 Proof = Credentials | Pem | None
 IssueProof = Callable[[WorkerId], Proof]
 
@@ -96,5 +96,5 @@ class InternalTls:
         return self._given if self._authority is None else self._authority.issue(worker_id, AUTHORITY_DAYS)
 
     def close(self) -> None:
-        """Remove this process's own files, if they were made here."""
+        """Forget this process's own files, if they were made here."""
         self._files.close()

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from cluster.certificates import private_files
+from cluster.certificates import write_files
 from cluster.config import RouterConfig, TlsConfig, WorkerConfig
 from cluster.internal_tls import InternalTls, Proof
 from cluster.membership import Membership
@@ -188,8 +189,10 @@ def worker_config(
 
 
 def _on_this_node(proof: Proof, files: ExitStack) -> Credentials | None:
-    """What ray_fleet's actor does with what it was issued."""
-    return files.enter_context(private_files(proof)) if isinstance(proof, Pem) else proof
+    """Files that another process can open too, of what ray_fleet's actor keeps to itself."""
+    if not isinstance(proof, Pem):
+        return proof
+    return write_files(Path(files.enter_context(tempfile.TemporaryDirectory())), proof)
 
 
 @asynccontextmanager

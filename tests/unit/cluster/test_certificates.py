@@ -2,6 +2,7 @@
 
 import ssl
 import stat
+import sys
 import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -128,12 +129,21 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         write_files(tmp_path / "file" / "certs", Authority.create("east").issue("one"))
 
 
-def test_private_files_are_gone_with_their_block(tmp_path, monkeypatch):
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_private_files_are_gone_with_their_block(platform, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with private_files(Authority.create("east").issue("one")) as held:
+    monkeypatch.setattr(sys, "platform", platform)
+    pem = Authority.create("east").issue("one")
+
+    with private_files(pem) as held:
         held.check()
-        assert stat.S_IMODE(held.key_file.parent.stat().st_mode) == 0o700
+        assert held.pem() == pem
+        folders = [stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()]
+        assert folders == ([] if platform == "linux" else [0o700])
+
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InvalidConfig):
+        held.check()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])

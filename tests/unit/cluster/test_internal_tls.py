@@ -1,6 +1,4 @@
 import logging
-import stat
-import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -70,8 +68,7 @@ def test_off_means_no_certificates(tmp_path):
     assert tls.proof_of(WorkerId("w")) is None
 
 
-def test_a_run_without_files_gives_every_process_a_certificate_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_a_run_without_files_gives_every_process_a_certificate_of_its_own(tmp_path):
     tls = InternalTls(TlsConfig(mode="on"), ["127.0.0.1"], EAST)
 
     gateway = tls.open(GatewayId("gateway-1"))
@@ -86,10 +83,9 @@ def test_a_run_without_files_gives_every_process_a_certificate_of_its_own(tmp_pa
         summarize(read_certificates(file)[0]).subject for file in (gateway.cert_file, tmp_path / "worker/cert.pem")
     ]
     assert names == ["CN=gateway-1", "CN=prefill-0"]
-    assert stat.S_IMODE(gateway.key_file.stat().st_mode) == 0o600
-    assert stat.S_IMODE(gateway.key_file.parent.stat().st_mode) == 0o700
     tls.close()
-    assert not gateway.key_file.parent.exists()
+    with pytest.raises(InvalidConfig):
+        gateway.check()
 
 
 def test_two_runs_do_not_trust_each_other(tmp_path):
