@@ -1,4 +1,4 @@
-"""What is known of a link, in numbers, and what follows from them? Pure; the standard library only.
+"""How do a link's numbers follow from what was seen of it? Pure; link_monitor.py does the seeing.
 
 Two kinds of evidence meet here. *Fast* ones follow a link that narrows within about a second of traffic: ``RecentRate``
 over the last half second in which bytes were moving, and the kernel's own delivery rate. A *slow* one,
@@ -14,14 +14,10 @@ configuration (``LinkConfig.capacity_gbps``).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-
-from core.request import ClusterId, WorkerId
 
 GOODPUT_WINDOW_S = 0.5  # of traffic: after 2 s of it a change has arrived to 98%
 THROUGHPUT_WINDOW_S = 2.0  # of wall-clock time
-DELIVERY_MARGIN = 1.5  # a burst vanishes into socket buffers faster than the link; the kernel knows what arrived
 
 _MIB = float(1 << 20)
 _FORGETTING = 0.97  # weight of a transfer once another one is known: about 33 transfers are remembered
@@ -144,111 +140,7 @@ class TransferFit:
         return replace(fit, num_samples=self.num_samples + 1)
 
 
-@dataclass(frozen=True, slots=True)
-class LinkEstimate:
-    """One worker's links to one other worker, as the sending end knows them now. None: nothing has told it yet."""
-
-    worker_id: WorkerId  # the receiving end
-    cluster_id: ClusterId
-    path: str = ""  # what carries the bytes, as found: ``tcp``, ``tcp+tls1.3``, ``ucx:shm``, ``local``
-    connections: int = 0  # that live now
-    goodput: float | None = None  # bytes/s while there were bytes to send, of the last half second of that
-    delivery_rate: float | None = None  # bytes/s, the kernel's estimate, sum over the connections
-    rtt_s: float | None = None
-    min_rtt_s: float | None = None
-    retransmits: int = 0  # segments sent again since the worker's start
-    retransmits_per_mib: float = 0.0  # of recent traffic
-    fit_t0_s: float | None = None
-    fit_beta: float | None = None  # bytes/s
-    fit_variance: float | None = None  # of ln(measured / expected seconds)
-    samples: int = 0  # transfers that the fit has seen
-    throughput: float = 0.0  # bytes/s of wall-clock time, of about the last two seconds
-    bytes_sent: int = 0  # since the worker's start
-    bytes_queued: int = 0
-    reconnects: int = 0
-    falls: int = 0  # times that a path meant for RDMA or shared memory was found to be TCP
-    age_s: float = 0.0  # since bytes last moved
-
-    @property
-    def rate(self) -> float | None:
-        """Bytes/s to expect of the next bytes: the fast evidence if there is any, else the fit's."""
-        if self.goodput is None:
-            return self.fit_beta or self.delivery_rate
-        if self.delivery_rate is None:
-            return self.goodput
-        return min(self.goodput, DELIVERY_MARGIN * self.delivery_rate)
-
-    def seconds(self, num_bytes: int) -> float | None:
-        """Expected seconds until ``num_bytes`` more have arrived, behind what is queued; None: nothing is known."""
-        rate = self.rate
-        if rate is None:
-            return None
-        return (self.fit_t0_s or self.rtt_s or 0.0) + (self.bytes_queued + num_bytes) / rate
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterPair:
-    """All links from the workers of one cluster to the workers of one cluster."""
-
-    from_cluster: ClusterId
-    to_cluster: ClusterId
-    num_links: int
-    connections: int
-    paths: tuple[str, ...]  # that are in use, in order
-    capacity: float | None  # bytes/s, as configured; None: not configured
-    measured: float | None  # bytes/s that were seen to fit: a lower bound of what the path carries
-    throughput: float  # bytes/s, all workers together
-    rtt_s: float | None  # mean of the links that know theirs
-    retransmits: int
-    bytes_sent: int
-    bytes_queued: int
-    reconnects: int
-    falls: int
-
-    @property
-    def utilisation(self) -> float | None:
-        """Share of the capacity that is in use: of the configured one, or else of what was seen to fit."""
-        capacity = self.capacity or self.measured
-        return None if capacity is None else self.throughput / capacity
-
-
-Capacity = Callable[[ClusterId, ClusterId], float | None]
-
-
-def by_cluster_pair(links: Iterable[tuple[ClusterId, LinkEstimate]], capacity: Capacity) -> tuple[ClusterPair, ...]:
-    """The links, each with its sending worker's cluster, summed per ordered pair of clusters, in order of names.
-
-    ``capacity``: configured bytes/s of a pair (from, to), or None.
-    """
-    pairs: dict[tuple[ClusterId, ClusterId], list[LinkEstimate]] = {}
-    for from_cluster, link in links:
-        pairs.setdefault((from_cluster, link.cluster_id), []).append(link)
-    return tuple(_sum(source, target, pairs[source, target], capacity) for source, target in sorted(pairs))
-
-
 def has_fallen(path: str) -> bool:
     """Was this path to be RDMA, NVLink or shared memory, and is TCP? (UCX falls back without a word.)"""
     transport, _, lanes = path.partition(":")
     return transport == "ucx" and "tcp" in lanes
-
-
-def _sum(source: ClusterId, target: ClusterId, links: list[LinkEstimate], capacity: Capacity) -> ClusterPair:
-    throughput = sum(link.throughput for link in links)
-    rtts = [link.rtt_s for link in links if link.rtt_s is not None]
-    measured = max(throughput, *(link.rate or 0.0 for link in links))
-    return ClusterPair(
-        from_cluster=source,
-        to_cluster=target,
-        num_links=len(links),
-        connections=sum(link.connections for link in links),
-        paths=tuple(sorted({link.path for link in links if link.path})),
-        capacity=capacity(source, target),
-        measured=measured or None,
-        throughput=throughput,
-        rtt_s=sum(rtts) / len(rtts) if rtts else None,
-        retransmits=sum(link.retransmits for link in links),
-        bytes_sent=sum(link.bytes_sent for link in links),
-        bytes_queued=sum(link.bytes_queued for link in links),
-        reconnects=sum(link.reconnects for link in links),
-        falls=sum(link.falls for link in links),
-    )

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 
 from core.clock import Clock
+from core.link import LinkEstimate
 from core.request import WorkerId
 from kv_transfer.link_estimate import (
     GOODPUT_WINDOW_S,
     THROUGHPUT_WINDOW_S,
-    LinkEstimate,
     RecentRate,
     TransferFit,
     has_fallen,

@@ -1,4 +1,4 @@
-"""The numbers of a link: the fit finds what made its samples, the rates follow what they are told, sums add up."""
+"""The numbers of a link: the fit finds what made its samples, the rates follow what they are told."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.request import ClusterId, WorkerId
-from kv_transfer.link_estimate import (
-    DELIVERY_MARGIN,
-    LinkEstimate,
-    RecentRate,
-    TransferFit,
-    by_cluster_pair,
-    has_fallen,
-)
+from kv_transfer.link_estimate import RecentRate, TransferFit, has_fallen
 
 MB = 1_000_000
 links = st.fixed_dictionaries({"t0": st.floats(0.001, 0.1), "beta": st.floats(1e6, 1e11)})
@@ -114,55 +106,6 @@ def test_rate_is_none_or_between_the_rates_it_was_told(spans: list[tuple[float, 
     if recent.rate is not None:
         assert min(told) * 0.999 <= recent.rate <= max(told) * 1.001
     assert recent.seconds <= recent.window_s * 1.001
-
-
-def estimate(**numbers: object) -> LinkEstimate:
-    return LinkEstimate(WorkerId("decode-0"), ClusterId("west"), **numbers)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("known", "rate"),
-    [
-        ({}, None),
-        ({"delivery_rate": 5.0}, 5.0),
-        ({"delivery_rate": 5.0, "fit_beta": 7.0}, 7.0),
-        ({"goodput": 9.0, "fit_beta": 7.0}, 9.0),
-        ({"goodput": 9.0, "delivery_rate": 8.0, "fit_beta": 7.0}, 9.0),
-        ({"goodput": 900.0, "delivery_rate": 8.0}, 8.0 * DELIVERY_MARGIN),
-    ],
-    ids=["nothing", "kernel", "fit", "goodput", "goodput agrees with the kernel", "a burst into buffers"],
-)
-def test_rate_of_a_link_is_its_fastest_evidence(known: dict[str, float], rate: float | None) -> None:
-    assert estimate(**known).rate == rate
-
-
-def test_seconds_count_what_is_queued() -> None:
-    assert estimate(goodput=100.0, bytes_queued=300, fit_t0_s=0.5).seconds(200) == pytest.approx(5.5)
-    assert estimate(rtt_s=0.1, goodput=100.0).seconds(100) == pytest.approx(1.1)
-    assert estimate(bytes_queued=300).seconds(200) is None
-
-
-def test_cluster_pairs_are_sums_over_their_workers() -> None:
-    east, west = ClusterId("east"), ClusterId("west")
-    one = estimate(path="tcp", connections=4, throughput=30.0, goodput=50.0, rtt_s=0.01, retransmits=1, bytes_sent=7)
-    two = estimate(path="tcp+tls1.3", connections=2, throughput=20.0, goodput=40.0, rtt_s=0.03, retransmits=2, falls=1)
-    idle = estimate()
-
-    capacity = {(east, west): 200.0}
-    over, within = by_cluster_pair([(west, idle), (east, one), (east, two)], lambda *pair: capacity.get(pair))
-
-    assert (over.from_cluster, over.to_cluster, within.from_cluster) == (east, west, west)
-    assert (over.num_links, over.connections, over.paths) == (2, 6, ("tcp", "tcp+tls1.3"))
-    assert (over.throughput, over.measured, over.capacity) == (50.0, 50.0, 200.0)
-    assert (over.utilisation, over.rtt_s) == (0.25, 0.02)
-    assert (over.retransmits, over.bytes_sent, over.falls) == (3, 7, 1)
-    assert (within.measured, within.utilisation, within.rtt_s, within.paths) == (None, None, None, ())
-
-
-def test_without_a_configured_capacity_use_is_a_share_of_what_was_seen_to_fit() -> None:
-    (pair,) = by_cluster_pair([(ClusterId("west"), estimate(throughput=30.0, goodput=120.0))], lambda *_: None)
-
-    assert (pair.measured, pair.utilisation) == (120.0, 0.25)
 
 
 def test_fall_is_ucx_on_tcp() -> None:
