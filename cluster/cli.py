@@ -171,7 +171,7 @@ def status(
     address: Address = DEFAULT_ADDRESS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show the workers of a service: roles, pages, queues, bytes shipped."""
+    """Show the workers of a service: roles, pages, queues, bytes shipped; and the links between them."""
     with _service(address) as stub:
         info = stub.GetClusterInfo(pb.GetClusterInfoRequest(), timeout=_INFO_TIMEOUT_S)
     if as_json:
@@ -187,6 +187,12 @@ def status(
     )
     console.print(f"internal TLS {info.internal_tls}", highlight=False, soft_wrap=True, markup=False)
     console.print(_worker_table(info.workers))
+    if info.links:
+        console.print()
+        console.print(_link_table(info.links))
+    if info.cluster_links:
+        console.print()
+        console.print(_cluster_link_table(info.cluster_links))
 
 
 @config_app.command("check", epilog="Example: prfaas config check service.yaml --set engine.page_size=32")
@@ -348,11 +354,8 @@ def _timing_table(complete: pb.GenerateComplete) -> Table:
 
 
 def _worker_table(workers: Iterable[pb.WorkerInfo]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for name in ("worker", "role", "state"):
-        table.add_column(name, overflow="fold")
-    for name in ("run", "wait", "pages", "cached", "sessions", "sent", "received", "prompt", "generated"):
-        table.add_column(name, justify="right", overflow="fold")
+    numbers = ("run", "wait", "pages", "cached", "sessions", "sent", "received", "prompt", "generated")
+    table = _table(("worker", "role", "state"), numbers)
     for worker in workers:
         table.add_row(
             worker.worker_id,
@@ -369,6 +372,59 @@ def _worker_table(workers: Iterable[pb.WorkerInfo]) -> Table:
             str(worker.generated_tokens),
         )
     return table
+
+
+def _link_table(links: Iterable[pb.LinkInfo]) -> Table:
+    table = _table(("from", "to", "path", "state"), ("rate", "RTT", "connections", "queued", "sent", "resent", "age"))
+    for link in links:
+        table.add_row(
+            link.from_worker,
+            link.to_worker,
+            link.path or "-",
+            f"{link.state}: {link.reason}" if link.reason else link.state,
+            _rate(link.rate if link.HasField("rate") else None),
+            _milliseconds(link.rtt_s if link.HasField("rtt_s") else None),
+            str(link.connections),
+            _bytes(link.bytes_queued),
+            _bytes(link.bytes_sent),
+            str(link.retransmits),
+            f"{link.age_s:.0f} s" if link.HasField("age_s") else "-",
+        )
+    return table
+
+
+def _cluster_link_table(pairs: Iterable[pb.ClusterLinkInfo]) -> Table:
+    table = _table(("from cluster", "to cluster", "path"), ("usable", "now", "capacity", "in use", "RTT", "queued"))
+    for pair in pairs:
+        table.add_row(
+            pair.from_cluster,
+            pair.to_cluster,
+            ", ".join(pair.paths) or "-",
+            f"{pair.num_usable} of {pair.num_links}",
+            _rate(pair.throughput),
+            _rate(pair.capacity if pair.HasField("capacity") else None),
+            f"{pair.utilisation:.0%}" if pair.HasField("utilisation") else "-",
+            _milliseconds(pair.rtt_s if pair.HasField("rtt_s") else None),
+            _bytes(pair.bytes_queued),
+        )
+    return table
+
+
+def _table(words: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in words:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", overflow="fold")
+    return table
+
+
+def _rate(bytes_per_s: float | None) -> str:
+    return "-" if bytes_per_s is None else f"{bytes_per_s / 1e9:.3g} GB/s"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f} ms"
 
 
 def _bytes(count: float) -> str:

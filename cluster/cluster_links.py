@@ -5,13 +5,11 @@ Ordered pairs: what ``east`` sends to ``west`` says nothing of the way back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from core.link import LinkEstimate
+from cluster.view import ClusterView, LinkView
 from core.request import ClusterId
-
-BYTES_PER_GBIT = 1e9 / 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +18,8 @@ class ClusterPair:
 
     from_cluster: ClusterId
     to_cluster: ClusterId
-    num_links: int
+    num_links: int  # pairs of workers
+    num_usable: int
     connections: int
     paths: tuple[str, ...]  # that are in use, in order
     capacity: float | None  # bytes/s, as configured; None: not configured
@@ -43,25 +42,27 @@ class ClusterPair:
 Capacity = Callable[[ClusterId, ClusterId], float | None]
 
 
-def by_cluster_pair(links: Iterable[tuple[ClusterId, LinkEstimate]], capacity: Capacity) -> tuple[ClusterPair, ...]:
-    """The links, each with its sending worker's cluster, summed per ordered pair of clusters, in order of names.
+def by_cluster_pair(view: ClusterView, capacity: Capacity) -> tuple[ClusterPair, ...]:
+    """The view's links summed per ordered pair of clusters, in order of names.
 
     ``capacity``: configured bytes/s of a pair (from, to), or None.
     """
-    pairs: dict[tuple[ClusterId, ClusterId], list[LinkEstimate]] = {}
-    for from_cluster, link in links:
-        pairs.setdefault((from_cluster, link.cluster_id), []).append(link)
+    pairs: dict[tuple[ClusterId, ClusterId], list[LinkView]] = {}
+    for link in view.links.values():
+        pairs.setdefault((link.from_cluster, link.to_cluster), []).append(link)
     return tuple(_sum(source, target, pairs[source, target], capacity) for source, target in sorted(pairs))
 
 
-def _sum(source: ClusterId, target: ClusterId, links: list[LinkEstimate], capacity: Capacity) -> ClusterPair:
+def _sum(source: ClusterId, target: ClusterId, views: list[LinkView], capacity: Capacity) -> ClusterPair:
+    links = [view.estimate for view in views if view.estimate is not None]
     throughput = sum(link.throughput for link in links)
     rtts = [link.rtt_s for link in links if link.rtt_s is not None]
-    measured = max(throughput, *(link.rate or 0.0 for link in links))
+    measured = max([throughput, *(link.rate or 0.0 for link in links)])
     return ClusterPair(
         from_cluster=source,
         to_cluster=target,
-        num_links=len(links),
+        num_links=len(views),
+        num_usable=sum(view.usable for view in views),
         connections=sum(link.connections for link in links),
         paths=tuple(sorted({link.path for link in links if link.path})),
         capacity=capacity(source, target),

@@ -32,8 +32,8 @@ from types import MappingProxyType
 from typing import Any
 
 from cluster.cost_fit import Sample, Samples, fit
+from core.link import LinkEstimate
 from core.request import ClusterId
-from kv_transfer.link_estimate import LinkEstimate
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,8 @@ from typing import Protocol
 from cluster.view import ClusterView, ModelInfo
 from core.request import GenerateRequest, OutputChunk, RequestId, Role
 
+_MAX_REASONS = 4  # of many pairs that fail alike, a few say it
+
 
 class Door(StrEnum):
     """Through which protocol a request came."""
@@ -72,12 +74,31 @@ class ClusterMembership(Protocol):
         """The served model; None until a worker has registered."""
         ...
 
+    @property
+    def probes_by_outcome(self) -> Mapping[str, int]:
+        """Self-tests of links so far: ``passed``, or the class of the error."""
+        ...
+
 
 def not_ready_reason(membership: ClusterMembership) -> str | None:
     """Why no request can be served now; None when requests can be.
 
-    A prefill worker is not asked for: without one, decode workers prefill for themselves.
+    A prefill worker is not asked for: without one, decode workers prefill for themselves. If there are some, one
+    link must work: a service that silently prefills on its decode workers is not what was asked for.
     """
     if membership.model() is None:
         return "no worker has registered yet"
-    return None if membership.view().ready(Role.DECODE) else "no decode worker is ready"
+    view = membership.view()
+    if not view.ready(Role.DECODE):
+        return "no decode worker is ready"
+    return no_usable_link_reason(view)
+
+
+def no_usable_link_reason(view: ClusterView) -> str | None:
+    """Why no prefill worker can ship to any decode worker; None if one can, or if there is nothing to ship from."""
+    pairs = [(p, d) for p in view.ready(Role.PREFILL) for d in view.ready(Role.DECODE)]
+    if not pairs or any(view.can_ship(prefill, decode) for prefill, decode in pairs):
+        return None
+    links = (view.link(prefill.worker_id, decode.worker_id) for prefill, decode in pairs)
+    said = [f"{link.from_worker} to {link.to_worker}: {link.reason}" for link in links if link is not None]
+    return f"no link between a prefill and a decode worker can be used: {'; '.join(said[:_MAX_REASONS])}"

@@ -22,6 +22,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cluster.cluster_info import cluster_link_info, link_info, worker_info
+from cluster.cluster_links import by_cluster_pair
 from cluster.config import ServiceConfig
 from cluster.front_door import ClusterMembership, Door, RequestRouter, not_ready_reason
 from cluster.generation import (
@@ -39,7 +41,6 @@ from cluster.generation import (
 from cluster.internal_tls import TlsDecision
 from cluster.tokenizer import ChatMessage
 from cluster.version import version
-from cluster.view import WorkerView
 from core.clock import Clock
 from core.errors import (
     Cancelled,
@@ -220,12 +221,13 @@ class GenerationServicer(rpc.GenerationServicer):
             )
 
     async def GetClusterInfo(self, _: pb.GetClusterInfoRequest, context: _Context) -> pb.GetClusterInfoResponse:  # noqa: N802
-        """Every live worker, and what the router counts."""
+        """Every live worker, every link between them, and what the router counts."""
         async with _errors_as_statuses(context):
             counters = self._router.counters
-            now = self._clock.now()
+            now, view = self._clock.now(), self._membership.view()
+            pairs = by_cluster_pair(view, self._config.kv_transfer.capacity)
             return pb.GetClusterInfoResponse(
-                workers=[_worker_info(worker, now) for worker in self._membership.view().workers],
+                workers=[worker_info(worker, now) for worker in view.workers],
                 num_inflight=self._router.num_inflight,
                 policy=self._config.router.policy,
                 internal_tls=str(self._internal_tls),
@@ -235,6 +237,8 @@ class GenerationServicer(rpc.GenerationServicer):
                 num_requests=counters.num_requests,
                 num_retries=counters.num_retries,
                 num_resumes=counters.num_resumes,
+                links=[link_info(link, now) for link in view.links.values()],
+                cluster_links=[cluster_link_info(pair) for pair in pairs],
             )
 
     async def Abort(self, request: pb.AbortRequest, _: _Context) -> pb.AbortResponse:  # noqa: N802
@@ -396,31 +400,4 @@ def _timing(timing: RequestTiming | None, tokenize_s: float) -> pb.TimingBreakdo
         route_reason=timing.route_reason,
         decode_cached_tokens=timing.decode_cached_tokens,
         num_preemptions=timing.num_preemptions,
-    )
-
-
-def _worker_info(worker: WorkerView, now: float) -> pb.WorkerInfo:
-    load = worker.load
-    return pb.WorkerInfo(
-        worker_id=worker.worker_id,
-        engine_id=worker.engine_id,
-        cluster_id=worker.cluster_id,
-        role=worker.role,
-        state="draining" if worker.draining else "ready",
-        address=worker.address,
-        transport=worker.transport,
-        num_running=load.num_running,
-        num_waiting=load.num_waiting,
-        pages_total=worker.pages_total,
-        pages_free=load.pages_free,
-        pages_cached=load.pages_cached,
-        bytes_sent=load.bytes_sent,
-        bytes_received=load.bytes_received,
-        prompt_tokens=load.prompt_tokens,
-        generated_tokens=load.generated_tokens,
-        cached_tokens=load.cached_tokens,
-        lease_left_s=max(0.0, worker.lease_expires_at - now),
-        num_sessions=load.num_sessions,
-        pages_quarantined=load.pages_quarantined,
-        num_preemptions=load.num_preemptions,
     )

@@ -163,7 +163,7 @@ class _Service:
         router = Router(membership, make_policy(config.router.policy), config.router, self._clock, gateway_id)
         self._router = router
         self._opened.push_async_callback(router.drain, 0.0)
-        metrics = Metrics(membership, router)
+        metrics = Metrics(membership, router, config.kv_transfer.capacity)
         generation = Generation(router, membership, tokenizer, metrics, config, self._clock)
         grpc = GrpcGateway(generation, router, membership, config, self._clock, tls.decision)
         self._opened.push_async_callback(grpc.stop, _DOOR_GRACE_S)

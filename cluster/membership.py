@@ -11,6 +11,8 @@ The life of a worker here:
 Invariants:
 - this class is the one writer of ``ClusterView``; the state is soft and rebuilt from the workers after a restart;
 - one worker id has at most one engine id in the view, the one that registered last; a replaced engine never returns;
+- a link is usable from the self-test that it passed to the end of either engine, or to a test that it fails; where
+  self-tests are off, every link is;
 - every worker in the view serves the model of the first worker that ever registered: a worker with another model,
   revision or vocabulary is refused with FAILED_PRECONDITION (a client's tokens must not depend on the route).
 """
@@ -19,17 +21,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import replace
 
 import grpc
 
 from cluster.config import RouterConfig
-from cluster.view import ClusterView, ModelInfo, WorkerView
+from cluster.view import ClusterView, Links, LinkView, ModelInfo, WorkerView
 from cluster.worker_client import CALL_TIMEOUT_S, WorkerClient, WorkerState
 from core.clock import Clock
 from core.errors import Incompatible, PeerLost, PrfaasError, ProtocolViolation
-from core.request import EngineId, GatewayId, WorkerId
+from core.link import LinkEstimate, ProbeReport
+from core.request import EngineId, GatewayId, Role, WorkerId
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
 from protos.channels import InternalGrpc
@@ -40,13 +44,24 @@ _Context = grpc.aio.ServicerContext[pb.RegisterRequest, pb.RegisterReply]
 
 _TICKS_PER_LEASE = 10  # how often leases are looked at: a dead worker is noticed at most a tenth of a lease too late
 _WATCHES_PER_LEASE = 4  # heartbeats asked of a worker per lease, so that one or two may be late
+_SHIPS = (Role.PREFILL, Role.DECODE)  # roles of a sending and a receiving worker
 _MAX_WATCH_INTERVAL_S = 0.25  # routing by load wants it fresh, whatever the lease
 
 
 class Membership:
     """The workers that this gateway holds a lease of. Everything happens on one event loop."""
 
-    def __init__(self, config: RouterConfig, gateway_id: GatewayId, clock: Clock, internal: InternalGrpc) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        gateway_id: GatewayId,
+        clock: Clock,
+        internal: InternalGrpc,
+        *,
+        self_test: bool = False,
+    ) -> None:
+        """``self_test``: links are used only after their self-test has passed (``note_probe``)."""
+        self._self_test = self_test
         self._lease_s = config.lease_s
         self._gateway_id = gateway_id
         self._clock = clock
@@ -58,6 +73,8 @@ class Membership:
         self._joins: dict[EngineId, asyncio.Task[None]] = {}
         self._model: ModelInfo | None = None
         self._view: ClusterView | None = None  # None: something changed since
+        self._probes: dict[tuple[EngineId, EngineId], ProbeReport] = {}  # the last of each pair of living engines
+        self._probes_by_outcome: Counter[str] = Counter()
         self._waiters: set[asyncio.Future[None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
@@ -71,8 +88,15 @@ class Membership:
         view = self._view
         if view is None or any(view.at < w.lease_expires_at <= now for w in view.workers):
             members = sorted(self._members.items())
-            view = self._view = ClusterView(at=now, workers=tuple(member.view() for _, member in members))
+            workers = tuple(member.view() for _, member in members)
+            links = {pair: link for _, member in members for pair, link in self._links_of(member).items()}
+            view = self._view = ClusterView(at=now, workers=workers, links=links)
         return view
+
+    @property
+    def probes_by_outcome(self) -> Mapping[str, int]:
+        """Self-tests so far: ``passed``, or the class of the error."""
+        return self._probes_by_outcome
 
     def model(self) -> ModelInfo | None:
         """The served model; None until a worker registered. ``max_model_len`` is what every live worker can take."""
@@ -147,6 +171,16 @@ class Membership:
         if member is not None and member.engine_id == engine_id:
             self._drop(member, "it left", logging.INFO)
 
+    def note_probe(self, sender: EngineId, receiver: EngineId, report: ProbeReport) -> None:
+        """A self-test has ended; nothing happens if either engine is not in the view any more."""
+        members = {member.engine_id: member for member in self._members.values()}
+        if sender not in members or receiver not in members:
+            return
+        self._probes[sender, receiver] = report
+        self._probes_by_outcome["passed" if report.passed else report.error] += 1
+        members[sender].links = None
+        self._notify()
+
     def expire(self) -> None:
         """Drop every worker whose lease has run out."""
         now = self._clock.now()
@@ -193,7 +227,7 @@ class Membership:
                 first = await anext(states)
             if self._latest.get(worker_id) != engine_id:
                 raise ProtocolViolation(f"{worker_id}: engine {engine_id} was replaced while it joined")
-            member = _Member(client, first, self._clock.now() + self._lease_s)
+            member = _Member(client, first, self._clock.now(), self._lease_s)
         except TimeoutError:
             raise PeerLost(f"{worker_id} at {address} did not tell its state in {CALL_TIMEOUT_S:g} s") from None
         finally:
@@ -205,6 +239,7 @@ class Membership:
         description = member.client.description
         self._model = self._model or description.model
         self._members[description.worker_id] = member
+        self._forget_links()
         member.client.on_change = self._forget_view
         member.task = self._spawn(self._follow(member, states))
         logger.info(
@@ -234,6 +269,7 @@ class Membership:
     async def _watch(self, member: _Member, states: AsyncIterator[WorkerState]) -> None:
         async for state in states:
             before, member.state = member.state, state
+            member.links, member.heard_at = None, self._clock.now()
             self._renew(member)
             if (before.role, before.draining) != (state.role, state.draining):
                 logger.info(
@@ -242,6 +278,7 @@ class Membership:
                     state.role,
                     ", draining" if state.draining else "",
                 )
+                self._forget_links()
             self._notify()
 
     def _renew(self, member: _Member) -> None:
@@ -254,6 +291,8 @@ class Membership:
         if self._members.get(worker_id) is not member:
             return
         del self._members[worker_id]
+        self._probes = {pair: report for pair, report in self._probes.items() if member.engine_id not in pair}
+        self._forget_links()
         self._forget_view()
         num_open = member.client.num_open
         logger.log(level, "worker %s (%s) is out: %s; %d open sequences", worker_id, member.engine_id, reason, num_open)
@@ -299,6 +338,41 @@ class Membership:
     def _forget_view(self) -> None:
         self._view = None
 
+    def _forget_links(self) -> None:
+        """Who is there, or in which role, has changed: so have everybody's links."""
+        for member in self._members.values():
+            member.links = None
+
+    def _links_of(self, sender: _Member) -> Links:
+        """The links that ``sender`` sends on. Made anew only after it reported, or after somebody came or went."""
+        if sender.links is None:
+            estimates = {estimate.worker_id: estimate for estimate in sender.state.links}
+            sender.links = {
+                (sender.worker_id, receiver.worker_id): self._link(sender, receiver, estimates.get(receiver.worker_id))
+                for receiver in self._members.values()
+                if receiver.worker_id in estimates or (sender.state.role, receiver.state.role) == _SHIPS
+            }
+        return sender.links
+
+    def _link(self, sender: _Member, receiver: _Member, estimate: LinkEstimate | None) -> LinkView:
+        probe = self._probes.get((sender.engine_id, receiver.engine_id))
+        usable, reason = True, ""
+        if self._self_test and probe is None:
+            usable, reason = False, "not tested yet"
+        elif self._self_test and probe is not None and not probe.passed:
+            usable, reason = False, f"{probe.error}: {probe.reason}"
+        return LinkView(
+            from_worker=sender.worker_id,
+            from_cluster=sender.client.description.cluster_id,
+            to_worker=receiver.worker_id,
+            to_cluster=receiver.client.description.cluster_id,
+            heard_at=sender.heard_at,
+            estimate=estimate,
+            probe=probe,
+            usable=usable,
+            reason=reason,
+        )
+
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -314,11 +388,17 @@ def _why_it_ended(stream: asyncio.Task[None]) -> str:
 class _Member:
     """One worker that is in the view. Only ``Membership`` writes it."""
 
-    def __init__(self, client: WorkerClient, state: WorkerState, lease_expires_at: float) -> None:
+    def __init__(self, client: WorkerClient, state: WorkerState, now: float, lease_s: float) -> None:
         self.client = client
         self.state = state
-        self.lease_expires_at = lease_expires_at
+        self.heard_at = now  # when ``state`` came
+        self.lease_expires_at = now + lease_s
+        self.links: Links | None = None  # that it sends on; None: something changed since
         self.task: asyncio.Task[None] | None = None
+
+    @property
+    def worker_id(self) -> WorkerId:
+        return self.client.description.worker_id
 
     @property
     def engine_id(self) -> EngineId:

@@ -18,6 +18,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from cluster.cluster_links import Capacity, ClusterPair, by_cluster_pair
 from cluster.front_door import ClusterMembership, Door, RequestRouter
 from cluster.view import WorkerView
 from core.errors import Cancelled, DeadlineExceeded, InvalidRequest, NoRoute, Overloaded
@@ -74,7 +75,8 @@ class RequestRecord:
 class Metrics:
     """The gateway's Prometheus registry; ``observe`` and ``refuse`` are its only writers."""
 
-    def __init__(self, membership: ClusterMembership, router: RequestRouter) -> None:
+    def __init__(self, membership: ClusterMembership, router: RequestRouter, capacity: Capacity) -> None:
+        """``capacity``: configured bytes/s between two clusters (``KvTransferConfig.capacity``)."""
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "prfaas_requests", "Requests by how they ended.", ("door", "outcome"), registry=self.registry
@@ -104,7 +106,7 @@ class Metrics:
             registry=self.registry,
         )
         self._generated_tokens = Counter("prfaas_generated_tokens", "Tokens sent to clients.", registry=self.registry)
-        self.registry.register(_AtScrape(membership, router))
+        self.registry.register(_AtScrape(membership, router, capacity))
 
     def refuse(self, door: Door, error: BaseException) -> None:
         """Count a request that ended with ``error`` before anything was generated."""
@@ -131,9 +133,10 @@ class Metrics:
 class _AtScrape(Collector):
     """What the router and the workers count, read at the moment of the scrape."""
 
-    def __init__(self, membership: ClusterMembership, router: RequestRouter) -> None:
+    def __init__(self, membership: ClusterMembership, router: RequestRouter, capacity: Capacity) -> None:
         self._membership = membership
         self._router = router
+        self._capacity = capacity
 
     def describe(self) -> Iterable[Metric]:
         return ()  # not asked at registration: there may be no worker yet
@@ -149,14 +152,33 @@ class _AtScrape(Collector):
             "Continuations gone on elsewhere with their tokens so far, by reason.",
             counters.resumes_by_reason.items(),
         )
-        yield from _of_workers(self._membership.view().workers)
+        yield _by_reason(
+            "prfaas_link_self_tests",
+            "Self-tests of a pair of workers: passed, or the kind of the error.",
+            self._membership.probes_by_outcome.items(),
+            label="outcome",
+        )
+        view = self._membership.view()
+        yield from _of_workers(view.workers)
+        yield from _of_links(by_cluster_pair(view, self._capacity))
 
 
-def _by_reason(name: str, doc: str, counts: Iterable[tuple[str, int]]) -> Metric:
-    family = CounterMetricFamily(name, doc, labels=("reason",))
+def _by_reason(name: str, doc: str, counts: Iterable[tuple[str, int]], label: str = "reason") -> Metric:
+    family = CounterMetricFamily(name, doc, labels=(label,))
     for reason, count in counts:
         family.add_metric((reason,), count)
     return family
+
+
+def _of_links(pairs: tuple[ClusterPair, ...]) -> Iterator[Metric]:
+    """One sample for each ordered pair of clusters; what is not known has none."""
+    for kind, families in ((GaugeMetricFamily, _LINK_GAUGES), (CounterMetricFamily, _LINK_COUNTERS)):
+        for name, doc, value_of in families:
+            family = kind(f"prfaas_link_{name}", doc, labels=("from_cluster", "to_cluster", "path"))
+            for pair in pairs:
+                if (value := value_of(pair)) is not None:
+                    family.add_metric((pair.from_cluster, pair.to_cluster, ",".join(pair.paths)), value)
+            yield family
 
 
 def _of_workers(workers: tuple[WorkerView, ...]) -> Iterator[Metric]:
@@ -188,4 +210,25 @@ _WORKER_COUNTERS: _WorkerFamilies = (
     ("generated_tokens", "Tokens it sampled.", lambda w: w.load.generated_tokens),
     ("cached_tokens", "Prompt tokens found in its prefix cache.", lambda w: w.load.cached_tokens),
     ("preemptions", "Sequences preempted because pages ran out.", lambda w: w.load.num_preemptions),
+)
+
+_LinkFamilies = tuple[tuple[str, str, Callable[[ClusterPair], float | None]], ...]
+
+# docs/links.md says what each of them means.
+_LINK_GAUGES: _LinkFamilies = (
+    ("pairs", "Pairs of workers.", lambda p: p.num_links),
+    ("pairs_usable", "Pairs of workers whose link may be used.", lambda p: p.num_usable),
+    ("connections", "Connections that live now.", lambda p: p.connections),
+    ("capacity_bytes_per_second", "What the path is configured to carry.", lambda p: p.capacity),
+    ("goodput_bytes_per_second", "What was seen to fit on the path: a lower bound.", lambda p: p.measured),
+    ("throughput_bytes_per_second", "What all workers send now.", lambda p: p.throughput),
+    ("utilisation_ratio", "Throughput over capacity, or over goodput if none is configured.", lambda p: p.utilisation),
+    ("rtt_seconds", "Mean smoothed round trip.", lambda p: p.rtt_s),
+    ("queued_bytes", "Bytes that wait to be sent.", lambda p: p.bytes_queued),
+)
+_LINK_COUNTERS: _LinkFamilies = (
+    ("sent_bytes", "Payload bytes sent, as on the wire.", lambda p: p.bytes_sent),
+    ("retransmits", "TCP segments sent again.", lambda p: p.retransmits),
+    ("reconnects", "Connections that broke and were made again.", lambda p: p.reconnects),
+    ("falls", "Times that a path meant for RDMA or shared memory was found to be TCP.", lambda p: p.falls),
 )

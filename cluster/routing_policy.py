@@ -2,7 +2,7 @@
 
 Invariants, of every policy:
 - only workers of ``view.ready(role)`` are chosen: live lease, not draining, advertising the role;
-- a prefill worker is paired only with a decode worker of an equal cache fingerprint;
+- a prefill worker is paired only with a decode worker of an equal cache fingerprint, on a link that may be used;
 - an engine that failed this sequence before (``excluded``) is chosen only when nothing else is left;
 - equal arguments give equal routes, and every route says why it was taken.
 
@@ -91,14 +91,13 @@ class _Candidates:
     """Workers that may be chosen. ``decode`` is never empty; ``prefill`` holds every ready one, excluded or not."""
 
     request: RouteRequest
+    view: ClusterView
     decode: tuple[WorkerView, ...]
     prefill: tuple[WorkerView, ...]
 
     def prefill_for(self, decode: WorkerView) -> tuple[WorkerView, ...]:
         """Prefill workers that may be paired with ``decode``."""
-        fingerprint = decode.model.fingerprint
-        compatible = tuple(w for w in self.prefill if w.model.fingerprint == fingerprint)
-        return _avoid(compatible, self.request.excluded)
+        return _avoid(tuple(w for w in self.prefill if _may_pair(self.view, w, decode)), self.request.excluded)
 
     def route(self, prefill: WorkerView | None, decode: WorkerView, reason: str) -> Route:
         """The route, its reason completed with whatever was not as it should be."""
@@ -119,7 +118,9 @@ class _Candidates:
             self.prefill[0].model.fingerprint.require_equal(decode.model.fingerprint)
         except Incompatible as error:
             return f"no prefill worker holds the same cache ({self.prefill[0].worker_id}: {error.field} differs)"
-        raise AssertionError("a compatible prefill worker was overlooked")
+        links = (self.view.link(w.worker_id, decode.worker_id) for w in self.prefill)
+        unusable = [f"{link.from_worker} to it: {link.reason}" for link in links if link is not None]
+        return f"no link from a prefill worker can be used ({'; '.join(unusable)})"
 
 
 def _candidates(request: RouteRequest, view: ClusterView) -> _Candidates:
@@ -130,15 +131,25 @@ def _candidates(request: RouteRequest, view: ClusterView) -> _Candidates:
     fresh_prefill = tuple(w for w in prefill if w.engine_id not in request.excluded)
     # A decode worker that some prefill worker can ship to is better than one that would have to prefill alone.
     pool = (
-        _shippable(fresh, fresh_prefill) or _shippable(fresh, prefill) or fresh or _shippable(decode, prefill) or decode
+        _shippable(view, fresh, fresh_prefill)
+        or _shippable(view, fresh, prefill)
+        or fresh
+        or _shippable(view, decode, prefill)
+        or decode
     )
-    return _Candidates(request=request, decode=pool, prefill=prefill)
+    return _Candidates(request=request, view=view, decode=pool, prefill=prefill)
 
 
-def _shippable(decode: tuple[WorkerView, ...], prefill: tuple[WorkerView, ...]) -> tuple[WorkerView, ...]:
+def _shippable(
+    view: ClusterView, decode: tuple[WorkerView, ...], prefill: tuple[WorkerView, ...]
+) -> tuple[WorkerView, ...]:
     """Those of ``decode`` that some worker of ``prefill`` can ship K/V to."""
-    fingerprints = {w.model.fingerprint for w in prefill}
-    return tuple(w for w in decode if w.model.fingerprint in fingerprints)
+    return tuple(d for d in decode if any(_may_pair(view, p, d) for p in prefill))
+
+
+def _may_pair(view: ClusterView, prefill: WorkerView, decode: WorkerView) -> bool:
+    """Do both hold the same cache, and does the link between them work?"""
+    return prefill.model.fingerprint == decode.model.fingerprint and view.can_ship(prefill, decode)
 
 
 def _avoid(workers: tuple[WorkerView, ...], excluded: frozenset[EngineId]) -> tuple[WorkerView, ...]:

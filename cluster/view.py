@@ -6,9 +6,11 @@ command only read. Instants are on the gateway's Clock.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from core.fingerprint import CacheFingerprint
+from core.link import LinkEstimate, ProbeReport
 from core.request import ClusterId, EngineId, Role, WorkerId
 
 
@@ -62,15 +64,53 @@ class WorkerView:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkView:
+    """The path from one worker's pages into another's. Ordered: the way back is another link.
+
+    ``usable`` False: nothing is to be shipped on it; ``reason`` says why.
+    """
+
+    from_worker: WorkerId
+    from_cluster: ClusterId
+    to_worker: WorkerId
+    to_cluster: ClusterId
+    heard_at: float  # when the sending worker last reported
+    estimate: LinkEstimate | None = None  # None: nothing was sent there yet
+    probe: ProbeReport | None = None  # the last self-test; None: not tested
+    usable: bool = True
+    reason: str = ""
+
+    def age_s(self, now: float) -> float | None:
+        """Seconds since bytes last moved on it, as far as is known; None if none ever did."""
+        return None if self.estimate is None else max(0.0, now - self.heard_at) + self.estimate.age_s
+
+
+Links = Mapping[tuple[WorkerId, WorkerId], LinkView]  # (from, to)
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterView:
-    """Every worker that this gateway holds a live lease of, ordered by worker id."""
+    """Every worker that this gateway holds a live lease of, ordered by worker id, and the links between them.
+
+    ``links`` has every pair of a prefill and a decode worker, and whatever else carried bytes.
+    """
 
     at: float
     workers: tuple[WorkerView, ...] = ()
+    links: Links = field(default_factory=dict)
 
     def ready(self, role: Role) -> tuple[WorkerView, ...]:
         """Workers that advertise ``role``, are not draining and whose lease has not run out."""
         return tuple(w for w in self.workers if w.role is role and not w.draining and w.lease_expires_at > self.at)
+
+    def link(self, from_worker: WorkerId, to_worker: WorkerId) -> LinkView | None:
+        """What is known of the path from one worker to another; None: nothing, good or bad."""
+        return self.links.get((from_worker, to_worker))
+
+    def can_ship(self, prefill: WorkerView, decode: WorkerView) -> bool:
+        """May K/V go from ``prefill`` to ``decode``? Not on a link that is known not to work, or is not tested yet."""
+        link = self.link(prefill.worker_id, decode.worker_id)
+        return link is None or link.usable
 
 
 @dataclass(frozen=True, slots=True)

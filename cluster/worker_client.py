@@ -19,7 +19,8 @@ from typing import Self, TypeVar
 import grpc
 
 from cluster.view import ModelInfo, WorkerLoad
-from core.errors import InvalidRequest, PeerLost, PrfaasError, SequenceFailed
+from core.errors import InvalidRequest, Overloaded, PeerLost, PrfaasError, SequenceFailed
+from core.link import LinkEstimate, ProbeReport
 from core.request import (
     ClusterId,
     EngineId,
@@ -39,10 +40,13 @@ from protos.wire import (
     chunk_from_message,
     failure_from_message,
     fingerprint_from_message,
+    link_from_message,
+    probe_from_message,
     role_from_text,
     spec_to_message,
 )
 
+PROBE_SLACK_S = 2.0  # a worker answers for a self-test within its time; this much more and it is taken for lost
 CALL_TIMEOUT_S = 5.0  # control calls do no work; one that takes so long goes to a process that hangs
 
 _Reply = TypeVar("_Reply")
@@ -74,6 +78,7 @@ class WorkerState:
     role: Role
     draining: bool
     load: WorkerLoad
+    links: tuple[LinkEstimate, ...] = ()  # that it sends on
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,7 @@ class WorkerClient:
         self._worker = rpc.WorkerStub(channel)
         self._prefill = rpc.PrefillStub(channel)
         self._decode = rpc.DecodeStub(channel)
+        self._probes = rpc.ProbeSenderStub(channel)
         self._deliver: dict[SequenceId, Deliver] = {}
         self._lost: WorkerLost | None = None
         self.on_change: Callable[[], None] = lambda: None
@@ -172,6 +178,26 @@ class WorkerClient:
     async def set_role(self, role: Role) -> None:
         """Ask the worker to advertise ``role`` from now on."""
         await self._call(self._worker.SetRole, pb.SetRoleRequest(role=role.value))
+
+    async def probe_link(self, receiver: WorkerDescription, timeout_s: float) -> ProbeReport:
+        """Have this worker send random pages to ``receiver``; how they arrived.
+
+        Raises ``Overloaded`` if either has no page to spare now, ``PeerLost`` if this worker does not answer.
+        """
+        request = pb.ProbeRequest(
+            worker_id=receiver.worker_id,
+            cluster_id=receiver.cluster_id,
+            address=receiver.address,
+            timeout_s=timeout_s,
+        )
+        if self._lost is not None:
+            raise PeerLost(f"{self._lost.worker_id}: {self._lost.reason}")
+        try:
+            return probe_from_message(await self._probes.Run(request, timeout=timeout_s + PROBE_SLACK_S))
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise Overloaded(f"{self.description.worker_id}: {error.details()}") from error
+            raise PeerLost(f"{self.description.worker_id}: {_said(error)}") from error
 
     async def watch(self, interval_s: float) -> AsyncIterator[WorkerState]:
         """The worker's state at once, at every change and at least every ``interval_s``; ends with ``PeerLost``."""
@@ -285,4 +311,5 @@ def _state_from_message(message: pb.WorkerState) -> WorkerState:
             cached_tokens=message.cached_tokens,
             num_preemptions=message.num_preemptions,
         ),
+        links=tuple(map(link_from_message, message.links)),
     )

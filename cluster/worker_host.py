@@ -39,6 +39,7 @@ from decode_worker.worker import DecodeWorker
 from engine.engine import Engine, EngineLoad, StepOutput
 from engine.engine_thread import EngineThread
 from engine.turns import make_turns
+from kv_transfer.link_monitor import TICK_S, LinkMonitor
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.sender import KvSender
 from kv_transfer.transport import LayerPages, PageGeometry, PeerIdentity, Region, create_transport
@@ -214,6 +215,7 @@ class _Parts(rpc.WorkerServicer):
             read_commit=_read_commit,
         )
         lease_s = config.kv_transfer.lease_s
+        self._links = LinkMonitor(clock)
         self._sender = KvSender(self._transport, clock, self._prefill.closed)
         self._receiver = KvReceiver(self._transport, clock, self._decode.committed, self._decode.released, lease_s)
         self._prefill.attach(self._sender)
@@ -234,6 +236,7 @@ class _Parts(rpc.WorkerServicer):
         self.address = f"{self._config.host}:{port}"
         await self._server.start()
         self._spawn(self._expire_leases())
+        self._spawn(self._watch_links())
         for registry in self._config.registries:
             self._spawn(self._keep_registered(registry))
 
@@ -333,6 +336,11 @@ class _Parts(rpc.WorkerServicer):
             self._sender.expire(self._clock.now())
             self._receiver.expire(self._clock.now())
 
+    async def _watch_links(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._links.tick(self._transport.stats())
+
     # ---- the Worker service ----
 
     async def Describe(  # noqa: N802
@@ -423,6 +431,7 @@ class _Parts(rpc.WorkerServicer):
             num_sessions=self._prefill.num_sessions + self._decode.num_sessions,
             pages_quarantined=self._receiver.num_quarantined,
             num_preemptions=load.num_preemptions,
+            links=map(wire.link_to_message, self._links.estimates()),
         )
 
 

@@ -11,6 +11,7 @@ DIALS = ("sender", "receiver")
 CHECKSUMS = ("xxh3", "none")
 CODECS = ("raw", "lossless", "int8", "fp8")
 ANY_CLUSTER = "*"
+BYTES_PER_GBIT = 1e9 / 8
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ class KvTransferConfig:
         """The settings of links from ``from_cluster`` to ``to_cluster``."""
         fitting = (link for link in self.links if link.fits(from_cluster, to_cluster))
         return next(fitting, LinkConfig())
+
+    def capacity(self, from_cluster: ClusterId, to_cluster: ClusterId) -> float | None:
+        """Bytes/s that the path between the clusters is configured to carry; None: not configured."""
+        gbps = self.link(from_cluster, to_cluster).capacity_gbps
+        return None if gbps is None else gbps * BYTES_PER_GBIT
 
 
 def _require(ok: bool, key: str, allowed: str, value: object) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from core.errors import PrfaasError, ProtocolViolation
 from core.fingerprint import CacheFingerprint
+from core.link import LinkEstimate, ProbeReport
 from core.request import (
+    ClusterId,
     FinishReason,
     Role,
     SamplingParams,
@@ -197,6 +199,82 @@ def failure_from_message(message: pb.SequenceFailure) -> SequenceFailure:
         message=message.message,
         retryable=message.retryable,
         stage=role_from_text(message.stage),
+    )
+
+
+def link_to_message(link: LinkEstimate) -> pb.LinkReport:
+    return pb.LinkReport(
+        worker_id=link.worker_id,
+        cluster_id=link.cluster_id,
+        path=link.path,
+        connections=link.connections,
+        goodput=link.goodput,
+        delivery_rate=link.delivery_rate,
+        rtt_s=link.rtt_s,
+        min_rtt_s=link.min_rtt_s,
+        retransmits=link.retransmits,
+        retransmits_per_mib=link.retransmits_per_mib,
+        fit_t0_s=link.fit_t0_s,
+        fit_beta=link.fit_beta,
+        fit_variance=link.fit_variance,
+        samples=link.samples,
+        throughput=link.throughput,
+        bytes_sent=link.bytes_sent,
+        bytes_queued=link.bytes_queued,
+        reconnects=link.reconnects,
+        falls=link.falls,
+        age_s=link.age_s,
+    )
+
+
+def link_from_message(message: pb.LinkReport) -> LinkEstimate:
+    return LinkEstimate(
+        worker_id=WorkerId(message.worker_id),
+        cluster_id=ClusterId(message.cluster_id),
+        path=message.path,
+        connections=message.connections,
+        goodput=message.goodput if message.HasField("goodput") else None,
+        delivery_rate=message.delivery_rate if message.HasField("delivery_rate") else None,
+        rtt_s=message.rtt_s if message.HasField("rtt_s") else None,
+        min_rtt_s=message.min_rtt_s if message.HasField("min_rtt_s") else None,
+        retransmits=message.retransmits,
+        retransmits_per_mib=message.retransmits_per_mib,
+        fit_t0_s=message.fit_t0_s if message.HasField("fit_t0_s") else None,
+        fit_beta=message.fit_beta if message.HasField("fit_beta") else None,
+        fit_variance=message.fit_variance if message.HasField("fit_variance") else None,
+        samples=message.samples,
+        throughput=message.throughput,
+        bytes_sent=message.bytes_sent,
+        bytes_queued=message.bytes_queued,
+        reconnects=message.reconnects,
+        falls=message.falls,
+        age_s=message.age_s,
+    )
+
+
+def probe_to_message(report: ProbeReport) -> pb.ProbeReport:
+    return pb.ProbeReport(
+        path=report.path,
+        num_bytes=report.num_bytes,
+        exact=report.exact,
+        timed_bytes=report.timed_bytes,
+        seconds=report.seconds,
+        rtt_s=report.rtt_s,
+        error=report.error,
+        reason=report.reason,
+    )
+
+
+def probe_from_message(message: pb.ProbeReport) -> ProbeReport:
+    return ProbeReport(
+        path=message.path,
+        num_bytes=message.num_bytes,
+        exact=message.exact,
+        timed_bytes=message.timed_bytes,
+        seconds=message.seconds,
+        rtt_s=message.rtt_s if message.HasField("rtt_s") else None,
+        error=message.error,
+        reason=message.reason,
     )
 
 

@@ -61,7 +61,7 @@ class WatchRequest(_message.Message):
     def __init__(self, interval_s: _Optional[float] = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("version", "engine_id", "role", "draining", "num_running", "num_waiting", "num_waiting_tokens", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "num_sessions", "pages_quarantined", "num_preemptions")
+    __slots__ = ("version", "engine_id", "role", "draining", "num_running", "num_waiting", "num_waiting_tokens", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "num_sessions", "pages_quarantined", "num_preemptions", "links")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,7 @@ class WorkerState(_message.Message):
     NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     PAGES_QUARANTINED_FIELD_NUMBER: _ClassVar[int]
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     version: int
     engine_id: str
     role: str
@@ -96,7 +97,52 @@ class WorkerState(_message.Message):
     num_sessions: int
     pages_quarantined: int
     num_preemptions: int
-    def __init__(self, version: _Optional[int] = ..., engine_id: _Optional[str] = ..., role: _Optional[str] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
+    links: _containers.RepeatedCompositeFieldContainer[LinkReport]
+    def __init__(self, version: _Optional[int] = ..., engine_id: _Optional[str] = ..., role: _Optional[str] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkReport, _Mapping]]] = ...) -> None: ...
+
+class LinkReport(_message.Message):
+    __slots__ = ("worker_id", "cluster_id", "path", "connections", "goodput", "delivery_rate", "rtt_s", "min_rtt_s", "retransmits", "retransmits_per_mib", "fit_t0_s", "fit_beta", "fit_variance", "samples", "throughput", "bytes_sent", "bytes_queued", "reconnects", "falls", "age_s")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_ID_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    GOODPUT_FIELD_NUMBER: _ClassVar[int]
+    DELIVERY_RATE_FIELD_NUMBER: _ClassVar[int]
+    RTT_S_FIELD_NUMBER: _ClassVar[int]
+    MIN_RTT_S_FIELD_NUMBER: _ClassVar[int]
+    RETRANSMITS_FIELD_NUMBER: _ClassVar[int]
+    RETRANSMITS_PER_MIB_FIELD_NUMBER: _ClassVar[int]
+    FIT_T0_S_FIELD_NUMBER: _ClassVar[int]
+    FIT_BETA_FIELD_NUMBER: _ClassVar[int]
+    FIT_VARIANCE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    THROUGHPUT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_QUEUED_FIELD_NUMBER: _ClassVar[int]
+    RECONNECTS_FIELD_NUMBER: _ClassVar[int]
+    FALLS_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    cluster_id: str
+    path: str
+    connections: int
+    goodput: float
+    delivery_rate: float
+    rtt_s: float
+    min_rtt_s: float
+    retransmits: int
+    retransmits_per_mib: float
+    fit_t0_s: float
+    fit_beta: float
+    fit_variance: float
+    samples: int
+    throughput: float
+    bytes_sent: int
+    bytes_queued: int
+    reconnects: int
+    falls: int
+    age_s: float
+    def __init__(self, worker_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., path: _Optional[str] = ..., connections: _Optional[int] = ..., goodput: _Optional[float] = ..., delivery_rate: _Optional[float] = ..., rtt_s: _Optional[float] = ..., min_rtt_s: _Optional[float] = ..., retransmits: _Optional[int] = ..., retransmits_per_mib: _Optional[float] = ..., fit_t0_s: _Optional[float] = ..., fit_beta: _Optional[float] = ..., fit_variance: _Optional[float] = ..., samples: _Optional[int] = ..., throughput: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_queued: _Optional[int] = ..., reconnects: _Optional[int] = ..., falls: _Optional[int] = ..., age_s: _Optional[float] = ...) -> None: ...
 
 class OutputsRequest(_message.Message):
     __slots__ = ("gateway_id",)
@@ -316,6 +362,66 @@ class CommitPayload(_message.Message):
     sequence_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ProbeRequest(_message.Message):
+    __slots__ = ("worker_id", "cluster_id", "address", "timeout_s")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    cluster_id: str
+    address: str
+    timeout_s: float
+    def __init__(self, worker_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., address: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class ProbeReport(_message.Message):
+    __slots__ = ("path", "num_bytes", "exact", "timed_bytes", "seconds", "rtt_s", "error", "reason")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    TIMED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RTT_S_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    num_bytes: int
+    exact: bool
+    timed_bytes: int
+    seconds: float
+    rtt_s: float
+    error: str
+    reason: str
+    def __init__(self, path: _Optional[str] = ..., num_bytes: _Optional[int] = ..., exact: _Optional[bool] = ..., timed_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., rtt_s: _Optional[float] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ProbeGrantRequest(_message.Message):
+    __slots__ = ("session_id", "fingerprint", "max_pages", "sender_descriptor")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    MAX_PAGES_FIELD_NUMBER: _ClassVar[int]
+    SENDER_DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    fingerprint: Fingerprint
+    max_pages: int
+    sender_descriptor: bytes
+    def __init__(self, session_id: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., max_pages: _Optional[int] = ..., sender_descriptor: _Optional[bytes] = ...) -> None: ...
+
+class ProbeDigestRequest(_message.Message):
+    __slots__ = ("session_id", "wait_s")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    wait_s: float
+    def __init__(self, session_id: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
+
+class ProbeDigestReply(_message.Message):
+    __slots__ = ("digest", "num_bytes")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    num_bytes: int
+    def __init__(self, digest: _Optional[bytes] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
     __slots__ = ("worker_id", "engine_id", "address", "leaving")

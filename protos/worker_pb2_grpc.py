@@ -523,6 +523,203 @@ class Decode:
             _registered_method=True)
 
 
+class ProbeSenderStub:
+    """---- self-test of a pair: real bytes, the real path, real pages ----
+
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Run = channel.unary_unary(
+                '/prfaas.worker.v1.ProbeSender/Run',
+                request_serializer=protos_dot_worker__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=protos_dot_worker__pb2.ProbeReport.FromString,
+                _registered_method=True)
+
+
+class ProbeSenderServicer:
+    """---- self-test of a pair: real bytes, the real path, real pages ----
+
+    """
+
+    def Run(self, request, context):
+        """Asked of the prefill worker: send random pages to that decode worker, and say how they arrived. A pair that fails
+        is a reply, not a status. RESOURCE_EXHAUSTED: no page to spare on either side now; it says nothing of the pair.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ProbeSenderServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Run': grpc.unary_unary_rpc_method_handler(
+                    servicer.Run,
+                    request_deserializer=protos_dot_worker__pb2.ProbeRequest.FromString,
+                    response_serializer=protos_dot_worker__pb2.ProbeReport.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'prfaas.worker.v1.ProbeSender', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('prfaas.worker.v1.ProbeSender', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class ProbeSender:
+    """---- self-test of a pair: real bytes, the real path, real pages ----
+
+    """
+
+    @staticmethod
+    def Run(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prfaas.worker.v1.ProbeSender/Run',
+            protos_dot_worker__pb2.ProbeRequest.SerializeToString,
+            protos_dot_worker__pb2.ProbeReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class ProbeReceiverStub:
+    """Missing associated documentation comment in .proto file."""
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Grant = channel.unary_unary(
+                '/prfaas.worker.v1.ProbeReceiver/Grant',
+                request_serializer=protos_dot_worker__pb2.ProbeGrantRequest.SerializeToString,
+                response_deserializer=protos_dot_worker__pb2.GrantReply.FromString,
+                _registered_method=True)
+        self.Digest = channel.unary_unary(
+                '/prfaas.worker.v1.ProbeReceiver/Digest',
+                request_serializer=protos_dot_worker__pb2.ProbeDigestRequest.SerializeToString,
+                response_deserializer=protos_dot_worker__pb2.ProbeDigestReply.FromString,
+                _registered_method=True)
+
+
+class ProbeReceiverServicer:
+    """Missing associated documentation comment in .proto file."""
+
+    def Grant(self, request, context):
+        """Asked by the prefill worker: at most max_pages pages, of those that nobody needs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Digest(self, request, context):
+        """The digest of what arrived, once it is committed; waits up to wait_s. The pages are given back by then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ProbeReceiverServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Grant': grpc.unary_unary_rpc_method_handler(
+                    servicer.Grant,
+                    request_deserializer=protos_dot_worker__pb2.ProbeGrantRequest.FromString,
+                    response_serializer=protos_dot_worker__pb2.GrantReply.SerializeToString,
+            ),
+            'Digest': grpc.unary_unary_rpc_method_handler(
+                    servicer.Digest,
+                    request_deserializer=protos_dot_worker__pb2.ProbeDigestRequest.FromString,
+                    response_serializer=protos_dot_worker__pb2.ProbeDigestReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'prfaas.worker.v1.ProbeReceiver', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('prfaas.worker.v1.ProbeReceiver', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class ProbeReceiver:
+    """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def Grant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prfaas.worker.v1.ProbeReceiver/Grant',
+            protos_dot_worker__pb2.ProbeGrantRequest.SerializeToString,
+            protos_dot_worker__pb2.GrantReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Digest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prfaas.worker.v1.ProbeReceiver/Digest',
+            protos_dot_worker__pb2.ProbeDigestRequest.SerializeToString,
+            protos_dot_worker__pb2.ProbeDigestReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class RegistryStub:
     """---- membership: served by the gateway ----
 

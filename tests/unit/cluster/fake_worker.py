@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 
 from core.fingerprint import CacheFingerprint
+from core.link import LinkEstimate
 from core.request import FinishReason, Role, SequenceFailure, SequenceSpec, StageStats, TokenChunk, WorkerId
 from protos import wire
 from protos import worker_pb2 as pb
@@ -80,6 +81,7 @@ class FakeWorker(rpc.WorkerServicer):
         self.prefills: list[SequenceSpec] = []
         self.decodes: list[SequenceSpec] = []
         self.aborts: list[tuple[str, Role]] = []
+        self.links: tuple[LinkEstimate, ...] = ()  # what Watch says of them
         self.watchers: list[float] = []  # interval asked for by each Watch stream
         self.running: dict[str, asyncio.Task[None]] = {}
         self.announced: dict[str, SequenceSpec] = {}
@@ -113,8 +115,15 @@ class FakeWorker(rpc.WorkerServicer):
         if server is not None:
             await server.stop(grace=None)
 
-    async def change(self, *, role: Role | None = None, draining: bool | None = None) -> None:
+    async def change(
+        self,
+        *,
+        role: Role | None = None,
+        draining: bool | None = None,
+        links: tuple[LinkEstimate, ...] | None = None,
+    ) -> None:
         """Advertise something else."""
+        self.links = self.links if links is None else links
         self.role = role or self.role
         self.draining = self.draining if draining is None else draining
         self._changed.set()
@@ -146,6 +155,7 @@ class FakeWorker(rpc.WorkerServicer):
                 draining=self.draining,
                 num_running=len(self.running),
                 pages_free=self.pages_free,
+                links=map(wire.link_to_message, self.links),
             )
             if self.silent.is_set():
                 await asyncio.Event().wait()

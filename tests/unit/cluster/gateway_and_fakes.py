@@ -119,11 +119,16 @@ async def until(condition: Callable[[], object]) -> None:
 
 @asynccontextmanager
 async def gateway(
-    num_prefill: int = 1, num_decode: int = 1, *, config: RouterConfig = CONFIG, policy: RoutingPolicy | None = None
+    num_prefill: int = 1,
+    num_decode: int = 1,
+    *,
+    config: RouterConfig = CONFIG,
+    policy: RoutingPolicy | None = None,
+    self_test: bool = False,
 ) -> AsyncIterator[Gateway]:
     """A gateway with so many fake workers, ``prefill-0``, ``decode-0``, ...; whatever happens, nothing is left."""
     clock = WallClock()
-    membership = Membership(config, GATEWAY, clock, InternalGrpc(None))
+    membership = Membership(config, GATEWAY, clock, InternalGrpc(None), self_test=self_test)
     registry = await membership.start("127.0.0.1")
     router = Router(membership, policy or RoundRobin(), config, clock, GATEWAY)
     running = Gateway(membership, router, registry, clock)

@@ -8,7 +8,7 @@ from cluster.config import ServiceConfig
 from cluster.generation import Generation
 from cluster.metrics import Metrics
 from cluster.tokenizer import Tokenizer
-from cluster.view import ClusterView, ModelInfo, WorkerLoad, WorkerView
+from cluster.view import ClusterView, Links, ModelInfo, WorkerLoad, WorkerView
 from core.clock import WallClock
 from core.errors import Cancelled, PrfaasError
 from core.fingerprint import CacheFingerprint
@@ -66,9 +66,11 @@ class FixedMembership:
     def __init__(self) -> None:
         self.workers = (worker("decode-0", Role.DECODE), worker("prefill-0", Role.PREFILL))
         self.served: ModelInfo | None = MODEL
+        self.links: Links = {}
+        self.probes_by_outcome: Mapping[str, int] = {}
 
     def view(self) -> ClusterView:
-        return ClusterView(at=0.0, workers=self.workers)
+        return ClusterView(at=0.0, workers=self.workers, links=self.links)
 
     def model(self) -> ModelInfo | None:
         return self.served
@@ -186,7 +188,7 @@ class Gateway:
 def gateway(tokenizer: Tokenizer, answer: str, config: ServiceConfig) -> Gateway:
     router = ScriptedRouter(tokenizer.encode(answer, field="answer"))
     membership = FixedMembership()
-    metrics = Metrics(membership, router)
+    metrics = Metrics(membership, router, lambda *_: None)
     clock = WallClock()
     generation = Generation(router, membership, tokenizer, metrics, config, clock, seeds=lambda: 7)
     return Gateway(tokenizer, router, membership, metrics, config, clock, generation)

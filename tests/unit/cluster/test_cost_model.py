@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.cost_model import ASSUMED_LINK_BYTES_PER_S, CostModel, CostView, Roofline
+from core.link import LinkEstimate
 from core.request import ClusterId, WorkerId
-from kv_transfer.link_estimate import LinkEstimate
 
 # 8e9 weights in bfloat16, 32 layers of 4,096, on a device of 500 TFLOP/s and 3 TB/s
 ROOFLINE = Roofline(

@@ -13,7 +13,8 @@ from cluster.config import RouterConfig
 from cluster.membership import Membership
 from cluster.worker_client import SequenceEvent, WorkerLost
 from core.clock import VirtualClock
-from core.request import EngineId, Role, SequenceId
+from core.link import LinkEstimate, ProbeReport
+from core.request import ClusterId, EngineId, Role, SequenceId, WorkerId
 from protos.channels import InternalGrpc
 from tests.unit.cluster.fake_worker import FINGERPRINT, FakeWorker
 from tests.unit.cluster.gateway_and_fakes import CONFIG, GATEWAY, Gateway, gateway, register, until
@@ -256,3 +257,78 @@ async def test_two_registrations_at_once_join_once() -> None:
 
         assert ids(g) == ["decode-0-engine-1"]
         assert len(worker.watchers) == 1
+
+
+PAIR = (WorkerId("prefill-0"), WorkerId("decode-0"))
+PASSED = ProbeReport("tcp", num_bytes=8, exact=True, timed_bytes=8, seconds=1.0)
+FAILED = ProbeReport("tcp", error="PeerLost", reason="no answer")
+
+
+def engines(g: Gateway) -> tuple[EngineId, EngineId]:
+    return EngineId(g[PAIR[0]].engine_id), EngineId(g[PAIR[1]].engine_id)
+
+
+async def test_what_workers_say_of_their_links_is_in_the_view_and_ages() -> None:
+    async with gateway(1, 1) as g:
+        estimate = LinkEstimate(PAIR[1], ClusterId("test"), "tcp", 4, goodput=1e9, age_s=2.0)
+        gone = LinkEstimate(WorkerId("decode-7"), ClusterId("test"), "tcp", 4)
+        await g["prefill-0"].change(links=(estimate, gone))
+        await until(lambda: g.membership.view().links[PAIR].estimate is not None)
+
+        view = g.membership.view()
+
+        assert set(view.links) == {PAIR}, "workers that are not there have no links"
+        assert view.links[PAIR].estimate == estimate
+        assert view.links[PAIR].age_s(view.links[PAIR].heard_at + 3.0) == 5.0
+
+
+async def test_links_leave_the_view_with_their_workers() -> None:
+    async with gateway(2, 2) as g:
+        assert len(g.membership.view().links) == 4
+
+        await g["prefill-0"].kill()
+        await until(lambda: len(g.membership.view().links) == 2)
+
+        assert {sender for sender, _ in g.membership.view().links} == {"prefill-1"}
+
+
+async def test_without_self_tests_every_link_is_usable() -> None:
+    async with gateway(1, 1) as g:
+        assert g.membership.view().links[PAIR].usable
+
+        g.membership.note_probe(*engines(g), FAILED)
+
+        assert g.membership.view().links[PAIR].usable
+        assert g.membership.view().links[PAIR].probe == FAILED
+
+
+async def test_with_self_tests_a_link_is_usable_from_the_test_it_passes_to_one_it_fails() -> None:
+    async with gateway(1, 1, self_test=True) as g:
+        prefill, decode = g.membership.view().ready(Role.PREFILL)[0], g.membership.view().ready(Role.DECODE)[0]
+        assert not g.membership.view().can_ship(prefill, decode)
+        assert g.membership.view().links[PAIR].reason == "not tested yet"
+
+        g.membership.note_probe(*engines(g), PASSED)
+        assert g.membership.view().can_ship(prefill, decode)
+
+        g.membership.note_probe(*engines(g), FAILED)
+        assert not g.membership.view().can_ship(prefill, decode)
+        assert g.membership.view().links[PAIR].reason == "PeerLost: no answer"
+        assert g.membership.probes_by_outcome == {"passed": 1, "PeerLost": 1}
+
+
+async def test_a_restarted_worker_and_a_new_role_are_untested() -> None:
+    async with gateway(1, 1, self_test=True) as g:
+        g.membership.note_probe(*engines(g), PASSED)
+        before = engines(g)
+        await g["decode-0"].kill()
+        await until(lambda: not g.membership.view().links)
+        await g.add(FakeWorker("decode-0", Role.DECODE, engine_id="decode-0-engine-2"))
+
+        g.membership.note_probe(*before, PASSED)  # a test that ended late
+
+        assert g.membership.view().links[PAIR].reason == "not tested yet"
+        await g.add(FakeWorker("prefill-1", Role.PREFILL))
+        await g["prefill-1"].change(role=Role.DECODE)
+        await until(lambda: (PAIR[0], WorkerId("prefill-1")) in g.membership.view().links)
+        assert not g.membership.view().links[PAIR[0], WorkerId("prefill-1")].usable

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.front_door import Door
 from cluster.metrics import Metrics, Outcome, RequestRecord
-from cluster.view import WorkerLoad
+from cluster.view import LinkView, WorkerLoad
 from core.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -17,7 +17,8 @@ from core.errors import (
     SequenceFailed,
     UnknownModel,
 )
-from core.request import Role
+from core.link import LinkEstimate
+from core.request import ClusterId, Role, WorkerId
 from tests.unit.cluster.scripted_router import FixedMembership, ScriptedRouter, worker
 
 
@@ -28,7 +29,7 @@ def membership() -> FixedMembership:
 
 @pytest.fixture
 def metrics(membership: FixedMembership) -> Metrics:
-    return Metrics(membership, ScriptedRouter(()))
+    return Metrics(membership, ScriptedRouter(()), lambda *_: None)
 
 
 def record(**changes: object) -> RequestRecord:
@@ -106,7 +107,7 @@ def test_workers_are_read_when_prometheus_asks(metrics, membership):
 
 
 def test_two_gateways_in_one_process_do_not_share_a_registry(metrics, membership):
-    other = Metrics(membership, ScriptedRouter(()))
+    other = Metrics(membership, ScriptedRouter(()), lambda *_: None)
     metrics.refuse(Door.HTTP, Overloaded("full"))
     labels = {"door": "http", "outcome": "overloaded"}
     assert metrics.registry.get_sample_value("prfaas_requests_total", labels) == 1
@@ -117,3 +118,36 @@ def test_render_is_prometheus_text(metrics):
     text = metrics.render().decode()
     assert "# TYPE prfaas_requests_total counter" in text
     assert 'prfaas_worker_pages{cluster="local",role="decode",worker="decode-0"} 100.0' in text
+
+
+def test_links_are_published_per_pair_of_clusters(membership):
+    east, west, sender, receiver = ClusterId("east"), ClusterId("west"), WorkerId("p"), WorkerId("d")
+    estimate = LinkEstimate(receiver, west, "tcp", 4, goodput=2e9, rtt_s=0.01, throughput=1e9, retransmits=3, falls=1)
+    membership.links = {(sender, receiver): LinkView(sender, east, receiver, west, 0.0, estimate)}
+    membership.probes_by_outcome = {"passed": 2, "PeerLost": 1}
+
+    value = Metrics(membership, ScriptedRouter(()), lambda *_: 4e9).registry.get_sample_value
+
+    labels = {"from_cluster": "east", "to_cluster": "west", "path": "tcp"}
+    assert value("prfaas_link_goodput_bytes_per_second", labels) == 2e9
+    assert value("prfaas_link_capacity_bytes_per_second", labels) == 4e9
+    assert value("prfaas_link_utilisation_ratio", labels) == 0.25
+    assert value("prfaas_link_rtt_seconds", labels) == 0.01
+    assert value("prfaas_link_connections", labels) == 4
+    assert value("prfaas_link_retransmits_total", labels) == 3
+    assert value("prfaas_link_falls_total", labels) == 1
+    assert value("prfaas_link_pairs_usable", labels) == 1
+    assert value("prfaas_link_self_tests_total", {"outcome": "passed"}) == 2
+    assert value("prfaas_link_self_tests_total", {"outcome": "PeerLost"}) == 1
+
+
+def test_what_is_not_known_of_a_link_has_no_sample(membership):
+    east, sender, receiver = ClusterId("east"), WorkerId("p"), WorkerId("d")
+    membership.links = {(sender, receiver): LinkView(sender, east, receiver, east, 0.0, usable=False)}
+
+    value = Metrics(membership, ScriptedRouter(()), lambda *_: None).registry.get_sample_value
+
+    labels = {"from_cluster": "east", "to_cluster": "east", "path": ""}
+    assert value("prfaas_link_pairs_usable", labels) == 0
+    assert value("prfaas_link_goodput_bytes_per_second", labels) is None
+    assert value("prfaas_link_utilisation_ratio", labels) is None

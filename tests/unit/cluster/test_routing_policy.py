@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.routing_policy import POLICIES, LeastLoaded, RoundRobin, RouteRequest, RoutingPolicy, make_policy
-from cluster.view import ClusterView, ModelInfo, WorkerLoad, WorkerView
+from cluster.view import ClusterView, LinkView, ModelInfo, WorkerLoad, WorkerView
 from core.errors import InvalidConfig, NoRoute
 from core.fingerprint import CacheFingerprint
 from core.request import ClusterId, EngineId, RequestId, Role, WorkerId
@@ -210,3 +210,45 @@ def test_least_loaded_counts_what_it_has_assigned_since_the_last_report() -> Non
 def test_an_unknown_policy_is_refused_with_the_known_names() -> None:
     with pytest.raises(InvalidConfig, match="round_robin, least_loaded"):
         make_policy("random")
+
+
+def broken(prefill: WorkerView, decode: WorkerView) -> LinkView:
+    return LinkView(
+        from_worker=prefill.worker_id,
+        from_cluster=prefill.cluster_id,
+        to_worker=decode.worker_id,
+        to_cluster=decode.cluster_id,
+        heard_at=NOW,
+        usable=False,
+        reason="PeerLost: no answer",
+    )
+
+
+def with_broken(view: ClusterView, *pairs: tuple[WorkerView, WorkerView]) -> ClusterView:
+    return replace(view, links={(p.worker_id, d.worker_id): broken(p, d) for p, d in pairs})
+
+
+@pytest.mark.parametrize("policy", [make() for make in POLICIES.values()], ids=list(POLICIES))
+def test_a_pair_whose_link_is_broken_is_never_chosen(policy: RoutingPolicy) -> None:
+    p0, p1 = worker("p0", Role.PREFILL), worker("p1", Role.PREFILL)
+    d0, d1 = worker("d0", Role.DECODE), worker("d1", Role.DECODE)
+    cluster = with_broken(view(p0, p1, d0, d1), (p0, d0), (p1, d1))
+
+    routes = [policy.route(request(ordinal), cluster) for ordinal in range(8)]
+
+    pairs = {(route.prefill.worker_id, route.decode.worker_id) for route in routes if route.prefill}
+    assert len(routes) == 8
+    assert pairs
+    assert pairs <= {("p1", "d0"), ("p0", "d1")}
+
+
+@pytest.mark.parametrize("policy", [make() for make in POLICIES.values()], ids=list(POLICIES))
+def test_a_decode_worker_that_nobody_can_ship_to_comes_last_and_says_why(policy: RoutingPolicy) -> None:
+    p0, d0, d1 = worker("p0", Role.PREFILL), worker("d0", Role.DECODE), worker("d1", Role.DECODE)
+    one_left = with_broken(view(p0, d0, d1), (p0, d0))
+    none_left = with_broken(view(p0, d0), (p0, d0))
+
+    assert {policy.route(request(ordinal), one_left).decode.worker_id for ordinal in range(4)} == {"d1"}
+    alone = policy.route(request(), none_left)
+    assert alone.prefill is None
+    assert "no link from a prefill worker can be used (p0 to it: PeerLost: no answer)" in alone.reason

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from core.errors import ProtocolViolation
 from core.fingerprint import CacheFingerprint
+from core.link import LinkEstimate, ProbeReport
 from core.request import (
+    ClusterId,
     FinishReason,
     Role,
     SamplingParams,
@@ -53,6 +55,41 @@ SPECS = st.builds(
     sampling=SAMPLING,
     salt=st.binary(max_size=8),
     hold_kv=st.booleans(),
+)
+RATES = st.none() | st.floats(0, 1e12)
+LINKS = st.builds(
+    LinkEstimate,
+    worker_id=st.text(max_size=9).map(WorkerId),
+    cluster_id=st.text(max_size=9).map(ClusterId),
+    path=st.text(max_size=9),
+    connections=COUNTS,
+    goodput=RATES,
+    delivery_rate=RATES,
+    rtt_s=st.none() | SECONDS,
+    min_rtt_s=st.none() | SECONDS,
+    retransmits=COUNTS,
+    retransmits_per_mib=SECONDS,
+    fit_t0_s=st.none() | SECONDS,
+    fit_beta=RATES,
+    fit_variance=st.none() | SECONDS,
+    samples=COUNTS,
+    throughput=SECONDS,
+    bytes_sent=st.integers(0, 2**63),
+    bytes_queued=st.integers(0, 2**63),
+    reconnects=COUNTS,
+    falls=COUNTS,
+    age_s=SECONDS,
+)
+PROBES = st.builds(
+    ProbeReport,
+    path=st.text(max_size=9),
+    num_bytes=st.integers(0, 2**63),
+    exact=st.booleans(),
+    timed_bytes=st.integers(0, 2**63),
+    seconds=SECONDS,
+    rtt_s=st.none() | SECONDS,
+    error=st.text(max_size=9),
+    reason=st.text(max_size=9),
 )
 STATS = st.builds(
     StageStats,
@@ -126,3 +163,13 @@ def test_a_sequence_that_no_peer_of_ours_sends_is_a_violation(message: pb.Sequen
 def test_an_unknown_role_is_named_with_the_allowed_ones() -> None:
     with pytest.raises(ProtocolViolation, match="prefill, decode, got 'encode'"):
         wire.role_from_text("encode")
+
+
+@given(LINKS)
+def test_links_cross_whole(link: LinkEstimate) -> None:
+    assert wire.link_from_message(wire.link_to_message(link)) == link
+
+
+@given(PROBES)
+def test_probe_reports_cross_whole(report: ProbeReport) -> None:
+    assert wire.probe_from_message(wire.probe_to_message(report)) == report
