@@ -22,17 +22,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 
 import grpc
 
 from cluster.config import RouterConfig
+from cluster.prefix_index import PrefixIndex, PrefixMatch
 from cluster.view import ClusterView, Links, LinkView, ModelInfo, WorkerView
 from cluster.worker_client import CALL_TIMEOUT_S, WorkerClient, WorkerState
 from core.clock import Clock
 from core.errors import Incompatible, PeerLost, PrfaasError, ProtocolViolation
 from core.link import LinkEstimate, ProbeReport
+from core.prefix_hash import PageHash
 from core.request import EngineId, GatewayId, Role, WorkerId
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
@@ -43,6 +45,7 @@ logger = logging.getLogger(__name__)
 _Context = grpc.aio.ServicerContext[pb.RegisterRequest, pb.RegisterReply]
 
 _TICKS_PER_LEASE = 10  # how often leases are looked at: a dead worker is noticed at most a tenth of a lease too late
+_SWEEPS_PER_TICK = 8  # shards of the prefix index that are cleared of lost workers; 256 make a round
 _WATCHES_PER_LEASE = 4  # heartbeats asked of a worker per lease, so that one or two may be late
 _SHIPS = (Role.PREFILL, Role.DECODE)  # roles of a sending and a receiving worker
 _MAX_WATCH_INTERVAL_S = 0.25  # routing by load wants it fresh, whatever the lease
@@ -67,6 +70,7 @@ class Membership:
         self._clock = clock
         self._internal = internal
         self._members: dict[WorkerId, _Member] = {}
+        self._prefixes = PrefixIndex()
         self._latest: dict[WorkerId, EngineId] = {}  # the engine that registered last under that name
         self._replaced: set[EngineId] = set()
         self._refused: set[EngineId] = set()  # logged once each
@@ -106,6 +110,15 @@ class Membership:
             self._model,
             max_model_len=min(member.client.description.model.max_model_len for member in self._members.values()),
         )
+
+    def match_prefix(self, hashes: Sequence[PageHash]) -> PrefixMatch:
+        """How many of a prompt's leading pages each worker's prefix cache holds, as of its last report."""
+        return self._prefixes.match(hashes)
+
+    @property
+    def num_indexed_pages(self) -> int:
+        """Distinct pages that some worker's prefix cache holds."""
+        return self._prefixes.num_keys
 
     def client(self, engine_id: EngineId) -> WorkerClient | None:
         """The connection to that engine; None if it is not in the view any more."""
@@ -239,6 +252,8 @@ class Membership:
         description = member.client.description
         self._model = self._model or description.model
         self._members[description.worker_id] = member
+        self._prefixes.add_worker(member.engine_id)
+        self._note_pages(member)
         self._forget_links()
         member.client.on_change = self._forget_view
         member.task = self._spawn(self._follow(member, states))
@@ -270,6 +285,7 @@ class Membership:
         async for state in states:
             before, member.state = member.state, state
             member.links, member.heard_at = None, self._clock.now()
+            self._note_pages(member)
             self._renew(member)
             if (before.role, before.draining) != (state.role, state.draining):
                 logger.info(
@@ -281,6 +297,18 @@ class Membership:
                 self._forget_links()
             self._notify()
 
+    def _note_pages(self, member: _Member) -> None:
+        """Take in what the member's prefix cache gained and lost. Raises ``PeerLost`` if a report is missing: the
+        worker is dropped and joins again, with a snapshot."""
+        events = member.state.page_events
+        if events is None:
+            return
+        if not events.snapshot and events.after != member.page_events_number:
+            had = member.page_events_number
+            raise PeerLost(f"page events {had} to {events.after} never came: what it caches is not known")
+        member.page_events_number = events.number
+        self._prefixes.apply(member.engine_id, events)
+
     def _renew(self, member: _Member) -> None:
         member.lease_expires_at = self._clock.now() + self._lease_s
         self._forget_view()
@@ -291,6 +319,7 @@ class Membership:
         if self._members.get(worker_id) is not member:
             return
         del self._members[worker_id]
+        self._prefixes.remove_worker(member.engine_id)
         self._probes = {pair: report for pair, report in self._probes.items() if member.engine_id not in pair}
         self._forget_links()
         self._forget_view()
@@ -319,6 +348,8 @@ class Membership:
         while True:
             await asyncio.sleep(self._lease_s / _TICKS_PER_LEASE)
             self.expire()
+            for _ in range(_SWEEPS_PER_TICK):
+                self._prefixes.sweep()
 
     async def _changed(self) -> None:
         """Wait for the next change."""
@@ -395,6 +426,7 @@ class _Member:
         self.lease_expires_at = now + lease_s
         self.links: Links | None = None  # that it sends on; None: something changed since
         self.task: asyncio.Task[None] | None = None
+        self.page_events_number: int | None = None  # of the last report that the prefix index knows
 
     @property
     def worker_id(self) -> WorkerId:

@@ -4,7 +4,7 @@ A reader asks for what came after the number that it has. It gets the changes si
 has none yet or the log no longer reaches back so far (a slow reader), a snapshot of everything that is cached now. So a
 gap cannot go unseen and needs no question: either the numbers follow each other or a snapshot replaces all.
 
-Pages are named by the first 8 bytes of their hash, as in the gateway's index (cluster/prefix_index.py).
+Pages are named by their key, as in the gateway's index (cluster/prefix_index.py).
 """
 
 from __future__ import annotations
@@ -13,21 +13,9 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cluster.prefix_index import page_key
-from core.prefix_hash import PageHash
+from core.prefix_hash import PageEvents, PageHash, page_key
 
 MAX_LOGGED_CHANGES = 100_000  # page changes that the log keeps: a reader further behind takes a snapshot
-
-
-@dataclass(frozen=True, slots=True)
-class PageEvents:
-    """What happened after ``after`` up to ``number``; of a ``snapshot``, ``stored`` is all there is."""
-
-    number: int
-    after: int = 0
-    snapshot: bool = False
-    stored: tuple[int, ...] = ()
-    removed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,16 +21,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from core.prefix_hash import PageHash
+from core.prefix_hash import PageEvents, PageHash, page_key
 from core.request import EngineId
 
-KEY_BYTES = 8
 _NUM_SHARDS = 256  # a sweep step walks one: 40,000 pages of 10 million
-
-
-def page_key(page_hash: PageHash) -> int:
-    """What the index and the workers' page events call a page."""
-    return int.from_bytes(page_hash[:KEY_BYTES], "little")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +132,13 @@ class PrefixIndex:
                 shard[key] = after
             else:
                 del shard[key]
+
+    def apply(self, engine_id: EngineId, events: PageEvents) -> None:
+        """What a worker reported; the caller has seen to it that nothing is missing between two reports."""
+        if events.snapshot:
+            self.add_worker(engine_id)
+        self.removed(engine_id, events.removed)
+        self.stored(engine_id, events.stored)
 
     def sweep(self) -> bool:
         """Take lost workers' bits out of one shard; call it now and then. False: there was nothing to do."""

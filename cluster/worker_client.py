@@ -21,6 +21,7 @@ import grpc
 from cluster.view import ModelInfo, WorkerLoad
 from core.errors import InvalidRequest, Overloaded, PeerLost, PrfaasError, SequenceFailed
 from core.link import LinkEstimate, ProbeReport
+from core.prefix_hash import PageEvents
 from core.request import (
     ClusterId,
     EngineId,
@@ -41,6 +42,7 @@ from protos.wire import (
     failure_from_message,
     fingerprint_from_message,
     link_from_message,
+    page_events_from_message,
     probe_from_message,
     role_from_text,
     spec_to_message,
@@ -79,6 +81,7 @@ class WorkerState:
     draining: bool
     load: WorkerLoad
     links: tuple[LinkEstimate, ...] = ()  # that it sends on
+    page_events: PageEvents | None = None  # None: its prefix cache is as it was
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,4 +315,5 @@ def _state_from_message(message: pb.WorkerState) -> WorkerState:
             num_preemptions=message.num_preemptions,
         ),
         links=tuple(map(link_from_message, message.links)),
+        page_events=page_events_from_message(message.page_events) if message.HasField("page_events") else None,
     )

@@ -31,6 +31,7 @@ from pydantic import TypeAdapter
 
 from cluster.config import WorkerConfig
 from cluster.output_streams import OutputStreams
+from cluster.page_events import PageEventLog
 from core.clock import Clock, WallClock
 from core.errors import InvalidConfig, ProtocolViolation
 from core.request import EngineId, GatewayId, SequenceId
@@ -38,6 +39,7 @@ from decode_worker.service import DecodeService
 from decode_worker.worker import DecodeWorker
 from engine.engine import Engine, EngineLoad, StepOutput
 from engine.engine_thread import EngineThread
+from engine.page_allocator import CacheChanges
 from engine.turns import make_turns
 from kv_transfer.link_monitor import TICK_S, LinkMonitor
 from kv_transfer.receiver import KvReceiver
@@ -186,6 +188,7 @@ class _Parts(rpc.WorkerServicer):
         self._layout = engine.layout
         self._load: EngineLoad = engine.load()
         self._load_asked = False
+        self._page_events = PageEventLog()
 
         self._outputs = OutputStreams(self._loop, self._gateway_gone)
         self._engine = thread
@@ -366,10 +369,16 @@ class _Parts(rpc.WorkerServicer):
         self, request: pb.WatchRequest, context: grpc.aio.ServicerContext[pb.WatchRequest, pb.WorkerState]
     ) -> AsyncIterator[pb.WorkerState]:
         interval_s = request.interval_s if request.interval_s > 0 else 1.0
+        told: int | None = None  # number of the page events that this reader has
         while True:
             self._ask_load()
             changed = self._state_changed
-            yield self._state()
+            state = self._state()
+            events = self._page_events.since(told)
+            if events is not None:
+                told = events.number
+                state.page_events.CopyFrom(wire.page_events_to_message(events))
+            yield state
             with suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), interval_s)
 
@@ -404,12 +413,14 @@ class _Parts(rpc.WorkerServicer):
         if self._load_asked:
             return
         self._load_asked = True
-        self._engine.submit(lambda engine: engine.load()).add_done_callback(self._note_load)
+        report = self._engine.submit(lambda engine: (engine.load(), engine.take_cache_changes()))
+        report.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._note_report, done))
 
-    def _note_load(self, done: Future[EngineLoad]) -> None:
+    def _note_report(self, done: Future[tuple[EngineLoad, CacheChanges]]) -> None:
         self._load_asked = False
         if not done.cancelled() and done.exception() is None:
-            self._load = done.result()
+            self._load, changes = done.result()
+            self._page_events.record(changes.stored, changes.removed)
 
     def _state(self) -> pb.WorkerState:
         load = self._load

@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NewType
 
 PageHash = NewType("PageHash", bytes)
 
 DIGEST_BYTES = 16
+KEY_BYTES = 8
 _MAX_KEY_BYTES = 64
 
 
@@ -37,3 +39,22 @@ def extend_page_hashes(
 def page_hashes(token_ids: Sequence[int], page_size: int, salt: bytes = b"") -> tuple[PageHash, ...]:
     """Digests of the full pages of ``token_ids``, in order."""
     return tuple(extend_page_hashes([], token_ids, page_size, salt))
+
+
+def page_key(page_hash: PageHash) -> int:
+    """What page events and the gateways' index call a page: the first ``KEY_BYTES`` of its hash."""
+    return int.from_bytes(page_hash[:KEY_BYTES], "little")
+
+
+@dataclass(frozen=True, slots=True)
+class PageEvents:
+    """What a prefix cache gained and lost after ``after`` up to ``number``, as page keys.
+
+    Of a ``snapshot``, ``stored`` is all there is, whatever came before.
+    """
+
+    number: int
+    after: int = 0
+    snapshot: bool = False
+    stored: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()

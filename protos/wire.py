@@ -9,6 +9,7 @@ from __future__ import annotations
 from core.errors import PrfaasError, ProtocolViolation
 from core.fingerprint import CacheFingerprint
 from core.link import LinkEstimate, ProbeReport
+from core.prefix_hash import PageEvents
 from core.request import (
     ClusterId,
     FinishReason,
@@ -200,6 +201,20 @@ def failure_from_message(message: pb.SequenceFailure) -> SequenceFailure:
         retryable=message.retryable,
         stage=role_from_text(message.stage),
     )
+
+
+def page_events_to_message(events: PageEvents) -> pb.PageEvents:
+    return pb.PageEvents(
+        number=events.number,
+        after=events.after,
+        snapshot=events.snapshot,
+        stored=events.stored,
+        removed=events.removed,
+    )
+
+
+def page_events_from_message(message: pb.PageEvents) -> PageEvents:
+    return PageEvents(message.number, message.after, message.snapshot, tuple(message.stored), tuple(message.removed))
 
 
 def link_to_message(link: LinkEstimate) -> pb.LinkReport:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import grpc
 import pytest
 
+from core.prefix_hash import page_hashes
 from core.request import FinishReason, Role, SamplingParams, WorkerId
 from engine.config import EngineConfig
 from protos import worker_pb2 as pb
@@ -75,6 +76,25 @@ async def test_only_what_the_decode_side_lacks_travels(family: str, tiny_model: 
     assert first.timing.bytes_shipped == 7 * second.timing.bytes_shipped > 0
     assert (first.timing.cached_tokens, second.timing.cached_tokens, salted.timing.cached_tokens) == (0, 96, 0)
     assert second.timing.decode_cached_tokens == 96
+
+
+async def test_gateways_know_which_pages_each_worker_caches_also_those_that_decoding_wrote(
+    family: str, tiny_model: ReferenceModel
+) -> None:
+    prompt = tiny_model.prompts[-1]
+    async with live_cluster(str(tiny_model.folder), engine=ENGINE) as cluster:
+        answer = await cluster.generate(prompt, replace(GREEDY, max_tokens=40))
+        tokens = (*prompt, *answer.tokens)
+        engines = {worker.role: worker.engine_id for worker in cluster.membership.view().workers}
+        prefilled, decoded = len(prompt) // 16, (len(tokens) - 1) // 16  # the last token's K/V is never computed
+
+        def known(_: object) -> bool:
+            match = cluster.membership.match_prefix(page_hashes(tokens, 16))
+            return (match.pages_on(engines[Role.PREFILL]), match.pages_on(engines[Role.DECODE])) == (prefilled, decoded)
+
+        assert await cluster.membership.wait_until(known, 10.0)
+        assert decoded > prefilled
+        assert cluster.membership.match_prefix(page_hashes(tokens, 16, b"another tenant")).longest == 0
 
 
 async def test_without_a_prefill_pool_the_decode_worker_prefills_and_says_so(

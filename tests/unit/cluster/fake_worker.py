@@ -16,6 +16,7 @@ import grpc
 
 from core.fingerprint import CacheFingerprint
 from core.link import LinkEstimate
+from core.prefix_hash import PageEvents
 from core.request import FinishReason, Role, SequenceFailure, SequenceSpec, StageStats, TokenChunk, WorkerId
 from protos import wire
 from protos import worker_pb2 as pb
@@ -82,6 +83,7 @@ class FakeWorker(rpc.WorkerServicer):
         self.decodes: list[SequenceSpec] = []
         self.aborts: list[tuple[str, Role]] = []
         self.links: tuple[LinkEstimate, ...] = ()  # what Watch says of them
+        self._page_events: PageEvents | None = None  # said once
         self.watchers: list[float] = []  # interval asked for by each Watch stream
         self.running: dict[str, asyncio.Task[None]] = {}
         self.announced: dict[str, SequenceSpec] = {}
@@ -121,8 +123,10 @@ class FakeWorker(rpc.WorkerServicer):
         role: Role | None = None,
         draining: bool | None = None,
         links: tuple[LinkEstimate, ...] | None = None,
+        page_events: PageEvents | None = None,
     ) -> None:
         """Advertise something else."""
+        self._page_events = page_events
         self.links = self.links if links is None else links
         self.role = role or self.role
         self.draining = self.draining if draining is None else draining
@@ -149,6 +153,7 @@ class FakeWorker(rpc.WorkerServicer):
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WorkerState]:  # noqa: N802
         self.watchers.append(request.interval_s)
         while True:
+            events, self._page_events = self._page_events, None
             yield pb.WorkerState(
                 engine_id=self.engine_id,
                 role=self.role.value,
@@ -156,6 +161,7 @@ class FakeWorker(rpc.WorkerServicer):
                 num_running=len(self.running),
                 pages_free=self.pages_free,
                 links=map(wire.link_to_message, self.links),
+                page_events=None if events is None else wire.page_events_to_message(events),
             )
             if self.silent.is_set():
                 await asyncio.Event().wait()

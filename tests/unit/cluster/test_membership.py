@@ -14,6 +14,7 @@ from cluster.membership import Membership
 from cluster.worker_client import SequenceEvent, WorkerLost
 from core.clock import VirtualClock
 from core.link import LinkEstimate, ProbeReport
+from core.prefix_hash import PageEvents, page_hashes, page_key
 from core.request import ClusterId, EngineId, Role, SequenceId, WorkerId
 from protos.channels import InternalGrpc
 from tests.unit.cluster.fake_worker import FINGERPRINT, FakeWorker
@@ -332,3 +333,37 @@ async def test_a_restarted_worker_and_a_new_role_are_untested() -> None:
         await g["prefill-1"].change(role=Role.DECODE)
         await until(lambda: (PAIR[0], WorkerId("prefill-1")) in g.membership.view().links)
         assert not g.membership.view().links[PAIR[0], WorkerId("prefill-1")].usable
+
+
+HASHES = page_hashes(range(8), 2)
+KEYS = tuple(map(page_key, HASHES))
+
+
+async def test_what_workers_cache_is_indexed_until_they_are_gone() -> None:
+    async with gateway(1, 1) as g:
+        sender, receiver = engines(g)
+        await g["prefill-0"].change(page_events=PageEvents(5, snapshot=True, stored=KEYS[:3]))
+        await g["decode-0"].change(page_events=PageEvents(2, snapshot=True, stored=KEYS))
+        await until(lambda: g.membership.match_prefix(HASHES).pages_on(receiver) == 4)
+        await g["prefill-0"].change(page_events=PageEvents(6, after=5, stored=(KEYS[3],)))
+        await until(lambda: g.membership.match_prefix(HASHES).pages_on(sender) == 4)
+        await g["prefill-0"].change(page_events=PageEvents(7, after=6, removed=KEYS[2:]))
+        await until(lambda: g.membership.match_prefix(HASHES).pages_on(sender) == 2)
+
+        await g["decode-0"].kill()
+        await until(lambda: g.membership.match_prefix(HASHES).longest == 2)
+
+
+async def test_a_worker_whose_page_events_have_a_gap_joins_again(caplog: pytest.LogCaptureFixture) -> None:
+    async with gateway(1, 1) as g:
+        sender, _ = engines(g)
+        await g["prefill-0"].change(page_events=PageEvents(5, snapshot=True, stored=KEYS))
+        await until(lambda: g.membership.match_prefix(HASHES).pages_on(sender) == 4)
+
+        await g["prefill-0"].change(page_events=PageEvents(8, after=6, removed=KEYS[2:]))
+        await until(lambda: "page events 5 to 6 never came" in caplog.text)
+        assert g.membership.match_prefix(HASHES).pages_on(sender) == 0, "what it caches is not known"
+
+        await register(g.registry, g["prefill-0"])
+        await g["prefill-0"].change(page_events=PageEvents(8, snapshot=True, stored=KEYS[:2]))
+        await until(lambda: g.membership.match_prefix(HASHES).pages_on(sender) == 2)

@@ -3,9 +3,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.page_events import PageEventLog, PageEvents
-from cluster.prefix_index import page_key
-from core.prefix_hash import PageHash
+from cluster.page_events import PageEventLog
+from core.prefix_hash import PageEvents, PageHash, page_key
 
 HASHES = [PageHash(bytes([i]) * 16) for i in range(8)]
 KEYS = [page_key(page_hash) for page_hash in HASHES]

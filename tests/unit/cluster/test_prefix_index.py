@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cluster.prefix_index import NO_MATCH, PrefixIndex, page_key
-from core.prefix_hash import PageHash, page_hashes
+from cluster.prefix_index import NO_MATCH, PrefixIndex
+from core.prefix_hash import PageHash, page_hashes, page_key
 from core.request import EngineId
 
 PAGE = 2
