@@ -64,7 +64,7 @@ class RouterConfig:
     no_route_wait_s: how many seconds a request waits for a worker to appear (one may be restarting).
     """
 
-    policy: str = "least_loaded"
+    policy: str = "cache_aware"
     max_inflight: int = 512
     max_attempts: int = 4
     lease_s: float = 5.0
