@@ -7,16 +7,13 @@ is checked here and in engine/config.py and kv_transfer/config.py, once, when th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from cluster import config_schema
 from cluster.routing_policy import POLICIES
+from cluster.yaml_source import overridden, read_yaml
 from core.credentials import Credentials
 from core.errors import InvalidConfig
 from core.request import ClusterId, Role, WorkerId
@@ -67,7 +64,7 @@ class RouterConfig:
     no_route_wait_s: how many seconds a request waits for a worker to appear (one may be restarting).
     """
 
-    policy: str = "least_loaded"
+    policy: str = "cache_aware"
     max_inflight: int = 512
     max_attempts: int = 4
     lease_s: float = 5.0
@@ -283,15 +280,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ServiceConfi
 
     Raises ``InvalidConfig`` naming the key, or the file if it cannot be read.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = yaml.load(text, _StrictLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InvalidConfig(str(path), f"cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise InvalidConfig(str(path), "must hold a mapping of keys to values")
+    values = read_yaml(path).values
     for override in overrides:
-        values = _overridden(values, override)
+        values = overridden(values, override)
     return config_schema.read(ServiceConfig, values, CHOICES)
 
 
@@ -311,72 +302,6 @@ _DOCUMENT_END = """
 `prfaas serve FILE --set KEY=VALUE` sets one key over the file; `prfaas config check FILE` checks a file;
 `prfaas config schema` prints this as JSON schema. This page is made by `prfaas config docs > docs/configuration.md`.
 """
-
-
-_BOOL = "tag:yaml.org,2002:bool"
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without two of its traps: a key given twice is an error (plain YAML silently takes the last), and only
-    ``true`` and ``false`` are booleans, as in YAML 1.2 (``on`` and ``off`` are words, and modes of ours).
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_StrictLoader.add_implicit_resolver(_BOOL, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
-
-
-def _overridden(values: dict[str, Any], override: str) -> dict[str, Any]:
-    """``values`` with one ``a.b[0].c=value`` put in."""
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise InvalidConfig(override, "must be KEY=VALUE, for example engine.page_size=32")
-    try:
-        value = yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        raise InvalidConfig(key, f"has a value that is not YAML: {text!r}") from error
-    placed: dict[str, Any] = _placed(values, _steps(key), value, key)
-    return placed
-
-
-_KEY = re.compile(r"[^.\[\]]+(\[\d+\]|\.[^.\[\]]+)*")
-
-
-def _steps(key: str) -> tuple[str | int, ...]:
-    """``a.b[0].c`` as ``a``, ``b``, 0, ``c``."""
-    if not _KEY.fullmatch(key):
-        raise InvalidConfig(key, "is not a key such as engine.page_size or kv_transfer.links[0].connections")
-    found = re.findall(r"\[(\d+)\]|([^.\[\]]+)", key)
-    return tuple(int(index) if index else name for index, name in found)
-
-
-def _placed(section: Any, steps: Sequence[str | int], value: object, key: str) -> Any:
-    """``section`` with ``value`` at the end of ``steps``; sections, and a list's next item, are made where missing."""
-    if not steps:
-        return value
-    step, rest = steps[0], steps[1:]
-    if isinstance(step, int):
-        items = [] if section is None else section
-        if not isinstance(items, list):
-            raise InvalidConfig(key, f"has the index [{step}], but what it is an index of is not a list")
-        if step > len(items):
-            raise InvalidConfig(key, f"has the index [{step}], but the list has {len(items)} items")
-        old = items[step] if step < len(items) else None
-        return [*items[:step], _placed(old, rest, value, key), *items[step + 1 :]]
-    named = {} if section is None else section
-    if not isinstance(named, dict):
-        raise InvalidConfig(key, f"has the part {step!r}, but what it is a part of is not a section")
-    return named | {step: _placed(named.get(step), rest, value, key)}
 
 
 def _require(ok: bool, key: str, allowed: str, value: object) -> None:

@@ -31,13 +31,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
 from cluster.config import RouterConfig
 from cluster.membership import Membership
+from cluster.prefix_index import PrefixMatch
 from cluster.routing_policy import RouteRequest, RoutingPolicy
 from cluster.view import ClusterView, Route, WorkerView
 from cluster.worker_client import SequenceEvent, WorkerClient, WorkerLost
@@ -52,6 +53,7 @@ from core.errors import (
     PrfaasError,
     SequenceFailed,
 )
+from core.prefix_hash import PageHash, extend_page_hashes
 from core.request import (
     EngineId,
     FinishReason,
@@ -352,7 +354,11 @@ class Router:
         return None
 
     def _ask_policy(self, continuation: _Continuation, view: ClusterView) -> Route:
-        route = self._policy.route(continuation.route_request(self._num_routes), view)
+        matches = {}
+        if self._policy.uses_prefixes:
+            for page_size in {worker.model.fingerprint.page_size for worker in view.workers}:
+                matches[page_size] = self._membership.match_prefix(continuation.page_hashes(page_size))
+        route = self._policy.route(continuation.route_request(self._num_routes, matches), view)
         self._num_routes += 1
         return route
 
@@ -490,6 +496,7 @@ class _Continuation:
         self._sampling = request.sampling.for_index(index)
         self._token_ids: list[int] = []
         self._attempts: list[_Attempt] = []
+        self._page_hashes: dict[int, list[PageHash]] = {}  # page size |-> digests so far
         self._routed_at = 0.0
         self._first_token_at: float | None = None
 
@@ -512,12 +519,19 @@ class _Continuation:
         workers = (route.prefill, route.decode)
         return any(worker is not None and worker.engine_id in self.excluded for worker in workers)
 
-    def route_request(self, ordinal: int) -> RouteRequest:
+    def page_hashes(self, page_size: int) -> Sequence[PageHash]:
+        """Digests of the full pages of every known token; those that were computed before are kept."""
+        known = self._page_hashes.setdefault(page_size, [])
+        tokens = (*self._request.prompt_token_ids, *self._token_ids)
+        return extend_page_hashes(known, tokens, page_size, self._request.salt)
+
+    def route_request(self, ordinal: int, matches: Mapping[int, PrefixMatch]) -> RouteRequest:
         return RouteRequest(
             request_id=self._request.request_id,
             num_tokens=len(self._request.prompt_token_ids) + self.num_tokens,
             ordinal=ordinal,
             excluded=frozenset(self.excluded),
+            matches=matches,
         )
 
     def next_spec(self, flight: _Flight) -> SequenceSpec:

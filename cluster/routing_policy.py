@@ -13,9 +13,10 @@ How to add a policy: implement ``RoutingPolicy`` and add a line to ``POLICIES``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from cluster.prefix_index import PrefixMatch
 from cluster.view import ClusterView, Route, WorkerView
 from core.errors import Incompatible, InvalidConfig, NoRoute
 from core.request import EngineId, RequestId, Role
@@ -28,16 +29,29 @@ class RouteRequest:
     num_tokens: tokens whose K/V must exist before the next one is sampled (the prompt, and what was generated so far).
     ordinal: how many routes this gateway asked for before this one.
     excluded: engines that failed this sequence before. A restarted worker is a new engine, hence not excluded.
+    matches: for each page size in the cluster, which workers cache how many of the leading pages of those tokens.
     """
 
     request_id: RequestId
     num_tokens: int
     ordinal: int
     excluded: frozenset[EngineId] = frozenset()
+    matches: Mapping[int, PrefixMatch] = field(default_factory=dict)
+
+    def cached_tokens(self, worker: WorkerView) -> int:
+        """Tokens at the sequence's beginning whose K/V ``worker`` holds, as far as is known; never all of them."""
+        page_size = worker.model.fingerprint.page_size
+        match = self.matches.get(page_size)
+        return 0 if match is None else min(match.pages_on(worker.engine_id) * page_size, self.num_tokens - 1)
 
 
 class RoutingPolicy(Protocol):
     """Chooses where a sequence is prefilled and decoded."""
+
+    @property
+    def uses_prefixes(self) -> bool:
+        """Does it look at ``RouteRequest.matches``? Hashing a prompt costs about a microsecond for each page."""
+        ...
 
     def route(self, request: RouteRequest, view: ClusterView) -> Route:
         """A route, or ``NoRoute`` naming the empty pool. Pure: changes nothing, keeps nothing, reads no clock."""
@@ -46,6 +60,8 @@ class RoutingPolicy(Protocol):
 
 class RoundRobin:
     """Takes workers in turn, by the request's ordinal; looks at no load."""
+
+    uses_prefixes = False
 
     def route(self, request: RouteRequest, view: ClusterView) -> Route:
         candidates = _candidates(request, view)
@@ -63,6 +79,8 @@ class LeastLoaded:
     counts some sequences twice, on every worker alike.
     """
 
+    uses_prefixes = False
+
     def route(self, request: RouteRequest, view: ClusterView) -> Route:
         candidates = _candidates(request, view)
         decode = min(candidates.decode, key=lambda w: (not _fits(w, request), _num_sequences(w), w.worker_id))
@@ -71,10 +89,49 @@ class LeastLoaded:
         return candidates.route(prefill, decode, f"least loaded: {_loads(prefill, decode, request)}")
 
 
+class CacheAware:
+    """Takes the prefill worker that has the fewest tokens to compute before this sequence's first token: those ahead of
+    it, and those of its own that the worker does not cache (the longest-prefix-and-queue choice of Mooncake's
+    Conductor, PAPERS.md C.2, in tokens instead of predicted seconds).
+
+    The decode worker is the one to which the fewest tokens must be shipped, among those that can hold the sequence and
+    are about as idle as the idlest: a cached prefix saves bytes once, a crowded batch slows every token.
+    """
+
+    uses_prefixes = True
+
+    def route(self, request: RouteRequest, view: ClusterView) -> Route:
+        candidates = _candidates(request, view)
+        decode = self._decode(request, candidates.decode)
+        pool = candidates.prefill_for(decode)
+        prefill = min(pool, key=lambda w: (_tokens_to_first(w, request), w.worker_id)) if pool else None
+        missing = request.num_tokens - request.cached_tokens(decode)
+        num_sequences = _num_sequences(decode)
+        said = f"{decode.worker_id} lacks {missing} of {request.num_tokens} tokens, has {num_sequences} sequences"
+        if prefill is not None:
+            ahead, cached = _tokens_ahead(prefill, request), request.cached_tokens(prefill)
+            said = f"{prefill.worker_id} caches {cached} tokens and has {ahead} ahead, {said}"
+        return candidates.route(prefill, decode, f"cache aware: {said}")
+
+    def _decode(self, request: RouteRequest, workers: Sequence[WorkerView]) -> WorkerView:
+        pool = [w for w in workers if _fits(w, request)] or list(workers)
+        crowded = _CROWDED * min(map(_num_sequences, pool)) + _CROWDED_SLACK
+        return min(
+            (w for w in pool if _num_sequences(w) <= crowded),
+            key=lambda w: (-request.cached_tokens(w), _num_sequences(w), w.worker_id),
+        )
+
+
+# A decode worker may have so many times the sequences of the idlest one, and a few more, and still be preferred for
+# what it caches: its steps are longer by less than the sequence's share of them.
+_CROWDED = 1.25
+_CROWDED_SLACK = 2
+
 # name |-> factory. Routers take the name from ``router.policy``.
 POLICIES: Mapping[str, Callable[[], RoutingPolicy]] = {
     "round_robin": RoundRobin,
     "least_loaded": LeastLoaded,
+    "cache_aware": CacheAware,
 }
 
 
@@ -179,6 +236,11 @@ def _num_sequences(worker: WorkerView) -> int:
 def _tokens_ahead(worker: WorkerView, request: RouteRequest) -> int:
     """Prompt tokens that the worker must compute first; an assigned sequence is taken to be as long as this one."""
     return worker.load.num_waiting_tokens + worker.num_assigned * request.num_tokens
+
+
+def _tokens_to_first(worker: WorkerView, request: RouteRequest) -> int:
+    """Tokens that the worker must compute before the sequence's first one."""
+    return _tokens_ahead(worker, request) + request.num_tokens - request.cached_tokens(worker)
 
 
 def _loads(prefill: WorkerView | None, decode: WorkerView, request: RouteRequest) -> str:

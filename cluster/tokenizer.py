@@ -112,18 +112,18 @@ class Tokenizer:
 class Detokenizer:
     """Tokens of one continuation in, text out.
 
-    The window that is decoded is drawn below; ``context`` was given to the client before, but decoders need it to
-    tell how the next token begins (with or without a space).
+        ... | context | pending |        a window of tokens, decoded as one
+            | shown      | not  |        the characters of its text
 
-        ... | context | pending |
-                      ^ everything before is shown
+    Context was shown in full, and decoders need it to tell how the next token begins (with or without a space). Tokens
+    may end inside a character, also every one of a long run, so what was shown is counted in characters.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt_token_ids: Sequence[int]) -> None:
         self._decode = decode
         self._window = list(prompt_token_ids[-_PROMPT_TAIL_TOKENS:])
         self._num_context = len(self._window)
-        self._context_text = decode(self._window) if self._window else ""
+        self._num_shown = len(decode(self._window)) if self._window else 0
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that ``token_ids`` complete; empty while a character's bytes are still missing."""
@@ -133,37 +133,37 @@ class Detokenizer:
     def _push_one(self, token_id: int) -> str:
         self._window.append(token_id)
         text = self._decode(self._window)
-        broken = text.endswith(_REPLACEMENT)
-        silent = len(text) <= len(self._context_text)  # special tokens: keep the context that has text
-        if (broken or silent) and len(self._window) - self._num_context <= _MAX_PENDING_TOKENS:
-            return ""
-        return self._show_garbage(text) if broken else self._show(len(self._window), text)
+        crowded = len(self._window) - self._num_context > _MAX_PENDING_TOKENS
+        if text.endswith(_REPLACEMENT):
+            return self._show_what_is_final(text) if crowded else ""
+        shown = text[self._num_shown :]
+        if shown or crowded:  # silent tokens (special ones) leave the context that has text in place
+            self._window = self._window[self._num_context :]
+            self._num_context = len(self._window)
+            self._num_shown = len(self._decode(self._window))
+        return shown
 
     def flush(self) -> str:
         """The text of what is still pending, when no more tokens will come: a broken character stays broken."""
-        return self._show(len(self._window), self._decode(self._window))
+        text = self._decode(self._window)
+        shown, self._num_shown = text[self._num_shown :], len(text)
+        return shown
 
-    def _show_garbage(self, text: str) -> str:
-        """More is pending than a character can lack, so some of it will never be one: keep only what still may.
+    def _show_what_is_final(self, text: str) -> str:
+        """More is pending than a character can lack: show what no later token can change, and shorten the window.
 
-        The last three tokens may be the beginning of a character. The cut before them must not go through a
-        character either: one of four neighbouring cuts does not, and there both sides decode to the whole.
+        Whatever begins before the last three tokens is final: three more tokens are three more bytes. Up to there the
+        text with and without them agree, but for a character that goes on into them, which then waits.
         """
-        size = len(self._window)
-        cuts = range(size - _MAX_CHAR_TOKENS + 1, size - 2 * _MAX_CHAR_TOKENS + 1, -1)
-        for cut in cuts:
-            left = self._decode(self._window[:cut])
-            if left + self._decode(self._window[cut:]) == text:
-                return self._show(cut, left)
-        return self._show(cuts[0], self._decode(self._window[: cuts[0]]))
-
-    def _show(self, end: int, text: str) -> str:
-        """What ``text``, the window decoded up to ``end``, adds to the context; those tokens become the context."""
-        shown = text[len(self._context_text) :]
-        if end > self._num_context:
-            self._window = self._window[self._num_context :]
-            self._num_context = end - self._num_context
-            self._context_text = self._decode(self._window[: self._num_context])
+        without = self._decode(self._window[: 1 - _MAX_CHAR_TOKENS])
+        agreed = zip(text, without, strict=False)  # as far as the shorter one goes
+        num_final = next((i for i, (a, b) in enumerate(agreed) if a != b), min(len(text), len(without)))
+        num_final = max(num_final, self._num_shown)
+        shown, rest = text[self._num_shown : num_final], text[num_final:]
+        # The rest lies within the last few tokens; before them come enough to find a character's beginning again.
+        self._window = self._window[-2 * _MAX_CHAR_TOKENS :]
+        self._num_context = len(self._window) - _MAX_CHAR_TOKENS
+        self._num_shown = len(self._decode(self._window)) - len(rest)
         return shown
 
 

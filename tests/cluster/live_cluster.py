@@ -204,7 +204,7 @@ async def live_cluster(
     num_decode: int = 1,
     kv_transfer: KvTransferConfig | None = None,
     processes: bool = False,
-    policy: str = "least_loaded",
+    policy: str = "cache_aware",
     router: RouterConfig = ROUTER,
     tls: TlsConfig = PLAIN,
 ) -> AsyncIterator[LiveCluster]:

@@ -97,6 +97,31 @@ async def test_gateways_know_which_pages_each_worker_caches_also_those_that_deco
         assert cluster.membership.match_prefix(page_hashes(tokens, 16, b"another tenant")).longest == 0
 
 
+async def test_cache_aware_routing_brings_the_next_turn_to_where_the_last_one_is_cached(
+    family: str, tiny_model: ReferenceModel
+) -> None:
+    prompt = tiny_model.prompts[-1]
+    async with live_cluster(
+        str(tiny_model.folder), engine=ENGINE, num_prefill=2, num_decode=2, policy="cache_aware"
+    ) as cluster:
+        answer = await cluster.generate(prompt, replace(GREEDY, max_tokens=40))
+        turn = (*prompt, *answer.tokens, *prompt[:20])
+        num_written = (len(prompt) + len(answer.tokens) - 1) // 16
+
+        def known(_: object) -> bool:
+            return cluster.membership.match_prefix(page_hashes(turn, 16)).longest == num_written
+
+        assert await cluster.membership.wait_until(known, 10.0)
+        again = await cluster.generate(turn, GREEDY)
+        alone = await cluster.generate(turn, GREEDY, salt=b"nobody's cache")
+    assert again.tokens == alone.tokens
+    assert again.timing.prefill_worker == answer.timing.prefill_worker
+    assert again.timing.decode_worker == answer.timing.decode_worker
+    assert again.timing.cached_tokens == len(prompt) // 16 * 16
+    assert again.timing.decode_cached_tokens == num_written * 16
+    assert again.timing.bytes_shipped < alone.timing.bytes_shipped / 2
+
+
 async def test_without_a_prefill_pool_the_decode_worker_prefills_and_says_so(
     family: str, tiny_model: ReferenceModel
 ) -> None:

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.routing_policy import POLICIES, LeastLoaded, RoundRobin, RouteRequest, RoutingPolicy, make_policy
+from cluster.prefix_index import PrefixLevel, PrefixMatch
+from cluster.routing_policy import (
+    POLICIES,
+    CacheAware,
+    LeastLoaded,
+    RoundRobin,
+    RouteRequest,
+    RoutingPolicy,
+    make_policy,
+)
 from cluster.view import ClusterView, LinkView, ModelInfo, WorkerLoad, WorkerView
 from core.errors import InvalidConfig, NoRoute
 from core.fingerprint import CacheFingerprint
@@ -252,3 +261,43 @@ def test_a_decode_worker_that_nobody_can_ship_to_comes_last_and_says_why(policy:
     alone = policy.route(request(), none_left)
     assert alone.prefill is None
     assert "no link from a prefill worker can be used (p0 to it: PeerLost: no answer)" in alone.reason
+
+
+def knowing(num_tokens: int = 320, **num_pages: int) -> RouteRequest:
+    """A request of whose leading pages each named worker caches so many."""
+    slots = {EngineId(f"{name}-e1"): slot for slot, name in enumerate(num_pages)}
+    levels = [PrefixLevel(count, 1 << slot) for slot, count in enumerate(num_pages.values()) if count]
+    match = PrefixMatch(tuple(sorted(levels, key=lambda level: -level.num_pages)), slots)
+    return replace(request(num_tokens=num_tokens), matches={16: match})
+
+
+def busy(name: str, role: Role, **load: int) -> WorkerView:
+    return worker(name, role, load=WorkerLoad(pages_free=100, **load))
+
+
+def test_cache_aware_goes_where_the_first_token_costs_the_fewest_tokens() -> None:
+    cluster = view(
+        busy("p0", Role.PREFILL, num_waiting_tokens=100), busy("p1", Role.PREFILL), worker("d0", Role.DECODE)
+    )
+    assert CacheAware().route(knowing(p0=4), cluster).prefill == cluster.workers[2], "64 cached for 100 ahead"
+    route = CacheAware().route(knowing(p0=8), cluster)
+    assert route.prefill == cluster.workers[1], "128 cached for 100 ahead"
+    assert "p0 caches 128 tokens and has 100 ahead" in route.reason
+
+
+def test_cache_aware_ships_where_least_is_missing_unless_that_batch_is_crowded() -> None:
+    def decode_of(num_running: int) -> str:
+        cached = busy("d1", Role.DECODE, num_running=num_running)
+        return CacheAware().route(knowing(d1=10), view(busy("d0", Role.DECODE, num_running=8), cached)).decode.worker_id
+
+    assert (decode_of(12), decode_of(13)) == ("d1", "d0")
+
+
+def test_cache_aware_prefers_room_to_a_cached_prefix() -> None:
+    full = worker("d1", Role.DECODE, load=WorkerLoad(pages_free=20))
+    assert CacheAware().route(knowing(d1=10), view(worker("d0", Role.DECODE), full)).decode.worker_id == "d0"
+
+
+def test_the_last_token_is_always_computed() -> None:
+    assert knowing(num_tokens=32, p0=2).cached_tokens(worker("p0", Role.PREFILL)) == 31
+    assert knowing(p0=2).cached_tokens(other_page_size(worker("p0", Role.PREFILL))) == 0

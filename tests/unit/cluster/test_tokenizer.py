@@ -87,6 +87,16 @@ def test_garbage_bytes_neither_lose_text_nor_grow_the_window(garbage, text, size
     assert longest <= 24
 
 
+def test_text_goes_on_while_no_token_ends_where_a_character_does():
+    ids = BYTE_LEVEL.encode("日" * 40).ids
+    assert all(BYTE_LEVEL.decode(ids[:i]).endswith("�") for i in range(1, len(ids))), "every boundary is inside one"
+    shown = pieces(BYTE_LEVEL, ids)
+    assert "".join(shown) == "日" * 40
+    assert "�" not in "".join(shown[:-1])
+    silent = max(len(run) for run in "".join("x" if piece else "." for piece in shown[10:]).split("x"))
+    assert silent < 8, "characters are given as they are completed"
+
+
 def test_endless_silent_tokens_do_not_grow_the_window():
     longest = 0
 
