@@ -15,6 +15,7 @@
         ├── PeerLost            the connection or the process at the other end is gone
         ├── GrantRefused        the receiver does not know the session, or had no pages in time
         ├── TransferAborted     one end gave the session up
+        ├── Corrupted           KV arrived damaged, or was lost on its way, too often
         └── ProtocolViolation   ours or theirs: an impossible message or an illegal state change
 
 The gRPC and HTTP edges map this tree to status codes, once each (cluster/grpc_gateway.py, cluster/http_gateway.py).
@@ -114,6 +115,10 @@ class GrantRefused(TransferError):
 
 class TransferAborted(TransferError):
     """One end gave the session up; the message says which and why."""
+
+
+class Corrupted(TransferError):
+    """KV was sent again as often as is allowed, and still did not arrive whole and as it was sent."""
 
 
 class ProtocolViolation(TransferError):

@@ -7,7 +7,7 @@ While they run the link waits, so they should only hand the news on; they must n
 
 Invariants: a session belongs to the one link that showed its token, and only that link can write, commit or end it;
 of on_committed and on_released exactly one is called for each issued session; ``on_released`` only when nothing can
-land in its pages any more.
+land in its pages any more. A session of which a living peer says nothing for the lease is given up too.
 """
 
 from __future__ import annotations
@@ -20,10 +20,24 @@ from dataclasses import dataclass
 from threading import Condition
 
 from core.clock import Clock
-from core.errors import PeerLost, ProtocolViolation, TransferAborted, TransferError
+from core.errors import Corrupted, PeerLost, ProtocolViolation, TransferAborted, TransferError
 from core.request import SessionId
-from kv_transfer.messages import Abort, AbortAck, AbortCause, Begin, Commit, CommitAck, Message, decode, encode
-from kv_transfer.session import Grant, ReceiveSession, ReceiveState
+from kv_transfer.messages import (
+    Abort,
+    AbortAck,
+    AbortCause,
+    Begin,
+    Commit,
+    CommitAck,
+    Message,
+    Missing,
+    Renew,
+    Resend,
+    decode,
+    encode,
+)
+from kv_transfer.session import Expected, Grant, ReceiveSession, ReceiveState
+from kv_transfer.transfer_plan import KvLayout
 from kv_transfer.transport import TOKEN_BYTES, Link, Span, Transport
 
 logger = logging.getLogger(__name__)
@@ -35,6 +49,7 @@ OnReleased = Callable[[SessionId, TransferError], None]
 @dataclass(slots=True)
 class _Entry:
     session: ReceiveSession
+    heard_at: float  # when its sender last said something of it, or it was given up here
     link: Link | None = None  # the one that showed the token
 
 
@@ -42,10 +57,20 @@ class KvReceiver:
     """Grants pages to peers and takes what they write. Sole writer of its ``ReceiveSession``s."""
 
     def __init__(
-        self, transport: Transport, clock: Clock, on_committed: OnCommitted, on_released: OnReleased, lease_s: float
+        self,
+        transport: Transport,
+        clock: Clock,
+        on_committed: OnCommitted,
+        on_released: OnReleased,
+        lease_s: float,
+        layout: KvLayout | None = None,
     ) -> None:
-        """``transport`` has its region and serves nobody yet; it is shared with the worker's KvSender."""
+        """``transport`` has its region and serves nobody yet; it is shared with the worker's KvSender.
+
+        ``layout``: what the region's pages hold; None: nothing is known but their size, and a token stands for a page.
+        """
         self._transport = transport
+        self._layout = layout or KvLayout.of_pages(transport.region.geometry)
         self._clock = clock
         self._on_committed = on_committed
         self._on_released = on_released
@@ -55,6 +80,7 @@ class KvReceiver:
         self._by_token: dict[bytes, _Entry] = {}
         self._num_reporting = 0  # sessions out of _entries whose callback has not returned
         self._bytes_received = 0
+        self._num_resends = 0
         self._closed = False
         transport.serve(self)
 
@@ -75,23 +101,49 @@ class KvReceiver:
         """Payload bytes that landed since the start."""
         return self._bytes_received
 
-    def issue(self, session_id: SessionId, first_page: int, pages: Sequence[int]) -> Grant:
+    @property
+    def num_resends(self) -> int:
+        """Times that a sender was asked to send again what came damaged or was lost, since the start."""
+        return self._num_resends
+
+    def issue(
+        self,
+        session_id: SessionId,
+        first_page: int,
+        pages: Sequence[int],
+        num_tokens: int | None = None,
+        sender: KvLayout | None = None,
+        sender_descriptor: bytes = b"",
+    ) -> Grant:
         """Let a peer write every layer of ``pages`` once, for the sequence's pages ``first_page ..``.
 
+        ``num_tokens``: tokens of the whole sequence, of which the last page may hold fewer than it could; None: it is
+        full. ``sender``: the pool that it comes from, None: one like this; of its heads those that are here are waited
+        for. ``sender_descriptor``: of the sender's transport, for links that this end dials; empty: it does not.
         Exactly one of ``on_committed`` and ``on_released`` follows.
-        Raises ProtocolViolation if the session lives already, or the receiver is closed.
+        Raises ProtocolViolation if the session lives already, the receiver is closed, or the descriptor is nonsense;
+        Incompatible if this pool cannot hold what the sender's does.
         """
-        geometry = self._transport.region.geometry
-        assert all(0 <= page < geometry.num_pages for page in pages), "the allocator gives pages of the pool"
+        layout, now = self._layout, self._clock.now()
+        num_pages = self._transport.region.geometry.num_pages
+        assert all(0 <= page < num_pages for page in pages), "the allocator gives pages of the pool"
+        if sender is not None:
+            layout.require_compatible(sender)
+        if num_tokens is None:
+            num_tokens = (first_page + len(pages)) * layout.page_size
+        assert layout.num_pages(num_tokens) == first_page + len(pages), "a page for every token"
+        if sender_descriptor:
+            self._transport.invite(sender_descriptor)
         token = secrets.token_bytes(TOKEN_BYTES)
-        session = ReceiveSession(session_id, token, pages, geometry, self._clock.now())
+        expected = Expected(layout, first_page, tuple(pages), num_tokens, sender or layout)
+        session = ReceiveSession(session_id, token, expected, now)
         with self._changed:
             if self._closed:
                 raise ProtocolViolation("the receiver is closed")
             if session_id in self._entries:
                 raise ProtocolViolation(f"session {session_id} was issued already")
-            self._entries[session_id] = self._by_token[token] = _Entry(session)
-        return Grant(session_id, token, first_page, tuple(pages), self._transport.describe(), self._lease_s)
+            self._entries[session_id] = self._by_token[token] = _Entry(session, now)
+        return Grant(session_id, token, first_page, tuple(pages), self._transport.describe(), self._lease_s, layout)
 
     def abort(self, session_id: SessionId, reason: str) -> None:
         """Give the session up. ``on_released`` follows when no write can land any more: at once if no peer has begun,
@@ -138,6 +190,7 @@ class KvReceiver:
                 self._begun(entry, link)  # a write may overtake its Begin; it, too, shows the token
             if entry is None or entry.link is not link or entry.session.state is not ReceiveState.RECEIVING:
                 return None
+            entry.heard_at = self._clock.now()
             try:
                 entry.session.admit(layers, spans)
             except ProtocolViolation as error:
@@ -151,12 +204,15 @@ class KvReceiver:
             self._entries[session_id].session.landed()
 
     def damaged(self, link: Link, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:
-        raise NotImplementedError
+        with self._changed:
+            self._entries[session_id].session.damaged(layers, spans)
 
     def notified(self, link: Link, message: bytes) -> None:
         match decode(message):
             case Begin() as begin:
                 self._begin(link, begin)
+            case Renew() as renew:
+                self._renew(link, renew)
             case Commit() as commit:
                 self._commit(link, commit)
             case Abort() as abort:
@@ -184,7 +240,8 @@ class KvReceiver:
         if session.state is ReceiveState.QUARANTINED:
             return
         session.abort(error)
-        if isinstance(error, ProtocolViolation):
+        entry.heard_at = self._clock.now()
+        if isinstance(error, ProtocolViolation | Corrupted):
             logger.warning("kv session %s aborted: %s", session.session_id, error)
         if entry.link is not None:
             abort = Abort.because_of(session.session_id, session.token, error)
@@ -193,17 +250,23 @@ class KvReceiver:
     def _begun(self, entry: _Entry, link: Link) -> None:
         entry.session.begin()
         entry.link = link
+        entry.heard_at = self._clock.now()
 
     def _expire(self, entry: _Entry, now: float) -> None:
-        heard_at = entry.session.issued_at if entry.link is None else entry.link.heard_at
-        silent_s = now - heard_at
-        if silent_s <= self._lease_s:
-            return
-        if entry.link is None:
-            self._abort(entry, PeerLost(f"nobody began session {entry.session.session_id} for {silent_s:.1f} s"))
-        else:
+        session, link = entry.session, entry.link
+        silent_s = now - entry.heard_at
+        if link is not None and now - link.heard_at > self._lease_s:
             # Its sessions are released by ``lost``, once the link's threads have stopped and nothing can land.
-            entry.link.close(PeerLost(f"{entry.link.peer} was silent for {silent_s:.1f} s"))
+            link.close(PeerLost(f"{link.peer} was silent for {now - link.heard_at:.1f} s"))
+        elif silent_s <= self._lease_s:
+            return
+        elif link is None:
+            self._abort(entry, PeerLost(f"nobody began session {session.session_id} for {silent_s:.1f} s"))
+        elif session.state is ReceiveState.QUARANTINED:
+            link.close(PeerLost(f"{link.peer} did not acknowledge an abort for {silent_s:.1f} s"))
+        else:
+            said_nothing = f"{link.peer} said nothing of session {session.session_id} for {silent_s:.1f} s"
+            self._abort(entry, PeerLost(said_nothing))
 
     def _entry_of(self, link: Link | None, message: Message) -> _Entry | None:
         """The living session that ``message`` names and proves, if it is on ``link`` (None: on no link yet)."""
@@ -239,6 +302,14 @@ class KvReceiver:
                 return
             self._begun(entry, link)
 
+    def _renew(self, link: Link, renew: Renew) -> None:
+        with self._changed:
+            entry = self._entry_of(link, renew) or self._entry_of(None, renew)  # it may overtake its Begin
+            if entry is None:
+                self._refuse(link, renew)
+            elif entry.session.state is not ReceiveState.QUARANTINED:
+                entry.heard_at = self._clock.now()
+
     def _commit(self, link: Link, commit: Commit) -> None:
         with self._changed:
             entry = self._entry_of(link, commit)
@@ -247,10 +318,14 @@ class KvReceiver:
                 return
             if entry.session.state is ReceiveState.QUARANTINED:
                 return  # our abort is under way to the sender
+            entry.heard_at = self._clock.now()
             try:
-                entry.session.commit()
-            except ProtocolViolation as error:
+                missing = entry.session.commit()
+            except (ProtocolViolation, Corrupted) as error:
                 self._abort(entry, error)
+                return
+            if missing:
+                self._ask_again(link, commit, missing)
                 return
             self._forget(entry)
         try:
@@ -269,7 +344,13 @@ class KvReceiver:
             released = self._pop_released([entry])
         self._report(released)
 
-    def _refuse(self, link: Link, message: Begin | Commit) -> None:
+    def _ask_again(self, link: Link, commit: Commit, missing: tuple[Missing, ...]) -> None:
+        self._num_resends += 1
+        num_bytes = sum(entry.num_bytes for entry in missing)
+        logger.warning("kv session %s from %s: %d bytes are missing", commit.session_id, link.peer, num_bytes)
+        link.notify(commit.session_id, encode(Resend(commit.session_id, commit.token, missing)))
+
+    def _refuse(self, link: Link, message: Begin | Renew | Commit) -> None:
         reason = f"session {message.session_id} is not granted, or no longer"
         link.notify(
             message.session_id, encode(Abort(message.session_id, message.token, AbortCause.UNKNOWN_GRANT, reason))

@@ -19,19 +19,27 @@ from threading import Condition
 from core.clock import Clock
 from core.errors import PeerLost, ProtocolViolation, TransferAborted, TransferError
 from core.request import SessionId
-from kv_transfer.messages import Abort, AbortAck, CommitAck, decode, encode
+from kv_transfer.messages import Abort, AbortAck, CommitAck, Renew, Resend, decode, encode
 from kv_transfer.session import Grant, Outgoing, SendReport, SendSession, SendState
-from kv_transfer.transport import SendLink, Transport, Write
+from kv_transfer.transfer_plan import KvLayout
+from kv_transfer.transport import PeerIdentity, SendLink, SendOrder, Transport, Write
 
 logger = logging.getLogger(__name__)
 
 OnClosed = Callable[[SessionId, SendReport], None]
+# Bytes/s that the way to a receiving worker carries; None while it is not known.
+LinkSpeed = Callable[[PeerIdentity], float | None]
+
+RENEWALS_PER_LEASE = 3
+_RENEWALS = SessionId("")  # a lane of their own: they must not wait behind the writes of their sessions
 
 
 @dataclass(slots=True)
 class _Entry:
     session: SendSession
     link: SendLink | None = None  # from the grant on
+    lease_s: float = 0.0
+    said_at: float = 0.0  # when something was last queued
 
 
 @dataclass(slots=True)
@@ -43,16 +51,29 @@ class _Peer:
 class KvSender:
     """Sends the pages of many sessions. Sole writer of their ``SendSession``s."""
 
-    def __init__(self, transport: Transport, clock: Clock, on_closed: OnClosed) -> None:
-        """``transport`` has its region; it is shared with the worker's KvReceiver and closed by neither."""
+    def __init__(
+        self,
+        transport: Transport,
+        clock: Clock,
+        on_closed: OnClosed,
+        layout: KvLayout | None = None,
+        link_speed: LinkSpeed = lambda peer: None,
+    ) -> None:
+        """``transport`` has its region; it is shared with the worker's KvReceiver and closed by neither.
+
+        ``layout``: what the region's pages hold; None: nothing is known but their size, and a token stands for a page.
+        """
         self._transport = transport
         self._clock = clock
         self._on_closed = on_closed
+        self._layout = layout or KvLayout.of_pages(transport.region.geometry)
+        self._link_speed = link_speed
         self._changed = Condition()
         self._entries: dict[SessionId, _Entry] = {}
         self._peers: dict[bytes, _Peer] = {}  # descriptor |-> the one link to that peer
         self._num_reporting = 0  # sessions out of _entries whose on_closed has not returned
         self._bytes_sent = 0
+        self._writes_resent = 0
         self._closed = False
 
     @property
@@ -65,8 +86,21 @@ class KvSender:
         """Payload bytes of all writes since the start."""
         return self._bytes_sent
 
-    def open(self, session_id: SessionId, num_pages: int) -> None:
-        """Begin a session for a sequence of ``num_pages`` pages.
+    @property
+    def writes_resent(self) -> int:
+        """Writes that were queued again because they came damaged or were lost, since the start."""
+        return self._writes_resent
+
+    def open(
+        self,
+        session_id: SessionId,
+        num_pages: int,
+        order: SendOrder = SendOrder(),
+        num_tokens: int | None = None,
+    ) -> None:
+        """Begin a session for a sequence of ``num_pages`` pages here; ``order``: its place among others on a link.
+
+        ``num_tokens``: tokens of it, of which the last page may hold fewer than it could; None: it is full.
 
         ``on_closed`` will be called exactly once for it; after that no byte of its source pages is read.
         Raises ProtocolViolation if it is open already, or the sender is closed.
@@ -76,7 +110,11 @@ class KvSender:
                 raise ProtocolViolation("the sender is closed")
             if session_id in self._entries:
                 raise ProtocolViolation(f"session {session_id} is open already")
-            self._entries[session_id] = _Entry(SendSession(session_id, num_pages, self._transport.region.geometry))
+            if num_tokens is None:
+                num_tokens = num_pages * self._layout.page_size
+            assert self._layout.num_pages(num_tokens) == num_pages, "a page for every token"
+            geometry = self._transport.region.geometry
+            self._entries[session_id] = _Entry(SendSession(session_id, num_tokens, geometry, self._layout, order))
 
     def pages_stored(self, session_id: SessionId, layer: int, first_page: int, src_page_ids: Sequence[int]) -> None:
         """Pages ``first_page ..`` of ``layer`` are complete and are in the pool at ``src_page_ids``.
@@ -92,13 +130,15 @@ class KvSender:
     def granted(self, session_id: SessionId, grant: Grant) -> None:
         """The receiver gave pages: what was stored so far is sent, what follows goes at once. Ignored when closed.
 
-        Raises ProtocolViolation, changing nothing, if the session was granted before or the grant does not fit it.
+        Raises, changing nothing, ProtocolViolation if the session was granted before or the grant does not fit it, and
+        Incompatible if the receiver's pool cannot hold what this one does.
         """
         with self._changed:
             entry = self._entries.get(session_id)
             if entry is None:
                 return
-            outgoing = entry.session.grant(grant, self._clock.now())
+            outgoing = entry.session.grant(grant, self._clock.now(), self._link_speed(grant.receiver))
+            entry.lease_s = grant.lease_s
             try:
                 entry.link = self._link_to(grant)
             except ProtocolViolation as error:
@@ -126,13 +166,18 @@ class KvSender:
             entry = self._entries.get(session_id)
             if entry is None:
                 return
-            self._abort(entry, error, lambda token: Abort.because_of(session_id, token, error))
+            self._abort(entry, error)
             closed = self._pop_closed([entry])
         self._report(closed)
 
     def expire(self, now: float) -> None:
-        """Call it every second or so: links whose peer was silent for the lease are lost, their sessions PeerLost."""
+        """Call it every second or so: links whose peer was silent for the lease are lost, their sessions PeerLost.
+
+        Sessions that have nothing to send for a while renew their grant.
+        """
         with self._changed:
+            for entry in self._entries.values():
+                self._renew(entry, now)
             for peer in self._peers.values():
                 silent_s = now - peer.link.heard_at
                 if silent_s > peer.lease_s:
@@ -160,14 +205,14 @@ class KvSender:
         with self._changed:
             self._bytes_sent += write.num_bytes
             entry = self._entries.get(write.session_id)
-            if entry is None or entry.link is not link:
+            if entry is None or entry.link is not link or entry.session.token != write.token:
                 return
             entry.session.written(write)
 
     def drained(self, link: SendLink, session_id: SessionId) -> None:
         with self._changed:
             entry = self._entries.get(session_id)
-            if entry is None or entry.link is not link:
+            if entry is None or entry.link is not link or entry.session.state is not SendState.ABORTING:
                 return
             entry.session.drained(self._clock.now())
             closed = self._pop_closed([entry])
@@ -177,6 +222,8 @@ class KvSender:
         match decode(message):
             case CommitAck() as ack:
                 closed = self._acknowledged(link, ack)
+            case Resend() as resend:
+                closed = self._asked_again(link, resend)
             case Abort() as abort:
                 closed = self._aborted_by_peer(link, abort)
             case other:
@@ -200,6 +247,7 @@ class KvSender:
     def _queue(self, entry: _Entry, outgoing: Iterable[Outgoing]) -> None:
         for item in outgoing:
             assert entry.link is not None, "a session sends nothing before its grant"
+            entry.said_at = self._clock.now()
             if isinstance(item, Write):
                 entry.link.write(item)
             else:
@@ -213,8 +261,19 @@ class KvSender:
         peer.lease_s = grant.lease_s
         return peer.link
 
-    def _abort(self, entry: _Entry, error: TransferError, farewell: Callable[[bytes], Abort | AbortAck]) -> None:
-        """``farewell`` tells the peer that nothing follows: it is queued behind the writes that may be under way."""
+    def _renew(self, entry: _Entry, now: float) -> None:
+        session, link = entry.session, entry.link
+        if link is None or session.token is None or session.state is SendState.ABORTING:
+            return
+        if now - entry.said_at > entry.lease_s / RENEWALS_PER_LEASE:
+            entry.said_at = now
+            link.notify(_RENEWALS, encode(Renew(session.session_id, session.token)))
+
+    def _abort(self, entry: _Entry, error: TransferError, asked: bool = False) -> None:
+        """The farewell tells the peer that nothing follows: it is queued behind the writes that may be under way.
+
+        ``asked``: it was the peer who wanted the end.
+        """
         session, link = entry.session, entry.link
         if session.state is SendState.ABORTING:
             return
@@ -222,12 +281,13 @@ class KvSender:
         session.abort(error, now)
         if link is None or session.token is None:
             return
-        idle = link.cancel(session.session_id)
-        link.notify(session.session_id, encode(farewell(session.token)))
+        name, token = session.session_id, session.token
+        idle = link.cancel(name)
+        link.notify(name, encode(AbortAck(name, token) if asked else Abort.because_of(name, token, error)))
         if idle:
             session.drained(now)
 
-    def _entry_of(self, link: SendLink, message: CommitAck | Abort) -> _Entry | None:
+    def _entry_of(self, link: SendLink, message: CommitAck | Resend | Abort) -> _Entry | None:
         entry = self._entries.get(message.session_id)
         if entry is None or entry.link is not link or entry.session.token != message.token:
             return None  # it ended, and its name may be in use again
@@ -253,13 +313,34 @@ class KvSender:
             entry.session.acknowledged(self._clock.now())
             return self._pop_closed([entry])
 
+    def _asked_again(self, link: SendLink, resend: Resend) -> list[tuple[SessionId, SendReport]]:
+        with self._changed:
+            entry = self._entry_of(link, resend)
+            if entry is None or entry.session.state is SendState.ABORTING:
+                return []  # given up here while the request was under way
+            try:
+                outgoing = entry.session.resend(resend.missing)
+            except ProtocolViolation as error:
+                self._abort(entry, error)
+                return self._pop_closed([entry])
+            self._writes_resent += len(outgoing) - 1
+            logger.warning(
+                "kv session %s to %s: %d bytes did not arrive as they were sent, and are sent again in %d writes",
+                resend.session_id,
+                link.peer,
+                sum(missing.num_bytes for missing in resend.missing),
+                len(outgoing) - 1,
+            )
+            self._queue(entry, outgoing)
+            return []
+
     def _aborted_by_peer(self, link: SendLink, abort: Abort) -> list[tuple[SessionId, SendReport]]:
         with self._changed:
             entry = self._entry_of(link, abort)
             if entry is None:  # nothing of it is queued, or ever will be
                 link.notify(abort.session_id, encode(AbortAck(abort.session_id, abort.token)))
                 return []
-            self._abort(entry, abort.error, lambda token: AbortAck(abort.session_id, token))
+            self._abort(entry, abort.error, asked=True)
             return self._pop_closed([entry])
 
     def _report(self, closed: Iterable[tuple[SessionId, SendReport]]) -> None:

@@ -12,31 +12,50 @@ Rules:
 
 - Everything that changes a session's state is in this file; an illegal move raises ProtocolViolation, changing nothing.
 - A sending session ends in CLOSED with one report; until then its source pages may be read, after it never.
-- A receiving session ends in COMMITTED (every page of every layer landed exactly once) or in RELEASED (nothing can land
-  any more), never in both. Between an abort here and the sender's word that it stopped, it is QUARANTINED: pages
+- A receiving session ends in COMMITTED (every byte that it waited for landed exactly once) or in RELEASED (nothing can
+  land any more), never in both. Between an abort here and the sender's word that it stopped, it is QUARANTINED: pages
   that were admitted before may still be landing.
+- A commit that finds bytes missing, because they came damaged or were lost with a connection, asks for them again and
+  for another commit behind them, ``MAX_RESENDS`` times at most; meanwhile both states stay what they are.
+- Stored layers are held back until a group of them is worth a piece, and never beyond the last layer or the commit.
 - Losing the link ends a session of either end from any state.
 - Sessions lock nothing: each has one owner (KvSender, KvReceiver), which does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from core.errors import ProtocolViolation, TransferError
+from core.errors import Corrupted, ProtocolViolation, TransferError
 from core.request import SessionId
-from kv_transfer.messages import MAX_PAYLOAD_BYTES, Begin, Commit
-from kv_transfer.transfer_plan import plan_writes
-from kv_transfer.transport import PageGeometry, Span, Strip, Write
+from kv_transfer.byte_ranges import ByteRanges
+from kv_transfer.messages import MAX_PAYLOAD_BYTES, MAX_RESEND_SPANS, Begin, Commit, Missing
+from kv_transfer.transfer_plan import (
+    MAX_STRIPS,
+    MAX_WRITE_BYTES,
+    KvLayer,
+    KvLayout,
+    PageTable,
+    granted_bytes,
+    layer_group_size,
+    missing_spans,
+    plan_layer,
+    spare_bytes,
+    writes_for,
+)
+from kv_transfer.transport import ANONYMOUS, PageGeometry, PeerIdentity, SendOrder, Span, Strip, Write
+
+MAX_RESENDS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
     """The receiver's permission to write, issued by ``KvReceiver.issue`` and handed to ``KvSender.granted``.
 
-    ``pages[i]`` is the receiver's page id for the sequence's page ``first_page + i``; earlier pages are cached there.
+    ``pages[i]`` is the receiver's page id for the sequence's page ``first_page + i``, in pages of the receiver's size;
+    what lies before them is cached there.
     """
 
     session_id: SessionId
@@ -45,6 +64,40 @@ class Grant:
     pages: tuple[int, ...]
     descriptor: bytes  # of the receiver's transport
     lease_s: float
+    layout: KvLayout | None = None  # of the receiver's pool; None: the same as the sender's
+    receiver: PeerIdentity = ANONYMOUS
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a grant lets in: the heads that ``sender`` holds of every layer of ``pages``.
+
+    ``pages`` are the sequence's from ``first_page`` on; slots beyond ``num_tokens`` may be written and need not be.
+    """
+
+    layout: KvLayout
+    first_page: int
+    pages: tuple[int, ...]
+    num_tokens: int
+    sender: KvLayout
+
+    def allowed(self) -> list[ByteRanges]:
+        """Of each layer. Layers that are alike cost one computation and a copy each."""
+        known: dict[tuple[KvLayer, range], ByteRanges] = {}
+        allowed: list[ByteRanges] = []
+        for layer, here in enumerate(self.layout.layers):
+            key = (here, self.sender.layers[layer].heads)
+            if key not in known:
+                known[key] = granted_bytes(self.layout, layer, self.pages, key[1])
+            allowed.append(known[key].copy())
+        return allowed
+
+    def spare(self, layer: int) -> list[tuple[int, int]]:
+        """(first, end) of the slots of the last page that hold no token."""
+        used = self.num_tokens - (self.first_page + len(self.pages) - 1) * self.layout.page_size
+        if not self.pages or used >= self.layout.page_size:
+            return []
+        return spare_bytes(self.layout, layer, self.pages[-1], used, self.sender.layers[layer].heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +105,18 @@ class SendReport:
     """How a hand-over ended at the sending end. ``error`` None: the receiver acknowledged the commit."""
 
     error: TransferError | None
-    bytes_sent: int = 0
+    bytes_sent: int = 0  # what was sent again included
     num_writes: int = 0
     transfer_s: float = 0.0  # first write queued to acknowledged commit
-    exposed_s: float = 0.0  # commit call to acknowledged commit
+    exposed_s: float = 0.0  # the tail: commit call to acknowledged commit
+    tail_bytes: int = 0  # not yet read for sending when the commit was called
+    num_groups: int = 0  # groups of layers that were queued
+    writes_resent: int = 0
+
+    @property
+    def bytes_overlapped(self) -> int:
+        """Sent before the commit was called: while the prompt was computed."""
+        return self.bytes_sent - self.tail_bytes
 
 
 class SendState(Enum):
@@ -94,10 +155,10 @@ Outgoing = Begin | Write | Commit
 
 
 @dataclass(frozen=True, slots=True)
-class _StoredPages:
-    """Pages of one layer that are complete at the sending end."""
+class _Group:
+    """The same pages of layers that follow each other, complete at the sending end."""
 
-    layer: int
+    layers: range
     first_page: int
     src_pages: tuple[int, ...]
 
@@ -105,22 +166,34 @@ class _StoredPages:
 class SendSession:
     """The sending end of one hand-over. Methods that return ``Outgoing`` say what is to be queued, in order."""
 
-    def __init__(self, session_id: SessionId, num_pages: int, geometry: PageGeometry) -> None:
+    def __init__(
+        self, session_id: SessionId, num_tokens: int, geometry: PageGeometry, layout: KvLayout, order: SendOrder
+    ) -> None:
         self.session_id = session_id
-        self._num_pages = num_pages
+        self._num_tokens = num_tokens
+        self._num_pages = layout.num_pages(num_tokens)
         self._geometry = geometry
+        self._layout = layout
+        self._order = order
         self._state = SendState.OPEN
         self._grant: Grant | None = None
-        self._stored: list[_StoredPages] = []  # before the grant
+        self._link_bytes_per_s: float | None = None
+        self._stored: list[_Group] = []  # before the grant, one layer each
+        self._held: _Group | None = None  # stored and not yet queued
+        self._sent: list[Write] = []  # what may have to be sent again
         self._payload: bytes | None = None
         self._committed_at: float | None = None
         self._first_write_at: float | None = None
         self._bytes_sent = 0
+        self._bytes_overlapped = 0
         self._num_writes = 0
+        self._num_groups = 0
+        self._num_resends = 0
+        self._writes_resent = 0
         self._error: TransferError | None = None
         self._report: SendReport | None = None
         # A step stores the same pages in every layer: one plan serves them all.
-        self._planned: tuple[int, tuple[int, ...], int] | None = None  # first page, source pages, bytes of a page
+        self._planned: tuple[object, ...] = ()
         self._pieces: list[tuple[Strip, ...]] = []
 
     @property
@@ -137,35 +210,40 @@ class SendSession:
         """How it ended; None until then."""
         return self._report
 
-    def grant(self, grant: Grant, now: float) -> list[Outgoing]:
-        """The receiver gave pages."""
+    def grant(self, grant: Grant, now: float, link_bytes_per_s: float | None = None) -> list[Outgoing]:
+        """The receiver gave pages; ``link_bytes_per_s`` is what the way there carries, if that is known.
+
+        Raises Incompatible if its pool cannot hold what this one does.
+        """
         self._require(SendState.SENDING)
-        if grant.first_page + len(grant.pages) != self._num_pages:
+        layout = grant.layout or self._layout
+        self._layout.require_compatible(layout)
+        if grant.first_page + len(grant.pages) != layout.num_pages(self._num_tokens):
             raise ProtocolViolation(
                 f"session {self.session_id}: granted pages {grant.first_page} to "
-                f"{grant.first_page + len(grant.pages)} of {self._num_pages}"
+                f"{grant.first_page + len(grant.pages)} of {layout.num_pages(self._num_tokens)}"
             )
         self._move(SendState.SENDING)
         self._grant = grant
+        self._link_bytes_per_s = link_bytes_per_s
         outgoing: list[Outgoing] = [Begin(self.session_id, grant.token)]
         for stored in self._stored:
-            outgoing += self._plan(grant, stored, now)
+            outgoing += self._hold(grant, stored, now)
         self._stored.clear()
         if self._payload is not None:
-            self._move(SendState.COMMITTING)
-            outgoing.append(Commit(self.session_id, grant.token, self._payload))
+            outgoing += self._finish(grant, self._payload, now)
         return outgoing
 
     def store(self, layer: int, first_page: int, src_pages: Sequence[int], now: float) -> list[Outgoing]:
         """Pages are complete. Nothing is to be sent once the session is aborting or closed."""
         if self._state in (SendState.ABORTING, SendState.CLOSED):
             return []
-        stored = _StoredPages(layer, first_page, tuple(src_pages))
+        stored = _Group(range(layer, layer + 1), first_page, tuple(src_pages))
         self._check(stored)
         if self._grant is None:
             self._stored.append(stored)
             return []
-        return self._plan(self._grant, stored, now)
+        return self._hold(self._grant, stored, now)
 
     def commit(self, payload: bytes, now: float) -> list[Outgoing]:
         """Everything was stored."""
@@ -175,11 +253,23 @@ class SendSession:
             raise ProtocolViolation(f"session {self.session_id} is committed twice")
         if len(payload) > MAX_PAYLOAD_BYTES:
             raise ProtocolViolation(f"a commit of {len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} may be sent")
-        if self._state is SendState.SENDING:
-            self._move(SendState.COMMITTING)
         self._payload = payload
         self._committed_at = now
-        return [] if self._grant is None else [Commit(self.session_id, self._grant.token, payload)]
+        self._bytes_overlapped = self._bytes_sent
+        return [] if self._grant is None else self._finish(self._grant, payload, now)
+
+    def resend(self, missing: Sequence[Missing]) -> list[Outgoing]:
+        """The receiver waits for some of it still. Raises ProtocolViolation for what was never sent, or too often."""
+        if self._state is not SendState.COMMITTING or self._grant is None or self._payload is None:
+            raise ProtocolViolation(f"session {self.session_id}: asked to send again in state {self._state.name}")
+        if self._num_resends == MAX_RESENDS:
+            raise ProtocolViolation(f"session {self.session_id}: asked to send again more than {MAX_RESENDS} times")
+        if any(entry.layers.stop > self._geometry.num_layers for entry in missing):
+            raise ProtocolViolation(f"session {self.session_id}: layers are asked for that do not exist")
+        again = writes_for(missing, self._sent)
+        self._num_resends += 1
+        self._writes_resent += len(again)
+        return [*again, Commit(self.session_id, self._grant.token, self._payload)]
 
     def written(self, write: Write) -> None:
         """A write's source pages were read for the last time."""
@@ -210,24 +300,69 @@ class SendSession:
         """The link is gone; an abort that came before it stays the reason."""
         self._close(self._error or error, now)
 
-    def _plan(self, grant: Grant, stored: _StoredPages, now: float) -> list[Outgoing]:
-        page_bytes = self._geometry.layers[stored.layer].page_bytes
-        key = (stored.first_page, stored.src_pages, page_bytes)
-        if self._planned != key:
-            skip = max(0, grant.first_page - stored.first_page)
-            start = stored.first_page + skip - grant.first_page
-            src_pages = stored.src_pages[skip:]
-            self._pieces = plan_writes(src_pages, grant.pages[start : start + len(src_pages)], page_bytes)
-            self._planned = key
-        if self._pieces and self._first_write_at is None:
-            self._first_write_at = now
-        return [Write(self.session_id, grant.token, stored.layer, 1, strips) for strips in self._pieces]
+    def _hold(self, grant: Grant, stored: _Group, now: float) -> list[Outgoing]:
+        """Let the layers pile up, and queue those that are a group now."""
+        outgoing: list[Outgoing] = []
+        held = self._held
+        if held is not None and self._continues(held, stored):
+            held = _Group(range(held.layers.start, stored.layers.stop), held.first_page, held.src_pages)
+        else:
+            outgoing = self._flush(grant, now)
+            held = stored
+        self._held = held
+        layer_bytes = len(held.src_pages) * self._geometry.layers[held.layers.start].page_bytes
+        num_layers = self._geometry.num_layers
+        full = len(held.layers) >= layer_group_size(layer_bytes, num_layers, self._link_bytes_per_s)
+        if full or held.layers.stop == num_layers:
+            outgoing += self._flush(grant, now)
+        return outgoing
 
-    def _check(self, stored: _StoredPages) -> None:
+    def _continues(self, held: _Group, stored: _Group) -> bool:
+        """May ``stored``, one layer, travel as one write with ``held``?"""
+        a, b = held.layers.start, stored.layers.start
+        there = (self._grant.layout if self._grant else None) or self._layout
+        return (
+            held.layers.stop == b
+            and (held.first_page, held.src_pages) == (stored.first_page, stored.src_pages)
+            and self._geometry.layers[a] == self._geometry.layers[b]
+            and (self._layout.layers[a], there.layers[a]) == (self._layout.layers[b], there.layers[b])
+        )
+
+    def _flush(self, grant: Grant, now: float) -> list[Outgoing]:
+        """Queue what is held back."""
+        held, self._held = self._held, None
+        if held is None:
+            return []
+        first, num_layers = held.layers.start, len(held.layers)
+        there = grant.layout or self._layout
+        src_layer, dst_layer = self._layout.layers[first], there.layers[first]
+        key = (held.first_page, held.src_pages, src_layer, dst_layer, num_layers)
+        if self._planned != key:
+            src = PageTable(self._layout.page_size, held.first_page, held.src_pages)
+            dst = PageTable(there.page_size, grant.first_page, grant.pages)
+            room = (max(1, MAX_WRITE_BYTES // num_layers), max(1, MAX_STRIPS // num_layers))
+            self._pieces = plan_layer(src, src_layer, dst, dst_layer, range(self._num_tokens), *room)
+            self._planned = key
+        if not self._pieces:
+            return []
+        if self._first_write_at is None:
+            self._first_write_at = now
+        self._num_groups += 1
+        writes = [
+            Write(self.session_id, grant.token, first, num_layers, strips, self._order) for strips in self._pieces
+        ]
+        self._sent += writes
+        return list(writes)
+
+    def _finish(self, grant: Grant, payload: bytes, now: float) -> list[Outgoing]:
+        self._move(SendState.COMMITTING)
+        return [*self._flush(grant, now), Commit(self.session_id, grant.token, payload)]
+
+    def _check(self, stored: _Group) -> None:
         if self._payload is not None:
             raise ProtocolViolation(f"session {self.session_id}: pages are stored after the commit")
-        if not 0 <= stored.layer < self._geometry.num_layers:
-            raise ProtocolViolation(f"session {self.session_id}: there is no layer {stored.layer}")
+        if not 0 <= stored.layers.start < self._geometry.num_layers:
+            raise ProtocolViolation(f"session {self.session_id}: there is no layer {stored.layers.start}")
         if stored.first_page < 0 or stored.first_page + len(stored.src_pages) > self._num_pages:
             raise ProtocolViolation(f"session {self.session_id}: pages beyond its {self._num_pages}")
         if stored.src_pages and not 0 <= min(stored.src_pages) <= max(stored.src_pages) < self._geometry.num_pages:
@@ -245,27 +380,32 @@ class SendSession:
         self._move(SendState.CLOSED)
         started = now if self._first_write_at is None else self._first_write_at
         committed = now if self._committed_at is None else self._committed_at
-        self._report = SendReport(error, self._bytes_sent, self._num_writes, now - started, now - committed)
+        self._report = SendReport(
+            error,
+            bytes_sent=self._bytes_sent,
+            num_writes=self._num_writes,
+            transfer_s=now - started,
+            exposed_s=now - committed,
+            tail_bytes=0 if self._committed_at is None else self._bytes_sent - self._bytes_overlapped,
+            num_groups=self._num_groups,
+            writes_resent=self._writes_resent,
+        )
         self._stored.clear()
+        self._sent.clear()
 
 
 class ReceiveSession:
-    """The receiving end of one hand-over: which pages it still waits for, and how it ended."""
+    """The receiving end of one hand-over: which bytes it still waits for, and how it ended."""
 
-    def __init__(
-        self, session_id: SessionId, token: bytes, pages: Sequence[int], geometry: PageGeometry, now: float
-    ) -> None:
+    def __init__(self, session_id: SessionId, token: bytes, expected: Expected, now: float) -> None:
         self.session_id = session_id
         self.token = token
-        self.num_pages = len(pages)
         self.issued_at = now
         self._state = ReceiveState.ISSUED
-        self._pages = frozenset(pages)
-        assert len(self._pages) == len(pages), "a page is granted once"
-        # layer |-> pages not admitted yet; a layer without an entry waits for nothing
-        self._missing: dict[int, set[int]] = {layer: set(pages) for layer in range(geometry.num_layers) if pages}
-        self._geometry = geometry
+        self._expected = expected
+        self._waiting = expected.allowed()  # of each layer, the bytes that were not admitted, or came damaged
         self._num_landing = 0
+        self._num_resends = 0
         self._error: TransferError | None = None
 
     @property
@@ -277,6 +417,11 @@ class ReceiveSession:
         """Why it was given up; None while it was not."""
         return self._error
 
+    @property
+    def num_pages(self) -> int:
+        """Pages of the grant."""
+        return len(self._expected.pages)
+
     def begin(self) -> None:
         """A peer showed the token: its writes are admitted from now on."""
         self._move(ReceiveState.RECEIVING)
@@ -285,45 +430,49 @@ class ReceiveSession:
         """A write is about to land. Raises ProtocolViolation if it may not, be it for one byte, and changes nothing."""
         if self._state is not ReceiveState.RECEIVING:
             raise ProtocolViolation(f"session {self.session_id} takes no writes in state {self._state.name}")
-        if not layers or layers.start < 0 or layers.stop > self._geometry.num_layers:
-            num_layers = self._geometry.num_layers
-            raise ProtocolViolation(f"session {self.session_id}: a write names layers {layers} of {num_layers}")
-        pages_of = {layer: self._pages_to_admit(layer, spans) for layer in layers}
-        for layer, pages in pages_of.items():
-            missing = self._missing.get(layer, set())
-            missing -= pages
-            if not missing:
-                self._missing.pop(layer, None)
+        if not layers or layers.start < 0 or layers.stop > len(self._waiting):
+            raise ProtocolViolation(f"session {self.session_id}: a write names layers {layers} of {len(self._waiting)}")
+        for layer in layers:
+            take = self._waiting[layer].take
+            for index, span in enumerate(spans):
+                if not take(span.offset, span.offset + span.num_bytes):
+                    fault = self._describe_refusal(layer, span)
+                    self._put_back(range(layers.start, layer), spans)
+                    self._put_back(range(layer, layer + 1), spans[:index])
+                    raise ProtocolViolation(fault)
         self._num_landing += 1
-
-    def _pages_to_admit(self, layer: int, spans: Iterable[Span]) -> set[int]:
-        page_bytes = self._geometry.layers[layer].page_bytes
-        missing = self._missing.get(layer, set())
-        pages: set[int] = set()
-        for span in spans:
-            if span.offset % page_bytes or span.num_bytes % page_bytes:
-                raise ProtocolViolation(f"session {self.session_id}: a write of parts of pages of layer {layer}")
-            first = span.offset // page_bytes
-            for page in range(first, first + span.num_bytes // page_bytes):
-                if page not in missing or page in pages:
-                    raise ProtocolViolation(self._describe_refusal(layer, page))
-                pages.add(page)
-        return pages
 
     def landed(self) -> None:
         """An admitted write is in the region."""
         assert self._num_landing > 0, "only an admitted write can land"
         self._num_landing -= 1
 
-    def commit(self) -> None:
-        """The sender says that it sent everything. Raises ProtocolViolation if that is not so, and changes nothing."""
+    def damaged(self, layers: range, spans: Sequence[Span]) -> None:
+        """An admitted write will not land: its bytes are missing again, in whatever state."""
+        assert self._num_landing > 0, "only an admitted write can come damaged"
+        self._num_landing -= 1
+        self._put_back(layers, spans)
+
+    def commit(self) -> tuple[Missing, ...]:
+        """The sender says that it sent everything. Empty: so it is, and the session is COMMITTED. Else what to ask for
+        again; the state stays as it is.
+
+        Raises Corrupted when it was asked for often enough, or ProtocolViolation, and changes nothing.
+        """
         self._require(ReceiveState.COMMITTED)
-        if self._missing or self._num_landing:
-            num_pages = sum(len(pages) for pages in self._missing.values())
-            raise ProtocolViolation(
-                f"session {self.session_id}: committed, but {num_pages} pages of {len(self._missing)} layers never came"
+        if self._num_landing:
+            raise ProtocolViolation(f"session {self.session_id}: a commit overtook {self._num_landing} writes")
+        missing = [self._required(layer, waiting) for layer, waiting in enumerate(self._waiting)]
+        if not any(missing):
+            self._move(ReceiveState.COMMITTED)
+            return ()
+        if self._num_resends == MAX_RESENDS:
+            num_bytes = sum(ranges.num_bytes for ranges in missing)
+            raise Corrupted(
+                f"session {self.session_id}: {num_bytes} bytes never arrived whole, sent {MAX_RESENDS + 1} times"
             )
-        self._move(ReceiveState.COMMITTED)
+        self._num_resends += 1
+        return missing_spans(missing, MAX_RESEND_SPANS)
 
     def abort(self, error: TransferError) -> None:
         """Given up here: released at once if no peer has begun, else quarantined. Nothing more is admitted."""
@@ -335,9 +484,25 @@ class ReceiveSession:
         self._move(ReceiveState.RELEASED)
         self._error = self._error or error
 
-    def _describe_refusal(self, layer: int, page: int) -> str:
-        fault = "twice" if page in self._pages else "outside the grant"
-        return f"session {self.session_id}: page {page} of layer {layer} is written {fault}"
+    def _required(self, layer: int, waiting: ByteRanges) -> ByteRanges:
+        """What of ``waiting`` must still come."""
+        if not waiting:
+            return waiting
+        required = waiting.copy()
+        for start, end in self._expected.spare(layer):
+            required.discard(start, end)
+        return required
+
+    def _put_back(self, layers: range, spans: Sequence[Span]) -> None:
+        for layer in layers:
+            for span in spans:
+                self._waiting[layer].put(span.offset, span.offset + span.num_bytes)
+
+    def _describe_refusal(self, layer: int, span: Span) -> str:
+        granted = self._expected.allowed()[layer]
+        fault = "twice" if granted.take(span.offset, span.offset + span.num_bytes) else "outside the grant"
+        where = f"{span.num_bytes} bytes at {span.offset} of layer {layer}"
+        return f"session {self.session_id}: {where} are written {fault}"
 
     def _require(self, to: ReceiveState) -> None:
         if to not in RECEIVE_MOVES[self._state]:

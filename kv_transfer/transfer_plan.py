@@ -1,61 +1,313 @@
-"""Which pages go where, in which pieces? Pure.
+"""Which bytes go where, in which pieces? Pure.
 
-Invariants: every source page goes to its destination page exactly once; pieces keep the order of the pages; a strip
-never joins pages that do not follow each other at both ends; a piece holds at most ``max_write_bytes`` (but at least
-one page) and at most ``max_strips`` strips.
+A page of one layer holds ``[heads, page_size, key_dim]`` keys and then ``[heads, page_size, value_dim]`` values
+(engine/page_pool.py). Two workers whose layers are alike move whole pages. Otherwise their pages may differ in size,
+each may hold other heads of the model (one of several devices each), and in the width of an element; then what moves
+is the run of tokens that one head's keys, or values, have in one page at both ends.
+
+Invariants: every byte that both ends hold goes to its place exactly once, and no other byte moves; a strip never joins
+bytes that do not follow each other at both ends; a piece holds at most ``max_bytes`` (but at least one page, or one run
+of a head) and at most ``max_strips`` strips.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
-from core.errors import ProtocolViolation
-from kv_transfer.transport import Strip
+from core.errors import Incompatible, ProtocolViolation
+from kv_transfer.byte_ranges import ByteRanges
+from kv_transfer.messages import Missing
+from kv_transfer.transport import PageGeometry, Span, Strip, Write
 
 # A piece is what a session sends per turn: large enough that headers, system calls and Python cost little beside the
 # copy, small enough that a commit or another session waits about a millisecond on a 10 Gbit/s link.
 MAX_WRITE_BYTES = 1 << 20
 MAX_STRIPS = 256  # each strip is one buffer of a gathered send or scattered receive; the kernel takes 1,024
+GROUP_BYTES = 1 << 19  # a piece of so many bytes is not dominated by what each piece costs
+GROUP_S = 0.004  # what is held back for a group, and hence what is left after the last layer, travels in so long
+
+Atom = tuple[int, int, int]  # source offset, destination offset, bytes at the destination
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayer:
+    """What one worker's pool holds of one layer: heads ``first_head .. first_head + num_heads - 1`` of the model's."""
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: str
+    itemsize: int  # bytes of an element
+    first_head: int = 0
+
+    @property
+    def heads(self) -> range:
+        return range(self.first_head, self.first_head + self.num_heads)
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of one token's keys."""
+        return self.num_heads * self.key_dim * self.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        return self.key_bytes + self.num_heads * self.value_dim * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """The pool of one worker: ``page_size`` tokens a page, and its cached layers in the model's order."""
+
+    page_size: int
+    layers: tuple[KvLayer, ...]
+
+    @classmethod
+    def of_pages(cls, geometry: PageGeometry) -> KvLayout:
+        """A pool of which only the sizes are known: its tokens are its pages, and only an equal pool may take them."""
+        return cls(1, tuple(KvLayer(1, pages.page_bytes, 0, pages.dtype, 1) for pages in geometry.layers))
+
+    def page_bytes(self, layer: int) -> int:
+        return self.layers[layer].token_bytes * self.page_size
+
+    def num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def require_compatible(self, theirs: KvLayout) -> None:
+        """Raise Incompatible if K/V of a pool of this layout cannot be put into one of ``theirs``, or the reverse."""
+        shapes = tuple(tuple((la.key_dim, la.value_dim) for la in layout.layers) for layout in (self, theirs))
+        if shapes[0] != shapes[1]:
+            raise Incompatible(
+                "layout", f"{len(shapes[0])} layers {shapes[0][:1]}…", f"{len(shapes[1])} {shapes[1][:1]}…"
+            )
+        for mine, other in zip(self.layers, theirs.layers, strict=True):
+            if mine.dtype != other.dtype:
+                raise Incompatible("dtype", mine.dtype, other.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class PageTable:
+    """Where a sequence's tokens lie: ``pages[i]`` holds those from ``(first_page + i) * page_size`` on."""
+
+    page_size: int
+    first_page: int
+    pages: tuple[int, ...]
+
+    @property
+    def tokens(self) -> range:
+        """The tokens that have a slot in these pages."""
+        return range(self.first_page * self.page_size, (self.first_page + len(self.pages)) * self.page_size)
+
+
+# ---- what is sent ----
 
 
 def plan_writes(
     src_pages: Sequence[int],
     dst_pages: Sequence[int],
     page_bytes: int,
-    max_write_bytes: int = MAX_WRITE_BYTES,
+    max_bytes: int = MAX_WRITE_BYTES,
     max_strips: int = MAX_STRIPS,
 ) -> list[tuple[Strip, ...]]:
-    """The pieces that put ``src_pages[i]`` into ``dst_pages[i]`` for every i; each piece is one write of one layer.
+    """The pieces that put the whole of ``src_pages[i]`` into ``dst_pages[i]`` for every i, in that order.
 
     Raises ProtocolViolation when the two sides are not equally long.
     """
     if len(src_pages) != len(dst_pages):
         raise ProtocolViolation(f"{len(src_pages)} source pages for {len(dst_pages)} destination pages")
-    max_pages = max(1, max_write_bytes // page_bytes)
+    atoms = ((src * page_bytes, dst * page_bytes, page_bytes) for src, dst in zip(src_pages, dst_pages, strict=True))
+    return _pieces(atoms, max_bytes, max_strips)
+
+
+def plan_layer(
+    src: PageTable,
+    src_layer: KvLayer,
+    dst: PageTable,
+    dst_layer: KvLayer,
+    tokens: range,
+    max_bytes: int = MAX_WRITE_BYTES,
+    max_strips: int = MAX_STRIPS,
+) -> list[tuple[Strip, ...]]:
+    """The pieces that put those of ``tokens`` which both tables hold, of the heads that both layers hold, in place.
+
+    Whole pages (also the slots beyond ``tokens`` in the last one) where the two ends are alike. ``Strip.num_bytes``
+    counts bytes at the destination: with elements of another size there, ``num_bytes * src itemsize / dst itemsize``
+    bytes are read.
+    """
+    first = max(tokens.start, src.tokens.start, dst.tokens.start)
+    stop = min(tokens.stop, src.tokens.stop, dst.tokens.stop)
+    if first >= stop:
+        return []
+    if (src.page_size, src_layer) == (dst.page_size, dst_layer) and first % src.page_size == 0:
+        first_page, num_pages = first // src.page_size, -(-(stop - first) // src.page_size)
+        src_at, dst_at = first_page - src.first_page, first_page - dst.first_page
+        page_bytes = src_layer.token_bytes * src.page_size
+        src_pages, dst_pages = src.pages[src_at : src_at + num_pages], dst.pages[dst_at : dst_at + num_pages]
+        return plan_writes(src_pages, dst_pages, page_bytes, max_bytes, max_strips)
+    atoms = _head_runs(src, src_layer, dst, dst_layer, range(first, stop))
+    return _pieces(atoms, max_bytes, max_strips, src_layer.itemsize, dst_layer.itemsize)
+
+
+def _head_runs(src: PageTable, src_layer: KvLayer, dst: PageTable, dst_layer: KvLayer, tokens: range) -> Iterator[Atom]:
+    """Each head's keys, and then its values, of each stretch of tokens that lies in one page at both ends."""
+    heads = range(max(src_layer.heads.start, dst_layer.heads.start), min(src_layer.heads.stop, dst_layer.heads.stop))
+    at = tokens.start
+    while at < tokens.stop:
+        src_page, src_slot = divmod(at - src.tokens.start, src.page_size)
+        dst_page, dst_slot = divmod(at - dst.tokens.start, dst.page_size)
+        count = min(src.page_size - src_slot, dst.page_size - dst_slot, tokens.stop - at)
+        for dim, src_half, dst_half in _halves(src.page_size, src_layer, dst.page_size, dst_layer):
+            src_start = src.pages[src_page] * src_layer.token_bytes * src.page_size + src_half
+            dst_start = dst.pages[dst_page] * dst_layer.token_bytes * dst.page_size + dst_half
+            for head in heads:
+                src_token = (head - src_layer.first_head) * src.page_size + src_slot
+                dst_token = (head - dst_layer.first_head) * dst.page_size + dst_slot
+                yield (
+                    src_start + src_token * dim * src_layer.itemsize,
+                    dst_start + dst_token * dim * dst_layer.itemsize,
+                    count * dim * dst_layer.itemsize,
+                )
+        at += count
+
+
+def _halves(
+    src_page_size: int, src_layer: KvLayer, dst_page_size: int, dst_layer: KvLayer
+) -> Iterator[tuple[int, int, int]]:
+    """(elements of a token, where its half begins in a page at each end), of keys and of values."""
+    assert (src_layer.key_dim, src_layer.value_dim) == (dst_layer.key_dim, dst_layer.value_dim), "one model"
+    yield src_layer.key_dim, 0, 0
+    if src_layer.value_dim:
+        yield src_layer.value_dim, src_layer.key_bytes * src_page_size, dst_layer.key_bytes * dst_page_size
+
+
+def _pieces(
+    atoms: Iterable[Atom], max_bytes: int, max_strips: int, src_itemsize: int = 1, dst_itemsize: int = 1
+) -> list[tuple[Strip, ...]]:
+    """Joins atoms that follow each other at both ends, and cuts pieces between atoms."""
     pieces: list[tuple[Strip, ...]] = []
     piece: list[Strip] = []
-    room = max_pages
-    for src_page, dst_page, num_pages in _contiguous_runs(src_pages, dst_pages):
-        start = 0
-        while start < num_pages:
-            if room == 0 or len(piece) == max_strips:
+    room = max_bytes
+    src = dst = num_bytes = 0  # the strip that grows
+    src_end = dst_end = -1
+    for atom_src, atom_dst, atom_bytes in atoms:
+        full = room < atom_bytes and num_bytes > 0
+        if atom_src == src_end and atom_dst == dst_end and not full:
+            num_bytes += atom_bytes
+        else:
+            if num_bytes:
+                piece.append(Strip(src, dst, num_bytes))
+            if full or len(piece) == max_strips:
                 pieces.append(tuple(piece))
-                piece, room = [], max_pages
-            count = min(room, num_pages - start)
-            piece.append(Strip((src_page + start) * page_bytes, (dst_page + start) * page_bytes, count * page_bytes))
-            room -= count
-            start += count
-    if piece:
-        pieces.append(tuple(piece))
+                piece, room = [], max_bytes
+            src, dst, num_bytes = atom_src, atom_dst, atom_bytes
+        room -= atom_bytes
+        src_end = atom_src + atom_bytes * src_itemsize // dst_itemsize
+        dst_end = atom_dst + atom_bytes
+    if num_bytes:
+        pieces.append((*piece, Strip(src, dst, num_bytes)))
     return pieces
 
 
-def _contiguous_runs(src_pages: Sequence[int], dst_pages: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(source page, destination page, pages) of each stretch that follows itself at both ends."""
-    start = 0
-    for i in range(1, len(src_pages)):
-        if src_pages[i] != src_pages[i - 1] + 1 or dst_pages[i] != dst_pages[i - 1] + 1:
-            yield src_pages[start], dst_pages[start], i - start
-            start = i
-    if src_pages:
-        yield src_pages[start], dst_pages[start], len(src_pages) - start
+def layer_group_size(layer_bytes: int, num_layers: int, link_bytes_per_s: float | None = None) -> int:
+    """How many layers of ``layer_bytes`` bytes each a session lets pile up before it sends them as one.
+
+    As many as make ``GROUP_BYTES``, but no more than a link of that speed carries in ``GROUP_S``: whatever the model
+    and the chunk, what is left to send after the last layer was computed is at most one such group (or one layer).
+    None: the link's speed is not known.
+    """
+    if layer_bytes <= 0:
+        return num_layers
+    wanted = -(-GROUP_BYTES // layer_bytes)
+    if link_bytes_per_s is not None:
+        wanted = min(wanted, int(link_bytes_per_s * GROUP_S / layer_bytes))
+    return max(1, min(wanted, num_layers))
+
+
+# ---- what is waited for, and sent again ----
+
+
+def granted_bytes(layout: KvLayout, layer: int, pages: Sequence[int], heads: range) -> ByteRanges:
+    """Where a sender that holds ``heads`` may write in ``layer`` of ``pages``: its heads, whole pages if it has all."""
+    here = layout.layers[layer]
+    page_bytes = layout.page_bytes(layer)
+    if heads.start <= here.heads.start and here.heads.stop <= heads.stop:
+        return ByteRanges((page * page_bytes, (page + 1) * page_bytes) for page in pages)
+    return ByteRanges(
+        (page * page_bytes + start, page * page_bytes + start + num_bytes)
+        for start, num_bytes in _slots(here, layout.page_size, heads, range(layout.page_size))
+        for page in pages
+    )
+
+
+def spare_bytes(layout: KvLayout, layer: int, last_page: int, num_used: int, heads: range) -> list[tuple[int, int]]:
+    """(first, end) of what need not be written in a ``last_page`` of which only ``num_used`` slots hold tokens."""
+    at = last_page * layout.page_bytes(layer)
+    slots = _slots(layout.layers[layer], layout.page_size, heads, range(num_used, layout.page_size))
+    return [(at + start, at + start + num_bytes) for start, num_bytes in slots if num_bytes]
+
+
+def _slots(layer: KvLayer, page_size: int, heads: range, slots: range) -> Iterator[tuple[int, int]]:
+    """(offset in a page, bytes) of the keys, and values, of ``slots`` for each of ``heads`` that lie here."""
+    half = 0
+    for dim in (layer.key_dim, layer.value_dim):
+        token_bytes = dim * layer.itemsize
+        for index, head in enumerate(layer.heads):
+            if head in heads and token_bytes:
+                yield half + (index * page_size + slots.start) * token_bytes, len(slots) * token_bytes
+        half += layer.num_heads * page_size * token_bytes
+
+
+def writes_for(missing: Iterable[Missing], sent: Iterable[Write], max_strips: int = MAX_STRIPS) -> list[Write]:
+    """Those parts of ``sent`` that put ``missing`` in place, layer by layer.
+
+    Raises ProtocolViolation if that is not every byte of it: then something was asked for that was never sent.
+    """
+    wanted: dict[int, ByteRanges] = {}
+    for entry in missing:
+        for layer in entry.layers:
+            ranges = wanted.setdefault(layer, ByteRanges())
+            for span in entry.spans:
+                if any(ranges.overlap(span.offset, span.offset + span.num_bytes)):
+                    raise ProtocolViolation(f"layer {layer}: a byte is asked for twice")
+                ranges.put(span.offset, span.offset + span.num_bytes)
+    again: list[Write] = []
+    for write in sent:
+        for layer in write.layers:
+            if layer in wanted:
+                strips = _strips_within(write.strips, wanted[layer])
+                again += (
+                    Write(write.session_id, write.token, layer, 1, strips[i : i + max_strips], write.order)
+                    for i in range(0, len(strips), max_strips)
+                )
+    if sum(write.num_bytes for write in again) != sum(ranges.num_bytes for ranges in wanted.values()):
+        raise ProtocolViolation("bytes are asked for again that were never sent")
+    return again
+
+
+def _strips_within(strips: Iterable[Strip], ranges: ByteRanges) -> tuple[Strip, ...]:
+    return tuple(
+        Strip(strip.src + first - strip.dst, first, end - first)
+        for strip in strips
+        for first, end in ranges.overlap(strip.dst, strip.dst + strip.num_bytes)
+    )
+
+
+def missing_spans(ranges: Sequence[ByteRanges], max_spans: int) -> tuple[Missing, ...]:
+    """``ranges[layer]`` as a message says it: layers that follow each other and miss the same are one entry.
+
+    At most ``max_spans`` spans; what does not fit is left out.
+    """
+    entries: list[Missing] = []
+    last: ByteRanges | None = None
+    for layer, waiting in enumerate(ranges):
+        if waiting and waiting == last:
+            before = entries[-1]
+            entries[-1] = Missing(range(before.layers.start, layer + 1), before.spans)
+        elif waiting:
+            spans = tuple(Span(start, end - start) for start, end in waiting)[:max_spans]
+            max_spans -= len(spans)
+            if spans:
+                entries.append(Missing(range(layer, layer + 1), spans))
+        last = waiting if waiting and max_spans else None
+    return tuple(entries)

@@ -79,13 +79,14 @@ class Worker:
     transport: Transport
     layers: list[bytearray]
     outcomes: Outcomes = field(default_factory=Outcomes)
+    link_bytes_per_s: float | None = 1.0  # so slow that each layer travels by itself; None: layers pile up
 
     def __post_init__(self) -> None:
         self.region = Region(GEOMETRY, tuple(memoryview(layer) for layer in self.layers))
         self.transport.register(self.region)
         clock = WallClock()
         outcomes = self.outcomes
-        self.sender = KvSender(self.transport, clock, outcomes.on_closed)
+        self.sender = KvSender(self.transport, clock, outcomes.on_closed, link_speed=lambda peer: self.link_bytes_per_s)
         self.receiver = KvReceiver(self.transport, clock, outcomes.on_committed, outcomes.on_released, lease_s=30.0)
 
     def page(self, layer: int, page: int) -> bytes:

@@ -18,7 +18,7 @@ from core.errors import (
 )
 from core.request import SessionId
 from kv_transfer.messages import Begin, Commit, encode
-from kv_transfer.transport import PageRun, SendLink, Write
+from kv_transfer.transport import SendLink, Strip, Write
 
 A, B = SessionId("a"), SessionId("b")
 NUM_LAYERS = 3
@@ -30,6 +30,9 @@ class Stranger:
     """Send events of a peer that does as it likes: it drives a link by hand."""
 
     def written(self, link: SendLink, write: Write) -> None:
+        pass
+
+    def drained(self, link: SendLink, session_id: SessionId) -> None:
         pass
 
     def notified(self, link: SendLink, message: bytes) -> None:
@@ -168,16 +171,20 @@ def test_a_forged_token_reaches_nothing_and_the_owner_still_can(prefill: Any, de
 
 
 @pytest.mark.parametrize(
-    ("layer", "run"),
+    ("layers", "strip"),
     [
-        pytest.param(3, PageRun(0, DST[0], 1), id="wrong layer"),
-        pytest.param(0, PageRun(0, 50, 1), id="page outside the grant"),
-        pytest.param(0, PageRun(0, 63, 1), id="last page"),
-        pytest.param(0, PageRun(0, DST[0], 5), id="run beyond the grant"),
+        pytest.param(range(3, 4), Strip(0, DST[0] * 512, 512), id="wrong layer"),
+        pytest.param(range(4), Strip(0, DST[0] * 512, 512), id="more layers than there are"),
+        pytest.param(range(1), Strip(0, 50 * 512, 512), id="page outside the grant"),
+        pytest.param(range(1), Strip(0, 63 * 512, 512), id="last page"),
+        pytest.param(range(1), Strip(0, DST[0] * 512, 5 * 512), id="run beyond the grant"),
+        pytest.param(range(1), Strip(0, DST[2] * 512 + 1, 512), id="a byte beyond the grant"),
+        pytest.param(range(1), Strip(0, 2**40, 512), id="beyond the pool"),
+        pytest.param(range(2, 3), Strip(0, DST[4] * 512, 512), id="the offset of another layer"),
     ],
 )
 def test_a_strangers_bad_write_lands_nowhere_and_fails_its_session(
-    prefill: Any, decode: Any, layer: int, run: PageRun
+    prefill: Any, decode: Any, layers: range, strip: Strip
 ) -> None:
     prefill.transport.region.geometry = replace(
         prefill.transport.region.geometry, layers=prefill.transport.region.geometry.layers * 2
@@ -186,7 +193,7 @@ def test_a_strangers_bad_write_lands_nowhere_and_fails_its_session(
     grant = decode.receiver.issue(A, 0, DST)
     link = prefill.transport.connect(grant.descriptor, Stranger())
     link.notify(A, encode(Begin(A, grant.token)))
-    link.write(Write(A, grant.token, layer, (run,)))
+    link.write(Write(A, grant.token, layers.start, len(layers), (strip,)))
     link.notify(B, encode(Begin(B, bytes(16))))
     decode.outcomes.until(lambda: decode.transport.counters.writes_refused == 1 or decode.outcomes.released)
     link.close(TransferAborted("done"))
@@ -201,7 +208,7 @@ def test_a_stranger_cannot_use_another_links_session(prefill: Any, decode: Any) 
     prefill.store_all(A, SRC, num_layers=2)
     decode.outcomes.until(lambda: decode.receiver.bytes_received == 6 * 1024)
     link = prefill.transport.connect(grant.descriptor, Stranger())
-    link.write(Write(A, grant.token, 2, (PageRun(0, DST[0], 1),)))
+    link.write(Write(A, grant.token, 2, 1, (Strip(0, DST[0] * 2048, 2048),)))
     link.notify(A, encode(Commit(A, grant.token, b"stolen")))
     link.close(TransferAborted("done"))
     prefill.sender.pages_stored(A, 2, 0, SRC)

@@ -12,6 +12,7 @@ from core.request import SessionId
 from kv_transfer.messages import Message, decode
 from kv_transfer.transport import (
     LayerPages,
+    LinkStats,
     PageGeometry,
     ReceiveEvents,
     Region,
@@ -49,6 +50,7 @@ class FakeTransport:
     clock: VirtualClock
     links: list[FakeLink] = field(default_factory=list)
     counters: TransportCounters = field(default_factory=TransportCounters)
+    invited: list[bytes] = field(default_factory=list)
     region: Region = field(
         default_factory=lambda: Region(GEOMETRY, tuple(memoryview(bytearray(80)) for _ in GEOMETRY.layers))
     )
@@ -67,6 +69,12 @@ class FakeTransport:
             raise ProtocolViolation("nonsense")
         self.links.append(FakeLink(heard_at=self.clock.now()))
         return self.links[-1]
+
+    def invite(self, descriptor: bytes) -> None:
+        self.invited.append(descriptor)
+
+    def stats(self) -> tuple[LinkStats, ...]:
+        return ()
 
     def close(self) -> None:
         pass

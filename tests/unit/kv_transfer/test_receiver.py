@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from core.clock import VirtualClock
-from core.errors import PeerLost, ProtocolViolation, TransferAborted, TransferError
+from core.errors import Corrupted, PeerLost, ProtocolViolation, TransferAborted, TransferError
 from core.request import SessionId
-from kv_transfer.messages import Abort, AbortAck, AbortCause, Begin, Commit, CommitAck, encode
+from kv_transfer.messages import Abort, AbortAck, AbortCause, Begin, Commit, CommitAck, Missing, Renew, Resend, encode
 from kv_transfer.receiver import KvReceiver
-from kv_transfer.session import Grant
-from kv_transfer.transport import PageSpan
+from kv_transfer.session import MAX_RESENDS, Grant
+from kv_transfer.transport import Span
 
 A = SessionId("a")
 LEASE_S = 30.0
@@ -32,9 +32,10 @@ class Rig:
         return grant
 
     def write(self, grant: Grant, layer: int, first_page: int = 4, num_pages: int = 2) -> bool:
-        session_id = self.receiver.admit(self.link, grant.token, layer, (PageSpan(first_page, num_pages),))
+        layers, spans = range(layer, layer + 1), (Span(8 * first_page, 8 * num_pages),)
+        session_id = self.receiver.admit(self.link, grant.token, layers, spans)
         if session_id is not None:
-            self.receiver.landed(self.link, session_id, 8 * num_pages)
+            self.receiver.landed(self.link, session_id, layers, spans)
         return session_id is not None
 
     def write_all(self, grant: Grant) -> None:
@@ -90,8 +91,14 @@ def test_issuing_twice_raises_and_keeps_the_first(rig: Rig) -> None:
     rig.write_all(grant)
 
 
-def test_a_write_before_begin_is_refused(rig: Rig) -> None:
-    assert not rig.write(rig.receiver.issue(A, 0, [4, 5]), 0)
+def test_a_write_may_overtake_its_begin_and_binds_the_session_to_its_link(rig: Rig) -> None:
+    grant = rig.receiver.issue(A, 0, [4, 5])
+    assert rig.write(grant, 0)
+    rig.receiver.notified(rig.link, encode(Begin(A, grant.token)))
+    rig.receiver.notified(rig.other, encode(Begin(A, grant.token)))
+    assert [type(message) for message in rig.other.sent] == [Abort]
+    assert rig.link.sent == []
+    assert rig.write(grant, 1)
 
 
 def test_a_begin_with_a_wrong_token_is_refused_and_leaves_the_session_to_its_owner(rig: Rig) -> None:
@@ -106,7 +113,7 @@ def test_a_begin_with_a_wrong_token_is_refused_and_leaves_the_session_to_its_own
 
 def test_another_link_can_neither_write_nor_commit_nor_end_a_session(rig: Rig) -> None:
     grant = rig.begin()
-    assert rig.receiver.admit(rig.other, grant.token, 0, (PageSpan(4, 1),)) is None
+    assert rig.receiver.admit(rig.other, grant.token, range(1), (Span(32, 8),)) is None
     rig.receiver.notified(rig.other, encode(Begin(A, grant.token)))
     rig.receiver.notified(rig.other, encode(Commit(A, grant.token, b"")))
     rig.receiver.notified(rig.other, encode(Abort(A, grant.token, AbortCause.ABORTED, "")))
@@ -135,13 +142,49 @@ def test_a_write_outside_the_grant_quarantines_the_session(rig: Rig, layer: int,
     assert rig.receiver.num_quarantined == 0
 
 
-def test_a_commit_that_came_too_early_quarantines_until_the_sender_stopped(rig: Rig) -> None:
+ALL = Span(32, 16)  # pages 4 and 5
+
+
+def test_a_commit_with_bytes_missing_asks_for_them_and_waits_for_the_next(rig: Rig) -> None:
     grant = rig.begin()
     rig.write(grant, 0)
+    rig.receiver.notified(rig.link, encode(Commit(A, grant.token, b"token")))
+    assert rig.link.sent == [Resend(A, grant.token, (Missing(range(1, 2), (ALL,)),))]
+    assert (rig.committed, rig.released, rig.receiver.num_resends) == ([], [], 1)
+    rig.write(grant, 1)
+    rig.receiver.notified(rig.link, encode(Commit(A, grant.token, b"token")))
+    assert rig.committed == [(A, b"token")]
+    assert isinstance(rig.link.sent[-1], CommitAck)
+
+
+def test_a_damaged_write_is_asked_for_again_and_not_counted_as_received(rig: Rig) -> None:
+    grant = rig.begin()
+    rig.receiver.admit(rig.link, grant.token, range(2), (ALL,))
+    rig.receiver.damaged(rig.link, A, range(2), (ALL,))
     rig.receiver.notified(rig.link, encode(Commit(A, grant.token, b"")))
-    assert (rig.committed, rig.released, rig.receiver.num_quarantined) == ([], [], 2)
+    assert rig.link.sent == [Resend(A, grant.token, (Missing(range(2), (ALL,)),))]
+    assert rig.receiver.bytes_received == 0
+
+
+def test_damage_after_an_abort_leaves_the_quarantine_to_the_sender(rig: Rig) -> None:
+    grant = rig.begin()
+    rig.receiver.admit(rig.link, grant.token, range(2), (ALL,))
+    rig.receiver.abort(A, "enough")
+    rig.receiver.damaged(rig.link, A, range(2), (ALL,))
+    assert (rig.released, rig.receiver.num_quarantined) == ([], 2)
     rig.receiver.notified(rig.link, encode(AbortAck(A, grant.token)))
-    assert rig.errors == [ProtocolViolation]
+    assert rig.errors == [TransferAborted]
+
+
+def test_what_never_arrives_whole_is_given_up_as_corrupted(rig: Rig) -> None:
+    grant = rig.begin()
+    for _ in range(MAX_RESENDS + 1):
+        rig.receiver.notified(rig.link, encode(Commit(A, grant.token, b"")))
+    assert [type(message) for message in rig.link.sent] == [Resend] * MAX_RESENDS + [Abort]
+    assert rig.link.sent[-1].cause is AbortCause.CORRUPTED
+    assert rig.receiver.num_quarantined == 2
+    rig.receiver.notified(rig.link, encode(AbortAck(A, grant.token)))
+    assert rig.errors == [Corrupted]
 
 
 def test_an_abort_before_anyone_began_releases_at_once(rig: Rig) -> None:
@@ -216,6 +259,52 @@ def test_a_peer_that_is_heard_keeps_its_session(rig: Rig, clock: VirtualClock) -
     rig.link.heard_at = clock.now()
     rig.receiver.expire(clock.now())
     assert rig.link.closed is None
+
+
+def test_a_session_that_a_living_peer_forgot_is_given_up_after_the_lease(rig: Rig, clock: VirtualClock) -> None:
+    grant = rig.begin()
+    clock.advance(LEASE_S)
+    rig.receiver.notified(rig.link, encode(Renew(A, grant.token)))
+    clock.advance(LEASE_S)
+    rig.write(grant, 0)
+    clock.advance(LEASE_S)
+    rig.link.heard_at = clock.now()
+    rig.receiver.expire(clock.now())
+    assert rig.link.sent == []
+    clock.advance(0.1)
+    rig.receiver.expire(clock.now())
+    assert [type(message) for message in rig.link.sent] == [Abort]
+    assert (rig.released, rig.link.closed) == ([], None)
+    rig.receiver.notified(rig.link, encode(AbortAck(A, grant.token)))
+    assert rig.errors == [PeerLost]
+
+
+def test_a_peer_that_does_not_acknowledge_an_abort_loses_its_link(rig: Rig, clock: VirtualClock) -> None:
+    rig.begin()
+    rig.receiver.abort(A, "enough")
+    clock.advance(LEASE_S + 0.1)
+    rig.link.heard_at = clock.now()
+    rig.receiver.expire(clock.now())
+    assert isinstance(rig.link.closed, PeerLost)
+    rig.receiver.lost(rig.link, rig.link.closed)
+    assert rig.errors == [TransferAborted]
+
+
+def test_a_renewal_may_overtake_its_begin_and_an_unknown_one_is_refused(rig: Rig) -> None:
+    grant = rig.receiver.issue(A, 0, [4, 5])
+    rig.receiver.notified(rig.link, encode(Renew(A, grant.token)))
+    assert rig.link.sent == []
+    rig.receiver.notified(rig.link, encode(Renew(A, bytes(16))))
+    assert [message.cause for message in rig.link.sent] == [AbortCause.UNKNOWN_GRANT]
+    rig.receiver.notified(rig.link, encode(Begin(A, grant.token)))
+    rig.write_all(grant)
+
+
+def test_a_grant_invites_the_sender_whose_descriptor_is_known(rig: Rig, transport: Any) -> None:
+    rig.receiver.issue(A, 0, [4])
+    assert transport.invited == []
+    rig.receiver.issue(SessionId("b"), 0, [5], sender_descriptor=b"sender")
+    assert transport.invited == [b"sender"]
 
 
 def test_a_message_that_only_receivers_send_is_a_violation(rig: Rig) -> None:

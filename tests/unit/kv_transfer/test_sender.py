@@ -7,15 +7,16 @@ import pytest
 
 from core.clock import VirtualClock
 from core.errors import GrantRefused, PeerLost, ProtocolViolation, TransferAborted
-from core.request import SessionId
-from kv_transfer.messages import Abort, AbortAck, AbortCause, Begin, Commit, CommitAck, encode
+from core.request import ClusterId, SessionId, WorkerId
+from kv_transfer.messages import Abort, AbortAck, AbortCause, Begin, Commit, CommitAck, Missing, Renew, Resend, encode
 from kv_transfer.sender import KvSender
 from kv_transfer.session import Grant, SendReport
-from kv_transfer.transport import PageRun, Write
+from kv_transfer.transport import PeerIdentity, SendOrder, Span, Strip, Write
 
 A, B = SessionId("a"), SessionId("b")
 TOKEN = bytes(range(16))
 LEASE_S = 30.0
+WRITE = Write(A, TOKEN, 0, 1, (Strip(8, 40, 16),))
 
 
 def grant(session_id: SessionId, descriptor: bytes = b"there") -> Grant:
@@ -50,7 +51,7 @@ def test_a_session_begins_writes_commits_and_is_acknowledged(rig: Rig) -> None:
     link = rig.start(A)
     rig.sender.pages_stored(A, 0, 0, [1, 2])
     rig.sender.commit(A, b"token")
-    write = Write(A, TOKEN, 0, (PageRun(1, 5, 2),))
+    write = Write(A, TOKEN, 0, 1, (Strip(8, 40, 16),))
     assert link.sent == [Begin(A, TOKEN), write, Commit(A, TOKEN, b"token")]
     rig.sender.written(link, write)
     rig.sender.notified(link, encode(CommitAck(A, TOKEN)))
@@ -110,7 +111,9 @@ def test_an_abort_while_pages_are_read_closes_when_they_were_read(rig: Rig) -> N
     link.idle = False
     rig.sender.abort(A, "enough")
     assert rig.closed == []
-    rig.sender.written(link, link.sent[1])
+    rig.sender.written(link, WRITE)
+    assert rig.closed == []
+    rig.sender.drained(link, A)
     assert rig.errors == {A: TransferAborted}
 
 
@@ -122,7 +125,9 @@ def test_an_acknowledgement_that_crosses_an_abort_is_ignored(rig: Rig) -> None:
     rig.sender.abort(A, "enough")
     rig.sender.notified(link, encode(CommitAck(A, TOKEN)))
     assert rig.closed == []
-    rig.sender.written(link, link.sent[1])
+    rig.sender.written(link, WRITE)
+    assert rig.closed == []
+    rig.sender.drained(link, A)
     assert rig.errors == {A: TransferAborted}
 
 
@@ -188,6 +193,87 @@ def test_only_a_link_that_was_silent_for_the_lease_is_closed(rig: Rig, clock: Vi
     rig.sender.expire(clock.now())
     assert isinstance(link.closed, PeerLost)
     assert rig.closed == []  # comes with ``lost``, when nothing is read any more
+
+
+def missing(offset: int = 40) -> Missing:
+    return Missing(range(1), (Span(offset, 16),))
+
+
+def test_what_the_receiver_misses_is_sent_again_with_the_commit_and_counted(rig: Rig) -> None:
+    link = rig.start(A)
+    rig.sender.pages_stored(A, 0, 0, [1, 2])
+    rig.sender.commit(A, b"token")
+    rig.sender.notified(link, encode(Resend(A, TOKEN, (missing(),))))
+    assert link.sent[1:] == [WRITE, Commit(A, TOKEN, b"token")] * 2
+    assert rig.sender.writes_resent == 1
+    rig.sender.notified(link, encode(CommitAck(A, TOKEN)))
+    assert [report.writes_resent for _, report in rig.closed] == [1]
+
+
+def test_a_request_for_what_was_never_sent_ends_the_session_at_both_ends(rig: Rig) -> None:
+    link = rig.start(A)
+    rig.sender.commit(A, b"")
+    rig.sender.notified(link, encode(Resend(A, TOKEN, (missing(),))))
+    assert rig.errors == {A: ProtocolViolation}
+    assert isinstance(link.sent[-1], Abort)
+    assert link.sent[-1].cause is AbortCause.VIOLATION
+
+
+def test_a_request_that_crosses_an_abort_or_names_another_grant_is_ignored(rig: Rig) -> None:
+    link = rig.start(A)
+    rig.sender.pages_stored(A, 0, 0, [1, 2])
+    rig.sender.commit(A, b"")
+    rig.sender.notified(link, encode(Resend(A, bytes(16), (missing(),))))
+    link.idle = False
+    rig.sender.abort(A, "enough")
+    rig.sender.notified(link, encode(Resend(A, TOKEN, (missing(),))))
+    assert rig.sender.writes_resent == 0
+    assert [type(item) for item in link.sent] == [Begin, Write, Commit, Abort]
+
+
+def test_a_session_with_nothing_to_send_renews_its_grant(rig: Rig, clock: VirtualClock) -> None:
+    link = rig.start(A)
+    rig.sender.open(B, 2)  # has none yet
+    for _ in range(2):
+        link.heard_at = clock.now()
+        clock.advance(LEASE_S / 3)
+        rig.sender.expire(clock.now())
+        clock.advance(0.1)
+        rig.sender.expire(clock.now())
+        rig.sender.expire(clock.now())
+    assert link.sent == [Begin(A, TOKEN), Renew(A, TOKEN), Renew(A, TOKEN)]
+    rig.sender.pages_stored(A, 0, 0, [1, 2])
+    rig.sender.pages_stored(A, 1, 0, [1, 2])
+    clock.advance(LEASE_S / 3)
+    rig.sender.expire(clock.now())
+    assert not isinstance(link.sent[-1], Renew)
+
+
+def test_every_write_of_a_session_carries_its_order(rig: Rig) -> None:
+    order = SendOrder(tenant="acme", deadline_at=3.0)
+    rig.sender.open(A, 2, order)
+    rig.sender.granted(A, grant(A))
+    for layer in range(2):
+        rig.sender.pages_stored(A, layer, 0, [1, 2])
+    rig.sender.commit(A, b"")
+    writes = [item for item in rig.transport.links[0].sent if isinstance(item, Write)]
+    assert [write.order for write in writes] == [order]
+
+
+def test_a_known_slow_link_gets_each_layer_at_once(transport: Any, clock: VirtualClock) -> None:
+    asked: list[PeerIdentity] = []
+
+    def link_speed(peer: PeerIdentity) -> float:
+        asked.append(peer)
+        return 1.0
+
+    sender = KvSender(transport, clock, lambda session_id, report: None, link_speed=link_speed)
+    receiver = PeerIdentity(WorkerId("decode-0"), ClusterId("east"))
+    sender.open(A, 2)
+    sender.granted(A, replace(grant(A), receiver=receiver))
+    sender.pages_stored(A, 0, 0, [1, 2])
+    assert transport.links[0].sent == [Begin(A, TOKEN), WRITE]
+    assert asked == [receiver]
 
 
 def test_a_raising_store_queues_nothing(rig: Rig) -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from core.errors import ProtocolViolation
 from kv_transfer.transfer_plan import plan_writes
-from kv_transfer.transport import PageRun
+from kv_transfer.transport import Strip
 
 PAGE_BYTES = 100
 
@@ -25,38 +25,43 @@ def page_tables(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     return src[:count], dst[:count]
 
 
-@given(tables=page_tables(), max_pages=st.integers(1, 9), max_runs=st.integers(1, 5))
+@given(tables=page_tables(), max_pages=st.integers(1, 9), max_strips=st.integers(1, 5))
 def test_every_page_goes_to_its_place_exactly_once_in_order(
-    tables: tuple[list[int], list[int]], max_pages: int, max_runs: int
+    tables: tuple[list[int], list[int]], max_pages: int, max_strips: int
 ) -> None:
     src, dst = tables
-    pieces = plan_writes(src, dst, PAGE_BYTES, max_pages * PAGE_BYTES, max_runs)
-    runs = [run for piece in pieces for run in piece]
-    moved = [(run.src_page + i, run.dst_page + i) for run in runs for i in range(run.num_pages)]
+    pieces = plan_writes(src, dst, PAGE_BYTES, max_pages * PAGE_BYTES, max_strips)
+    strips = [strip for piece in pieces for strip in piece]
+    moved = [
+        ((strip.src + at) // PAGE_BYTES, (strip.dst + at) // PAGE_BYTES)
+        for strip in strips
+        for at in range(0, strip.num_bytes, PAGE_BYTES)
+    ]
+    assert all((strip.src % PAGE_BYTES, strip.dst % PAGE_BYTES) == (0, 0) for strip in strips)
     assert moved == list(zip(src, dst, strict=True))
 
 
-@given(tables=page_tables(), max_pages=st.integers(1, 9), max_runs=st.integers(1, 5))
+@given(tables=page_tables(), max_pages=st.integers(1, 9), max_strips=st.integers(1, 5))
 def test_pieces_keep_their_bounds_and_are_not_empty(
-    tables: tuple[list[int], list[int]], max_pages: int, max_runs: int
+    tables: tuple[list[int], list[int]], max_pages: int, max_strips: int
 ) -> None:
-    pieces = plan_writes(*tables, PAGE_BYTES, max_pages * PAGE_BYTES, max_runs)
-    assert all(1 <= len(piece) <= max_runs for piece in pieces)
-    assert all(1 <= sum(run.num_pages for run in piece) <= max_pages for piece in pieces)
-    assert all(run.num_pages >= 1 for piece in pieces for run in piece)
+    pieces = plan_writes(*tables, PAGE_BYTES, max_pages * PAGE_BYTES, max_strips)
+    assert all(1 <= len(piece) <= max_strips for piece in pieces)
+    assert all(sum(strip.num_bytes for strip in piece) <= max_pages * PAGE_BYTES for piece in pieces)
+    assert all(strip.num_bytes >= 1 for piece in pieces for strip in piece)
 
 
 def test_pages_that_follow_each_other_at_both_ends_become_one_run() -> None:
-    assert plan_writes([4, 5, 6], [10, 11, 12], PAGE_BYTES) == [(PageRun(4, 10, 3),)]
+    assert plan_writes([4, 5, 6], [10, 11, 12], PAGE_BYTES) == [(Strip(400, 1000, 300),)]
 
 
 def test_a_gap_at_either_end_parts_runs_within_one_piece() -> None:
-    assert plan_writes([4, 5, 6], [10, 11, 13], PAGE_BYTES) == [(PageRun(4, 10, 2), PageRun(6, 13, 1))]
-    assert plan_writes([4, 5, 9], [10, 11, 12], PAGE_BYTES) == [(PageRun(4, 10, 2), PageRun(9, 12, 1))]
+    assert plan_writes([4, 5, 6], [10, 11, 13], PAGE_BYTES) == [(Strip(400, 1000, 200), Strip(600, 1300, 100))]
+    assert plan_writes([4, 5, 9], [10, 11, 12], PAGE_BYTES) == [(Strip(400, 1000, 200), Strip(900, 1200, 100))]
 
 
 def test_a_page_larger_than_the_bound_is_a_piece_of_its_own() -> None:
-    assert plan_writes([0, 1], [0, 1], PAGE_BYTES, max_write_bytes=1) == [(PageRun(0, 0, 1),), (PageRun(1, 1, 1),)]
+    assert plan_writes([0, 1], [0, 1], PAGE_BYTES, max_bytes=1) == [(Strip(0, 0, 100),), (Strip(100, 100, 100),)]
 
 
 def test_unequal_sides_raise() -> None:
