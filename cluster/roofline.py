@@ -3,9 +3,10 @@
     prefill      max(operations / compute rate, weights read / memory rate) + all-reduces of tensor parallelism
     decode step  max(operations / compute rate, weights and K/V read / memory rate) + all-reduces
 
-Rates are the maker's peaks times an ``Efficiency``. The defaults are a little under what was measured for an 8B
-Llama shape on one H100 (ARCHITECTURE.md section 8): 8,192 tokens in 224 ms are 0.67 of the compute peak, decode steps of
-batch 1 to 128 read at 0.76 to 0.79 of the memory peak. A measured profile is better than any of this: plans take one, and cost_model.py fits one to a live service.
+Rates are the maker's peaks times an ``Efficiency``. The defaults are a little under what was measured for an 8B Llama
+shape on one H100 (ARCHITECTURE.md section 8): 8,192 tokens in 224 ms are 0.67 of the compute peak, decode steps of
+batch 1 to 128 read at 0.76 to 0.79 of the memory peak. A measured profile is better than any of this: plans take one,
+and cost_model.py fits one to a live service.
 """
 
 from __future__ import annotations

@@ -66,16 +66,27 @@ class Fleet:
     mean_output_tokens: float  # L_out
     kv_bytes: Curve  # S_kv
     prfaas: tuple[PrfaasCluster, ...]
-    num_local_instances: int  # N_p + N_d
+    num_local_gpus: int
     local_prefill_s: Curve
     local_link_bytes_per_s: float  # from one local prefill instance; counted in TTFT only
     max_batch_size: float  # BS_max of one decode instance
     decode_step_s: float  # T_decode at BS_max
+    gpus_per_prefill: int = 1  # of one local prefill instance
+    gpus_per_decode: int = 1
 
     @property
     def num_prfaas(self) -> int:
         """N_prfaas over all PrfaaS clusters."""
         return sum(cluster.num_instances for cluster in self.prfaas)
+
+    @property
+    def most_prefill(self) -> int:
+        """N_p at most: one decode instance is left."""
+        return (self.num_local_gpus - self.gpus_per_decode) // self.gpus_per_prefill
+
+    def num_decode(self, num_prefill: int) -> int:
+        """N_d beside ``num_prefill`` local prefill instances."""
+        return (self.num_local_gpus - num_prefill * self.gpus_per_prefill) // self.gpus_per_decode
 
     def theta_prfaas_rps(self, l_long_tokens: Numbers) -> Numbers:
         """Equation 3; 0 without a PrfaaS cluster."""
@@ -150,7 +161,7 @@ def operating_point(fleet: Fleet, num_prefill: int, threshold_tokens: float | No
     ``threshold_tokens`` None: the best one.
     """
     threshold = best_threshold_tokens(fleet, num_prefill) if threshold_tokens is None else threshold_tokens
-    num_decode = fleet.num_local_instances - num_prefill
+    num_decode = fleet.num_decode(num_prefill)
     split_p, l_long, l_short = fleet.lengths.split(threshold)
     p = float(split_p)
     theta_prfaas = float(fleet.theta_prfaas_rps(l_long)) if p > 0 else 0.0
@@ -194,7 +205,7 @@ def best_operating_point(fleet: Fleet) -> OperatingPoint:
     Between equal throughputs: the one whose other stages have more to spare.
     """
     first = 0 if fleet.num_prfaas else 1
-    points = [operating_point(fleet, num_prefill) for num_prefill in range(first, fleet.num_local_instances)]
+    points = [operating_point(fleet, num_prefill) for num_prefill in range(first, fleet.most_prefill + 1)]
     assert points, "a fleet has a decode instance, and a prefill instance somewhere"
     return max(points, key=lambda point: (round(point.throughput_rps, 9), _spare_rps(point)))
 

@@ -37,7 +37,7 @@ SMALL = Fleet(
     mean_output_tokens=10,
     kv_bytes=Polynomial((0.0, 1000.0)),
     prfaas=(PrfaasCluster("remote", 2, Polynomial((0.0, 1e-3)), 1e6),),
-    num_local_instances=3,
+    num_local_gpus=3,
     local_prefill_s=Polynomial((0.0, 4e-3)),
     local_link_bytes_per_s=1e9,
     max_batch_size=4,
@@ -91,6 +91,14 @@ def test_roles_go_where_they_are_needed() -> None:
     assert (few_steps.num_prefill, few_steps.num_decode) == (2, 1)
     assert (many_steps.num_prefill, many_steps.num_decode) == (0, 3)
     assert many_steps.bottleneck == DECODE
+
+
+def test_roles_may_take_different_numbers_of_gpus() -> None:
+    """10 GPUs, prefill on 2, decode on 4: one prefill instance leaves 8 GPUs, which are two decode instances."""
+    fleet = replace(SMALL, num_local_gpus=10, gpus_per_prefill=2, gpus_per_decode=4)
+
+    assert fleet.most_prefill == 3
+    assert [fleet.num_decode(n) for n in range(4)] == [2, 2, 1, 1]
 
 
 def test_without_prfaas_nothing_is_offloaded() -> None:
@@ -148,7 +156,7 @@ def case_study() -> Fleet:
         mean_output_tokens=1024,
         kv_bytes=Polynomial.fit([(tokens, mib * MIB) for tokens, mib, _ in table_5], degree=1),
         prfaas=(PrfaasCluster("prfaas", 4, h200, 100e9 / 8),),
-        num_local_instances=8,
+        num_local_gpus=8,
         local_prefill_s=Polynomial.fit([(10_224, 3 / 1.64), (27_486, 9 / 2.11), (62_410, 9.73)]),
         local_link_bytes_per_s=800e9 / 8,
         max_batch_size=20,
@@ -171,7 +179,7 @@ def test_table_6_prfaas(case_study: Fleet) -> None:
 
 
 def test_table_6_homogeneous(case_study: Fleet) -> None:
-    fleet = replace(case_study, prfaas=(), num_local_instances=12)
+    fleet = replace(case_study, prfaas=(), num_local_gpus=12)
 
     point = best_operating_point(fleet)
     ttft = idle_ttft(fleet, point)
@@ -193,7 +201,7 @@ FLEETS = st.builds(
         SMALL,
         lengths=LengthDistribution.from_sample(sample),
         prfaas=(PrfaasCluster("remote", remote, Polynomial((c0, c1, c2)), link),),
-        num_local_instances=local,
+        num_local_gpus=local,
         local_prefill_s=Polynomial((c0, 3 * c1, 3 * c2)),
     ),
     st.lists(st.integers(1, 200_000), min_size=1, max_size=40),
@@ -212,7 +220,7 @@ def test_the_search_is_no_worse_than_any_threshold_and_role(fleet: Fleet) -> Non
     best = best_operating_point(fleet)
     tried = [
         operating_point(fleet, num_prefill, float(t)).throughput_rps
-        for num_prefill in range(1, fleet.num_local_instances)
+        for num_prefill in range(1, fleet.most_prefill + 1)
         for t in [0.0, *fleet.lengths.tokens]
     ]
 
