@@ -49,7 +49,7 @@ def receive(session_id: SessionId) -> None:
 def send() -> None:
     grant = load_grant(sys.stdin.readline())
     transport = make_transport()
-    sender = KvSender(transport, WallClock(), lambda s, report: None)
+    sender = KvSender(transport, WallClock(), lambda s, report: None, link_speed=lambda peer: 1.0)  # layer by layer
     sender.open(grant.session_id, len(PAGES))
     sender.granted(grant.session_id, grant)
     sender.pages_stored(grant.session_id, 0, 0, PAGES)
