@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: demo serve test lint protos bench bench-kv constraints help
+.PHONY: demo serve test lint protos bench bench-kv bench-overlap constraints help
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -43,6 +43,10 @@ bench: $(STAMP)  ## The default service against transformers in the same run; wr
 bench-kv: $(STAMP)  ## K/V between two processes beside iperf3, NIXL and bare sockets; writes build/kv_transfer.json
 	@mkdir -p build
 	@$(BIN)/python -m benchmarks.kv_transfer --json build/kv_transfer.json $(ARGS)
+
+bench-overlap: $(STAMP)  ## What of a hand-over hides behind prefill; writes build/overlap.json
+	@mkdir -p build
+	@$(BIN)/python -m benchmarks.overlap --json build/overlap.json $(ARGS)
 
 constraints: $(STAMP)  ## Pin what .venv holds; to upgrade: empty constraints.txt, rm -r .venv, make constraints
 	@{ sed -n '/^#/p' constraints.txt; \

@@ -12,14 +12,12 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
 
+from benchmarks.child_process import Wrap
 from benchmarks.kv_end import Moved
 
 _TIMEOUT_S = 120.0
 _START_TIMEOUT_S = 5.0
-
-Wrap = Callable[[Sequence[str]], list[str]]  # a command |-> the same within a namespace
 
 
 class IperfServer:

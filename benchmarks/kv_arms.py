@@ -6,7 +6,6 @@ is carried out is in kv_peer.py (ours), kv_rivals.py (plain NIXL, the bare sketc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from benchmarks.kv_prompt import Prompt
@@ -167,7 +166,3 @@ def _delay(stripes: tuple[int, ...], rounds: int, quick: bool) -> list[Section]:
 
 def _ucx(tls: str | None) -> Environment:
     return (("UCX_LOG_LEVEL", "error"), *((("UCX_TLS", tls),) if tls else ()))
-
-
-def variables(environment: Environment) -> Mapping[str, str]:
-    return dict(environment)

@@ -7,34 +7,16 @@ time from another arm; a pair whose call failed to return is killed; no process 
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any
 
-from benchmarks.kv_arms import Arm, Environment, PlainNixl, variables
+from benchmarks.child_process import ChildProcess, Wrap
+from benchmarks.kv_arms import Arm, Environment, PlainNixl
 from benchmarks.kv_end import MOVE_TIMEOUT_S, Moved
 from core.credentials import Credentials
 
-Wrap = Callable[[Sequence[str]], list[str]]  # a command |-> the same within a namespace
-
-_ROOT = Path(__file__).resolve().parent.parent
 _CALL_TIMEOUT_S = MOVE_TIMEOUT_S + 10.0
-
-
-class CallFailed(Exception):
-    """A process of the pair said why it could not do what it was asked."""
-
-
-class PairBroken(CallFailed):
-    """A process of the pair ended or did not answer; the pair is of no more use."""
 
 
 @dataclass(frozen=True)
@@ -46,48 +28,9 @@ class Side:
     memory_fd: int
 
 
-class PeerProcess:
-    """A ``kv_peer`` process and the calls to it."""
-
-    def __init__(self, side: Side, pool_pages: int, environment: Environment) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            words = [str(theirs.fileno()), str(side.memory_fd), str(pool_pages), side.host]
-            self._process = subprocess.Popen(
-                side.wrap([sys.executable, "-m", "benchmarks.kv_peer", *words]),
-                cwd=_ROOT,
-                env={**os.environ, **variables(environment)},
-                pass_fds=(theirs.fileno(), side.memory_fd),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-            )
-        self._control = Connection(ours.detach())
-
-    @property
-    def process_id(self) -> int:
-        return self._process.pid
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        """What the method returned. Raises CallFailed with its reason, PairBroken when none came."""
-        try:
-            self._control.send((method, arguments))
-            if not self._control.poll(_CALL_TIMEOUT_S):
-                raise PairBroken(f"{method} has not returned after {_CALL_TIMEOUT_S:.0f} s")
-            ok, result = self._control.recv()
-        except (EOFError, OSError) as error:
-            raise PairBroken(f"the process ended in {method}: exit code {self._process.poll()}") from error
-        if not ok:
-            raise CallFailed(result)
-        return result
-
-    def signal(self, number: signal.Signals) -> None:
-        if self._process.poll() is None:
-            self._process.send_signal(number)
-
-    def close(self) -> None:
-        self._control.close()
-        self._process.kill()
-        self._process.wait()
+def _start(side: Side, pool_pages: int, environment: Environment) -> ChildProcess:
+    arguments = [str(side.memory_fd), str(pool_pages), side.host]
+    return ChildProcess(side.wrap, "benchmarks.kv_peer", arguments, fds=[side.memory_fd], variables=dict(environment))
 
 
 class Pair:
@@ -96,9 +39,9 @@ class Pair:
     def __init__(self, left: Side, right: Side, pool_pages: int, environment: Environment) -> None:
         """Bytes go from ``left`` to ``right``."""
         with ExitStack() as cleanup:
-            self._left = PeerProcess(left, pool_pages, environment)
+            self._left = _start(left, pool_pages, environment)
             cleanup.callback(self._left.close)
-            self._right = PeerProcess(right, pool_pages, environment)
+            self._right = _start(right, pool_pages, environment)
             cleanup.callback(self._right.close)
             for process in (self._left, self._right):
                 process.call("cpu_s")  # it is up
@@ -139,10 +82,10 @@ class Pair:
         began = self._cpu_s()
         if isinstance(arm, PlainNixl) and arm.operation == "READ":  # the end that wants the bytes fetches them
             offer = self._left.call("expect", arm, session, src_pages)
-            moved = self._right.call("move", arm, session, dst_pages, offer)
+            moved = self._right.call("move", arm, session, dst_pages, offer, timeout_s=_CALL_TIMEOUT_S)
         else:
             offer = self._right.call("expect", arm, session, dst_pages)
-            moved = self._left.call("move", arm, session, src_pages, offer)
+            moved = self._left.call("move", arm, session, src_pages, offer, timeout_s=_CALL_TIMEOUT_S)
         return moved, self._cpu_s() - began
 
     def _open(self, arm: Arm, credentials: Credentials | None) -> None:

@@ -2,31 +2,26 @@
 
     python -m benchmarks.kv_peer CONTROL_FD MEMORY_FD POOL_PAGES HOST
 
-A ``Peer`` maps the pool and answers one call after another from the benchmark, each ``(method, arguments)`` with
-``(True, result)`` or ``(False, reason)``, until the control socket ends. Every arm is opened once at both ends and
+A ``Peer`` maps the pool and answers the benchmark's calls (child_process.py). Every arm is opened once at both ends and
 keeps its connections, as a link does; a repetition is ``expect`` at the receiving end, then ``move`` at the sending
 end, which is timed there: from the first page offered to the last one acknowledged.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import mmap
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks import kv_ours, kv_rivals
+from benchmarks.child_process import answer_calls
 from benchmarks.kv_arms import Arm, Ours
 from benchmarks.kv_end import End, Moved
 from core.credentials import Credentials
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h: what the process gets when its parent ends
 
 
 class Peer:
@@ -69,26 +64,11 @@ class Peer:
 
 
 def main(arguments: Sequence[str]) -> int:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # also when stopped
     logging.basicConfig(level=logging.WARNING)
     control_fd, memory_fd, pool_pages, host = arguments
-    control = Connection(int(control_fd))
     with mmap.mmap(int(memory_fd), 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE) as memory:
-        _answer_calls(control, Peer(memoryview(memory), int(pool_pages), host))
+        answer_calls(int(control_fd), Peer(memoryview(memory), int(pool_pages), host))
         os._exit(0)  # views of the pool are everywhere, so it cannot be unmapped in order; the kernel will
-
-
-def _answer_calls(control: Connection, peer: Peer) -> None:
-    while True:
-        try:
-            method, arguments = control.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            answer: tuple[bool, Any] = True, getattr(peer, method)(*arguments)
-        except Exception as error:  # whatever went wrong is the arm's result
-            answer = False, f"{type(error).__name__}: {error}"
-        control.send(answer)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,11 @@ from typing import NoReturn
 from rich.console import Console
 
 from benchmarks import report
+from benchmarks.child_process import CallFailed, ChildBroken
 from benchmarks.iperf import IperfServer
 from benchmarks.kv_arms import Arm, Iperf, Ours, Section, pair_name, sections
 from benchmarks.kv_end import Moved
-from benchmarks.kv_pair import CallFailed, Pair, PairBroken, Side
+from benchmarks.kv_pair import Pair, Side
 from benchmarks.kv_pools import Pools
 from benchmarks.kv_prompt import count_wrong_pages, pool_bytes, scrambled
 from benchmarks.kv_results import ArmTimes, figures, row
@@ -116,7 +117,7 @@ class _Stage:
         pair.resume()
         try:
             return pair.move(arm, src_pages, dst_pages, self._credentials if _uses_tls(arm) else None)
-        except PairBroken:
+        except ChildBroken:
             self._pairs.pop(pair_name(arm)).close()
             raise
         finally:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.child_process import CallFailed, ChildBroken
 from benchmarks.kv_arms import Ours, Sketch
-from benchmarks.kv_pair import CallFailed, Pair, PairBroken, Side
+from benchmarks.kv_pair import Pair, Side
 from benchmarks.kv_pools import Pools
 from benchmarks.kv_prompt import pool_bytes
 
@@ -62,7 +63,7 @@ def test_a_pair_that_lost_a_process_is_broken(pair: Pair) -> None:
     left, _ = pair.process_ids
     os.kill(left, signal.SIGKILL)
 
-    with pytest.raises(PairBroken, match="the process ended in"):
+    with pytest.raises(ChildBroken, match="the process ended in"):
         pair.move(Sketch(), (0,), (0,), None)
 
 
