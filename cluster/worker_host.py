@@ -44,11 +44,11 @@ from engine.engine_thread import EngineThread
 from engine.page_allocator import CacheChanges
 from engine.page_loan import PageLoans
 from engine.turns import make_turns
-from kv_transfer.link_monitor import TICK_S, LinkMonitor
+from kv_transfer.link_monitor import TICK_S, LinkMonitor, timed_part
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.sender import KvSender
 from kv_transfer.session import SendReport
-from kv_transfer.transport import LayerPages, PageGeometry, PeerIdentity, Region, create_transport
+from kv_transfer.transport import ANONYMOUS, LayerPages, PageGeometry, PeerIdentity, Region, create_transport
 from prefill_worker.link_probe import LinkProber
 from prefill_worker.probe_service import ProbeSenderService
 from prefill_worker.service import GrantClient, PrefillService
@@ -228,7 +228,9 @@ class _Parts(rpc.WorkerServicer):
         loans = PageLoans(thread)
         self._prober = LinkProber(loans, self._transport, self._links, config.kv_transfer.transport)
         self._probed = ProbeReceiver(loans, self._transport.region, self._run_soon)
-        self._sender = KvSender(self._transport, clock, self._closed)
+        self._sender = KvSender(
+            self._transport, clock, self._closed, link_speed=lambda peer: self._links.rate(peer.worker_id)
+        )
         self._receiver = KvReceiver(self._transport, clock, self._committed, self._released, lease_s)
         self._prefill.attach(self._sender)
         self._prober.attach(self._sender)
@@ -249,9 +251,7 @@ class _Parts(rpc.WorkerServicer):
         rpc.add_ProbeSenderServicer_to_server(
             ProbeSenderService(self._prober, self._fingerprint, self._internal, self._transport.describe), self._server
         )
-        rpc.add_ProbeReceiverServicer_to_server(
-            ProbeReceiverService(self._probed, self._transport, self._fingerprint), self._server
-        )
+        rpc.add_ProbeReceiverServicer_to_server(ProbeReceiverService(self._probed, self._fingerprint), self._server)
         port = self._internal.listen(self._server, f"{self._config.host}:0")
         self.address = f"{self._config.host}:{port}"
         await self._server.start()
@@ -300,8 +300,12 @@ class _Parts(rpc.WorkerServicer):
     # ---- transport threads: a session is a self-test's or a sequence's ----
 
     def _closed(self, session_id: SessionId, report: SendReport) -> None:
-        if not self._prober.closed(session_id, report):
-            self._prefill.closed(session_id, report)
+        if self._prober.closed(session_id, report):
+            return
+        part = timed_part(report)
+        if part is not None and report.receiver != ANONYMOUS:
+            self._links.transferred(report.receiver, *part)
+        self._prefill.closed(session_id, report)
 
     def _committed(self, session_id: SessionId, payload: bytes) -> None:
         if not self._probed.committed(session_id):

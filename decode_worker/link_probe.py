@@ -55,8 +55,11 @@ class ProbeReceiver:
         """Give the receiver, whose callbacks ask ``committed`` and ``released`` first."""
         self._receiver = receiver
 
-    async def grant(self, session_id: SessionId, max_pages: int) -> Grant:
-        """At most ``max_pages`` pages. Raises ``Overloaded`` if there is none, ``GrantRefused`` for a name in use."""
+    async def grant(self, session_id: SessionId, max_pages: int, sender_descriptor: bytes) -> Grant:
+        """At most ``max_pages`` pages; the descriptor is for links that this end dials.
+
+        Raises ``Overloaded`` if there is none, ``GrantRefused`` for a name in use, ``ProtocolViolation`` for nonsense.
+        """
         assert self._receiver is not None, "attach() comes before the first self-test"
         if session_id in self._results:
             raise GrantRefused(f"session {session_id} was granted already")
@@ -66,7 +69,7 @@ class ProbeReceiver:
         with self._lock:
             self._lent[session_id] = pages
         try:
-            grant = self._receiver.issue(session_id, 0, pages)
+            grant = self._receiver.issue(session_id, 0, pages, sender_descriptor=sender_descriptor)
         except TransferError:
             self._take(session_id)
             self._loans.give_back(pages)

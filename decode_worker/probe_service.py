@@ -8,7 +8,6 @@ from core.errors import PrfaasError
 from core.fingerprint import CacheFingerprint
 from core.request import SessionId
 from decode_worker.link_probe import ProbeReceiver
-from kv_transfer.transport import Transport
 from protos import transfer_status, wire
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
@@ -19,9 +18,8 @@ MAX_WAIT_S = 60.0
 class ProbeReceiverService(rpc.ProbeReceiverServicer):
     """``prfaas.worker.v1.ProbeReceiver``."""
 
-    def __init__(self, receiver: ProbeReceiver, transport: Transport, fingerprint: CacheFingerprint) -> None:
+    def __init__(self, receiver: ProbeReceiver, fingerprint: CacheFingerprint) -> None:
         self._receiver = receiver
-        self._transport = transport
         self._fingerprint = fingerprint
 
     async def Grant(  # noqa: N802
@@ -29,8 +27,8 @@ class ProbeReceiverService(rpc.ProbeReceiverServicer):
     ) -> pb.GrantReply:
         try:
             self._fingerprint.require_equal(wire.fingerprint_from_message(request.fingerprint))
-            self._transport.invite(request.sender_descriptor)
-            grant = await self._receiver.grant(SessionId(request.session_id), request.max_pages)
+            session_id = SessionId(request.session_id)
+            grant = await self._receiver.grant(session_id, request.max_pages, request.sender_descriptor)
         except PrfaasError as error:
             await transfer_status.abort(context, error)
         return pb.GrantReply(

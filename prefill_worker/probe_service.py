@@ -45,7 +45,7 @@ class ProbeSenderService(rpc.ProbeSenderServicer):
         peer = PeerIdentity(WorkerId(request.worker_id), ClusterId(request.cluster_id))
         timeout_s = min(max(request.timeout_s, 0.0), MAX_TIMEOUT_S)
         async with self._internal.channel(request.address) as channel:
-            target = _Target(request.address, rpc.ProbeReceiverStub(channel), self._fingerprint, self._describe())
+            target = _Target(peer, request.address, rpc.ProbeReceiverStub(channel), self._fingerprint, self._describe())
             try:
                 report = await self._prober.run(peer, target, timeout_s)
             except Overloaded as error:
@@ -57,8 +57,14 @@ class _Target:
     """One receiving worker, over gRPC."""
 
     def __init__(
-        self, address: str, stub: rpc.ProbeReceiverStub, fingerprint: pb.Fingerprint, descriptor: bytes
+        self,
+        peer: PeerIdentity,
+        address: str,
+        stub: rpc.ProbeReceiverStub,
+        fingerprint: pb.Fingerprint,
+        descriptor: bytes,
     ) -> None:
+        self._peer = peer
         self._address = address
         self._stub = stub
         self._fingerprint = fingerprint
@@ -79,6 +85,7 @@ class _Target:
             pages=tuple(reply.pages),
             descriptor=reply.transport_descriptor,
             lease_s=reply.lease_s,
+            receiver=self._peer,
         )
 
     async def digest(self, session_id: SessionId, wait_s: float) -> tuple[bytes, int]:

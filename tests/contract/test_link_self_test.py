@@ -97,7 +97,7 @@ class Worker:
     # ---- ProbeTarget, without gRPC ----
 
     async def grant(self, session_id: SessionId, max_pages: int) -> Grant:
-        return await self.probed.grant(session_id, max_pages)
+        return await self.probed.grant(session_id, max_pages, b"")
 
     async def digest(self, session_id: SessionId, wait_s: float) -> tuple[bytes, int]:
         arrived = await self.probed.digest(session_id, wait_s)
@@ -270,11 +270,11 @@ async def test_the_digest_of_a_session_that_was_never_granted_is_refused() -> No
     async with two("local") as (_, decode):
         with pytest.raises(GrantRefused, match="no self-test"):
             await decode.probed.digest(SessionId("unknown"), 0.1)
-        granted = await decode.probed.grant(SessionId("known"), 1)
+        granted = await decode.probed.grant(SessionId("known"), 1, b"")
         with pytest.raises(GrantRefused, match="not committed"):
             await decode.probed.digest(SessionId("known"), 0.01)
         with pytest.raises(GrantRefused, match="granted already"):
-            await decode.probed.grant(SessionId("known"), 1)
+            await decode.probed.grant(SessionId("known"), 1, b"")
         assert len(granted.pages) == 1
 
 
