@@ -124,7 +124,7 @@ class TcpTransport:
             end.dial(to, secrets.token_bytes(ID_BYTES), settings.connections)
         else:
             end.wait_to_be_dialled()
-        end.leave()
+        end.opened()
         return end
 
     def invite(self, descriptor: bytes) -> None:
@@ -204,7 +204,7 @@ class TcpTransport:
             self._add(end)
             self._dialled[peer.transport_id] = (end, peer)
         end.dial(peer, secrets.token_bytes(ID_BYTES), settings.connections)
-        end.leave()
+        end.opened()
 
     # ---- connections that peers make ----
 
@@ -259,7 +259,7 @@ class TcpTransport:
                 end.run(Connection(stream, theirs.index))
         finally:
             if made is not None:
-                made.leave()
+                made.opened()
             with self._changed:
                 del self._greetings[thread]
                 self._changed.notify_all()

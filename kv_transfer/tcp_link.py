@@ -68,7 +68,7 @@ class Connection:
 
 
 class LinkEnd(ABC):
-    """What both ends of a link share. Made with one user, the caller, who calls ``leave`` when it has opened it."""
+    """What both ends of a link share. Made with one user, the caller, who calls ``opened`` when it is done."""
 
     role: ClassVar[LinkRole]
 
@@ -193,6 +193,19 @@ class LinkEnd(ABC):
             self._lose(old, PeerLost(f"{self._peer} replaced the connection"))
         reader.start()
         self._tend(connection, self._write)
+
+    def opened(self) -> None:
+        """The one who made the link has done its part.
+
+        The link may be lost already; a thread reports that, for no event may be called from within ``connect``.
+        """
+        with self._changed:
+            if self._num_users > 1:
+                self._num_users -= 1
+                return
+            reporter = Thread(target=self.leave, name="kv-lost", daemon=True)
+            self._threads.append(reporter)
+        reporter.start()
 
     def leave(self) -> None:
         """A user is done with the link: the last one reports its loss."""
