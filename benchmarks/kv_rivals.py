@@ -38,7 +38,7 @@ class _NixlEnd:
     """
 
     def __init__(self, arm: PlainNixl, sends: bool, memory: memoryview, pool_pages: int) -> None:
-        from nixl._api import nixl_agent, nixl_agent_config  # type: ignore[import-untyped]  # optional
+        from nixl._api import nixl_agent, nixl_agent_config  # optional
 
         self._arm = arm
         self._pool_pages = pool_pages

@@ -180,6 +180,7 @@ class TransportCounters:
     bad_frames: int = 0  # links closed because the peer spoke nonsense
     writes_refused: int = 0  # writes that ``admit`` did not allow; drained, never landed
     writes_damaged: int = 0  # admitted writes whose checksum failed or whose connection broke; sent again
+    links_on_tcp: int = 0  # links that a faster path was expected of (nixl), made by this end
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +209,7 @@ class LinkStats:
     busy_s: float = 0.0  # seconds in which at least one write was queued or under way
     bytes_queued: int = 0  # of writes not yet taken
     reconnects: int = 0  # connections that broke and were made again
+    checksum: str = ""  # what the receiver checks each payload by: ``xxh3``, ``none``; empty: the path does not tell
     encoded: tuple[CodecUse, ...] = ()  # one for each codec but raw that was used
 
 
@@ -364,6 +366,7 @@ class TransportFactory(Protocol):
 # name |-> module:class, imported when first asked for: an optional dependency of one transport stays optional.
 TRANSPORTS = {
     "local": "kv_transfer.local:LocalTransport",
+    "nixl": "kv_transfer.nixl:NixlTransport",
     "tcp": "kv_transfer.tcp:TcpTransport",
 }
 

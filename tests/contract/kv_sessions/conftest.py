@@ -115,10 +115,12 @@ MakeWorker = Callable[..., Worker]
 
 @pytest.fixture(params=sorted(TRANSPORTS))
 def make_worker(request: pytest.FixtureRequest) -> Iterator[MakeWorker]:
+    if request.param == "nixl":
+        pytest.importorskip("nixl", reason="pip install 'prfaas[nixl]'")
     workers: list[Worker] = []
 
     def make(seed: int | None = None, **differs: str) -> Worker:
-        config = KvTransferConfig(transport=request.param, host="127.0.0.1", lease_s=5.0)
+        config = KvTransferConfig(transport=request.param, host="127.0.0.1", lease_s=5.0, staging_mib=1)
         sizes = [GEOMETRY.num_pages * layer.page_bytes for layer in GEOMETRY.layers]
         layers = [bytearray(size if seed is None else random.Random(seed).randbytes(size)) for size in sizes]
         fingerprint = replace(FINGERPRINT, **differs)  # type: ignore[arg-type]

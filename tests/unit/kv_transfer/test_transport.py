@@ -21,7 +21,7 @@ def test_a_transport_is_made_by_its_name(name: str, kind: type) -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InvalidConfig, match="local, tcp"):
+    with pytest.raises(InvalidConfig, match="local, nixl, tcp"):
         create_transport(KvTransferConfig(transport="pigeon"), FINGERPRINT, VirtualClock())
 
 
