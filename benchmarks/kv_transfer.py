@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = sections(options.only, options.quick)
     pool_pages = max(section.prompt.num_pages for section in chosen)
     rows: list[dict[str, Cell]] = []
-    with Pools(pool_pages) as pools, _credentials() as credentials:
+    with Pools(pool_pages) as pools, one_certificate() as credentials:
         for section in chosen:
             console.print(f"{section.name}, {section.prompt.num_tokens} tokens: {len(section.arms)} arms")
             times = _measure_section(section, pools, pool_pages, credentials, console)
@@ -178,8 +178,8 @@ def _one_round(
 
 
 @contextmanager
-def _credentials() -> Iterator[Credentials]:
-    """One certificate for both ends."""
+def one_certificate() -> Iterator[Credentials]:
+    """Files of mutual TLS for both ends, gone after the block."""
     with tempfile.TemporaryDirectory(prefix="prfaas-bench-") as folder:
         yield write_files(Path(folder) / "tls", Authority.create("benchmark", days=1).issue("benchmark", days=1))
 

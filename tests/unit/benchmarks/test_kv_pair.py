@@ -13,7 +13,8 @@ from benchmarks.child_process import CallFailed, ChildBroken
 from benchmarks.kv_arms import Ours, Sketch
 from benchmarks.kv_pair import Pair, Side
 from benchmarks.kv_pools import Pools
-from benchmarks.kv_prompt import pool_bytes
+from benchmarks.kv_prompt import count_wrong_pages, pool_bytes
+from benchmarks.kv_transfer import one_certificate
 
 POOL_PAGES = 4
 
@@ -41,6 +42,22 @@ def test_bare_sockets_move_the_first_bytes_of_the_pool(pools: Pools, pair: Pair)
     assert cpu_s > 0
     assert pools.target[:num_bytes] == pools.source[:num_bytes]
     assert pools.target[num_bytes:] != pools.source[num_bytes:]
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [Ours(1), Ours(2, "xxh3"), Ours(2, tls=True), Ours(2, codec="fp8")],
+    ids=lambda arm: f"{arm.name} x{arm.connections}",
+)
+def test_our_arms_move_scrambled_pages_over_the_link_that_they_are_about(arm: Ours, pools: Pools, pair: Pair) -> None:
+    src_pages, dst_pages = (3, 0, 2), (1, 3, 0)
+    with one_certificate() as credentials:
+        for _ in range(2):
+            moved, _ = pair.move(arm, src_pages, dst_pages, credentials if arm.tls else None)
+
+    assert moved.num_bytes == pool_bytes(3)
+    assert ("tls" in moved.path) == arm.tls
+    assert count_wrong_pages(pools.source, pools.target, POOL_PAGES, src_pages, dst_pages, arm.lossy) == 0
 
 
 def test_a_paused_pair_goes_on_where_it_was(pair: Pair) -> None:
