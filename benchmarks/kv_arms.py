@@ -113,55 +113,52 @@ class Section:
     path: NetworkPath | None  # None: loopback
     arms: tuple[Arm, ...]
     num_rounds: int
-    budget_s: float  # no round begins after it
+    budget_s: float  # afterwards only what has not run at all is run
 
 
 SMALL, LARGE = Prompt(2_048), Prompt(32_768)
-STRIPES = (1, 2, 4, 8)
-LONG_STRIPES = (1, 4, 8, 16)
 NIXL_PLAIN = tuple(PlainNixl(tls, operation) for tls in (None, "tcp") for operation in ("READ", "WRITE"))
 NIXL_OURS = (Ours(transport="nixl"), Ours(transport="nixl", ucx_tls="tcp"))
+DELAY_S = 0.015
 
 
 def sections(only: str | None = None, quick: bool = False) -> list[Section]:
-    """What is run; ``only``: of ``loopback``, ``shaped``, ``delay``. ``quick``: short, for a look and for tests."""
-    stripes = (1, 4) if quick else STRIPES
-    rounds = 1 if quick else 5
-    chosen = {
-        "loopback": _loopback(stripes, rounds, quick),
-        "shaped": _shaped((4,) if quick else (1, 4), min(rounds, 3), quick),
-        "delay": _delay((8,) if quick else LONG_STRIPES, min(rounds, 3), quick),
-    }
+    """What is run; ``only``: of ``loopback``, ``shaped``, ``delay``. ``quick``: short, for a look."""
+    chosen = {"loopback": _loopback(quick), "shaped": _shaped(quick), "delay": _delay(quick)}
     return [section for name, group in chosen.items() if only in (None, name) for section in group]
 
 
-def _loopback(stripes: tuple[int, ...], rounds: int, quick: bool) -> list[Section]:
-    tcp = [
-        Ours(n, checksum, tls) for n in stripes for checksum, tls in (("none", False), ("xxh3", False), ("none", True))
-    ]
-    tcp += [Ours(4, codec="fp8"), Ours(4, "xxh3", tls=True)]
-    bare = [kind(n) for n in stripes for kind in (Iperf, Sketch)]
-    arms = (*tcp, *bare, *NIXL_PLAIN, *NIXL_OURS)
-    sizes = ((SMALL, 60.0),) if quick else ((SMALL, 60.0), (LARGE, 200.0))
-    return [Section("loopback", prompt, None, arms, rounds, budget_s) for prompt, budget_s in sizes]
+def _loopback(quick: bool) -> list[Section]:
+    stripes = (1, 4) if quick else (1, 2, 4, 8)
+    plain = [kind for n in stripes for kind in (Ours(n), Ours(n, "xxh3"), Iperf(n), Sketch(n))]
+    tls = [Ours(n, tls=True) for n in stripes] + [Ours(4, "xxh3", tls=True)]
+    fp8 = Ours(4, codec="fp8")
+    small = Section("loopback", SMALL, None, (*plain, *tls, fp8, *NIXL_PLAIN, *NIXL_OURS), 1 if quick else 5, 45.0)
+    if quick:
+        return [small]
+    arms = (*plain, Ours(4, tls=True), fp8, *NIXL_PLAIN, *NIXL_OURS)
+    return [small, Section("loopback", LARGE, None, arms, 3, 150.0)]
 
 
-def _shaped(stripes: tuple[int, ...], rounds: int, quick: bool) -> list[Section]:
-    arms = tuple(arm for n in stripes for arm in (Ours(n), Ours(n, "xxh3"), Ours(n, tls=True), Iperf(n)))
-    paths = {1.0: (SMALL, 60.0), 10.0: (SMALL if quick else LARGE, 90.0)}
+def _shaped(quick: bool) -> list[Section]:
+    stripes = (4,) if quick else (1, 4)
+    arms = (*(kind for n in stripes for kind in (Ours(n), Ours(n, "xxh3"), Iperf(n))), Ours(4, tls=True))
+    rounds = 1 if quick else 3
     return [
-        Section(f"{rate:g} Gbit/s", prompt, NetworkPath(rate_gbps=rate), arms, rounds, budget_s)
-        for rate, (prompt, budget_s) in paths.items()
+        Section("1 Gbit/s", SMALL, NetworkPath(rate_gbps=1.0), arms, rounds, 45.0),
+        Section("10 Gbit/s", SMALL if quick else LARGE, NetworkPath(rate_gbps=10.0), arms, rounds, 70.0),
     ]
 
 
-def _delay(stripes: tuple[int, ...], rounds: int, quick: bool) -> list[Section]:
-    arms = tuple(arm for n in stripes for arm in (Ours(n, "xxh3"), Iperf(n)))
-    paths = {1.0: (SMALL, 60.0)} if quick else {1.0: (SMALL, 60.0), 10.0: (LARGE, 60.0)}
-    return [
-        Section(f"{rate:g} Gbit/s + 2 x 15 ms", prompt, NetworkPath(rate, delay_s=0.015), arms, rounds, budget_s)
-        for rate, (prompt, budget_s) in paths.items()
-    ]
+def _delay(quick: bool) -> list[Section]:
+    def section(rate: float, prompt: Prompt, stripes: tuple[int, ...], rounds: int) -> Section:
+        arms = tuple(kind for n in stripes for kind in (Ours(n, "xxh3"), Iperf(n)))
+        path = NetworkPath(rate, delay_s=DELAY_S)
+        return Section(f"{rate:g} Gbit/s + 2 x 15 ms", prompt, path, arms, rounds, 40.0)
+
+    if quick:
+        return [section(1.0, SMALL, (8,), 1)]
+    return [section(1.0, SMALL, (1, 4, 8), 3), section(10.0, LARGE, (8, 16), 2)]
 
 
 def _ucx(tls: str | None) -> Environment:

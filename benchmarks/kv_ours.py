@@ -6,6 +6,7 @@ import logging
 import time
 from threading import Condition
 
+from benchmarks.fixed_codec import FixedCodecTransport
 from benchmarks.kv_arms import Ours
 from benchmarks.kv_end import MOVE_TIMEOUT_S, Moved
 from benchmarks.kv_prompt import FINGERPRINT, NUM_LAYERS, geometry, layer_views
@@ -13,6 +14,7 @@ from core.clock import WallClock
 from core.credentials import Credentials
 from core.errors import TransferError
 from core.request import ClusterId, SessionId, WorkerId
+from kv_transfer.codec import Codec
 from kv_transfer.config import KvTransferConfig, LinkConfig
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.sender import KvSender
@@ -28,8 +30,10 @@ def make_end(
 ) -> OurEnd:
     """One end of ``arm`` on the pool in ``memory``."""
     identity = PeerIdentity(WorkerId("left" if sends else "right"), ClusterId("bench"))
-    transport = create_transport(_config(arm, host), FINGERPRINT, WallClock(), identity, credentials)
+    transport: Transport = create_transport(_config(arm, host), FINGERPRINT, WallClock(), identity, credentials)
     transport.register(Region(geometry(pool_pages), layer_views(memory, pool_pages)))
+    if arm.codec != "raw":
+        transport = FixedCodecTransport(transport, Codec[arm.codec.upper()])
     return OurEnd(transport, arm)
 
 

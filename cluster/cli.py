@@ -8,10 +8,11 @@ Exit codes: 0 done, 1 the service refused or could not be reached, 2 the command
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
@@ -32,9 +33,10 @@ from cluster.certificates import (
     summarize,
     write_files,
 )
-from cluster.config import load_config, service_document, service_schema
+from cluster.config import ServiceConfig, load_config, service_document, service_schema
+from cluster.tables import check_table, cluster_link_table, link_table, timing_table, worker_table
 from cluster.version import version
-from core.errors import InvalidConfig, UnsupportedModel
+from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
 from protos import serving_pb2 as pb
 from protos import serving_pb2_grpc as rpc
 
@@ -130,7 +132,7 @@ def generate(
     if as_json:
         typer.echo(json.dumps(_as_dict(complete), ensure_ascii=False))
     if timing:
-        Console(stderr=True).print(_timing_table(complete))
+        Console(stderr=True).print(timing_table(complete))
 
 
 @app.command(epilog="In the conversation: /reset forgets it, /exit or Ctrl-D ends it, Ctrl-C ends an answer early.")
@@ -186,13 +188,66 @@ def status(
         soft_wrap=True,
     )
     console.print(f"internal TLS {info.internal_tls}", highlight=False, soft_wrap=True, markup=False)
-    console.print(_worker_table(info.workers))
+    console.print(worker_table(info.workers))
     if info.links:
         console.print()
-        console.print(_link_table(info.links))
+        console.print(link_table(info.links))
     if info.cluster_links:
         console.print()
-        console.print(_cluster_link_table(info.cluster_links))
+        console.print(cluster_link_table(info.cluster_links))
+
+
+@app.command(
+    epilog="Examples: prfaas check service.yaml --set decode.count=2, or: prfaas check --address gateway:9000 --json"
+)
+def check(
+    config_file: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="Start the workers that it describes.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", "-a", help="Ask the running service with this gRPC door instead.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Test every link between a prefill and a decode worker with real bytes.
+
+    Given a configuration, starts its workers as `serve` would, opens no door, tests, and stops them. With --address,
+    asks a running service, which goes on serving. Random bytes go from real pages of the one worker into real pages of
+    the other, as K/V does, and are compared there.
+
+    from, to: the sending and the receiving worker. path: what was found to carry the bytes (tcp, tcp+tls1.3, ucx:shm).
+    exact: every byte arrived as it was sent. GB/s: of the longest transfer. RTT: as the transport measures it.
+
+    Exit code 0: every link works. 1: one does not, or none could be tested. 2: the configuration is wrong.
+    """
+    if (config_file is None) == (address is None):
+        _fail("give either a configuration or --address", code=2)
+    checks: list[pb.LinkCheck] = []
+    with Console(stderr=True).status("starting the workers" if address is None else f"asking {address}") as progress:
+
+        def note(link: pb.LinkCheck) -> None:
+            checks.append(link)
+            progress.update(f"{len(checks)} of {link.num_pairs} links tested")
+
+        if address is None:
+            assert config_file is not None, "one of the two is given"
+            with _config_errors():
+                _check_config_links(load_config(config_file, overrides or ()), note)
+        else:
+            with _service(address) as stub:
+                for link in stub.CheckLinks(pb.CheckLinksRequest()):
+                    note(link)
+    checks.sort(key=lambda link: (link.from_worker, link.to_worker))
+    num_passed = sum(link.passed for link in checks)
+    passed = bool(checks) and num_passed == len(checks)
+    if as_json:
+        typer.echo(json.dumps({"passed": passed, "links": [_as_dict(link) for link in checks]}))
+    else:
+        console = Console() if sys.stdout.isatty() else Console(width=_PIPE_COLUMNS)
+        console.print(check_table(checks))
+        console.print(f"{num_passed} of {len(checks)} links work" if checks else "there is no link to test")
+    raise typer.Exit(0 if passed else 1)
 
 
 @config_app.command("check", epilog="Example: prfaas config check service.yaml --set engine.page_size=32")
@@ -262,6 +317,22 @@ def _certificate_rows(certificate: CertificateSummary) -> Iterator[tuple[str, st
     yield "SHA-256", certificate.sha256
 
 
+def _check_config_links(config: ServiceConfig, note: Callable[[pb.LinkCheck], None]) -> None:
+    """Start the workers and test their links. What they say on the way goes to standard error."""
+    from cluster.cluster_info import link_check
+    from cluster.launch import check_links  # here, because Ray takes seconds to import
+
+    try:
+        with redirect_stdout(sys.stderr):
+            done = asyncio.run(check_links(config, lambda result: note(link_check(result))))
+    except (InvalidConfig, UnsupportedModel):
+        raise
+    except PrfaasError as error:
+        _fail(str(error), code=1)
+    if not done:
+        raise typer.Exit(_INTERRUPTED)
+
+
 # ---- talking to a service ----
 
 
@@ -329,110 +400,6 @@ def _typed_lines() -> Iterator[str]:
 
 
 # ---- showing ----
-
-
-def _timing_table(complete: pb.GenerateComplete) -> Table:
-    timing, usage = complete.timing, complete.usage
-    table = Table(show_header=False, box=None, pad_edge=False)
-    rows = (
-        ("prefilled on", timing.prefill_worker or timing.decode_worker),
-        ("decoded on", timing.decode_worker or timing.prefill_worker),
-        ("because", timing.route_reason),
-        ("prompt tokens", f"{usage.prompt_tokens} ({usage.cached_tokens} cached)"),
-        ("generated tokens", str(usage.completion_tokens)),
-        ("shipped", _bytes(timing.bytes_shipped)),
-        ("tokenise, route", f"{timing.tokenize_s:.3f} s, {timing.route_s:.3f} s"),
-        ("prefill", f"{timing.prefill_s:.3f} s after {timing.prefill_queue_s:.3f} s in the queue"),
-        ("transfer", f"{timing.transfer_s:.3f} s, of which {timing.exposed_transfer_s:.3f} s after the first token"),
-        ("decode", f"{timing.decode_s:.3f} s after {timing.decode_queue_s:.3f} s in the queue"),
-        ("first token, all", f"{timing.ttft_s:.3f} s, {timing.total_s:.3f} s"),
-        ("tries", str(timing.num_attempts)),
-    )
-    for name, value in rows:
-        table.add_row(name, value)
-    return table
-
-
-def _worker_table(workers: Iterable[pb.WorkerInfo]) -> Table:
-    numbers = ("run", "wait", "pages", "cached", "sessions", "sent", "received", "prompt", "generated")
-    table = _table(("worker", "role", "state"), numbers)
-    for worker in workers:
-        table.add_row(
-            worker.worker_id,
-            worker.role,
-            worker.state,
-            str(worker.num_running),
-            str(worker.num_waiting),
-            f"{worker.pages_total - worker.pages_free}/{worker.pages_total}",
-            str(worker.pages_cached),
-            str(worker.num_sessions),
-            _bytes(worker.bytes_sent),
-            _bytes(worker.bytes_received),
-            str(worker.prompt_tokens),
-            str(worker.generated_tokens),
-        )
-    return table
-
-
-def _link_table(links: Iterable[pb.LinkInfo]) -> Table:
-    table = _table(("from", "to", "path", "state"), ("rate", "RTT", "connections", "queued", "sent", "resent", "age"))
-    for link in links:
-        table.add_row(
-            link.from_worker,
-            link.to_worker,
-            link.path or "-",
-            f"{link.state}: {link.reason}" if link.reason else link.state,
-            _rate(link.rate if link.HasField("rate") else None),
-            _milliseconds(link.rtt_s if link.HasField("rtt_s") else None),
-            str(link.connections),
-            _bytes(link.bytes_queued),
-            _bytes(link.bytes_sent),
-            str(link.retransmits),
-            f"{link.age_s:.0f} s" if link.HasField("age_s") else "-",
-        )
-    return table
-
-
-def _cluster_link_table(pairs: Iterable[pb.ClusterLinkInfo]) -> Table:
-    table = _table(("from cluster", "to cluster", "path"), ("usable", "now", "capacity", "in use", "RTT", "queued"))
-    for pair in pairs:
-        table.add_row(
-            pair.from_cluster,
-            pair.to_cluster,
-            ", ".join(pair.paths) or "-",
-            f"{pair.num_usable} of {pair.num_links}",
-            _rate(pair.throughput),
-            _rate(pair.capacity if pair.HasField("capacity") else None),
-            f"{pair.utilisation:.0%}" if pair.HasField("utilisation") else "-",
-            _milliseconds(pair.rtt_s if pair.HasField("rtt_s") else None),
-            _bytes(pair.bytes_queued),
-        )
-    return table
-
-
-def _table(words: Sequence[str], numbers: Sequence[str]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for name in words:
-        table.add_column(name, overflow="fold")
-    for name in numbers:
-        table.add_column(name, justify="right", overflow="fold")
-    return table
-
-
-def _rate(bytes_per_s: float | None) -> str:
-    return "-" if bytes_per_s is None else f"{bytes_per_s / 1e9:.3g} GB/s"
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:.2f} ms"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def _as_dict(message: Message) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""What does the service tell people of its workers and links? Views as messages of ``GetClusterInfo``."""
+"""What does the service tell people of its workers and links? Views as messages of its public API."""
 
 from __future__ import annotations
 
 from cluster.cluster_links import ClusterPair
+from cluster.link_tester import PairResult
 from cluster.view import LinkView, WorkerView
 from core.link import LinkEstimate
 from protos import serving_pb2 as pb
@@ -66,6 +67,24 @@ def link_info(link: LinkView, now: float) -> pb.LinkInfo:
         falls=estimate.falls,
         age_s=link.age_s(now),
         tested_rate=None if link.probe is None else link.probe.rate,
+    )
+
+
+def link_check(result: PairResult) -> pb.LinkCheck:
+    """One self-test."""
+    report = result.report
+    return pb.LinkCheck(
+        from_worker=result.pair.from_worker,
+        to_worker=result.pair.to_worker,
+        path=report.path,
+        num_bytes=report.num_bytes,
+        exact=report.exact,
+        rate=report.rate,
+        rtt_s=report.rtt_s,
+        passed=report.passed,
+        error=report.error,
+        reason=report.reason,
+        num_pairs=result.num_pairs,
     )
 
 

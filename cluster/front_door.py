@@ -6,10 +6,11 @@ testable against a scripted router, and are the whole list of what they may call
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from enum import StrEnum
 from typing import Protocol
 
+from cluster.link_tester import PairResult
 from cluster.view import ClusterView, ModelInfo
 from core.request import GenerateRequest, OutputChunk, RequestId, Role
 
@@ -63,6 +64,14 @@ class RequestRouter(Protocol):
 
     @property
     def counters(self) -> Counters: ...
+
+
+class LinkTests(Protocol):
+    """Tests links on request."""
+
+    def test_all(self) -> AsyncIterator[PairResult]:
+        """Test every pair of a prefill and a decode worker now, and yield each when it has ended."""
+        ...
 
 
 class ClusterMembership(Protocol):

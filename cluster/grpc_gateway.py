@@ -22,10 +22,10 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.cluster_info import cluster_link_info, link_info, worker_info
+from cluster.cluster_info import cluster_link_info, link_check, link_info, worker_info
 from cluster.cluster_links import by_cluster_pair
 from cluster.config import ServiceConfig
-from cluster.front_door import ClusterMembership, Door, RequestRouter, not_ready_reason
+from cluster.front_door import ClusterMembership, Door, LinkTests, RequestRouter, not_ready_reason
 from cluster.generation import (
     ChatPrompt,
     Generation,
@@ -91,13 +91,14 @@ class GrpcGateway:
         generation: Generation,
         router: RequestRouter,
         membership: ClusterMembership,
+        links: LinkTests,
         config: ServiceConfig,
         clock: Clock,
         internal_tls: TlsDecision,
     ) -> None:
         self._membership = membership
         self._config = config.grpc
-        self._servicer = GenerationServicer(generation, router, membership, config, clock, internal_tls)
+        self._servicer = GenerationServicer(generation, router, membership, links, config, clock, internal_tls)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
         self._server: grpc.aio.Server | None = None
         self._health_task: asyncio.Task[None] | None = None
@@ -160,6 +161,7 @@ class GenerationServicer(rpc.GenerationServicer):
         generation: Generation,
         router: RequestRouter,
         membership: ClusterMembership,
+        links: LinkTests,
         config: ServiceConfig,
         clock: Clock,
         internal_tls: TlsDecision,
@@ -167,6 +169,7 @@ class GenerationServicer(rpc.GenerationServicer):
         self._generation = generation
         self._router = router
         self._membership = membership
+        self._links = links
         self._config = config
         self._clock = clock
         self._internal_tls = internal_tls
@@ -240,6 +243,12 @@ class GenerationServicer(rpc.GenerationServicer):
                 links=[link_info(link, now) for link in view.links.values()],
                 cluster_links=[cluster_link_info(pair) for pair in pairs],
             )
+
+    async def CheckLinks(self, _: pb.CheckLinksRequest, context: _Context) -> None:  # noqa: N802
+        """Test every link now; one message for each, as its test ends."""
+        async with _errors_as_statuses(context):
+            async for result in self._links.test_all():
+                await context.write(link_check(result))
 
     async def Abort(self, request: pb.AbortRequest, _: _Context) -> pb.AbortResponse:  # noqa: N802
         """End a running request by its id."""

@@ -4,7 +4,8 @@
     2  join Ray, open the Registry       the fleet says at which address workers reach this process; whether what they
                                          say to each other is encrypted is decided with it
     3  start the workers                 they load the model and register; meanwhile the tokenizer is loaded here
-    4  wait until every worker is ready  with a line whenever something changed
+    4  wait until every worker is ready  with a line whenever something changed; and until every link between a
+                                         prefill and a decode worker was tested, and one of them works
     5  open both doors, say where        ``on_ready``
     6  wait for SIGINT or SIGTERM        a second one cuts every step below short
     7  drain                             no new requests; running ones get ``drain_timeout_s``, then are cancelled
@@ -21,16 +22,18 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
 from cluster.config import ServiceConfig
+from cluster.front_door import no_usable_link_reason
 from cluster.generation import Generation
 from cluster.grpc_gateway import GrpcGateway
 from cluster.http_gateway import HttpGateway
-from cluster.internal_tls import InternalTls, IssueProof
+from cluster.internal_tls import InternalTls, IssueProof, TlsDecision
+from cluster.link_tester import LinkTester, PairResult
 from cluster.membership import Membership
 from cluster.metrics import Metrics
 from cluster.router import Router
@@ -126,6 +129,44 @@ async def serve_async(
             await service.stop()
 
 
+async def check_links(
+    config: ServiceConfig,
+    on_result: Callable[[PairResult], None],
+    make_fleet: Callable[[ServiceConfig], Fleet] | None = None,
+    clock: Clock | None = None,
+) -> bool:
+    """Start the workers, test every link between a prefill and a decode worker once, stop everything.
+
+    ``on_result`` hears each result as it comes. Opens no door. False: SIGINT or SIGTERM came before it was done.
+    Raises what kept the workers from starting.
+    """
+    asked = replace(config, kv_transfer=replace(config.kv_transfer, self_test=False))  # each once, not also unasked
+    with _Signals() as signals:
+        service = _Service(asked, (make_fleet or _ray_fleet)(asked), clock or WallClock(), signals)
+
+        async def check() -> None:
+            cluster = await service.start_workers()
+            async for result in cluster.tester.test_all():
+                on_result(result)
+
+        try:
+            return await signals.unless_stopped(check())
+        finally:
+            await service.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class _Cluster:
+    """The workers, ready, and what the doors need of them."""
+
+    gateway_id: GatewayId
+    began_at: float
+    membership: Membership
+    tester: LinkTester
+    tokenizer: Tokenizer
+    tls: TlsDecision
+
+
 class _Service:
     """What was started so far, and how each part is closed."""
 
@@ -144,6 +185,12 @@ class _Service:
         return self._endpoints
 
     async def start(self) -> None:
+        cluster = await self.start_workers()
+        await self._wait_for_links(cluster)
+        await self._open_doors(cluster)
+
+    async def start_workers(self) -> _Cluster:
+        """Steps 1 to 4, without the links."""
         config, gateway_id = self._config, GatewayId(f"gateway-{uuid4().hex[:8]}")
         began_at = self._clock.now()
         folder = await resolve_model(config.model, config.model_cache_dir)
@@ -154,18 +201,26 @@ class _Service:
         self._opened.callback(tls.close)
         _say(f"internal TLS {tls.decision}")
         internal = InternalGrpc(tls.open(gateway_id))
-        membership = Membership(config.router, gateway_id, self._clock, internal)
+        self_test = config.kv_transfer.self_test
+        membership = Membership(config.router, gateway_id, self._clock, internal, self_test=self_test)
         self._opened.push_async_callback(membership.close)
+        tester = LinkTester(membership, self._clock, unasked=self_test)
+        self._opened.push_async_callback(tester.close)
+        tester.start()
         registry = await membership.start(host)
         await _to_the_end(asyncio.to_thread(self._fleet.start, registry, tls.proof_of))
         tokenizer = await asyncio.to_thread(_load_tokenizer, folder)
         await self._wait_for_workers(membership, began_at)
-        router = Router(membership, make_policy(config.router.policy), config.router, self._clock, gateway_id)
+        return _Cluster(gateway_id, began_at, membership, tester, tokenizer, tls.decision)
+
+    async def _open_doors(self, cluster: _Cluster) -> None:
+        config, membership = self._config, cluster.membership
+        router = Router(membership, make_policy(config.router.policy), config.router, self._clock, cluster.gateway_id)
         self._router = router
         self._opened.push_async_callback(router.drain, 0.0)
         metrics = Metrics(membership, router, config.kv_transfer.capacity)
-        generation = Generation(router, membership, tokenizer, metrics, config, self._clock)
-        grpc = GrpcGateway(generation, router, membership, config, self._clock, tls.decision)
+        generation = Generation(router, membership, cluster.tokenizer, metrics, config, self._clock)
+        grpc = GrpcGateway(generation, router, membership, cluster.tester, config, self._clock, cluster.tls)
         self._opened.push_async_callback(grpc.stop, _DOOR_GRACE_S)
         await grpc.start()
         http = HttpGateway(generation, router, membership, metrics, config, self._clock)
@@ -201,6 +256,24 @@ class _Service:
                 return
             if self._clock.now() - began_at > self._config.start_timeout_s:
                 raise NotReadyInTime(f"after {self._config.start_timeout_s:g} s the workers ready are {line}")
+
+    async def _wait_for_links(self, cluster: _Cluster) -> None:
+        """Every link was tested and one of them works, or ``NotReadyInTime`` with the reason."""
+        if not self._config.kv_transfer.self_test:
+            return
+        said = ""
+        while not await cluster.membership.wait_until(_links_tested, _CHECK_INTERVAL_S):
+            reason = no_usable_link_reason(cluster.membership.view())
+            if reason is not None and reason != said:
+                said = reason
+                _say(reason)
+            if self._clock.now() - cluster.began_at > self._config.start_timeout_s:
+                raise NotReadyInTime(f"after {self._config.start_timeout_s:g} s {said or 'not every link was tested'}")
+        links = cluster.membership.view().links.values()
+        for link in links:
+            if not link.usable:
+                _say(f"link {link.from_worker} to {link.to_worker} is not used: {link.reason}")
+        _say(f"links tested: {sum(link.usable for link in links)} of {len(links)} work")
 
 
 async def resolve_model(model: str, cache_dir: str) -> str:
@@ -308,6 +381,11 @@ def _load_tokenizer(folder: str) -> Tokenizer:
 
 def _all_ready(view: ClusterView, wanted: dict[Role, int]) -> bool:
     return all(len(view.ready(role)) >= count for role, count in wanted.items())
+
+
+def _links_tested(view: ClusterView) -> bool:
+    """Was every link tested, and does one work, if there are any?"""
+    return all(link.probe is not None for link in view.links.values()) and no_usable_link_reason(view) is None
 
 
 def _progress(view: ClusterView, wanted: dict[Role, int]) -> str:

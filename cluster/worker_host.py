@@ -33,18 +33,24 @@ from cluster.config import WorkerConfig
 from cluster.output_streams import OutputStreams
 from cluster.page_events import PageEventLog
 from core.clock import Clock, WallClock
-from core.errors import InvalidConfig, ProtocolViolation
-from core.request import EngineId, GatewayId, SequenceId
+from core.errors import InvalidConfig, ProtocolViolation, TransferError
+from core.request import EngineId, GatewayId, SequenceId, SessionId
+from decode_worker.link_probe import ProbeReceiver
+from decode_worker.probe_service import ProbeReceiverService
 from decode_worker.service import DecodeService
 from decode_worker.worker import DecodeWorker
 from engine.engine import Engine, EngineLoad, StepOutput
 from engine.engine_thread import EngineThread
 from engine.page_allocator import CacheChanges
+from engine.page_loan import PageLoans
 from engine.turns import make_turns
-from kv_transfer.link_monitor import TICK_S, LinkMonitor
+from kv_transfer.link_monitor import TICK_S, LinkMonitor, timed_part
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.sender import KvSender
-from kv_transfer.transport import LayerPages, PageGeometry, PeerIdentity, Region, create_transport
+from kv_transfer.session import SendReport
+from kv_transfer.transport import ANONYMOUS, LayerPages, PageGeometry, PeerIdentity, Region, create_transport
+from prefill_worker.link_probe import LinkProber
+from prefill_worker.probe_service import ProbeSenderService
 from prefill_worker.service import GrantClient, PrefillService
 from prefill_worker.worker import PrefillWorker
 from protos import wire
@@ -219,10 +225,17 @@ class _Parts(rpc.WorkerServicer):
         )
         lease_s = config.kv_transfer.lease_s
         self._links = LinkMonitor(clock)
-        self._sender = KvSender(self._transport, clock, self._prefill.closed)
-        self._receiver = KvReceiver(self._transport, clock, self._decode.committed, self._decode.released, lease_s)
+        loans = PageLoans(thread)
+        self._prober = LinkProber(loans, self._transport, self._links, config.kv_transfer.transport)
+        self._probed = ProbeReceiver(loans, self._transport.region, self._run_soon)
+        self._sender = KvSender(
+            self._transport, clock, self._closed, link_speed=lambda peer: self._links.rate(peer.worker_id)
+        )
+        self._receiver = KvReceiver(self._transport, clock, self._committed, self._released, lease_s)
         self._prefill.attach(self._sender)
+        self._prober.attach(self._sender)
         self._decode.attach(self._receiver)
+        self._probed.attach(self._receiver)
         engine.listener = self._prefill
         self._server = grpc.aio.server(options=GRPC_OPTIONS)
         self.address = ""
@@ -235,6 +248,10 @@ class _Parts(rpc.WorkerServicer):
         rpc.add_DecodeServicer_to_server(
             DecodeService(self._decode, self._fingerprint, self._outputs.has), self._server
         )
+        rpc.add_ProbeSenderServicer_to_server(
+            ProbeSenderService(self._prober, self._fingerprint, self._internal, self._transport.describe), self._server
+        )
+        rpc.add_ProbeReceiverServicer_to_server(ProbeReceiverService(self._probed, self._fingerprint), self._server)
         port = self._internal.listen(self._server, f"{self._config.host}:0")
         self.address = f"{self._config.host}:{port}"
         await self._server.start()
@@ -279,6 +296,24 @@ class _Parts(rpc.WorkerServicer):
             await work
 
         self._loop.call_soon_threadsafe(self._spawn, run())
+
+    # ---- transport threads: a session is a self-test's or a sequence's ----
+
+    def _closed(self, session_id: SessionId, report: SendReport) -> None:
+        if self._prober.closed(session_id, report):
+            return
+        part = timed_part(report)
+        if part is not None and report.receiver != ANONYMOUS:
+            self._links.transferred(report.receiver, *part)
+        self._prefill.closed(session_id, report)
+
+    def _committed(self, session_id: SessionId, payload: bytes) -> None:
+        if not self._probed.committed(session_id):
+            self._decode.committed(session_id, payload)
+
+    def _released(self, session_id: SessionId, error: TransferError) -> None:
+        if not self._probed.released(session_id, error):
+            self._decode.released(session_id, error)
 
     # ---- engine thread ----
 

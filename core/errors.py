@@ -12,6 +12,7 @@
     ├── SequenceFailed          a worker could not finish a sequence; ``retryable`` says whether another may
     └── TransferError           KV did not arrive
         ├── Incompatible        the two ends do not hold the same cache (handshake); never retried on this pair
+        ├── Unauthenticated     one end of a KV link does not take the other's certificate
         ├── PeerLost            the connection or the process at the other end is gone
         ├── GrantRefused        the receiver does not know the session, or had no pages in time
         ├── TransferAborted     one end gave the session up
@@ -103,6 +104,10 @@ class Incompatible(TransferError):
         self.field = field
         self.ours = ours
         self.theirs = theirs
+
+
+class Unauthenticated(TransferError):
+    """One end does not take the other's certificate; the message holds what TLS says of it."""
 
 
 class PeerLost(TransferError):

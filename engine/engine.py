@@ -167,6 +167,14 @@ class Engine:
         """Give a reservation's pages back. Only call it when nobody can write to them any more."""
         self._scheduler.cancel(reservation)
 
+    def lend(self, max_pages: int) -> tuple[int, ...]:
+        """Up to ``max_pages`` pages that no sequence needs now, contents unknown; give them back soon."""
+        return self._scheduler.lend(max_pages)
+
+    def take_back(self, page_ids: Sequence[int]) -> None:
+        """Lent pages are back. Only call it when nobody reads or writes them any more."""
+        self._scheduler.take_back(page_ids)
+
     def admit(self, reservation: Reservation, first_token_ids: Sequence[int]) -> None:
         """Go on with a sequence whose K/V has arrived in its reservation's pages. Raises ``ProtocolViolation``."""
         self._scheduler.admit(reservation, first_token_ids, self._clock.now())
@@ -245,7 +253,7 @@ class Engine:
         """Raise ``AssertionError`` unless every page is accounted for, and all are free or cached when idle."""
         self._allocator.check_integrity()
         load = self._scheduler.load()
-        if not (load.num_running or load.num_held or load.num_reserved):
+        if not (load.num_running or load.num_held or load.num_reserved or load.num_lent):
             assert self._allocator.whole(), "nothing runs, yet pages are in use"
 
 

@@ -43,6 +43,7 @@ TokenIds: TypeAlias = AbstractSequence[int]
 
 # An engine does not know whose it is: the worker writes its name and role over this one before stats leave it.
 UNNAMED_WORKER = WorkerId("")
+_SHARE_TO_LEND = 4  # one page in so many that nobody waits for
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,7 @@ class SchedulerLoad:
     num_waiting: int
     num_held: int
     num_reserved: int
+    num_lent: int  # pages
     num_waiting_tokens: int  # known tokens not computed yet, of waiting and running sequences
     prompt_tokens: int  # of sequences that this engine prefilled, tokens found in the prefix cache included
     cached_tokens: int  # found in the prefix cache, by prefilled and by reserved sequences
@@ -148,6 +150,14 @@ class Scheduler(Protocol):
 
     def cancel(self, reservation: Reservation) -> None:
         """Give a reservation's pages back; nobody may write to them any more. Unknown ones are ignored."""
+        ...
+
+    def lend(self, max_pages: int) -> tuple[int, ...]:
+        """Up to ``max_pages`` pages that no sequence needs now, for somebody who needs memory for a moment."""
+        ...
+
+    def take_back(self, page_ids: TokenIds) -> None:
+        """Lent pages are back; nobody reads or writes them any more."""
         ...
 
     def admit(self, reservation: Reservation, first_token_ids: TokenIds, now: float) -> None:
@@ -202,7 +212,9 @@ class ChunkedPrefillScheduler:
     5. Starting and reserving leave one free page for every sequence that will grow: else what was started last
        would be preempted for the next page border and its prefill lost.
     6. A reservation never takes the pages or the place in the batch that the head of the queue waits for.
-    7. Every sequence fits the pool when it is alone: longer ones are refused, or end with LENGTH.
+    7. Lending leaves what rules 5 and 6 leave, takes at most a quarter of the rest, and cached prefixes only if no
+       page is empty.
+    8. Every sequence fits the pool when it is alone: longer ones are refused, or end with LENGTH.
     """
 
     def __init__(
@@ -223,6 +235,7 @@ class ChunkedPrefillScheduler:
         self._waiting: deque[Sequence] = deque()  # next to start first
         self._running: list[Sequence] = []  # oldest start first; those beyond max_batch_size wait for a place
         self._reserved: dict[SequenceId, _Reserved] = {}
+        self._num_lent = 0
         self._stalled = False  # the last plan was empty and nothing changed since
         self._prompt_tokens = 0
         self._cached_tokens = 0
@@ -259,6 +272,18 @@ class ChunkedPrefillScheduler:
         self._stalled = False
         del self._reserved[reservation.sequence_id]
         self._allocator.release(reservation.page_ids)
+
+    def lend(self, max_pages: int) -> tuple[int, ...]:
+        spare = self._allocator.num_free - self._num_growing() - self._pages_for_head()
+        empty = self._allocator.num_free - self._allocator.num_cached
+        page_ids = self._allocator.allocate(max(0, min(max_pages, -(-spare // _SHARE_TO_LEND), max(empty, 1))))
+        self._num_lent += len(page_ids or ())
+        return tuple(page_ids or ())
+
+    def take_back(self, page_ids: TokenIds) -> None:
+        self._stalled = False
+        self._num_lent -= len(page_ids)
+        self._allocator.release(page_ids)
 
     def admit(self, reservation: Reservation, first_token_ids: TokenIds, now: float) -> None:
         spec = reservation.spec
@@ -351,6 +376,7 @@ class ChunkedPrefillScheduler:
             num_waiting=len(self._waiting),
             num_held=len(self._sequences) - len(self._running) - len(self._waiting),
             num_reserved=len(self._reserved),
+            num_lent=self._num_lent,
             num_waiting_tokens=sum(s.num_tokens for s in self._waiting) + sum(prefilling),
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,

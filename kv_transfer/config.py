@@ -65,6 +65,8 @@ class KvTransferConfig:
     host: address that peers connect to; null: the worker's own host.
     port: TCP port of the receiving end; 0: any free one (needed when workers share a host).
     lease_s: how long pages stay granted, or held, for a peer from which nothing is heard.
+    self_test: before a prefill worker ships to a decode worker, random pages must have gone that way unchanged, and
+        the service is not ready before one pair works; false: every pair is used untested.
     grant_wait_s: how long a finished prefill waits for the decode worker to have pages before it is given up.
     staging_mib: memory, MiB, of each end of a nixl link, through which its bytes are staged.
     links: settings of links between clusters; what no entry fits has the defaults.
@@ -75,6 +77,7 @@ class KvTransferConfig:
     port: int = 0
     lease_s: float = 30.0
     grant_wait_s: float = 60.0
+    self_test: bool = True
     staging_mib: int = 64
     links: tuple[LinkConfig, ...] = ()
 

@@ -1,8 +1,8 @@
 """What does this worker know of its links? The owner of every ``LinkEstimate`` of the links that it sends on.
 
-    Transport.stats(), every quarter second or so  ──tick──┐
-                                                           ├──> one _Peer per receiving worker ──> LinkEstimate
-    transfers that filled the link   ──transferred─────────┘
+    Transport.stats(), every quarter second or so  ──tick────┐
+                                                             ├──> one _Peer per receiving worker ──> LinkEstimate
+    hand-overs and self-tests that ended      ──transferred──┘
 
 Which evidence is fast and which is slow is link_estimate.py's; here it is collected. A peer may have several links in
 its life (its process restarts, a connection breaks), each counting from 0: counters that went back have begun anew.
@@ -39,16 +39,19 @@ FORGET_S = 600.0
 
 _MIN_BUSY_S = 0.02  # less is added to the next tick's: the clock and the buffers would be measured
 _RETRANSMIT_WINDOW_MIB = 64.0
+_MIN_ROUND_TRIPS = 2.0  # a shorter transfer tells of the round trip, and nothing of the cost of bytes
 _MIB = 1 << 20
 
 
-def fills_its_link(report: SendReport) -> bool:
-    """Was this transfer as fast as the link let it be? Not if its bytes had to be computed while it ran.
+def timed_part(report: SendReport) -> tuple[int, float] | None:
+    """(bytes, seconds) of that part of a hand-over that was as fast as the link let it be; None: there is none.
 
-    It was if nearly all of it lay behind the commit, when all bytes were there: a prefix that was cached, a grant
-    that came late, a self-test.
+    While a prompt is computed its bytes come when they come. What is left at the commit is all there: the tail. Where
+    the grant came after the commit that is everything, from the first write on.
     """
-    return report.error is None and report.bytes_sent > 0 and report.exposed_s >= 0.9 * report.transfer_s
+    if report.error is not None or report.tail_bytes <= 0:
+        return None
+    return report.tail_bytes, min(report.exposed_s, report.transfer_s)
 
 
 class LinkMonitor:
@@ -79,7 +82,7 @@ class LinkMonitor:
                         del self._peers[worker_id]
 
     def transferred(self, identity: PeerIdentity, num_bytes: int, seconds: float) -> None:
-        """A transfer arrived that was as fast as the link let it be (``fills_its_link``)."""
+        """``num_bytes`` arrived, and it took ``seconds`` from when all of them could be sent."""
         now = self._clock.now()
         with self._lock:
             self._peer(identity, now).transferred(num_bytes, seconds, now)
@@ -154,10 +157,10 @@ class _Peer:
         self.throughput = self.throughput.add(0, passed_s)
 
     def transferred(self, num_bytes: int, seconds: float, now: float) -> None:
-        self.fit = self.fit.observe(num_bytes, seconds)
         self.moved_at = now
-        if self.stats is None or self.stats.busy_s == 0:  # a transport that keeps no such books
-            self.goodput = self.goodput.add(num_bytes, seconds)
+        rtt_s = None if self.stats is None else self.stats.rtt_s
+        if seconds >= _MIN_ROUND_TRIPS * (rtt_s or 0.0):
+            self.fit = self.fit.observe(num_bytes, seconds)
 
     def estimate(self, now: float) -> LinkEstimate:
         stats = self.stats or LinkStats(self.identity, self.path)

@@ -53,6 +53,7 @@ class LocalTransport:
     ) -> None:
         self.fingerprint = fingerprint
         self.clock = clock
+        self.identity = identity
         self._region: Region | None = None
         self._events: ReceiveEvents | None = None
         self._descriptor = _PREFIX + secrets.token_bytes(16)
@@ -95,7 +96,10 @@ class LocalTransport:
         """Every link is dialled by its sending end."""
 
     def stats(self) -> tuple[LinkStats, ...]:
-        return ()
+        with self._changed:
+            joints = [joint for joint in self._joints if joint.sender is self]
+        stats = [one for joint in joints if (one := joint.stats()) is not None]
+        return tuple(sorted(stats, key=lambda one: (one.peer.cluster_id, one.peer.worker_id)))
 
     def close(self) -> None:
         self._endpoints.pop(self._descriptor, None)
@@ -152,6 +156,7 @@ class _Joint:
         self._receive_events: ReceiveEvents | None = None
         self.send_end = _SendEnd(self, sender.clock)
         self.receive_end = _End(self, sender.clock)
+        self._bytes_sent = 0
         self._error: TransferError | None = None
         self._lock = Lock()
         self._threads = [Thread(target=self._guard, args=(self._forward, receiver), name="kv-local-send", daemon=True)]
@@ -163,6 +168,20 @@ class _Joint:
     def join(self) -> None:
         for thread in self._threads:
             thread.join()
+
+    def stats(self) -> LinkStats | None:
+        """None before the other end was found."""
+        if self._receive_events is None or self.receiver is None:
+            return None
+        outbox = self.send_end.outbox
+        return LinkStats(
+            peer=self.receiver.identity,
+            path="local",
+            connections=1,
+            bytes_sent=self._bytes_sent,
+            busy_s=outbox.busy_s,
+            bytes_queued=outbox.bytes_queued,
+        )
 
     def close(self, error: TransferError) -> None:
         with self._lock:
@@ -209,6 +228,7 @@ class _Joint:
             item = outbox.take(taker, _IDLE_S)
             if isinstance(item, Write):
                 self._copy(self.receiver, receive_events, item)
+                self._bytes_sent += item.num_bytes
                 drained = outbox.done(item)
                 self._send_events.written(self.send_end, item)
                 if drained:

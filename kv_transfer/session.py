@@ -112,6 +112,7 @@ class SendReport:
     tail_bytes: int = 0  # not yet read for sending when the commit was called
     num_groups: int = 0  # groups of layers that were queued
     writes_resent: int = 0
+    receiver: PeerIdentity = ANONYMOUS  # as the grant named it
 
     @property
     def bytes_overlapped(self) -> int:
@@ -389,6 +390,7 @@ class SendSession:
             tail_bytes=0 if self._committed_at is None else self._bytes_sent - self._bytes_overlapped,
             num_groups=self._num_groups,
             writes_resent=self._writes_resent,
+            receiver=ANONYMOUS if self._grant is None else self._grant.receiver,
         )
         self._stored.clear()
         self._sent.clear()

@@ -1,17 +1,15 @@
-"""The transport between processes and hosts: one long-lived TCP connection for each (sending, receiving) pair.
+"""The transport between processes and hosts: several long-lived TCP connections for each (sending, receiving) pair.
 
-The life of a write: a session queues it in the link's Outbox -> the link's writer thread takes it in its turn and sends
-head and pages with one gathered ``sendmsg`` straight out of the pool -> at the peer the reader thread reads the head,
-asks ``admit``, and receives the payload straight into the destination pages; a payload that may not land is read into a
-scratch buffer and thrown away. No byte is copied in user memory and no system call is made per page.
+tcp_link.py says what a link is, tcp_ends.py how a write travels, frames.py what is on the wire, outbox.py in which
+order, tcp_stream.py how bytes get through a socket (plain, or TLS 1.3 when the transport was given credentials).
 
-Each end of a link has a writer and a reader thread; the end that dials does so in its writer, the end that accepts
-shakes hands in its reader. Rules:
+This file answers: who listens, and whose connection is that? Whoever dials says HELLO first: with the access key of
+the transport that it dials, the link's id, and the connection's number. Rules:
 
-- A frame under way is always finished or the connection ends: so cancelling costs at most one write.
-- Whatever ends one thread of an end ends the other, by shutting the socket down; the last of them reports ``lost``. So
-  after ``lost`` neither thread touches the region.
-- A peer that speaks nonsense, or is not of our cache, loses its connection and is counted; nothing it said took effect.
+- A stranger (no certificate of ours, no access key, no HELLO in time, an unknown link) is told nothing, reaches nothing
+  and is counted. A peer with our key but another version or cache is told ours, and counted, too.
+- Either end may dial (``LinkConfig.dial``). The receiving end does so when it is invited: a grant for the peer is about
+  to leave. The sending end then takes the link that came, or waits for it for as long as a handshake may take.
 - A link with nothing to send sends KEEPALIVE four times per lease: a process that is stopped or cut off falls silent.
 """
 
@@ -21,36 +19,20 @@ import hmac
 import logging
 import secrets
 import socket
-import struct
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from threading import Condition, Lock, Thread, current_thread
+from functools import partial
+from threading import Condition, Thread, current_thread
 
 from core.clock import Clock
 from core.credentials import Credentials
-from core.errors import Incompatible, PeerLost, ProtocolViolation, TransferError
+from core.errors import Incompatible, PeerLost, PrfaasError, ProtocolViolation, TransferError
 from core.fingerprint import CacheFingerprint
-from core.request import SessionId
 from kv_transfer.config import KvTransferConfig
-from kv_transfer.frames import (
-    HEADER_BYTES,
-    KEEPALIVE,
-    KEY_BYTES,
-    FrameKind,
-    Header,
-    Hello,
-    LinkRole,
-    WriteHead,
-    pack_hello,
-    pack_message,
-    pack_write,
-    parse_header,
-    parse_hello,
-    parse_write,
-)
-from kv_transfer.outbox import Notice, Outbox, Taker
+from kv_transfer.frames import ID_BYTES, Hello, LinkRole, pack_hello
+from kv_transfer.tcp_endpoint import Descriptor, Endpoint, parse_descriptor, read_hello
+from kv_transfer.tcp_ends import ReceiveEnd, SendEnd
+from kv_transfer.tcp_link import Connection, LinkEnd
+from kv_transfer.tcp_stream import Stream
 from kv_transfer.transport import (
     ANONYMOUS,
     LinkStats,
@@ -59,18 +41,15 @@ from kv_transfer.transport import (
     Region,
     SendEvents,
     TransportCounters,
-    Write,
 )
 
 logger = logging.getLogger(__name__)
 
-_DESCRIPTOR = struct.Struct("<5sH16s")  # then the host, UTF-8
-_DESCRIPTOR_MAGIC = b"tcp/1"
-_NO_KEY = bytes(KEY_BYTES)
-_HANDSHAKE_S = 5.0
-_KEEPALIVES_PER_LEASE = 4
-_SCRATCH_BYTES = 1 << 18
-_BACKLOG = 128
+_BACKLOG = 256
+_MAX_GREETINGS = 128  # connections at once that have not shown who they are; more are closed unheard
+_ACCEPT_AGAIN_S = 0.1
+_OTHER_ROLE = {LinkRole.SENDS_PAGES: LinkRole.RECEIVES_PAGES, LinkRole.RECEIVES_PAGES: LinkRole.SENDS_PAGES}
+_REDIAL_WITHIN_S = 5.0  # a link that is lost so soon after an invitation was dying when it came
 
 
 class TcpTransport:
@@ -84,443 +63,290 @@ class TcpTransport:
         identity: PeerIdentity = ANONYMOUS,
         credentials: Credentials | None = None,
     ) -> None:
-        self.fingerprint = fingerprint
-        self.clock = clock
-        self.lease_s = config.lease_s
-        self.keepalive_s = config.lease_s / _KEEPALIVES_PER_LEASE
-        self.key = secrets.token_bytes(KEY_BYTES)
-        self._host = config.host
-        self._port = config.port
-        self._region: Region | None = None
+        """Raises InvalidConfig for credentials that cannot be used."""
+        self._endpoint = Endpoint(config, fingerprint, clock, identity, credentials)
         self._events: ReceiveEvents | None = None
         self._listener: socket.socket | None = None
         self._acceptor: Thread | None = None
         self._changed = Condition()
-        self._ends: set[_End] = set()
+        self._ends: set[LinkEnd] = set()
+        self._greetings: dict[Thread, Stream | None] = {}  # threads that greet, and then write, with their stream
+        self._num_strangers = 0
+        # Links that the receiving end dials, by its transport id, at the sending end:
+        self._awaited: dict[bytes, SendEnd] = {}  # asked for, not dialled yet
+        self._offered: dict[bytes, SendEnd] = {}  # dialled, not asked for yet
+        # and at the receiving end, by the sending transport's id:
+        self._dialled: dict[bytes, tuple[ReceiveEnd, Descriptor]] = {}
+        self._incompatible: dict[bytes, Incompatible] = {}  # transports with another cache: nothing will change that
         self._closed = False
-        self._counters = TransportCounters()
 
     @property
     def region(self) -> Region:
-        assert self._region is not None, "register comes first"
-        return self._region
+        return self._endpoint.region
 
     @property
     def counters(self) -> TransportCounters:
-        return self._counters
+        return self._endpoint.counters
 
     def register(self, region: Region) -> None:
-        assert self._region is None, "a region is registered once"
-        self._region = region
+        self._endpoint.region = region
 
     def serve(self, events: ReceiveEvents) -> None:
         """Also raises OSError when the address cannot be bound."""
         assert self._listener is None, "a transport serves once"
         self._events = events
-        self._listener = socket.create_server((self._host or "", self._port), backlog=_BACKLOG)
-        self._acceptor = Thread(target=self._accept, args=(self._listener, events), name="kv-accept", daemon=True)
+        self._listener = _listen(self._endpoint.config.host, self._endpoint.config.port)
+        self._acceptor = Thread(target=self._accept, args=(self._listener,), name="kv-accept", daemon=True)
         self._acceptor.start()
 
     def describe(self) -> bytes:
         assert self._listener is not None, "serve comes first"
-        port: int = self._listener.getsockname()[1]
-        return _DESCRIPTOR.pack(_DESCRIPTOR_MAGIC, port, self.key) + (self._host or socket.gethostname()).encode()
+        host, port = self._endpoint.config.host or socket.gethostname(), self._listener.getsockname()[1]
+        endpoint = self._endpoint
+        return Descriptor(host, port, endpoint.key, endpoint.transport_id, endpoint.identity).pack()
 
-    def connect(self, descriptor: bytes, events: SendEvents) -> _SendEnd:
-        host, port, key = _parse_descriptor(descriptor)
-        end = _SendEnd(self, f"{host}:{port}", events, (host, port), key)
-        self._start(end)
+    def connect(self, descriptor: bytes, events: SendEvents) -> SendEnd:
+        to = parse_descriptor(descriptor)
+        settings = self._endpoint.config.link(self._endpoint.identity.cluster_id, to.identity.cluster_id)
+        dials = settings.dial == "sender"
+        with self._changed:
+            offered = None if dials else self._offered.pop(to.transport_id, None)
+            if offered is not None and offered.claim(events):
+                return offered
+            end = SendEnd(self._endpoint, str(to), to.identity, to.transport_id, self._forget, settings, events)
+            self._add(end)
+            incompatible = self._incompatible.get(to.transport_id)
+            if not dials and incompatible is None:
+                self._awaited[to.transport_id] = end
+        if incompatible is not None:
+            end.close(incompatible)
+        if dials:
+            end.dial(to, secrets.token_bytes(ID_BYTES), settings.connections)
+        else:
+            end.wait_to_be_dialled()
+        end.opened()
         return end
 
     def invite(self, descriptor: bytes) -> None:
-        """Every link is dialled by its sending end."""
+        peer = parse_descriptor(descriptor)
+        settings = self._endpoint.config.link(peer.identity.cluster_id, self._endpoint.identity.cluster_id)
+        if settings.dial != "receiver":
+            return
+        with self._changed:
+            known = self._dialled.get(peer.transport_id)
+            if known is not None:
+                known[0].invited_at = self._endpoint.clock.now()
+                return
+        self._dial(peer)
 
     def stats(self) -> tuple[LinkStats, ...]:
-        return ()
+        with self._changed:
+            ends = [end for end in self._ends if isinstance(end, SendEnd) and end.connected]
+        stats = [end.stats() for end in ends]
+        return tuple(sorted(stats, key=lambda one: (one.peer.cluster_id, one.peer.worker_id)))
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
-            ends = list(self._ends)
+            greeters = list(self._greetings)
+            streams = [stream for stream in self._greetings.values() if stream is not None]
+            self._changed.notify_all()
         if self._listener is not None and self._acceptor is not None:
-            _shut_down(self._listener)  # wakes accept
+            _wake(self._listener)
             self._acceptor.join()
             self._listener.close()
+        for stream in streams:
+            stream.shut_down()
+        with self._changed:
+            ends = list(self._ends)
         for end in ends:
             end.close(PeerLost("this end's transport was closed"))
         with self._changed:
-            self._changed.wait_for(lambda: not self._ends)
+            self._changed.wait_for(lambda: not self._ends and not self._greetings)
         for end in ends:
-            end.join()
+            end.wait_for_threads()
+        for greeter in greeters:
+            greeter.join()
 
-    def count_refused_link(self) -> None:
-        with self._changed:
-            self._counters = replace(self._counters, links_refused=self._counters.links_refused + 1)
+    # ---- links ----
 
-    def count_bad_frame(self) -> None:
-        with self._changed:
-            self._counters = replace(self._counters, bad_frames=self._counters.bad_frames + 1)
+    def _add(self, end: LinkEnd) -> None:
+        """With the lock held."""
+        self._ends.add(end)
+        if self._closed:
+            end.close(PeerLost("this end's transport is closed"))
 
-    def count_refused_write(self) -> None:
-        with self._changed:
-            self._counters = replace(self._counters, writes_refused=self._counters.writes_refused + 1)
-
-    def forget(self, end: _End) -> None:
+    def _forget(self, end: LinkEnd) -> None:
         """The end's last event was called."""
+        redial = None
         with self._changed:
             self._ends.discard(end)
+            for waiting in (self._awaited, self._offered):
+                if waiting.get(end.transport_id) is end:
+                    del waiting[end.transport_id]
+            dialled = self._dialled.get(end.transport_id)
+            if dialled is not None and dialled[0] is end:
+                del self._dialled[end.transport_id]
+                fresh = self._endpoint.clock.now() - dialled[0].invited_at < _REDIAL_WITHIN_S
+                redial = dialled[1] if fresh and end.connected and not self._closed else None
             self._changed.notify_all()
+        if redial is not None:
+            self._dial(redial)
 
-    def _accept(self, listener: socket.socket, events: ReceiveEvents) -> None:
+    def _dial(self, peer: Descriptor) -> None:
+        """Make the link on which ``peer`` will send."""
+        assert self._events is not None, "serve comes before any grant"
+        settings = self._endpoint.config.link(peer.identity.cluster_id, self._endpoint.identity.cluster_id)
+        with self._changed:
+            if self._closed or peer.transport_id in self._dialled:
+                return
+            end = ReceiveEnd(self._endpoint, str(peer), peer.identity, peer.transport_id, self._forget, self._events)
+            self._add(end)
+            self._dialled[peer.transport_id] = (end, peer)
+        end.dial(peer, secrets.token_bytes(ID_BYTES), settings.connections)
+        end.opened()
+
+    # ---- connections that peers make ----
+
+    def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
                 connection, address = listener.accept()
             except OSError as error:
-                if not self._closed:
-                    logger.error("kv transfer accepts no more links: %s", error)
+                with self._changed:
+                    if self._changed.wait_for(lambda: self._closed, _ACCEPT_AGAIN_S):
+                        return
+                logger.warning("kv transfer could not accept a connection, and tries again: %s", error)
+                continue
+            peer = f"{address[0]}:{address[1]}"
+            thread = Thread(target=self._greet, args=(connection, peer), name="kv-greet", daemon=True)
+            with self._changed:
+                refused = self._closed or self._num_strangers >= _MAX_GREETINGS
+                if not refused:
+                    self._greetings[thread] = None
+                    self._num_strangers += 1
+            if refused:
+                connection.close()
+                self._endpoint.count("links_refused")
+                logger.warning("kv connection from %s closed unheard: too many at once", peer)
+            else:
+                thread.start()
+
+    def _greet(self, connection: socket.socket, peer: str) -> None:
+        thread = current_thread()
+        made: LinkEnd | None = None
+        try:
+            try:
+                stream = self._endpoint.accept(connection, peer, partial(self._adopt, thread))
+                try:
+                    theirs = self._recognise(stream)
+                    end, is_new = self._end_for(theirs, peer)
+                    made = end if is_new else None
+                    self._answer(stream, theirs)  # from here on the peer may dial the link's other connections
+                    end.finish_handshake(stream)
+                except BaseException:
+                    stream.close()
+                    raise
+            except (PrfaasError, OSError) as error:
+                self._endpoint.count("links_refused")
+                logger.warning("kv connection from %s refused: %s", peer, error)
                 return
-            self._start(_ReceiveEnd(self, f"{address[0]}:{address[1]}", events, connection))
+            finally:
+                with self._changed:
+                    self._greetings[thread] = None
+                    self._num_strangers -= 1
+            with suppress(TransferError):  # the link was closed meanwhile
+                end.run(Connection(stream, theirs.index))
+        finally:
+            if made is not None:
+                made.opened()
+            with self._changed:
+                del self._greetings[thread]
+                self._changed.notify_all()
 
-    def _start(self, end: _End) -> None:
+    def _adopt(self, thread: Thread, stream: Stream) -> None:
         with self._changed:
-            closed = self._closed
-            self._ends.add(end)
-        if closed:
-            end.close(PeerLost("this end's transport is closed"))
-        end.start()
+            if self._closed:
+                stream.close()
+                raise PeerLost("this end's transport is closed")
+            self._greetings[thread] = stream
 
-
-def _parse_descriptor(descriptor: bytes) -> tuple[str, int, bytes]:
-    if len(descriptor) <= _DESCRIPTOR.size:
-        raise ProtocolViolation("the descriptor is not of a tcp transport")
-    magic, port, key = _DESCRIPTOR.unpack_from(descriptor)
-    if magic != _DESCRIPTOR_MAGIC:
-        raise ProtocolViolation("the descriptor is not of a tcp transport")
-    try:
-        return descriptor[_DESCRIPTOR.size :].decode(), port, key
-    except UnicodeDecodeError as error:
-        raise ProtocolViolation("the descriptor's host is not UTF-8") from error
-
-
-def _tune(connection: socket.socket, lease_s: float) -> None:
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # A host that vanished acknowledges nothing: the kernel gives up within the lease, not after a quarter of an hour.
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(lease_s * 1000))
-    # Buffer sizes stay the kernel's: setting them caps them at net.core.{r,w}mem_max and ends its autotuning, which
-    # goes further on a long link; on loopback 4 MiB by hand made no difference.
-
-
-def _shut_down(connection: socket.socket) -> None:
-    with suppress(OSError):  # not connected (any more): nobody waits on it
-        connection.shutdown(socket.SHUT_RDWR)
-
-
-def _send_all(connection: socket.socket, views: Sequence[memoryview]) -> None:
-    while views:
-        views = _after(views, connection.sendmsg(views))
-
-
-def _after(views: Sequence[memoryview], count: int) -> Sequence[memoryview]:
-    """What of ``views`` is left when their first ``count`` bytes are done."""
-    for i, view in enumerate(views):
-        if count < view.nbytes:
-            return [view[count:], *views[i + 1 :]]
-        count -= view.nbytes
-    return []
-
-
-class _End(ABC):
-    """What both ends of a link share: a socket, an outbox, two threads, and one way to end."""
-
-    def __init__(self, transport: TcpTransport, peer: str) -> None:
-        self._transport = transport
-        self._peer = peer
-        self._heard_at = transport.clock.now()
-        self._outbox = Outbox(transport.clock)
-        self._lock = Lock()
-        self._socket: socket.socket | None = None
-        self._error: TransferError | None = None
-        self._threads: list[Thread] = []
-        self._num_running = 0
-
-    @property
-    def peer(self) -> str:
-        return self._peer
-
-    @property
-    def heard_at(self) -> float:
-        return self._heard_at
-
-    def notify(self, session_id: SessionId, message: bytes) -> None:
-        self._outbox.put(session_id, message)
-
-    def close(self, error: TransferError) -> None:
-        with self._lock:
-            if self._error is None:
-                self._error = error
-            connection = self._socket
-        self._outbox.close()
-        if connection is not None:
-            _shut_down(connection)
-
-    @abstractmethod
-    def start(self) -> None:
-        """Start the first thread, which starts the second."""
-
-    def join(self) -> None:
-        for thread in self._threads:
-            if thread is not current_thread():
-                thread.join()
-
-    @abstractmethod
-    def _report_lost(self, error: TransferError) -> None: ...
-
-    def _spawn(self, body: Callable[[], None], name: str) -> None:
-        thread = Thread(target=self._guard, args=(body,), name=name, daemon=True)
-        with self._lock:
-            self._num_running += 1
-            self._threads.append(thread)
-        thread.start()
-
-    def _guard(self, body: Callable[[], None]) -> None:
+    def _recognise(self, stream: Stream) -> Hello:
+        """Read the peer's HELLO. Raises TransferError for whom we have no links with."""
         try:
-            body()
-        except ProtocolViolation as error:
-            self._transport.count_bad_frame()
-            logger.warning("kv link with %s closed: %s", self._peer, error)
-            self.close(error)
-        except TransferError as error:
-            self.close(error)
-        except OSError as error:
-            self.close(PeerLost(f"the link with {self._peer} broke: {error}"))
-        finally:
-            self.close(PeerLost(f"the link with {self._peer} has ended"))
-            self._thread_ended()
-
-    def _thread_ended(self) -> None:
-        with self._lock:
-            self._num_running -= 1
-            last = self._num_running == 0
-            error, connection = self._error, self._socket
-        if not last:
-            return
-        assert error is not None, "a thread ends only when the end is closed"
-        if connection is not None:
-            connection.close()
-        try:
-            self._report_lost(error)
-        finally:
-            self._transport.forget(self)
-
-    def _adopt(self, connection: socket.socket) -> None:
-        """Take a socket over, so that ``close`` can wake whoever waits on it."""
-        with self._lock:
-            self._socket = connection
-            closed = self._error is not None
-        if closed:
-            _shut_down(connection)
-
-    def _opened(self) -> socket.socket:
-        assert self._socket is not None, "only called after _adopt"
-        return self._socket
-
-    # ---- writer thread ----
-
-    def _write_loop(self) -> None:
-        connection = self._opened()
-        taker = Taker(control=True)
-        while not self._outbox.closed:
-            item = self._outbox.take(taker, self._transport.keepalive_s)
-            if isinstance(item, Write):
-                self._send_write(connection, item)
-            elif isinstance(item, Notice):
-                connection.sendall(pack_message(item.message))
-            elif not self._outbox.closed:
-                connection.sendall(KEEPALIVE)
-
-    def _send_write(self, connection: socket.socket, write: Write) -> None:
-        raise ProtocolViolation("only the sending end writes")
-
-    # ---- reader thread ----
-
-    def _read_loop(self) -> None:
-        data = bytearray(HEADER_BYTES)
-        while True:
-            self._receive([memoryview(data)], at_border=True)
-            header = parse_header(data)
-            head = bytearray(header.head_bytes)
-            self._receive([memoryview(head)])
-            match header.kind:
-                case FrameKind.WRITE:
-                    self._take_write(header, parse_write(bytes(head)))
-                case FrameKind.MESSAGE:
-                    self._take_message(bytes(head))
-                case FrameKind.HELLO:
-                    raise ProtocolViolation("a second HELLO")
-                case FrameKind.KEEPALIVE:
-                    pass
-
-    def _take_write(self, header: Header, head: WriteHead) -> None:
-        raise ProtocolViolation("only the receiving end is written to")
-
-    @abstractmethod
-    def _take_message(self, message: bytes) -> None: ...
-
-    def _receive(self, views: Sequence[memoryview], *, at_border: bool = False) -> None:
-        """Fill ``views`` from the socket. Raises PeerLost when the stream ends first.
-
-        MSG_WAITALL: one call and one turn of the interpreter's lock for a whole write, a third faster than piecemeal.
-        """
-        connection = self._opened()
-        views = [view for view in views if view.nbytes]
-        filled = 0
-        while views:
-            count = connection.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
-            if count == 0:
-                where = "" if at_border and filled == 0 else " in the middle of a frame"
-                raise PeerLost(f"{self._peer} closed the link{where}")
-            self._heard_at = self._transport.clock.now()
-            filled += count
-            views = _after(views, count)
-
-    def _receive_hello(self) -> Hello:
-        data = bytearray(HEADER_BYTES)
-        self._receive([memoryview(data)], at_border=True)
-        header = parse_header(data)
-        if header.kind is not FrameKind.HELLO:
-            raise ProtocolViolation(f"a {header.kind.name} frame before HELLO")
-        head = bytearray(header.head_bytes)
-        self._receive([memoryview(head)])
-        return parse_hello(bytes(head))
-
-
-class _SendEnd(_End):
-    """The end that dials, and writes."""
-
-    def __init__(
-        self, transport: TcpTransport, peer: str, events: SendEvents, address: tuple[str, int], key: bytes
-    ) -> None:
-        super().__init__(transport, peer)
-        self._events = events
-        self._address = address
-        self._key = key
-
-    def write(self, write: Write) -> None:
-        self._outbox.put(write.session_id, write)
-
-    def cancel(self, session_id: SessionId) -> bool:
-        return self._outbox.cancel(session_id)
-
-    def start(self) -> None:
-        self._spawn(self._run, "kv-writer")
-
-    def _run(self) -> None:
-        connection = self._dial()
-        connection.sendall(pack_hello(Hello(LinkRole.SENDS_PAGES, self._key, self._transport.fingerprint)))
-        theirs = self._receive_hello()
-        self._transport.fingerprint.require_equal(theirs.fingerprint)
-        if theirs.role is not LinkRole.RECEIVES_PAGES:
-            raise ProtocolViolation("both ends want to send pages")
-        connection.settimeout(None)
-        self._spawn(self._read_loop, "kv-reader")
-        self._write_loop()
-
-    def _dial(self) -> socket.socket:
-        family, kind, protocol, _, address = socket.getaddrinfo(*self._address, type=socket.SOCK_STREAM)[0]
-        connection = socket.socket(family, kind, protocol)
-        self._adopt(connection)  # before connect, so that close() need not wait for it
-        _tune(connection, self._transport.lease_s)
-        connection.settimeout(_HANDSHAKE_S)
-        connection.connect(address)
-        with self._lock:
-            if self._error is not None:  # closed before there was anything to shut down
-                raise self._error
-        return connection
-
-    def _send_write(self, connection: socket.socket, write: Write) -> None:
-        region = self._transport.region
-        views = [region.bytes_at(layer, strip.src, strip.num_bytes) for layer in write.layers for strip in write.strips]
-        spans = ((strip.dst, strip.num_bytes) for strip in write.strips)
-        head = pack_write(write.token, write.layers, spans, write.num_bytes)
-        _send_all(connection, [memoryview(head), *views])
-        drained = self._outbox.done(write)
-        self._events.written(self, write)
-        if drained:
-            self._events.drained(self, write.session_id)
-
-    def _take_message(self, message: bytes) -> None:
-        self._events.notified(self, message)
-
-    def _report_lost(self, error: TransferError) -> None:
-        self._events.lost(self, error)
-
-
-class _ReceiveEnd(_End):
-    """The end that accepts, and is written to."""
-
-    def __init__(self, transport: TcpTransport, peer: str, events: ReceiveEvents, connection: socket.socket) -> None:
-        super().__init__(transport, peer)
-        self._events = events
-        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
-        self._greeted = False  # before the handshake nobody was told of this link
-        self._adopt(connection)
-
-    def start(self) -> None:
-        self._spawn(self._run, "kv-reader")
-
-    def _run(self) -> None:
-        try:
-            self._greet()
-        except (TransferError, OSError) as error:
-            self._transport.count_refused_link()
-            logger.warning("kv link from %s refused: %s", self._peer, error)
-            self.close(PeerLost("refused"))
-            return
-        self._greeted = True
-        self._spawn(self._write_loop, "kv-writer")
-        self._read_loop()
-
-    def _greet(self) -> None:
-        connection = self._opened()
-        _tune(connection, self._transport.lease_s)
-        connection.settimeout(_HANDSHAKE_S)
-        try:
-            theirs = self._receive_hello()
-        except Incompatible:
-            self._answer(connection)  # so that the peer, too, sees which versions there are
+            theirs = read_hello(stream)
+        except Incompatible:  # answered so that the peer, too, sees which versions there are
+            stream.say(pack_hello(self._endpoint.hello(LinkRole.RECEIVES_PAGES, bytes(ID_BYTES), 0, 1)))
             raise
-        if not hmac.compare_digest(theirs.key, self._transport.key) or theirs.role is not LinkRole.SENDS_PAGES:
+        if not hmac.compare_digest(theirs.key, self._endpoint.key):
             raise ProtocolViolation("its HELLO does not hold our access key")
-        self._answer(connection)  # also to a peer of another cache: it finds out by itself which field differs
-        self._transport.fingerprint.require_equal(theirs.fingerprint)
-        connection.settimeout(None)
+        try:
+            self._endpoint.fingerprint.require_equal(theirs.fingerprint)
+        except Incompatible as error:
+            self._answer(stream, theirs)  # it finds out by itself which field differs
+            self._refuse_for_good(theirs, error)
+            raise
+        return theirs
 
-    def _answer(self, connection: socket.socket) -> None:
-        connection.sendall(pack_hello(Hello(LinkRole.RECEIVES_PAGES, _NO_KEY, self._transport.fingerprint)))
+    def _answer(self, stream: Stream, theirs: Hello) -> None:
+        role = _OTHER_ROLE[theirs.role]
+        stream.say(pack_hello(self._endpoint.hello(role, theirs.link_id, theirs.index, theirs.num_connections)))
 
-    def _take_write(self, header: Header, head: WriteHead) -> None:
-        if header.payload_bytes != head.num_bytes:
-            raise ProtocolViolation(f"a WRITE of {head.num_bytes} bytes with a payload of {header.payload_bytes}")
-        session_id = self._events.admit(self, head.token, head.layers, head.spans)
-        if session_id is None:
-            self._transport.count_refused_write()
-            self._drain(header.payload_bytes)
-            return
-        region = self._transport.region
-        self._receive(
-            [region.bytes_at(layer, span.offset, span.num_bytes) for layer in head.layers for span in head.spans]
-        )
-        self._events.landed(self, session_id, head.layers, head.spans)
+    def _refuse_for_good(self, theirs: Hello, error: Incompatible) -> None:
+        with self._changed:
+            self._incompatible[theirs.transport_id] = error
+            awaited = self._awaited.get(theirs.transport_id)
+        if awaited is not None:
+            awaited.close(error)
 
-    def _take_message(self, message: bytes) -> None:
-        self._events.notified(self, message)
+    def _stripe_of(self, theirs: Hello) -> LinkEnd:
+        with self._changed:
+            for end in self._ends:
+                if end.expects(theirs):
+                    return end
+        raise ProtocolViolation(f"its HELLO is of connection {theirs.index} of a link that does not live")
 
-    def _drain(self, num_bytes: int) -> None:
-        while num_bytes:
-            part = min(num_bytes, _SCRATCH_BYTES)
-            self._receive([self._scratch[:part]])
-            num_bytes -= part
+    def _end_for(self, theirs: Hello, peer: str) -> tuple[LinkEnd, bool]:
+        """Whose connection is it? And: is the link new, with the caller as its user?"""
+        if theirs.index > 0:
+            return self._stripe_of(theirs), False
+        name = f"{theirs.identity.worker_id or 'a worker'} at {peer}"
+        with self._changed:
+            end: LinkEnd | None = None
+            if theirs.role is LinkRole.RECEIVES_PAGES:
+                end = self._awaited.pop(theirs.transport_id, None)
+            is_new = end is None
+            if end is None:
+                end = self._make_end(theirs, name)
+                self._add(end)
+            end.name(theirs.link_id, theirs.num_connections)
+        return end, is_new
 
-    def _report_lost(self, error: TransferError) -> None:
-        if self._greeted:
-            self._events.lost(self, error)
+    def _make_end(self, theirs: Hello, name: str) -> LinkEnd:
+        """With the lock held."""
+        if theirs.role is LinkRole.SENDS_PAGES:
+            assert self._events is not None, "who listens serves"
+            return ReceiveEnd(self._endpoint, name, theirs.identity, theirs.transport_id, self._forget, self._events)
+        settings = self._endpoint.config.link(self._endpoint.identity.cluster_id, theirs.identity.cluster_id)
+        end = SendEnd(self._endpoint, name, theirs.identity, theirs.transport_id, self._forget, settings, None)
+        replaced = self._offered.get(theirs.transport_id)
+        if replaced is not None:
+            replaced.close(PeerLost(f"{name} dialled again"))
+        self._offered[theirs.transport_id] = end
+        return end
+
+
+def _listen(host: str | None, port: int) -> socket.socket:
+    """A listening socket, on every address of both families where no host is given. Raises OSError."""
+    if host is None:
+        if socket.has_dualstack_ipv6():
+            with suppress(OSError):  # compiled in, but switched off
+                return socket.create_server(("", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True)
+        return socket.create_server(("", port), backlog=_BACKLOG)
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return socket.create_server(address, family=family, backlog=_BACKLOG)
+
+
+def _wake(listener: socket.socket) -> None:
+    with suppress(OSError):  # nobody waits on it
+        listener.shutdown(socket.SHUT_RDWR)

@@ -443,6 +443,36 @@ class GetClusterInfoResponse(_message.Message):
     cluster_links: _containers.RepeatedCompositeFieldContainer[ClusterLinkInfo]
     def __init__(self, workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., num_inflight: _Optional[int] = ..., policy: _Optional[str] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_retries: _Optional[int] = ..., num_resumes: _Optional[int] = ..., internal_tls: _Optional[str] = ..., links: _Optional[_Iterable[_Union[LinkInfo, _Mapping]]] = ..., cluster_links: _Optional[_Iterable[_Union[ClusterLinkInfo, _Mapping]]] = ...) -> None: ...
 
+class LinkCheck(_message.Message):
+    __slots__ = ("from_worker", "to_worker", "path", "num_bytes", "exact", "rate", "rtt_s", "passed", "error", "reason", "num_pairs")
+    FROM_WORKER_FIELD_NUMBER: _ClassVar[int]
+    TO_WORKER_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    RTT_S_FIELD_NUMBER: _ClassVar[int]
+    PASSED_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    from_worker: str
+    to_worker: str
+    path: str
+    num_bytes: int
+    exact: bool
+    rate: float
+    rtt_s: float
+    passed: bool
+    error: str
+    reason: str
+    num_pairs: int
+    def __init__(self, from_worker: _Optional[str] = ..., to_worker: _Optional[str] = ..., path: _Optional[str] = ..., num_bytes: _Optional[int] = ..., exact: _Optional[bool] = ..., rate: _Optional[float] = ..., rtt_s: _Optional[float] = ..., passed: _Optional[bool] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., num_pairs: _Optional[int] = ...) -> None: ...
+
+class CheckLinksRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]

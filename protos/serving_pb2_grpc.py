@@ -59,6 +59,11 @@ class GenerationStub:
                 request_serializer=protos_dot_serving__pb2.GetClusterInfoRequest.SerializeToString,
                 response_deserializer=protos_dot_serving__pb2.GetClusterInfoResponse.FromString,
                 _registered_method=True)
+        self.CheckLinks = channel.unary_stream(
+                '/prfaas.v1.Generation/CheckLinks',
+                request_serializer=protos_dot_serving__pb2.CheckLinksRequest.SerializeToString,
+                response_deserializer=protos_dot_serving__pb2.LinkCheck.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/prfaas.v1.Generation/Abort',
                 request_serializer=protos_dot_serving__pb2.AbortRequest.SerializeToString,
@@ -100,6 +105,13 @@ class GenerationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckLinks(self, request, context):
+        """Tests every pair of a prefill and a decode worker now; one message for each, as it ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Abort(self, request, context):
         """Ends a running request by its id; its Generate stream ends with CANCELLED.
         """
@@ -134,6 +146,11 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.GetClusterInfo,
                     request_deserializer=protos_dot_serving__pb2.GetClusterInfoRequest.FromString,
                     response_serializer=protos_dot_serving__pb2.GetClusterInfoResponse.SerializeToString,
+            ),
+            'CheckLinks': grpc.unary_stream_rpc_method_handler(
+                    servicer.CheckLinks,
+                    request_deserializer=protos_dot_serving__pb2.CheckLinksRequest.FromString,
+                    response_serializer=protos_dot_serving__pb2.LinkCheck.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
@@ -276,6 +293,33 @@ class Generation:
             '/prfaas.v1.Generation/GetClusterInfo',
             protos_dot_serving__pb2.GetClusterInfoRequest.SerializeToString,
             protos_dot_serving__pb2.GetClusterInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckLinks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/prfaas.v1.Generation/CheckLinks',
+            protos_dot_serving__pb2.CheckLinksRequest.SerializeToString,
+            protos_dot_serving__pb2.LinkCheck.FromString,
             options,
             channel_credentials,
             insecure,

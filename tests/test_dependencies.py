@@ -12,6 +12,7 @@ import ast
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -72,25 +73,30 @@ class Tree:
 
     sources: Mapping[str, str]
 
-    @property
+    @cached_property
     def modules(self) -> dict[str, str]:
         """Module name -> path."""
         return {".".join(Path(path).with_suffix("").parts).removesuffix(".__init__"): path for path in self.sources}
 
-    @property
+    @cached_property
     def imports(self) -> list[Import]:
         return [found for module, path in self.modules.items() for found in _imports(module, self.sources[path])]
 
-    def loaded_by(self, module: str) -> set[str]:
-        """Every import target, ours or foreign, that loading ``module`` loads in turn."""
+    @cached_property
+    def _loads(self) -> dict[str, set[str]]:
+        """Module name -> what its own text loads."""
         targets: dict[str, set[str]] = {name: set() for name in self.modules}
         for found in self.imports:
             if found.on_load:
                 targets[found.module].add(found.target)
+        return targets
+
+    def loaded_by(self, module: str) -> set[str]:
+        """Every import target, ours or foreign, that loading ``module`` loads in turn."""
         reached: set[str] = set()
         waiting = [module]
         while waiting:
-            new = targets.get(waiting.pop(), set()) - reached
+            new = self._loads.get(waiting.pop(), set()) - reached
             reached |= new
             waiting += new
         return reached

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 from cluster.certificates import write_files
 from cluster.config import RouterConfig, TlsConfig, WorkerConfig
 from cluster.internal_tls import InternalTls, Proof
+from cluster.link_tester import LinkTester
 from cluster.membership import Membership
 from cluster.router import Router
 from cluster.routing_policy import POLICIES
@@ -207,13 +208,20 @@ async def live_cluster(
     policy: str = "cache_aware",
     router: RouterConfig = ROUTER,
     tls: TlsConfig = PLAIN,
+    self_test: bool = False,
+    differing: Mapping[str, KvTransferConfig] | None = None,
 ) -> AsyncIterator[LiveCluster]:
-    """A service of tiny workers on this machine; torn down whatever happens."""
+    """A service of tiny workers on this machine; torn down whatever happens.
+
+    ``self_test``: links are tested before they are used. ``differing``: worker id |-> its own ``kv_transfer``.
+    """
     clock = WallClock()
     gateway_id = GatewayId("test-gateway")
     internal_tls = InternalTls(tls, ("127.0.0.1",), ClusterId("test"))
     internal = InternalGrpc(internal_tls.open(gateway_id))
-    membership = Membership(router, gateway_id, clock, internal)
+    membership = Membership(router, gateway_id, clock, internal, self_test=self_test)
+    tester = LinkTester(membership, clock, unasked=self_test)
+    tester.start()
     registry = await membership.start("127.0.0.1")
     cluster = LiveCluster(
         membership, Router(membership, POLICIES[policy](), router, clock, gateway_id), internal, registry
@@ -221,7 +229,15 @@ async def live_cluster(
     files = ExitStack()
     roles = [(Role.PREFILL, i) for i in range(num_prefill)] + [(Role.DECODE, i) for i in range(num_decode)]
     configs = [
-        worker_config(f"{role.value}-{i}", role, model, registry, engine, kv_transfer, held)
+        worker_config(
+            f"{role.value}-{i}",
+            role,
+            model,
+            registry,
+            engine,
+            (differing or {}).get(f"{role.value}-{i}", kv_transfer),
+            held,
+        )
         for role, i in roles
         for held in [_on_this_node(internal_tls.proof_of(WorkerId(f"{role.value}-{i}")), files)]
     ]
@@ -242,6 +258,7 @@ async def live_cluster(
             await asyncio.to_thread(host.stop, 1.0)
         for worker in cluster.processes.values():
             await asyncio.to_thread(worker.stop)
+        await tester.close()
         await membership.close()
         files.close()
         internal_tls.close()

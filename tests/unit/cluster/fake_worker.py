@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from core.fingerprint import CacheFingerprint
-from core.link import LinkEstimate
+from core.link import LinkEstimate, ProbeReport
 from core.prefix_hash import PageEvents
 from core.request import FinishReason, Role, SequenceFailure, SequenceSpec, StageStats, TokenChunk, WorkerId
 from protos import wire
@@ -52,6 +52,13 @@ class Visit:
 Hook = Callable[[Visit], Awaitable[None]]
 
 
+Probe = Callable[[pb.ProbeRequest], Awaitable[ProbeReport]]
+
+
+async def passing_probe(request: pb.ProbeRequest) -> ProbeReport:
+    return ProbeReport("fake", num_bytes=4096, exact=True, timed_bytes=4096, seconds=0.001, rtt_s=0.0001)
+
+
 def token_at(prompt: Sequence[int], seed: int, position: int) -> int:
     """The model: a pure function, as sampling is."""
     return (sum(prompt) + 31 * position + 7 * seed) % VOCAB_SIZE
@@ -84,6 +91,8 @@ class FakeWorker(rpc.WorkerServicer):
         self.aborts: list[tuple[str, Role]] = []
         self.links: tuple[LinkEstimate, ...] = ()  # what Watch says of them
         self._page_events: PageEvents | None = None  # said once
+        self.probe: Probe = passing_probe
+        self.probed: list[str] = []  # workers to which a self-test was asked for
         self.watchers: list[float] = []  # interval asked for by each Watch stream
         self.running: dict[str, asyncio.Task[None]] = {}
         self.announced: dict[str, SequenceSpec] = {}
@@ -99,6 +108,7 @@ class FakeWorker(rpc.WorkerServicer):
         rpc.add_WorkerServicer_to_server(self, server)
         rpc.add_PrefillServicer_to_server(_PrefillEdge(self), server)
         rpc.add_DecodeServicer_to_server(_DecodeEdge(self), server)
+        rpc.add_ProbeSenderServicer_to_server(_ProbeEdge(self), server)
         port = self.internal.listen(server, "127.0.0.1:0")
         self.address = f"127.0.0.1:{port}"
         fabric[self.address] = self
@@ -305,6 +315,21 @@ class Refusal(Exception):
 
     code: grpc.StatusCode
     details: str
+
+
+class _ProbeEdge(rpc.ProbeSenderServicer):
+    """The ProbeSender service of a fake worker: its ``probe`` is the link."""
+
+    def __init__(self, worker: FakeWorker) -> None:
+        self._worker = worker
+
+    async def Run(self, request: pb.ProbeRequest, context: Any) -> pb.ProbeReport:  # noqa: N802
+        self._worker.probed.append(request.worker_id)
+        try:
+            report = await self._worker.probe(request)
+        except Refusal as refusal:
+            await context.abort(refusal.code, refusal.details)
+        return wire.probe_to_message(report)
 
 
 class _PrefillEdge(rpc.PrefillServicer):

@@ -1,17 +1,19 @@
 """A router and a membership that play what a test wrote, so that the doors are tested without workers."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from cluster.config import ServiceConfig
 from cluster.generation import Generation
+from cluster.link_tester import Pair, PairResult
 from cluster.metrics import Metrics
 from cluster.tokenizer import Tokenizer
 from cluster.view import ClusterView, Links, ModelInfo, WorkerLoad, WorkerView
 from core.clock import WallClock
 from core.errors import Cancelled, PrfaasError
 from core.fingerprint import CacheFingerprint
+from core.link import ProbeReport
 from core.request import (
     ClusterId,
     EngineId,
@@ -74,6 +76,19 @@ class FixedMembership:
 
     def model(self) -> ModelInfo | None:
         return self.served
+
+
+class ScriptedLinks:
+    """Links whose tests end as a test has set them: ``reports`` by receiving worker, all of prefill-0."""
+
+    def __init__(self) -> None:
+        self.reports = {"decode-0": ProbeReport("tcp", 4096, True, 4096, 1e-6, 0.002)}
+
+    async def test_all(self) -> AsyncIterator[PairResult]:
+        sender = WorkerId("prefill-0")
+        for receiver, report in self.reports.items():
+            pair = Pair(EngineId("e0"), EngineId(receiver), sender, WorkerId(receiver))
+            yield PairResult(pair, report, len(self.reports))
 
 
 @dataclass(frozen=True)
@@ -179,6 +194,7 @@ class Gateway:
     tokenizer: Tokenizer
     router: ScriptedRouter
     membership: FixedMembership
+    links: ScriptedLinks
     metrics: Metrics
     config: ServiceConfig
     clock: WallClock
@@ -191,4 +207,4 @@ def gateway(tokenizer: Tokenizer, answer: str, config: ServiceConfig) -> Gateway
     metrics = Metrics(membership, router, lambda *_: None)
     clock = WallClock()
     generation = Generation(router, membership, tokenizer, metrics, config, clock, seeds=lambda: 7)
-    return Gateway(tokenizer, router, membership, metrics, config, clock, generation)
+    return Gateway(tokenizer, router, membership, ScriptedLinks(), metrics, config, clock, generation)

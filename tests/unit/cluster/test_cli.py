@@ -20,9 +20,12 @@ from cluster.certificates import Authority, write_files
 from cluster.config import ServiceConfig, service_document
 from cluster.grpc_gateway import GrpcGateway
 from cluster.internal_tls import TlsDecision
+from cluster.link_tester import Pair, PairResult
+from cluster.view import LinkView
 from core.credentials import Credentials
 from core.errors import NoRoute, Overloaded, UnsupportedModel
-from core.request import Role
+from core.link import LinkEstimate, ProbeReport
+from core.request import ClusterId, EngineId, Role, WorkerId
 from tests.unit.cluster.conftest import ANSWER
 from tests.unit.cluster.scripted_router import MODEL, Gateway, worker
 
@@ -36,7 +39,9 @@ Run = Callable[..., Coroutine[None, None, object]]
 
 @pytest.fixture
 async def door(service: Gateway) -> AsyncIterator[GrpcGateway]:
-    gateway = GrpcGateway(service.generation, service.router, service.membership, service.config, service.clock, TLS)
+    gateway = GrpcGateway(
+        service.generation, service.router, service.membership, service.links, service.config, service.clock, TLS
+    )
     await gateway.start()
     yield gateway
     await gateway.stop(0)
@@ -182,6 +187,98 @@ async def test_status_json_has_numbers_as_numbers(run):
     assert info["num_retries"] == 2
 
 
+async def test_status_shows_links(service, run):
+    prefill, decode = WorkerId("prefill-0"), WorkerId("decode-0")
+    estimate = LinkEstimate(decode, ClusterId("local"), "tcp+tls1.3", 4, goodput=2e9, rtt_s=0.0125, bytes_sent=1 << 20)
+    link = LinkView(prefill, ClusterId("local"), decode, ClusterId("local"), 0.0, estimate, None, False, "it is cut")
+    service.membership.links = {(prefill, decode): link}
+
+    result = await run("status")
+
+    for words in ("tcp+tls1.3", "untested: it is cut", "2 GB/s", "12.50 ms", "1.0 MiB", "0 of 1"):
+        assert words in result.stdout
+    (shown,) = json.loads((await run("status", "--json")).stdout)["links"]
+    assert (shown["from_worker"], shown["goodput"], shown["state"]) == ("prefill-0", 2e9, "untested")
+
+
+# ---- check ----
+
+
+async def test_check_of_a_running_service_passes_when_every_link_does(run):
+    result = await run("check")
+
+    assert result.exit_code == 0
+    for words in ("prefill-0", "decode-0", "tcp", "4096", "yes", "4.1", "2.00", "works", "1 of 1 links work"):
+        assert words in result.stdout
+
+
+async def test_check_fails_with_the_reason_when_a_link_does(service, run):
+    service.links.reports["decode-1"] = ProbeReport("tcp", error="Corrupted", reason="the digest differs")
+
+    result = await run("check")
+
+    assert result.exit_code == 1
+    assert "Corrupted: the digest differs" in result.stdout
+    assert "1 of 2 links work" in result.stdout
+
+
+async def test_check_prints_json(service, run):
+    service.links.reports["decode-1"] = ProbeReport("tcp", error="PeerLost", reason="gone")
+
+    result = await run("check", "--json")
+
+    document = json.loads(result.stdout)
+    assert (result.exit_code, document["passed"]) == (1, False)
+    assert [(link["to_worker"], link["exact"], link["error"]) for link in document["links"]] == [
+        ("decode-0", True, ""),
+        ("decode-1", False, "PeerLost"),
+    ]
+
+
+async def test_a_check_that_tested_nothing_has_not_passed(service, run):
+    service.links.reports.clear()
+
+    result = await run("check")
+
+    assert (result.exit_code, "there is no link to test" in result.stdout) == (1, True)
+
+
+def test_check_of_a_configuration_runs_its_workers(monkeypatch):
+    pair = Pair(EngineId("a"), EngineId("b"), WorkerId("prefill-0"), WorkerId("decode-0"))
+    asked: list[ServiceConfig] = []
+
+    async def check_links(config, on_result):
+        asked.append(config)
+        print("prfaas: workers ready: all")
+        on_result(PairResult(pair, ProbeReport("tcp", 64, True, 64, 1e-6, 0.001)))
+        return True
+
+    monkeypatch.setattr(cluster.launch, "check_links", check_links)
+    result = invoke("check", LAPTOP, "--set", "engine.page_size=32", "--json")
+
+    assert result.exit_code == 0
+    assert asked[0].engine.page_size == 32
+    assert json.loads(result.stdout)["links"][0]["to_worker"] == "decode-0", "stdout is the document alone"
+
+
+@pytest.mark.parametrize("arguments", [[], [LAPTOP, "--address", "127.0.0.1:1"]])
+def test_check_wants_a_configuration_or_an_address(arguments):
+    result = invoke("check", *arguments)
+
+    assert (result.exit_code, "either a configuration or --address" in result.stderr) == (2, True)
+
+
+def test_check_says_in_one_line_why_workers_did_not_start(monkeypatch):
+    async def check_links(config, on_result):
+        raise NoRoute("no worker")
+
+    monkeypatch.setattr(cluster.launch, "check_links", check_links)
+    result = invoke("check", LAPTOP)
+
+    assert result.exit_code == 1
+    assert "prfaas: no worker" in result.stderr
+
+
 # ---- serve and config ----
 
 
@@ -224,7 +321,18 @@ def test_config_prints_its_schema_and_its_page():
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["serve"], ["generate"], ["chat"], ["status"], ["config"], ["config", "check"], ["certs"], ["certs", "make"]],
+    [
+        [],
+        ["serve"],
+        ["generate"],
+        ["chat"],
+        ["status"],
+        ["check"],
+        ["config"],
+        ["config", "check"],
+        ["certs"],
+        ["certs", "make"],
+    ],
 )
 def test_help_teaches(command):
     result = invoke(*command, "--help")

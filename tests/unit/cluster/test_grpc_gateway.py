@@ -34,7 +34,9 @@ TLS = TlsDecision(True, "workers listen on 10.0.0.5")
 
 @pytest.fixture
 async def door(service: Gateway) -> AsyncIterator[GrpcGateway]:
-    gateway = GrpcGateway(service.generation, service.router, service.membership, service.config, service.clock, TLS)
+    gateway = GrpcGateway(
+        service.generation, service.router, service.membership, service.links, service.config, service.clock, TLS
+    )
     await gateway.start()
     yield gateway
     await gateway.stop(0)
@@ -366,7 +368,9 @@ async def test_reflection_lists_the_services(channel):
 
 async def test_a_taken_port_is_named(service, door):
     config = ServiceConfig(model="m", grpc=GrpcConfig(port=door.port))
-    second = GrpcGateway(service.generation, service.router, service.membership, config, service.clock, TLS)
+    second = GrpcGateway(
+        service.generation, service.router, service.membership, service.links, config, service.clock, TLS
+    )
     with pytest.raises(InvalidConfig) as caught:
         await second.start()
     assert caught.value.key == "grpc.port"

@@ -22,16 +22,27 @@ import pytest
 from cluster.certificates import Authority, private_files, write_files
 from cluster.config import GrpcConfig, HttpConfig, PoolConfig, RouterConfig, ServiceConfig, TlsConfig
 from cluster.internal_tls import IssueProof
-from cluster.launch import EXIT_WRONG_INPUT, Endpoints, NotReadyInTime, resolve_model, serve, serve_async
+from cluster.launch import (
+    EXIT_WRONG_INPUT,
+    Endpoints,
+    NotReadyInTime,
+    check_links,
+    resolve_model,
+    serve,
+    serve_async,
+)
+from cluster.link_tester import PairResult
 from core.credentials import Pem
 from core.errors import InvalidConfig, UnsupportedModel
+from core.link import ProbeReport
 from core.request import Role, WorkerId
+from kv_transfer.config import KvTransferConfig
 from protos import serving_pb2 as pb
 from protos import serving_pb2_grpc as rpc
 from protos import worker_pb2, worker_pb2_grpc
 from protos.channels import InternalGrpc
 from tests.unit.cluster import tiny_tokenizers
-from tests.unit.cluster.fake_worker import FIRST_TOKEN, FakeWorker, Visit
+from tests.unit.cluster.fake_worker import FIRST_TOKEN, FakeWorker, Visit, passing_probe
 from tests.unit.cluster.gateway_and_fakes import PATIENCE_S, register
 
 
@@ -271,6 +282,103 @@ async def test_a_port_in_use_is_an_error_of_the_configuration_and_leaves_nothing
             await serve_async(clash, None, fleet.make)
 
     assert fleet.done == ["join", "start", "stop"]
+
+
+async def failing_probe(request: worker_pb2.ProbeRequest) -> ProbeReport:
+    return ProbeReport("tcp", error="PeerLost", reason="no answer")
+
+
+def break_links(fleet: FakeFleet, *receivers: str) -> None:
+    """Links to these workers fail their self-tests."""
+
+    async def probe(request: worker_pb2.ProbeRequest) -> ProbeReport:
+        return await (failing_probe if request.worker_id in receivers else passing_probe)(request)
+
+    for worker in fleet.workers:
+        worker.probe = probe
+
+
+class BrokenFleet(FakeFleet):
+    """Links to ``broken`` fail."""
+
+    def __init__(self, *broken: str) -> None:
+        super().__init__()
+        self._broken = broken
+
+    def make(self, config: ServiceConfig) -> FakeFleet:
+        super().make(config)
+        break_links(self, *self._broken)
+        return self
+
+
+async def test_the_doors_open_after_every_link_was_tested_and_a_broken_one_is_said_and_shown(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleet = BrokenFleet("decode-1")
+    async with serving(fleet, config(model)) as (_, endpoints):
+        probed = [worker.probed for worker in fleet.workers if worker.role is Role.PREFILL]
+        async with grpc.aio.insecure_channel(endpoints.grpc) as channel:
+            info = await rpc.GenerationStub(channel).GetClusterInfo(pb.GetClusterInfoRequest())
+            answer = [reply async for reply in rpc.GenerationStub(channel).Generate(tokens(3))][-1]
+
+    assert sorted(probed[0]) == ["decode-0", "decode-1"]
+    assert [(link.to_worker, link.state, link.reason) for link in info.links] == [
+        ("decode-0", "usable", ""),
+        ("decode-1", "failed", "PeerLost: no answer"),
+    ]
+    assert (info.cluster_links[0].num_usable, info.cluster_links[0].num_links) == (1, 2)
+    assert answer.complete.timing.decode_worker == "decode-0"
+    said = capsys.readouterr().out
+    assert "link prefill-0 to decode-1 is not used: PeerLost: no answer" in said
+    assert "links tested: 1 of 2 work" in said
+
+
+async def test_a_service_none_of_whose_links_works_does_not_start(model: str) -> None:
+    fleet = BrokenFleet("decode-0", "decode-1")
+
+    with pytest.raises(NotReadyInTime, match=r"no link .* prefill-0 to decode-0: PeerLost: no answer"):
+        await serve_async(config(model, start_timeout_s=1.0), None, fleet.make)
+
+    assert fleet.done == ["join", "start", "stop"]
+
+
+async def test_with_self_tests_off_nothing_is_tested_until_somebody_asks(model: str) -> None:
+    fleet = BrokenFleet("decode-1")
+    off = replace(config(model), kv_transfer=KvTransferConfig(self_test=False))
+    async with serving(fleet, off) as (_, endpoints):
+        probed = [name for worker in fleet.workers for name in worker.probed]
+        async with grpc.aio.insecure_channel(endpoints.grpc) as channel:
+            checks = [check async for check in rpc.GenerationStub(channel).CheckLinks(pb.CheckLinksRequest())]
+
+    assert probed == []
+    verdicts = sorted((check.from_worker, check.to_worker, check.passed, check.num_pairs) for check in checks)
+    assert verdicts == [("prefill-0", "decode-0", True, 2), ("prefill-0", "decode-1", False, 2)]
+
+
+async def test_checking_links_starts_the_workers_tests_each_pair_once_and_stops_them(model: str) -> None:
+    fleet = BrokenFleet("decode-1")
+    results: list[PairResult] = []
+
+    assert await check_links(config(model), results.append, fleet.make)
+
+    assert sorted((result.pair.to_worker, result.report.passed) for result in results) == [
+        ("decode-0", True),
+        ("decode-1", False),
+    ]
+    assert sorted(name for worker in fleet.workers for name in worker.probed) == ["decode-0", "decode-1"]
+    assert fleet.done == ["join", "start", "stop"]
+
+
+async def test_a_signal_ends_a_check_and_its_workers(model: str) -> None:
+    fleet = FakeFleet(num_missing=1)
+    task = asyncio.create_task(check_links(config(model), lambda _: None, fleet.make))
+    while "start" not in fleet.done:
+        await asyncio.sleep(0.01)
+
+    interrupt()
+
+    assert await asyncio.wait_for(task, PATIENCE_S) is False
+    assert fleet.done[-1].startswith("stop")
 
 
 async def test_resolving_gives_the_folder(model: str, tmp_path: Path) -> None:

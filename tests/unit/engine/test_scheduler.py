@@ -745,3 +745,73 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
 TestSchedulerMachine = SchedulerMachine.TestCase
+
+
+# ---- lending ----
+
+
+def test_lent_pages_are_nobodys_until_they_are_back() -> None:
+    bench = Bench(num_pages=16)
+
+    lent = bench.scheduler.lend(3)
+
+    assert len(set(lent)) == 3
+    assert bench.scheduler.load().num_lent == 3
+    assert bench.allocator.num_free == 13
+    bench.scheduler.take_back(lent)
+    assert bench.allocator.whole()
+    assert bench.scheduler.load().num_lent == 0
+
+
+def test_at_most_a_quarter_of_what_nobody_waits_for_is_lent() -> None:
+    bench = Bench(num_pages=16)
+    assert len(bench.scheduler.lend(100)) == 4
+    assert len(bench.scheduler.lend(100)) == 3
+
+    full = Bench(num_pages=4)
+    full.add(spec("a", [1] * 6, max_tokens=2))
+    full.step()
+    assert full.scheduler.lend(1) == (), "the last free page is for the sequence to grow into"
+
+
+def test_lending_never_takes_a_page_of_a_sequence_or_what_the_queue_waits_for() -> None:
+    bench = Bench(num_pages=16)
+    bench.add(spec("a", [1] * 9, max_tokens=3))
+    bench.add(spec("b", [2] * 9, max_tokens=3))
+    bench.step()
+    lent = [page for _ in range(20) for page in bench.scheduler.lend(8)]
+
+    bench.drain()
+
+    assert [len(tokens) for tokens in bench.outputs.values()] == [3, 3]
+    assert lent, "so the sequences ran beside lent pages"
+    assert bench.scheduler.load().num_preemptions == 0
+    bench.scheduler.take_back(lent)
+    assert bench.allocator.whole()
+
+
+def test_cached_prefixes_are_lent_only_when_no_page_is_empty() -> None:
+    bench = Bench(num_pages=4)
+    bench.add(spec("a", [1, 2, 3, 4], max_tokens=1))
+    bench.drain()
+    num_cached = bench.allocator.num_cached
+    assert num_cached >= 1
+
+    lent = [*bench.scheduler.lend(1), *bench.scheduler.lend(1)]
+
+    assert bench.allocator.num_cached == num_cached
+    bench.scheduler.take_back(lent)
+
+
+def test_a_sequence_that_waits_for_lent_pages_starts_when_they_are_back() -> None:
+    bench = Bench(num_pages=4)
+    lent = bench.scheduler.lend(4)
+    bench.add(spec("a", [1] * 7, max_tokens=1))
+    assert bench.scheduler.plan_step(0.0) is None
+    assert not bench.scheduler.has_work
+
+    bench.scheduler.take_back(lent)
+
+    assert bench.scheduler.has_work
+    bench.drain()
+    assert bench.allocator.whole()

@@ -1,71 +1,163 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 from core.errors import Incompatible, ProtocolViolation
 from core.fingerprint import CacheFingerprint
+from core.request import ClusterId, WorkerId
+from kv_transfer.codec import Codec
 from kv_transfer.frames import (
+    CHECK_BYTES,
     HEADER_BYTES,
     KEEPALIVE,
     MAX_HEAD_BYTES,
     MAX_WRITE_PAYLOAD_BYTES,
+    Checksum,
     FrameKind,
+    Header,
     Hello,
     LinkRole,
+    pack_barrier,
     pack_hello,
     pack_message,
     pack_write,
+    parse_barrier,
+    parse_body,
     parse_header,
     parse_hello,
+    parse_keepalive,
+    parse_message,
     parse_write,
 )
-from kv_transfer.transport import PageSpan
+from kv_transfer.transport import PeerIdentity, Span
 
 FINGERPRINT = CacheFingerprint("model", "revision", "bfloat16", 16, "layout")
-HELLO = Hello(LinkRole.SENDS_PAGES, bytes(range(16)), FINGERPRINT)
+IDENTITY = PeerIdentity(WorkerId("w"), ClusterId("c"))
+HELLO = Hello(LinkRole.SENDS_PAGES, bytes(range(16)), FINGERPRINT, IDENTITY, bytes(range(16, 32)), b"l" * 16, 1, 4)
 TOKEN = bytes(16)
-u32 = st.integers(0, 2**32 - 1)
+WRITE = pack_write(TOKEN, range(2, 5), [(64, 32), (0, 7)], 117, checksum=0xFEDCBA9876543210)
+u16, u32, u64 = st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
+ids = st.binary(min_size=16, max_size=16)
 texts = st.text(max_size=30)
-
-
-@given(
+hellos = st.builds(
+    Hello,
     role=st.sampled_from(LinkRole),
-    key=st.binary(min_size=16, max_size=16),
+    key=ids,
     fingerprint=st.builds(CacheFingerprint, texts, texts, texts, u32, texts),
+    identity=st.builds(PeerIdentity, texts, texts),
+    transport_id=ids,
+    link_id=ids,
+    index=st.just(0),
+    num_connections=st.integers(1, 64),
 )
-def test_a_hello_is_read_as_it_was_written(role: LinkRole, key: bytes, fingerprint: CacheFingerprint) -> None:
-    frame = pack_hello(Hello(role, key, fingerprint))
-    header = parse_header(frame[:HEADER_BYTES])
-    assert (header.kind, header.head_bytes) == (FrameKind.HELLO, len(frame) - HEADER_BYTES)
-    assert parse_hello(frame[HEADER_BYTES:]) == Hello(role, key, fingerprint)
+FRAMES = {
+    "hello": pack_hello(HELLO),
+    "write": WRITE,
+    "message": pack_message(3, b"hello"),
+    "barrier": pack_barrier(12),
+    "keepalive": KEEPALIVE,
+}
+
+
+def parse(frame: bytes) -> Any:
+    """A whole frame without its payload, as a reader takes it."""
+    raw, head = frame[:HEADER_BYTES], frame[HEADER_BYTES:]
+    header = parse_header(raw)
+    if header.head_bytes != len(head):
+        raise ProtocolViolation("a reader would have read another head, and its check would fail")
+    if header.kind is FrameKind.HELLO:
+        return parse_hello(raw, head)
+    body = parse_body(raw, head)
+    match header.kind:
+        case FrameKind.WRITE:
+            return header, parse_write(body)
+        case FrameKind.MESSAGE:
+            return parse_message(body)
+        case FrameKind.BARRIER:
+            return parse_barrier(body)
+        case FrameKind.KEEPALIVE:
+            return parse_keepalive(body)
+
+
+def framed(kind: FrameKind, body: bytes, payload_bytes: int = 0) -> bytes:
+    """A frame with a valid guard and check around any body."""
+    header = bytearray(struct.pack("<2sBBIQ", b"KV", kind, 0, len(body) + CHECK_BYTES, payload_bytes))
+    for byte in bytes(header) if kind is not FrameKind.HELLO else b"":
+        header[3] ^= byte
+    return bytes(header) + body + struct.pack("<Q", xxh3_64_intdigest(bytes(header) + body))
+
+
+def write_of(
+    *, layers: int = 1, codec: int = 0, algorithm: int = 0, spans: int = 1, checksum: int = 0, num_bytes: int = 1
+) -> bytes:
+    """A WRITE with one span, which says that it has ``spans``."""
+    body = struct.pack("<16sHHBBHQQI", TOKEN, 0, layers, codec, algorithm, spans, checksum, 0, num_bytes)
+    return framed(FrameKind.WRITE, body)
+
+
+@given(hellos)
+def test_a_hello_is_read_as_it_was_written(hello: Hello) -> None:
+    assert parse(pack_hello(hello)) == hello
 
 
 @given(
-    token=st.binary(min_size=16, max_size=16),
-    layer=u32,
-    spans=st.lists(st.tuples(u32, st.integers(1, 2**32 - 1)), min_size=1, max_size=20),
+    token=ids,
+    layers=st.tuples(u16, st.integers(1, 2**16 - 1)),
+    spans=st.lists(st.tuples(u64, st.integers(1, 2**32 - 1)), min_size=1, max_size=20),
     payload_bytes=st.integers(0, MAX_WRITE_PAYLOAD_BYTES),
+    codec=st.sampled_from(Codec),
+    checksum=st.none() | u64,
 )
 def test_a_write_is_read_as_it_was_written(
-    token: bytes, layer: int, spans: list[tuple[int, int]], payload_bytes: int
+    token: bytes,
+    layers: tuple[int, int],
+    spans: list[tuple[int, int]],
+    payload_bytes: int,
+    codec: Codec,
+    checksum: int | None,
 ) -> None:
-    frame = pack_write(token, layer, spans, payload_bytes)
-    header = parse_header(frame[:HEADER_BYTES])
-    head = parse_write(frame[HEADER_BYTES:])
+    wanted = range(layers[0], layers[0] + layers[1])
+    header, head = parse(pack_write(token, wanted, spans, payload_bytes, codec, checksum))
     assert (header.kind, header.payload_bytes) == (FrameKind.WRITE, payload_bytes)
-    assert (head.token, head.layer) == (token, layer)
-    assert head.spans == tuple(PageSpan(first, count) for first, count in spans)
+    assert (head.token, head.layers, head.codec) == (token, wanted, codec)
+    assert (head.algorithm, head.checksum) == ((Checksum.NONE, 0) if checksum is None else (Checksum.XXH3, checksum))
+    assert head.spans == tuple(Span(offset, num_bytes) for offset, num_bytes in spans)
 
 
-def test_a_message_is_its_head_and_a_keepalive_is_nothing() -> None:
-    frame = pack_message(b"hello")
-    assert parse_header(frame[:HEADER_BYTES]).kind is FrameKind.MESSAGE
-    assert frame[HEADER_BYTES:] == b"hello"
-    assert parse_header(KEEPALIVE).kind is FrameKind.KEEPALIVE
+@given(u64, st.binary(max_size=100))
+def test_a_message_is_read_with_its_barrier(barrier: int, message: bytes) -> None:
+    assert parse(pack_message(barrier, message)) == (barrier, message)
+
+
+@given(u64)
+def test_a_barrier_is_its_number(number: int) -> None:
+    assert parse(pack_barrier(number)) == number
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_one_flipped_bit_anywhere_never_parses(name: str) -> None:
+    frame = FRAMES[name]
+    parse(frame)
+    for bit in range(8 * len(frame)):
+        damaged = bytearray(frame)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ProtocolViolation):
+            parse(bytes(damaged))
+
+
+@pytest.mark.parametrize("name", [name for name in FRAMES if name != "hello"])
+def test_a_flipped_bit_of_a_length_is_seen_in_the_header_alone(name: str) -> None:
+    for bit in range(8 * HEADER_BYTES):
+        damaged = bytearray(FRAMES[name][:HEADER_BYTES])
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ProtocolViolation):
+            parse_header(damaged)
 
 
 @given(st.binary(min_size=HEADER_BYTES, max_size=HEADER_BYTES))
@@ -74,68 +166,74 @@ def test_any_header_is_bounded_or_a_violation(data: bytes) -> None:
         header = parse_header(data)
     except ProtocolViolation:
         return
-    assert header.head_bytes <= MAX_HEAD_BYTES
+    assert CHECK_BYTES <= header.head_bytes <= MAX_HEAD_BYTES
     assert header.payload_bytes <= MAX_WRITE_PAYLOAD_BYTES
 
 
 @pytest.mark.parametrize(
-    "header",
+    "frame",
     [
-        pytest.param(struct.pack("<2sBBIQ", b"GE", 2, 0, 0, 0), id="magic"),
-        pytest.param(struct.pack("<2sBBIQ", b"KV", 9, 0, 0, 0), id="kind"),
-        pytest.param(struct.pack("<2sBBIQ", b"KV", 2, 1, 0, 0), id="zero byte"),
-        pytest.param(struct.pack("<2sBBIQ", b"KV", 3, 0, 2**31, 0), id="huge head"),
-        pytest.param(struct.pack("<2sBBIQ", b"KV", 2, 0, 32, 2**40), id="huge payload"),
-        pytest.param(struct.pack("<2sBBIQ", b"KV", 3, 0, 10, 1), id="message with payload"),
-        pytest.param(struct.pack("<2sBBIQ", b"KV", 4, 0, 1, 0), id="keepalive with head"),
+        pytest.param(b"GET / HTTP/1.1\r\n" + bytes(8), id="another protocol"),
+        pytest.param(framed(FrameKind.MESSAGE, b"", 1), id="message with payload"),
+        pytest.param(framed(FrameKind.MESSAGE, bytes(7)), id="message without a barrier"),
+        pytest.param(framed(FrameKind.MESSAGE, bytes(MAX_HEAD_BYTES)), id="huge head"),
+        pytest.param(framed(FrameKind.WRITE, b"", 2**40), id="huge payload"),
+        pytest.param(framed(FrameKind.KEEPALIVE, b"x"), id="keepalive with body"),
+        pytest.param(framed(FrameKind.BARRIER, bytes(9)), id="long barrier"),
+        pytest.param(write_of(codec=9), id="codec"),
+        pytest.param(write_of(algorithm=7), id="algorithm"),
+        pytest.param(write_of(checksum=5), id="checksum"),
+        pytest.param(framed(FrameKind.WRITE, struct.pack("<16sHHBBHQ", TOKEN, 0, 1, 0, 0, 0, 0)), id="no spans"),
+        pytest.param(write_of(layers=0), id="no layers"),
+        pytest.param(write_of(spans=2), id="too few spans"),
+        pytest.param(write_of(num_bytes=0), id="empty span"),
+        pytest.param(framed(FrameKind.HELLO, b""), id="empty hello"),
+        pytest.param(framed(FrameKind.HELLO, pack_hello(HELLO)[HEADER_BYTES:-12]), id="hello cut short"),
     ],
 )
-def test_a_wrong_header_is_a_violation(header: bytes) -> None:
+def test_a_frame_that_makes_no_sense_is_a_violation(frame: bytes) -> None:
     with pytest.raises(ProtocolViolation):
-        parse_header(header)
+        parse(frame)
 
 
-@given(st.binary(max_size=120))
-def test_any_write_head_parses_or_is_a_violation(data: bytes) -> None:
+@pytest.mark.parametrize(("index", "num_connections"), [(1, 1), (0, 0), (0, 65), (9, 4)])
+def test_a_connection_outside_its_link_is_a_violation(index: int, num_connections: int) -> None:
+    body = bytearray(pack_hello(HELLO)[HEADER_BYTES:-CHECK_BYTES])
+    struct.pack_into("<HH", body, len(body) - 4, index, num_connections)
+    with pytest.raises(ProtocolViolation):
+        parse(framed(FrameKind.HELLO, bytes(body)))
+
+
+@given(
+    st.sampled_from([FrameKind.HELLO, FrameKind.WRITE, FrameKind.MESSAGE, FrameKind.BARRIER]), st.binary(max_size=150)
+)
+def test_any_body_parses_or_is_refused(kind: FrameKind, body: bytes) -> None:
     try:
-        head = parse_write(data)
-    except ProtocolViolation:
+        parsed = parse(framed(kind, body))
+    except (ProtocolViolation, Incompatible):
         return
-    assert head.num_pages >= 1
+    match parsed:
+        case Hello():
+            assert pack_hello(parsed) == framed(kind, body)
+        case (Header(), head):
+            assert head.num_bytes >= 1
+        case (barrier, message):
+            assert pack_message(barrier, message) == framed(kind, body)
+        case number:
+            assert pack_barrier(number) == framed(kind, body)
 
 
 @pytest.mark.parametrize(
-    "head",
+    ("version", "head"),
     [
-        pytest.param(struct.pack("<16sIBBHQII", TOKEN, 0, 1, 0, 1, 0, 0, 1), id="codec"),
-        pytest.param(struct.pack("<16sIBBHQII", TOKEN, 0, 0, 1, 1, 0, 0, 1), id="checksum algorithm"),
-        pytest.param(struct.pack("<16sIBBHQ", TOKEN, 0, 0, 0, 0, 0), id="no spans"),
-        pytest.param(struct.pack("<16sIBBHQII", TOKEN, 0, 0, 0, 2, 0, 0, 1), id="fewer spans than said"),
-        pytest.param(struct.pack("<16sIBBHQII", TOKEN, 0, 0, 0, 1, 0, 0, 0), id="empty span"),
+        pytest.param(1, struct.pack("<HB16sI", 1, 1, bytes(16), 16) + 4 * b"\0\0", id="the first, without a check"),
+        pytest.param(7, None, id="a later one"),
     ],
 )
-def test_a_wrong_write_head_is_a_violation(head: bytes) -> None:
-    with pytest.raises(ProtocolViolation):
-        parse_write(head)
-
-
-@given(st.binary(max_size=120))
-def test_any_hello_parses_or_is_refused(data: bytes) -> None:
-    try:
-        hello = parse_hello(data)
-    except (ProtocolViolation, Incompatible):
-        return
-    assert pack_hello(hello)[HEADER_BYTES:] == data
-
-
-@given(st.data())
-def test_a_hello_that_is_cut_anywhere_is_a_violation(data: st.DataObject) -> None:
-    head = pack_hello(HELLO)[HEADER_BYTES:]
-    with pytest.raises(ProtocolViolation):
-        parse_hello(head[: data.draw(st.integers(0, len(head) - 1))])
-
-
-def test_a_hello_of_another_version_is_incompatible_whatever_follows() -> None:
+def test_a_hello_of_another_version_is_incompatible_whatever_follows(version: int, head: bytes | None) -> None:
+    frame = framed(FrameKind.HELLO, struct.pack("<H", version) + b"who knows")
+    if head is not None:
+        frame = struct.pack("<2sBBIQ", b"KV", 1, 0, len(head), 0) + head
     with pytest.raises(Incompatible) as caught:
-        parse_hello(struct.pack("<H", 7) + b"who knows")
-    assert caught.value.theirs == "7"
+        parse(frame)
+    assert (caught.value.ours, caught.value.theirs) == ("2", str(version))

@@ -11,7 +11,7 @@ import pytest
 from core.clock import VirtualClock
 from core.errors import PeerLost
 from core.request import ClusterId, WorkerId
-from kv_transfer.link_monitor import FORGET_S, MAX_PEERS, TICK_S, LinkMonitor, fills_its_link
+from kv_transfer.link_monitor import FORGET_S, MAX_PEERS, TICK_S, LinkMonitor, timed_part
 from kv_transfer.session import SendReport
 from kv_transfer.transport import LinkStats, PeerIdentity
 
@@ -121,7 +121,7 @@ def test_two_links_to_one_worker_are_one_estimate() -> None:
     assert (estimate.rtt_s, estimate.min_rtt_s) == (pytest.approx(0.02), 0.01)
 
 
-def test_transfers_make_the_fit_and_the_goodput_of_a_path_without_books() -> None:
+def test_transfers_make_the_fit_and_the_rate_of_a_path_without_books() -> None:
     monitor = LinkMonitor(VirtualClock())
     for size in (1, 2, 4, 8, 16, 32):
         monitor.transferred(PEER, size * MB, 0.01 + size / 100)
@@ -129,22 +129,31 @@ def test_transfers_make_the_fit_and_the_goodput_of_a_path_without_books() -> Non
     (estimate,) = monitor.estimates()
     assert estimate.fit_beta == pytest.approx(100 * MB, rel=0.02)
     assert estimate.fit_t0_s == pytest.approx(0.01, rel=0.1)
-    assert estimate.goodput == pytest.approx(32 * MB / 0.33, rel=0.1)
+    assert (estimate.goodput, estimate.rate) == (None, estimate.fit_beta)
     assert estimate.samples == 6
 
 
+def test_a_transfer_of_less_than_two_round_trips_tells_nothing_of_bytes() -> None:
+    wire = Wire()  # 10 ms
+    wire.monitor.transferred(PEER, 1000, 0.015)
+    assert wire.monitor.estimates()[0].fit_beta is None
+
+    wire.monitor.transferred(PEER, 10 * MB, 0.11)
+    assert wire.monitor.estimates()[0].samples == 1
+
+
 @pytest.mark.parametrize(
-    ("report", "fills"),
+    ("report", "part"),
     [
-        (SendReport(None, 100, 1, transfer_s=1.0, exposed_s=1.0), True),
-        (SendReport(None, 100, 1, transfer_s=1.0, exposed_s=0.1), False),
-        (SendReport(None, 0, 0, transfer_s=1.0, exposed_s=1.0), False),
-        (SendReport(PeerLost("gone"), 100, 1, transfer_s=1.0, exposed_s=1.0), False),
+        (SendReport(None, 100, 1, transfer_s=2.0, exposed_s=0.5, tail_bytes=40), (40, 0.5)),
+        (SendReport(None, 100, 1, transfer_s=2.0, exposed_s=9.0, tail_bytes=100), (100, 2.0)),
+        (SendReport(None, 100, 1, transfer_s=1.0, exposed_s=0.1), None),
+        (SendReport(PeerLost("gone"), 100, 1, transfer_s=1.0, exposed_s=1.0, tail_bytes=40), None),
     ],
-    ids=["all behind the commit", "streamed while computed", "no bytes", "failed"],
+    ids=["streamed while computed", "the grant came after the commit", "nothing was left", "failed"],
 )
-def test_only_transfers_that_filled_the_link_tell_of_it(report: SendReport, fills: bool) -> None:
-    assert fills_its_link(report) is fills
+def test_only_what_was_left_at_the_commit_tells_of_the_link(report: SendReport, part: tuple[int, float] | None) -> None:
+    assert timed_part(report) == part
 
 
 def test_a_fall_to_tcp_is_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,135 @@
+"""How does the command show what a service told it? Messages of the public API as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
+
+from protos import serving_pb2 as pb
+
+
+def timing_table(complete: pb.GenerateComplete) -> Table:
+    """Where one continuation was computed, and where its time went."""
+    timing, usage = complete.timing, complete.usage
+    table = Table(show_header=False, box=None, pad_edge=False)
+    rows = (
+        ("prefilled on", timing.prefill_worker or timing.decode_worker),
+        ("decoded on", timing.decode_worker or timing.prefill_worker),
+        ("because", timing.route_reason),
+        ("prompt tokens", f"{usage.prompt_tokens} ({usage.cached_tokens} cached)"),
+        ("generated tokens", str(usage.completion_tokens)),
+        ("shipped", _bytes(timing.bytes_shipped)),
+        ("tokenise, route", f"{timing.tokenize_s:.3f} s, {timing.route_s:.3f} s"),
+        ("prefill", f"{timing.prefill_s:.3f} s after {timing.prefill_queue_s:.3f} s in the queue"),
+        ("transfer", f"{timing.transfer_s:.3f} s, of which {timing.exposed_transfer_s:.3f} s after the first token"),
+        ("decode", f"{timing.decode_s:.3f} s after {timing.decode_queue_s:.3f} s in the queue"),
+        ("first token, all", f"{timing.ttft_s:.3f} s, {timing.total_s:.3f} s"),
+        ("tries", str(timing.num_attempts)),
+    )
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def worker_table(workers: Iterable[pb.WorkerInfo]) -> Table:
+    """Every worker, with its load."""
+    numbers = ("run", "wait", "pages", "cached", "sessions", "sent", "received", "prompt", "generated")
+    table = _table(("worker", "role", "state"), numbers)
+    for worker in workers:
+        table.add_row(
+            worker.worker_id,
+            worker.role,
+            worker.state,
+            str(worker.num_running),
+            str(worker.num_waiting),
+            f"{worker.pages_total - worker.pages_free}/{worker.pages_total}",
+            str(worker.pages_cached),
+            str(worker.num_sessions),
+            _bytes(worker.bytes_sent),
+            _bytes(worker.bytes_received),
+            str(worker.prompt_tokens),
+            str(worker.generated_tokens),
+        )
+    return table
+
+
+def link_table(links: Iterable[pb.LinkInfo]) -> Table:
+    """Every ordered pair of workers, with what is known of the path between them."""
+    table = _table(("from", "to", "path", "state"), ("rate", "RTT", "connections", "queued", "sent", "resent", "age"))
+    for link in links:
+        table.add_row(
+            link.from_worker,
+            link.to_worker,
+            link.path or "-",
+            f"{link.state}: {link.reason}" if link.reason else link.state,
+            _rate(link.rate if link.HasField("rate") else None),
+            _milliseconds(link.rtt_s if link.HasField("rtt_s") else None),
+            str(link.connections),
+            _bytes(link.bytes_queued),
+            _bytes(link.bytes_sent),
+            str(link.retransmits),
+            f"{link.age_s:.0f} s" if link.HasField("age_s") else "-",
+        )
+    return table
+
+
+def check_table(links: Iterable[pb.LinkCheck]) -> Table:
+    """The verdict of each self-test."""
+    table = _table(("from", "to", "path"), ("bytes", "exact", "GB/s", "RTT ms"))
+    table.add_column("verdict", overflow="fold")
+    for link in links:
+        table.add_row(
+            link.from_worker,
+            link.to_worker,
+            link.path or "-",
+            str(link.num_bytes),
+            "yes" if link.exact else "no",
+            f"{link.rate / 1e9:.3g}" if link.HasField("rate") else "-",
+            f"{link.rtt_s * 1e3:.2f}" if link.HasField("rtt_s") else "-",
+            "works" if link.passed else f"{link.error}: {link.reason}",
+        )
+    return table
+
+
+def cluster_link_table(pairs: Iterable[pb.ClusterLinkInfo]) -> Table:
+    """Every ordered pair of clusters."""
+    table = _table(("from cluster", "to cluster", "path"), ("usable", "now", "capacity", "in use", "RTT", "queued"))
+    for pair in pairs:
+        table.add_row(
+            pair.from_cluster,
+            pair.to_cluster,
+            ", ".join(pair.paths) or "-",
+            f"{pair.num_usable} of {pair.num_links}",
+            _rate(pair.throughput),
+            _rate(pair.capacity if pair.HasField("capacity") else None),
+            f"{pair.utilisation:.0%}" if pair.HasField("utilisation") else "-",
+            _milliseconds(pair.rtt_s if pair.HasField("rtt_s") else None),
+            _bytes(pair.bytes_queued),
+        )
+    return table
+
+
+def _table(words: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in words:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", overflow="fold")
+    return table
+
+
+def _rate(bytes_per_s: float | None) -> str:
+    return "-" if bytes_per_s is None else f"{bytes_per_s / 1e9:.3g} GB/s"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f} ms"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

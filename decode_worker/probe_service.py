@@ -1,0 +1,52 @@
+"""The gRPC edge of a self-test's receiving end: messages in, calls of ProbeReceiver out, errors to status codes."""
+
+from __future__ import annotations
+
+import grpc
+
+from core.errors import PrfaasError
+from core.fingerprint import CacheFingerprint
+from core.request import SessionId
+from decode_worker.link_probe import ProbeReceiver
+from protos import transfer_status, wire
+from protos import worker_pb2 as pb
+from protos import worker_pb2_grpc as rpc
+
+MAX_WAIT_S = 60.0
+
+
+class ProbeReceiverService(rpc.ProbeReceiverServicer):
+    """``prfaas.worker.v1.ProbeReceiver``."""
+
+    def __init__(self, receiver: ProbeReceiver, fingerprint: CacheFingerprint) -> None:
+        self._receiver = receiver
+        self._fingerprint = fingerprint
+
+    async def Grant(  # noqa: N802
+        self, request: pb.ProbeGrantRequest, context: grpc.aio.ServicerContext[pb.ProbeGrantRequest, pb.GrantReply]
+    ) -> pb.GrantReply:
+        try:
+            self._fingerprint.require_equal(wire.fingerprint_from_message(request.fingerprint))
+            session_id = SessionId(request.session_id)
+            grant = await self._receiver.grant(session_id, request.max_pages, request.sender_descriptor)
+        except PrfaasError as error:
+            await transfer_status.abort(context, error)
+        return pb.GrantReply(
+            token=grant.token,
+            first_page=grant.first_page,
+            pages=grant.pages,
+            transport_descriptor=grant.descriptor,
+            lease_s=grant.lease_s,
+        )
+
+    async def Digest(  # noqa: N802
+        self,
+        request: pb.ProbeDigestRequest,
+        context: grpc.aio.ServicerContext[pb.ProbeDigestRequest, pb.ProbeDigestReply],
+    ) -> pb.ProbeDigestReply:
+        wait_s = min(max(request.wait_s, 0.0), MAX_WAIT_S)
+        try:
+            arrived = await self._receiver.digest(SessionId(request.session_id), wait_s)
+        except PrfaasError as error:
+            await transfer_status.abort(context, error)
+        return pb.ProbeDigestReply(digest=arrived.digest, num_bytes=arrived.num_bytes)

@@ -1,0 +1,167 @@
+"""Links of a real service: tested before they are used, watched while they are, and checked by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.config import TlsConfig
+from cluster.front_door import not_ready_reason
+from cluster.view import ClusterView
+from engine.config import EngineConfig
+from kv_transfer.config import KvTransferConfig
+from tests.cluster.live_cluster import live_cluster
+from tests.cluster.reference import ReferenceModel
+from tests.tiny_models import save_tiny_model
+from tests.unit.cluster import tiny_tokenizers
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 60.0
+NUM_PAGES = 256
+ENGINE = EngineConfig(dtype="float32", page_size=16, num_pages=NUM_PAGES, max_batch_tokens=64, threads=1)
+TCP = KvTransferConfig(host="127.0.0.1")
+
+pytestmark = pytest.mark.timeout(240)
+one_family = pytest.mark.parametrize("family", ["llama"])
+
+
+def all_tested(view: ClusterView) -> bool:
+    return bool(view.links) and all(link.probe is not None for link in view.links.values())
+
+
+@one_family
+@pytest.mark.parametrize("mode", ["off", "on"])
+async def test_every_pair_passes_its_self_test_and_then_carries_requests(
+    family: str, tiny_model: ReferenceModel, mode: str
+) -> None:
+    async with live_cluster(
+        str(tiny_model.folder),
+        engine=ENGINE,
+        num_prefill=2,
+        num_decode=2,
+        kv_transfer=TCP,
+        self_test=True,
+        policy="round_robin",
+        tls=TlsConfig(mode=mode),
+    ) as cluster:
+        assert await cluster.membership.wait_until(all_tested, PATIENCE_S)
+        links = cluster.membership.view().links
+        assert len(links) == 4
+        assert all(link.usable and link.probe is not None and link.probe.exact for link in links.values()), links
+        assert not_ready_reason(cluster.membership) is None
+        for prompt in tiny_model.prompts[:4]:
+            answer = await cluster.generate(prompt)
+            assert answer.tokens == tiny_model.expected(prompt, 16)
+        await cluster.check_integrity()
+        assert await cluster.membership.wait_until(
+            lambda view: any(link.estimate is not None for link in view.links.values()), PATIENCE_S
+        )
+
+
+@one_family
+async def test_a_pair_that_cannot_exchange_bytes_is_reported_and_not_used(
+    family: str, tiny_model: ReferenceModel
+) -> None:
+    """decode-1 listens on another transport than the others speak: nothing can reach its pages."""
+    async with live_cluster(
+        str(tiny_model.folder),
+        engine=ENGINE,
+        num_decode=2,
+        kv_transfer=TCP,
+        self_test=True,
+        policy="round_robin",
+        differing={"decode-1": KvTransferConfig(transport="local")},
+    ) as cluster:
+        assert await cluster.membership.wait_until(all_tested, PATIENCE_S)
+        (good, bad) = (cluster.membership.view().links["prefill-0", name] for name in ("decode-0", "decode-1"))
+        assert good.usable
+        assert not bad.usable
+        assert bad.reason.startswith("ProtocolViolation: "), bad
+        for _ in range(4):
+            answer = await cluster.generate(tiny_model.prompts[0])
+            assert (answer.timing.prefill_worker, answer.timing.decode_worker) == ("prefill-0", "decode-0")
+        await cluster.check_integrity()
+
+
+@one_family
+async def test_a_service_none_of_whose_pairs_works_is_not_ready(family: str, tiny_model: ReferenceModel) -> None:
+    async with live_cluster(
+        str(tiny_model.folder),
+        engine=ENGINE,
+        kv_transfer=TCP,
+        self_test=True,
+        differing={"decode-0": KvTransferConfig(transport="local")},
+    ) as cluster:
+        assert "not tested yet" in (not_ready_reason(cluster.membership) or "not tested yet")
+        assert await cluster.membership.wait_until(all_tested, PATIENCE_S)
+
+        reason = not_ready_reason(cluster.membership)
+
+        assert reason is not None
+        assert "prefill-0 to decode-0: ProtocolViolation" in reason
+        assert cluster.membership.probes_by_outcome["ProtocolViolation"] >= 1
+        await cluster.check_integrity()
+
+
+@pytest.fixture
+def service_folder(tmp_path: Path) -> Path:
+    """A model of random weights, with a tokenizer."""
+    folder = save_tiny_model("llama", tmp_path)
+    tiny_tokenizers.save(folder)
+    return Path(folder)
+
+
+def check(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    config = folder / "service.yaml"
+    config.write_text(
+        json.dumps(
+            {
+                "model": str(folder),
+                "engine": {"dtype": "float32", "num_pages": 64, "page_size": 16, "threads": 1},
+                "prefill": {"num_cpus": 0},
+                "decode": {"num_cpus": 0, "count": 2},
+            }
+        )
+    )
+    return subprocess.run(
+        [sys.executable, "-m", "cluster", "check", str(config), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=200,
+        check=False,
+    )
+
+
+def test_prfaas_check_tests_what_a_configuration_describes(
+    service_folder: Path,
+) -> None:
+    done = check(service_folder)
+
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 links work" in done.stdout
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("prefill-0")]
+    assert [(line[1], line[4], line[-1]) for line in lines] == [
+        ("decode-0", "yes", "works"),
+        ("decode-1", "yes", "works"),
+    ]
+
+
+def test_prfaas_check_fails_with_the_reason_when_a_pair_is_broken(
+    service_folder: Path,
+) -> None:
+    """Pages of another dtype are another cache: no byte may travel."""
+    done = check(service_folder, "--json", "--set", "decode.engine.dtype=bfloat16", "--set", "decode.count=1")
+
+    assert done.returncode == 1, done.stderr
+    document = json.loads(done.stdout)
+    assert document["passed"] is False
+    (link,) = document["links"]
+    assert (link["error"], link["exact"]) == ("Incompatible", False)
+    assert "dtype differs" in link["reason"]
