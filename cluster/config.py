@@ -215,13 +215,8 @@ class ServiceConfig:
             "must not be http.port",
             self.grpc.port,
         )
-        prefill, decode = self.engine_for(Role.PREFILL), self.engine_for(Role.DECODE)
-        _require(
-            prefill.page_size == decode.page_size,
-            "decode.engine.page_size",
-            f"must equal the prefill pool's ({prefill.page_size}): pages are copied as they are",
-            decode.page_size,
-        )
+        for role in Role:
+            self.engine_for(role)  # raises for what a pool's own engine section has wrong
 
     @property
     def model_name(self) -> str:

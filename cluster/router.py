@@ -53,7 +53,7 @@ from core.errors import (
     PrfaasError,
     SequenceFailed,
 )
-from core.prefix_hash import PageHash, extend_page_hashes
+from core.prefix_hash import PageHash, extend_page_hashes, tenant_of
 from core.request import (
     EngineId,
     FinishReason,
@@ -385,7 +385,13 @@ class Router:
             if attempt.ended:
                 return
             stage = Role.PREFILL
-            await attempt.prefill.prefill(spec, attempt.session_id, attempt.route.decode.address)
+            await attempt.prefill.prefill(
+                spec,
+                attempt.session_id,
+                attempt.route.decode.address,
+                tenant_of(spec.salt),
+                continuation.deadline_s(self._clock.now()),
+            )
         except PrfaasError as error:
             if attempt.ended:
                 return
@@ -518,6 +524,11 @@ class _Continuation:
         """Does the route use an engine that failed this continuation?"""
         workers = (route.prefill, route.decode)
         return any(worker is not None and worker.engine_id in self.excluded for worker in workers)
+
+    def deadline_s(self, now: float) -> float | None:
+        """Seconds until the request's deadline; None if it has none."""
+        deadline_at = self._request.deadline_at
+        return None if deadline_at is None else max(0.0, deadline_at - now)
 
     def page_hashes(self, page_size: int) -> Sequence[PageHash]:
         """Digests of the full pages of every known token; those that were computed before are kept."""

@@ -2,7 +2,7 @@
 
 Invariants, of every policy:
 - only workers of ``view.ready(role)`` are chosen: live lease, not draining, advertising the role;
-- a prefill worker is paired only with a decode worker of an equal cache fingerprint, on a link that may be used;
+- a prefill worker is paired only with a decode worker whose pool may take its K/V, on a link that may be used;
 - an engine that failed this sequence before (``excluded``) is chosen only when nothing else is left;
 - equal arguments give equal routes, and every route says why it was taken.
 
@@ -172,7 +172,7 @@ class _Candidates:
         if not self.prefill:
             return "no prefill worker is ready"
         try:
-            self.prefill[0].model.fingerprint.require_equal(decode.model.fingerprint)
+            self.prefill[0].model.fingerprint.require_compatible(decode.model.fingerprint)
         except Incompatible as error:
             return f"no prefill worker holds the same cache ({self.prefill[0].worker_id}: {error.field} differs)"
         links = (self.view.link(w.worker_id, decode.worker_id) for w in self.prefill)
@@ -205,8 +205,8 @@ def _shippable(
 
 
 def _may_pair(view: ClusterView, prefill: WorkerView, decode: WorkerView) -> bool:
-    """Do both hold the same cache, and does the link between them work?"""
-    return prefill.model.fingerprint == decode.model.fingerprint and view.can_ship(prefill, decode)
+    """May the K/V of one be put into the pool of the other, and does the link between them work?"""
+    return prefill.model.fingerprint.compatible(decode.model.fingerprint) and view.can_ship(prefill, decode)
 
 
 def _avoid(workers: tuple[WorkerView, ...], excluded: frozenset[EngineId]) -> tuple[WorkerView, ...]:

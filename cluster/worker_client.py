@@ -153,9 +153,17 @@ class WorkerClient:
         if self._deliver.pop(sequence_id, None) is not None:
             self.on_change()
 
-    async def prefill(self, spec: SequenceSpec, session_id: SessionId, decode_address: str) -> None:
+    async def prefill(
+        self,
+        spec: SequenceSpec,
+        session_id: SessionId,
+        decode_address: str,
+        tenant: str = "",
+        deadline_s: float | None = None,
+    ) -> None:
         """Queue the sequence for one token, its KV to be shipped under ``session_id`` to the worker at that address.
 
+        Tenants share links; ``deadline_s``: seconds from now in which the first token is wanted.
         Raises ``PeerLost``, ``InvalidRequest`` or ``SequenceFailed``; so do the other calls.
         """
         request = pb.PrefillRequest(
@@ -163,6 +171,8 @@ class WorkerClient:
             sequence=spec_to_message(spec),
             session_id=session_id,
             decode_address=decode_address,
+            tenant=tenant,
+            deadline_s=deadline_s,
         )
         await self._call(self._prefill.Prefill, request)
 

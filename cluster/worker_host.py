@@ -203,7 +203,15 @@ class _Parts(rpc.WorkerServicer):
         self._transport = create_transport(kv_transfer, self._fingerprint, clock, identity, config.credentials)
         self._transport.register(_region(engine))
         self._internal = InternalGrpc(config.credentials)
-        self._grants = GrantClient(engine_id, self._fingerprint, config.kv_transfer.grant_wait_s, self._internal)
+        kv_layout = self._layout.kv_layout()
+        self._grants = GrantClient(
+            engine_id,
+            self._fingerprint,
+            kv_layout,
+            self._transport.describe,
+            config.kv_transfer.grant_wait_s,
+            self._internal,
+        )
         self._prefill = PrefillWorker(
             config.worker_id,
             thread,
@@ -220,6 +228,7 @@ class _Parts(rpc.WorkerServicer):
             thread,
             page_size=self._layout.page_size,
             check=engine.check,
+            reserve=engine.reserve,
             publish=self._outputs.publish,
             read_commit=_read_commit,
         )
@@ -229,9 +238,9 @@ class _Parts(rpc.WorkerServicer):
         self._prober = LinkProber(loans, self._transport, self._links, config.kv_transfer.transport)
         self._probed = ProbeReceiver(loans, self._transport.region, self._run_soon)
         self._sender = KvSender(
-            self._transport, clock, self._closed, link_speed=lambda peer: self._links.rate(peer.worker_id)
+            self._transport, clock, self._closed, kv_layout, lambda peer: self._links.rate(peer.worker_id)
         )
-        self._receiver = KvReceiver(self._transport, clock, self._committed, self._released, lease_s)
+        self._receiver = KvReceiver(self._transport, clock, self._committed, self._released, lease_s, kv_layout)
         self._prefill.attach(self._sender)
         self._prober.attach(self._sender)
         self._decode.attach(self._receiver)
@@ -244,9 +253,10 @@ class _Parts(rpc.WorkerServicer):
 
     async def start(self) -> None:
         rpc.add_WorkerServicer_to_server(self, self._server)
-        rpc.add_PrefillServicer_to_server(PrefillService(self._prefill, self._outputs.has), self._server)
+        rpc.add_PrefillServicer_to_server(PrefillService(self._prefill, self._outputs.has, self._clock), self._server)
+        identity = PeerIdentity(self._config.worker_id, self._config.cluster_id)
         rpc.add_DecodeServicer_to_server(
-            DecodeService(self._decode, self._fingerprint, self._outputs.has), self._server
+            DecodeService(self._decode, identity, self._fingerprint, self._outputs.has), self._server
         )
         rpc.add_ProbeSenderServicer_to_server(
             ProbeSenderService(self._prober, self._fingerprint, self._internal, self._transport.describe), self._server

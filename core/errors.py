@@ -96,7 +96,7 @@ class TransferError(PrfaasError):
 class Incompatible(TransferError):
     """The two ends do not hold the same cache.
 
-    ``field`` names what differs: model, revision, dtype, page_size or layout.
+    ``field`` names what differs: model, revision, dtype or layout.
     """
 
     def __init__(self, field: str, ours: str, theirs: str) -> None:

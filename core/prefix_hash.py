@@ -41,6 +41,11 @@ def page_hashes(token_ids: Sequence[int], page_size: int, salt: bytes = b"") -> 
     return tuple(extend_page_hashes([], token_ids, page_size, salt))
 
 
+def tenant_of(salt: bytes) -> str:
+    """A name of the tenant whose prefixes ``salt`` sets apart, which tells nobody the salt; of none: empty."""
+    return hashlib.blake2b(salt, digest_size=8, person=b"tenant").hexdigest() if salt else ""
+
+
 def page_key(page_hash: PageHash) -> int:
     """What page events and the gateways' index call a page: the first ``KEY_BYTES`` of its hash."""
     return int.from_bytes(page_hash[:KEY_BYTES], "little")

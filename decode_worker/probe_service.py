@@ -26,7 +26,7 @@ class ProbeReceiverService(rpc.ProbeReceiverServicer):
         self, request: pb.ProbeGrantRequest, context: grpc.aio.ServicerContext[pb.ProbeGrantRequest, pb.GrantReply]
     ) -> pb.GrantReply:
         try:
-            self._fingerprint.require_equal(wire.fingerprint_from_message(request.fingerprint))
+            self._fingerprint.require_compatible(wire.fingerprint_from_message(request.fingerprint))
             session_id = SessionId(request.session_id)
             grant = await self._receiver.grant(session_id, request.max_pages, request.sender_descriptor)
         except PrfaasError as error:

@@ -10,6 +10,7 @@ from core.errors import GrantRefused, Incompatible, InvalidRequest, ProtocolViol
 from core.fingerprint import CacheFingerprint
 from core.request import GatewayId, SequenceId, SessionId
 from decode_worker.worker import DecodeWorker
+from kv_transfer.transport import PeerIdentity
 from protos import wire
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
@@ -22,8 +23,11 @@ MAX_GRANT_WAIT_S = 600.0
 class DecodeService(rpc.DecodeServicer):
     """``prfaas.worker.v1.Decode``. ``has_outputs`` tells whether a gateway reads its Outputs stream."""
 
-    def __init__(self, worker: DecodeWorker, fingerprint: CacheFingerprint, has_outputs: OutputsCheck) -> None:
+    def __init__(
+        self, worker: DecodeWorker, identity: PeerIdentity, fingerprint: CacheFingerprint, has_outputs: OutputsCheck
+    ) -> None:
         self._worker = worker
+        self._identity = identity
         self._fingerprint = fingerprint
         self._has_outputs = has_outputs
 
@@ -55,18 +59,25 @@ class DecodeService(rpc.DecodeServicer):
     ) -> pb.GrantReply:
         wait_s = min(max(request.wait_s, 0.0), MAX_GRANT_WAIT_S)
         try:
-            self._fingerprint.require_equal(wire.fingerprint_from_message(request.fingerprint))
-            grant = await self._worker.grant(SessionId(request.session_id), wait_s)
+            self._fingerprint.require_compatible(wire.fingerprint_from_message(request.fingerprint))
+            layout = wire.kv_layout_from_message(request.layout)
+            grant = await self._worker.grant(SessionId(request.session_id), wait_s, layout, request.sender_descriptor)
         except Incompatible as error:
             said = (("field", error.field), ("ours", error.ours), ("theirs", error.theirs))
             context.set_trailing_metadata(tuple((f"incompatible-{part}", text) for part, text in said))
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except GrantRefused as error:
             await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        except ProtocolViolation as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        assert grant.layout is not None, "a receiver knows its own pool"
         return pb.GrantReply(
             token=grant.token,
             first_page=grant.first_page,
             pages=grant.pages,
             transport_descriptor=grant.descriptor,
             lease_s=grant.lease_s,
+            layout=wire.kv_layout_to_message(grant.layout),
+            worker_id=self._identity.worker_id,
+            cluster_id=self._identity.cluster_id,
         )

@@ -23,6 +23,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from core.errors import GrantRefused, TransferError
+from core.kv_layout import KvLayout
 from core.request import GatewayId, Role, SequenceFailure, SequenceId, SequenceSpec, SessionId, TokenChunk, WorkerId
 from engine.engine_thread import EngineThread
 from engine.scheduler import Reservation
@@ -32,6 +33,7 @@ from kv_transfer.session import Grant
 logger = logging.getLogger(__name__)
 
 Check = Callable[[SequenceSpec], None]  # Engine.check
+Reserve = Callable[[SequenceSpec], Reservation | None]  # Engine.reserve
 Publish = Callable[[GatewayId, TokenChunk | SequenceFailure], None]
 ReadCommit = Callable[[bytes], tuple[SequenceId, tuple[int, ...]]]
 
@@ -63,6 +65,7 @@ class DecodeWorker:
         *,
         page_size: int,
         check: Check,
+        reserve: Reserve,
         publish: Publish,
         read_commit: ReadCommit,
     ) -> None:
@@ -70,6 +73,7 @@ class DecodeWorker:
         self._engine = engine
         self._page_size = page_size
         self._check = check
+        self._reserve_pages = reserve
         self._publish = publish
         self._read_commit = read_commit
         self._lock = threading.Lock()
@@ -109,8 +113,13 @@ class DecodeWorker:
             queued = self._engine.submit(lambda engine: engine.add(spec))
             queued.add_done_callback(lambda done: self._fail_if_refused(arrival, done))
 
-    async def grant(self, session_id: SessionId, wait_s: float) -> Grant:
-        """Reserve pages for an announced session; raise ``GrantRefused`` if it is unknown or pages stay short."""
+    async def grant(
+        self, session_id: SessionId, wait_s: float, sender: KvLayout | None = None, sender_descriptor: bytes = b""
+    ) -> Grant:
+        """Reserve pages for an announced session, for K/V that comes from a pool of layout ``sender``.
+
+        Raises ``GrantRefused`` if the session is unknown or pages stay short, and what ``KvReceiver.issue`` raises.
+        """
         arrival = self._find(session_id)
         if arrival is None or arrival.reservation is not None:
             raise GrantRefused(f"session {session_id} was not announced here, or has its grant")
@@ -127,8 +136,7 @@ class DecodeWorker:
         if gone:
             self._engine.submit(lambda engine: engine.cancel(reservation))
             raise GrantRefused(f"session {session_id} was aborted")
-        first = reservation.num_cached_pages
-        return self._transport.issue(session_id, first, reservation.page_ids[first:])
+        return self._issue(arrival, session_id, reservation, sender, sender_descriptor)
 
     def pages_may_be_free(self) -> None:
         """Called on the event loop whenever the engine may have given pages back."""
@@ -227,14 +235,37 @@ class DecodeWorker:
             sequence_id = self._by_session.get(session_id)
             return self._arrivals.get(sequence_id) if sequence_id is not None else None
 
+    def _issue(
+        self,
+        arrival: _Arrival,
+        session_id: SessionId,
+        reservation: Reservation,
+        sender: KvLayout | None,
+        sender_descriptor: bytes,
+    ) -> Grant:
+        first, num_tokens = reservation.num_cached_pages, len(arrival.spec.token_ids)
+        try:
+            grant = self._transport.issue(
+                session_id, first, reservation.page_ids[first:], num_tokens, sender, sender_descriptor
+            )
+        except TransferError:
+            with self._lock:
+                arrival.reservation = None
+            self._engine.submit(lambda engine: engine.cancel(reservation))
+            raise
+        if arrival.aborted:  # while it was issued
+            self._transport.abort(session_id, "aborted by the gateway")
+        return grant
+
     async def _reserve(self, arrival: _Arrival) -> Reservation:
         while True:
             self._pages_freed.clear()
             if arrival.aborted:
                 raise GrantRefused("the gateway aborted the sequence")
-            asked = self._engine.submit(lambda engine: engine.reserve(arrival.spec))
+            # Not on the engine's thread: a grant waits for no step. Hashing a long prompt takes a while, though.
+            asked = asyncio.ensure_future(asyncio.to_thread(self._reserve_pages, arrival.spec))
             try:
-                reservation = await asyncio.shield(asyncio.wrap_future(asked))
+                reservation = await asyncio.shield(asked)
             except asyncio.CancelledError:
                 asked.add_done_callback(self._give_back)
                 raise
@@ -245,7 +276,7 @@ class DecodeWorker:
             except TimeoutError:
                 continue
 
-    def _give_back(self, asked: Future[Reservation | None]) -> None:
+    def _give_back(self, asked: asyncio.Future[Reservation | None]) -> None:
         """The asker is gone: pages that were reserved for it after all go back."""
         if not asked.cancelled() and asked.exception() is None and (reservation := asked.result()) is not None:
             self._engine.submit(lambda engine: engine.cancel(reservation))

@@ -1,8 +1,8 @@
 """What does one page hold? The shape of a model's K/V cache, layer by layer, without torch.
 
 A *page* is ``page_size`` consecutive tokens of one sequence, in every cached layer at once: one page id names one
-slice of every layer's pool. So a page costs ``bytes_per_page`` bytes, and two workers may exchange pages as raw bytes
-exactly when their layouts have equal fingerprints.
+slice of every layer's pool. So a page costs ``bytes_per_page`` bytes. Two workers may exchange K/V when their layouts
+have equal fingerprints, and whole pages as raw bytes when their page sizes are equal too.
 
 Invariants:
 - ``layers`` is ordered by ``LayerCache.layer`` and names no layer twice; a model layer that stores nothing of its own
@@ -18,6 +18,8 @@ from dataclasses import astuple, dataclass
 from itertools import pairwise
 from math import gcd
 from types import MappingProxyType
+
+from core.kv_layout import KvLayer, KvLayout
 
 PAGE_ORDER = "heads, tokens, dims"  # of K and of V within a page: a change of it makes two layouts differ
 DTYPE_BYTES = MappingProxyType(
@@ -86,6 +88,14 @@ class CacheLayout:
         return self.bytes_per_token * self.page_size
 
     def fingerprint(self) -> str:
-        """A digest that is equal exactly for equal layouts, over processes and versions of Python."""
-        text = repr((PAGE_ORDER, self.page_size, tuple(astuple(layer) for layer in self.layers)))
+        """A digest that is equal exactly for equal layers, over processes and versions of Python; whatever the page
+        size, which a transfer plan bridges."""
+        text = repr((PAGE_ORDER, tuple(astuple(layer) for layer in self.layers)))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def kv_layout(self) -> KvLayout:
+        """The same, as a worker tells its peers."""
+        layers = (
+            KvLayer(la.num_kv_heads, la.key_dim, la.value_dim, la.dtype, DTYPE_BYTES[la.dtype]) for la in self.layers
+        )
+        return KvLayout(self.page_size, tuple(layers))

@@ -8,7 +8,9 @@ The life of a step (``Engine.step``):
 5. The scheduler books the tokens and ends what is finished.
 
 Invariants:
-- Single-threaded: every call comes from one thread (see engine_thread.py), ``check`` and the properties excepted.
+- Single-threaded: every call comes from one thread (see engine_thread.py), ``check``, ``reserve`` and the properties
+  excepted. The books (scheduler, pages) are under a lock that is free while a step computes, so ``reserve`` waits for
+  no step: a step reads and writes only pages that its plan holds.
 - A step that raises fails its own sequences and no others; their pages are free, and the engine goes on.
 """
 
@@ -18,6 +20,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 import torch
@@ -102,6 +105,7 @@ class Engine:
         self._allocator = allocator
         self._sampler = sampler
         self._clock = clock
+        self._books = Lock()
         self.model = model
         self.fingerprint = fingerprint
         self.listener: StepListener | None = None
@@ -156,16 +160,19 @@ class Engine:
     def add(self, spec: SequenceSpec) -> None:
         """Queue a sequence. Raises ``InvalidRequest`` for one that can never run here or is here already."""
         self.check(spec)
-        self._scheduler.add(spec, self._clock.now())
+        with self._books:
+            self._scheduler.add(spec, self._clock.now())
 
     def reserve(self, spec: SequenceSpec) -> Reservation | None:
-        """Take pages for K/V that will be written from outside; None while there are none to spare."""
+        """Take pages for K/V that will be written from outside; None while there are none to spare. From any thread."""
         self.check(spec)
-        return self._scheduler.reserve(spec)
+        with self._books:
+            return self._scheduler.reserve(spec)
 
     def cancel(self, reservation: Reservation) -> None:
         """Give a reservation's pages back. Only call it when nobody can write to them any more."""
-        self._scheduler.cancel(reservation)
+        with self._books:
+            self._scheduler.cancel(reservation)
 
     def lend(self, max_pages: int) -> tuple[int, ...]:
         """Up to ``max_pages`` pages that no sequence needs now, contents unknown; give them back soon."""
@@ -177,15 +184,18 @@ class Engine:
 
     def admit(self, reservation: Reservation, first_token_ids: Sequence[int]) -> None:
         """Go on with a sequence whose K/V has arrived in its reservation's pages. Raises ``ProtocolViolation``."""
-        self._scheduler.admit(reservation, first_token_ids, self._clock.now())
+        with self._books:
+            self._scheduler.admit(reservation, first_token_ids, self._clock.now())
 
     def release(self, sequence_id: SequenceId) -> bool:
         """Drop the pages that a sequence with ``hold_kv`` kept; False if no such sequence is held."""
-        return self._scheduler.release(sequence_id)
+        with self._books:
+            return self._scheduler.release(sequence_id)
 
     def abort(self, sequence_id: SequenceId) -> bool:
         """Forget a sequence in any state; False if it is unknown."""
-        return self._scheduler.abort(sequence_id)
+        with self._books:
+            return self._scheduler.abort(sequence_id)
 
     # ---- steps ----
 
@@ -196,14 +206,16 @@ class Engine:
 
     def step(self) -> StepOutput:
         """Compute one step."""
-        plan = self._scheduler.plan_step(self._clock.now())
+        with self._books:
+            plan = self._scheduler.plan_step(self._clock.now())
         if plan is None:
             return StepOutput()
         try:
             sampled = self._execute(plan)
         except Exception as error:  # a model may fail in any way; others' sequences must not suffer for it
             return self._fail(plan, error)
-        return StepOutput(tuple(self._scheduler.commit_step(plan, sampled, self._clock.now())))
+        with self._books:
+            return StepOutput(tuple(self._scheduler.commit_step(plan, sampled, self._clock.now())))
 
     @torch.inference_mode()
     def _execute(self, plan: StepPlan) -> dict[SequenceId, SampledToken]:
@@ -223,7 +235,7 @@ class Engine:
         message = f"the engine's step failed: {type(error).__name__}: {error}"
         failed = [item.sequence_id for item in plan.items]
         for sequence_id in failed:
-            self._scheduler.abort(sequence_id)
+            self.abort(sequence_id)
         # The engine does not know which stage it serves; the worker puts its own in.
         return StepOutput(failures=tuple(SequenceFailure(s, message, True, Role.DECODE) for s in failed))
 
@@ -231,10 +243,15 @@ class Engine:
 
     def take_cache_changes(self) -> CacheChanges:
         """Prefix pages that became known, or unknown, since this was called last; one caller."""
-        return self._allocator.take_changes()
+        with self._books:
+            return self._allocator.take_changes()
 
     def load(self) -> EngineLoad:
         """What is queued, running and done."""
+        with self._books:
+            return self._load()
+
+    def _load(self) -> EngineLoad:
         load = self._scheduler.load()
         return EngineLoad(
             num_running=load.num_running,

@@ -118,7 +118,7 @@ class LocalTransport:
         if self._events is None or not self._add(joint):
             raise PeerLost("the other end is closed")
         try:
-            joint.sender.fingerprint.require_equal(self.fingerprint)
+            joint.sender.fingerprint.require_compatible(self.fingerprint)
         except TransferError:
             with self._changed:
                 self._counters = replace(self._counters, links_refused=self._counters.links_refused + 1)

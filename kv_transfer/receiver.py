@@ -21,6 +21,7 @@ from threading import Condition
 
 from core.clock import Clock
 from core.errors import Corrupted, PeerLost, ProtocolViolation, TransferAborted, TransferError
+from core.kv_layout import KvLayout
 from core.request import SessionId
 from kv_transfer.messages import (
     Abort,
@@ -37,7 +38,7 @@ from kv_transfer.messages import (
     encode,
 )
 from kv_transfer.session import Expected, Grant, ReceiveSession, ReceiveState
-from kv_transfer.transfer_plan import KvLayout
+from kv_transfer.transfer_plan import layout_of_pages
 from kv_transfer.transport import TOKEN_BYTES, Link, Span, Transport
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class KvReceiver:
         ``layout``: what the region's pages hold; None: nothing is known but their size, and a token stands for a page.
         """
         self._transport = transport
-        self._layout = layout or KvLayout.of_pages(transport.region.geometry)
+        self._layout = layout or layout_of_pages(transport.region.geometry)
         self._clock = clock
         self._on_committed = on_committed
         self._on_released = on_released

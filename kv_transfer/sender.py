@@ -18,10 +18,11 @@ from threading import Condition
 
 from core.clock import Clock
 from core.errors import PeerLost, ProtocolViolation, TransferAborted, TransferError
+from core.kv_layout import KvLayout
 from core.request import SessionId
 from kv_transfer.messages import Abort, AbortAck, CommitAck, Renew, Resend, decode, encode
 from kv_transfer.session import Grant, Outgoing, SendReport, SendSession, SendState
-from kv_transfer.transfer_plan import KvLayout
+from kv_transfer.transfer_plan import layout_of_pages
 from kv_transfer.transport import PeerIdentity, SendLink, SendOrder, Transport, Write
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class KvSender:
         self._transport = transport
         self._clock = clock
         self._on_closed = on_closed
-        self._layout = layout or KvLayout.of_pages(transport.region.geometry)
+        self._layout = layout or layout_of_pages(transport.region.geometry)
         self._link_speed = link_speed
         self._changed = Condition()
         self._entries: dict[SessionId, _Entry] = {}

@@ -29,14 +29,13 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from core.errors import Corrupted, ProtocolViolation, TransferError
+from core.kv_layout import KvLayer, KvLayout
 from core.request import SessionId
 from kv_transfer.byte_ranges import ByteRanges
 from kv_transfer.messages import MAX_PAYLOAD_BYTES, MAX_RESEND_SPANS, Begin, Commit, Missing
 from kv_transfer.transfer_plan import (
     MAX_STRIPS,
     MAX_WRITE_BYTES,
-    KvLayer,
-    KvLayout,
     PageTable,
     granted_bytes,
     layer_group_size,

@@ -281,7 +281,7 @@ class TcpTransport:
         if not hmac.compare_digest(theirs.key, self._endpoint.key):
             raise ProtocolViolation("its HELLO does not hold our access key")
         try:
-            self._endpoint.fingerprint.require_equal(theirs.fingerprint)
+            self._endpoint.fingerprint.require_compatible(theirs.fingerprint)
         except Incompatible as error:
             self._answer(stream, theirs)  # it finds out by itself which field differs
             self._refuse_for_good(theirs, error)

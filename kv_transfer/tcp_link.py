@@ -275,7 +275,7 @@ class LinkEnd(ABC):
                 ours = self._endpoint.hello(self.role, self._link_id, index, self._num_connections, to.key)
                 stream.say(pack_hello(ours))
                 theirs = read_hello(stream)
-                self._endpoint.fingerprint.require_equal(theirs.fingerprint)
+                self._endpoint.fingerprint.require_compatible(theirs.fingerprint)
                 if theirs.role is self.role:
                     raise ProtocolViolation(f"both ends say {self.role.name}")
                 if (theirs.link_id, theirs.transport_id) != (self._link_id, self.transport_id):

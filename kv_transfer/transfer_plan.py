@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from core.errors import Incompatible, ProtocolViolation
+from core.errors import ProtocolViolation
+from core.kv_layout import KvLayer, KvLayout
 from kv_transfer.byte_ranges import ByteRanges
 from kv_transfer.messages import Missing
 from kv_transfer.transport import PageGeometry, Span, Strip, Write
@@ -31,62 +32,6 @@ Atom = tuple[int, int, int]  # source offset, destination offset, bytes at the d
 
 
 @dataclass(frozen=True, slots=True)
-class KvLayer:
-    """What one worker's pool holds of one layer: heads ``first_head .. first_head + num_heads - 1`` of the model's."""
-
-    num_heads: int
-    key_dim: int
-    value_dim: int
-    dtype: str
-    itemsize: int  # bytes of an element
-    first_head: int = 0
-
-    @property
-    def heads(self) -> range:
-        return range(self.first_head, self.first_head + self.num_heads)
-
-    @property
-    def key_bytes(self) -> int:
-        """Bytes of one token's keys."""
-        return self.num_heads * self.key_dim * self.itemsize
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token's keys and values."""
-        return self.key_bytes + self.num_heads * self.value_dim * self.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class KvLayout:
-    """The pool of one worker: ``page_size`` tokens a page, and its cached layers in the model's order."""
-
-    page_size: int
-    layers: tuple[KvLayer, ...]
-
-    @classmethod
-    def of_pages(cls, geometry: PageGeometry) -> KvLayout:
-        """A pool of which only the sizes are known: its tokens are its pages, and only an equal pool may take them."""
-        return cls(1, tuple(KvLayer(1, pages.page_bytes, 0, pages.dtype, 1) for pages in geometry.layers))
-
-    def page_bytes(self, layer: int) -> int:
-        return self.layers[layer].token_bytes * self.page_size
-
-    def num_pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
-
-    def require_compatible(self, theirs: KvLayout) -> None:
-        """Raise Incompatible if K/V of a pool of this layout cannot be put into one of ``theirs``, or the reverse."""
-        shapes = tuple(tuple((la.key_dim, la.value_dim) for la in layout.layers) for layout in (self, theirs))
-        if shapes[0] != shapes[1]:
-            raise Incompatible(
-                "layout", f"{len(shapes[0])} layers {shapes[0][:1]}…", f"{len(shapes[1])} {shapes[1][:1]}…"
-            )
-        for mine, other in zip(self.layers, theirs.layers, strict=True):
-            if mine.dtype != other.dtype:
-                raise Incompatible("dtype", mine.dtype, other.dtype)
-
-
-@dataclass(frozen=True, slots=True)
 class PageTable:
     """Where a sequence's tokens lie: ``pages[i]`` holds those from ``(first_page + i) * page_size`` on."""
 
@@ -98,6 +43,11 @@ class PageTable:
     def tokens(self) -> range:
         """The tokens that have a slot in these pages."""
         return range(self.first_page * self.page_size, (self.first_page + len(self.pages)) * self.page_size)
+
+
+def layout_of_pages(geometry: PageGeometry) -> KvLayout:
+    """The layout of a pool of which only the sizes are known: its tokens are its pages, and only an equal one fits."""
+    return KvLayout(1, tuple(KvLayer(1, pages.page_bytes, 0, pages.dtype, 1) for pages in geometry.layers))
 
 
 # ---- what is sent ----

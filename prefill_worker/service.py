@@ -10,10 +10,13 @@ from typing import cast
 
 import grpc
 
+from core.clock import Clock
 from core.errors import GrantRefused, Incompatible, InvalidRequest, PeerLost, ProtocolViolation
 from core.fingerprint import CacheFingerprint
-from core.request import EngineId, GatewayId, SequenceId, SessionId
+from core.kv_layout import KvLayout
+from core.request import ClusterId, EngineId, GatewayId, SequenceId, SessionId, WorkerId
 from kv_transfer.session import Grant
+from kv_transfer.transport import PeerIdentity, SendOrder
 from prefill_worker.worker import GrantQuery, PrefillWorker
 from protos import wire
 from protos import worker_pb2 as pb
@@ -26,11 +29,13 @@ GRANT_SLACK_S = 5.0  # a decode worker answers within wait_s; this much more and
 
 
 class PrefillService(rpc.PrefillServicer):
-    """``prfaas.worker.v1.Prefill``. ``has_outputs`` tells whether a gateway reads its Outputs stream."""
+    """``prfaas.worker.v1.Prefill``. ``has_outputs`` tells whether a gateway reads its Outputs stream; ``clock`` is the
+    transport's."""
 
-    def __init__(self, worker: PrefillWorker, has_outputs: OutputsCheck) -> None:
+    def __init__(self, worker: PrefillWorker, has_outputs: OutputsCheck, clock: Clock) -> None:
         self._worker = worker
         self._has_outputs = has_outputs
+        self._clock = clock
 
     async def Prefill(  # noqa: N802
         self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext[pb.PrefillRequest, pb.PrefillReply]
@@ -41,12 +46,17 @@ class PrefillService(rpc.PrefillServicer):
         query = GrantQuery(SessionId(request.session_id), request.decode_address) if request.session_id else None
         try:
             spec = wire.spec_from_message(request.sequence, hold_kv=True)
-            self._worker.prefill(spec, gateway_id, query)
+            self._worker.prefill(spec, gateway_id, query, self._order(request))
         except (ProtocolViolation, InvalidRequest) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except ValueError as error:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
         return pb.PrefillReply()
+
+    def _order(self, request: pb.PrefillRequest) -> SendOrder:
+        """Hosts' clocks differ, so a deadline travels as the seconds that are left."""
+        deadline_at = self._clock.now() + request.deadline_s if request.HasField("deadline_s") else None
+        return SendOrder(request.tenant, deadline_at=deadline_at)
 
     async def Abort(  # noqa: N802
         self, request: pb.AbortRequest, context: grpc.aio.ServicerContext[pb.AbortRequest, pb.AbortReply]
@@ -60,16 +70,25 @@ class GrantClient:
     """Asks decode workers for grants; keeps one channel to each."""
 
     def __init__(
-        self, engine_id: EngineId, fingerprint: CacheFingerprint, wait_s: float, internal: InternalGrpc
+        self,
+        engine_id: EngineId,
+        fingerprint: CacheFingerprint,
+        layout: KvLayout,
+        describe: Callable[[], bytes],
+        wait_s: float,
+        internal: InternalGrpc,
     ) -> None:
+        """``layout``: of this worker's pool; ``describe``: its transport's descriptor, once that serves."""
         self._engine_id = engine_id
+        self._layout = wire.kv_layout_to_message(layout)
+        self._describe = describe
         self._internal = internal
         self._fingerprint = wire.fingerprint_to_message(fingerprint)
         self._wait_s = wait_s
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def ask(self, query: GrantQuery) -> Grant:
-        """Raise ``GrantRefused``, ``Incompatible`` or ``PeerLost``."""
+        """Raise ``GrantRefused``, ``Incompatible``, ``PeerLost`` or ``ProtocolViolation``."""
         channel = self._channels.get(query.address)
         if channel is None:
             channel = self._channels[query.address] = self._internal.channel(query.address)
@@ -78,6 +97,8 @@ class GrantClient:
             fingerprint=self._fingerprint,
             wait_s=self._wait_s,
             sender_engine_id=self._engine_id,
+            layout=self._layout,
+            sender_descriptor=self._describe(),
         )
         try:
             reply = await rpc.DecodeStub(channel).Grant(request, timeout=self._wait_s + GRANT_SLACK_S)
@@ -90,6 +111,8 @@ class GrantClient:
             pages=tuple(reply.pages),
             descriptor=reply.transport_descriptor,
             lease_s=reply.lease_s,
+            layout=wire.kv_layout_from_message(reply.layout),
+            receiver=PeerIdentity(WorkerId(reply.worker_id), ClusterId(reply.cluster_id)),
         )
 
     async def close(self) -> None:

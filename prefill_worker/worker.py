@@ -40,6 +40,7 @@ from engine.engine_thread import EngineThread
 from engine.scheduler import StepPlan
 from kv_transfer.sender import KvSender
 from kv_transfer.session import Grant, SendReport
+from kv_transfer.transport import SendOrder
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class _Handover:
     spec: SequenceSpec
     gateway_id: GatewayId
     query: GrantQuery | None  # None: the one token is all that is wanted
+    order: SendOrder
     num_pages_stored: int = 0  # pages whose K/V was offered to the sender
     opened: bool = False
     token: TokenChunk | None = None
@@ -134,11 +136,20 @@ class PrefillWorker:
 
     # ---- event loop ----
 
-    def prefill(self, spec: SequenceSpec, gateway_id: GatewayId, query: GrantQuery | None) -> None:
-        """Queue ``spec`` (``hold_kv``). Raises ``InvalidRequest`` if the engine can never run it; waits for no step."""
+    def prefill(
+        self,
+        spec: SequenceSpec,
+        gateway_id: GatewayId,
+        query: GrantQuery | None,
+        order: SendOrder = SendOrder(),
+    ) -> None:
+        """Queue ``spec`` (``hold_kv``), its K/V to be sent in ``order``.
+
+        Raises ``InvalidRequest`` if the engine can never run it; waits for no step.
+        """
         self._check(spec)
         assert spec.hold_kv, "a prefill worker keeps the pages until they have arrived"
-        handover = _Handover(spec, gateway_id, query)
+        handover = _Handover(spec, gateway_id, query, order)
         with self._lock:
             if spec.sequence_id in self._handovers:
                 raise ValueError(f"sequence {spec.sequence_id} is already here")
@@ -170,7 +181,8 @@ class PrefillWorker:
             return
         handover.opened = True
         query = handover.query
-        self._transport.open(query.session_id, _pages(len(spec.token_ids), self._page_size))
+        num_tokens = len(spec.token_ids)
+        self._transport.open(query.session_id, _pages(num_tokens, self._page_size), handover.order, num_tokens)
         self._run_on_loop(self._obtain_grant(handover, query))
         num_cached = num_cached_tokens // self._page_size
         if num_cached:

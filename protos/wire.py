@@ -6,8 +6,11 @@ types' own constructors; a value that no peer of ours would send raises ``Protoc
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from core.errors import PrfaasError, ProtocolViolation
 from core.fingerprint import CacheFingerprint
+from core.kv_layout import KvLayer, KvLayout
 from core.link import LinkEstimate, ProbeReport
 from core.prefix_hash import PageEvents
 from core.request import (
@@ -24,6 +27,8 @@ from core.request import (
     WorkerId,
 )
 from protos import worker_pb2 as pb
+
+MAX_LAYERS = 1 << 14  # of a layout that a peer may tell
 
 
 def fingerprint_to_message(fingerprint: CacheFingerprint) -> pb.Fingerprint:
@@ -44,6 +49,34 @@ def fingerprint_from_message(message: pb.Fingerprint) -> CacheFingerprint:
         page_size=message.page_size,
         layout=message.layout,
     )
+
+
+def kv_layout_to_message(layout: KvLayout) -> pb.KvLayout:
+    message = pb.KvLayout(page_size=layout.page_size)
+    for layer, alike in groupby(layout.layers):
+        message.layers.add(
+            count=len(list(alike)),
+            num_heads=layer.num_heads,
+            key_dim=layer.key_dim,
+            value_dim=layer.value_dim,
+            dtype=layer.dtype,
+            itemsize=layer.itemsize,
+            first_head=layer.first_head,
+        )
+    return message
+
+
+def kv_layout_from_message(message: pb.KvLayout) -> KvLayout:
+    """Raise ``ProtocolViolation`` for a layout that no pool has."""
+    num_layers = sum(entry.count for entry in message.layers)
+    sizes = (min(entry.count, entry.num_heads, entry.key_dim, entry.itemsize) for entry in message.layers)
+    if not message.page_size or not 1 <= num_layers <= MAX_LAYERS or not all(sizes):
+        raise ProtocolViolation(f"a K/V layout of {message.page_size} tokens a page and {num_layers} layers")
+    layers: list[KvLayer] = []
+    for entry in message.layers:
+        layer = KvLayer(entry.num_heads, entry.key_dim, entry.value_dim, entry.dtype, entry.itemsize, entry.first_head)
+        layers += [layer] * entry.count
+    return KvLayout(message.page_size, tuple(layers))
 
 
 def sampling_to_message(sampling: SamplingParams) -> pb.SamplingParams:

@@ -304,16 +304,20 @@ class SequenceSpec(_message.Message):
     def __init__(self, sequence_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., salt: _Optional[bytes] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("gateway_id", "sequence", "session_id", "decode_address")
+    __slots__ = ("gateway_id", "sequence", "session_id", "decode_address", "tenant", "deadline_s")
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     DECODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     gateway_id: str
     sequence: SequenceSpec
     session_id: str
     decode_address: str
-    def __init__(self, gateway_id: _Optional[str] = ..., sequence: _Optional[_Union[SequenceSpec, _Mapping]] = ..., session_id: _Optional[str] = ..., decode_address: _Optional[str] = ...) -> None: ...
+    tenant: str
+    deadline_s: float
+    def __init__(self, gateway_id: _Optional[str] = ..., sequence: _Optional[_Union[SequenceSpec, _Mapping]] = ..., session_id: _Optional[str] = ..., decode_address: _Optional[str] = ..., tenant: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class PrefillReply(_message.Message):
     __slots__ = ()
@@ -346,30 +350,66 @@ class DecodeReply(_message.Message):
     def __init__(self) -> None: ...
 
 class GrantRequest(_message.Message):
-    __slots__ = ("session_id", "fingerprint", "wait_s", "sender_engine_id")
+    __slots__ = ("session_id", "fingerprint", "wait_s", "sender_engine_id", "layout", "sender_descriptor")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     SENDER_ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    SENDER_DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     fingerprint: Fingerprint
     wait_s: float
     sender_engine_id: str
-    def __init__(self, session_id: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., wait_s: _Optional[float] = ..., sender_engine_id: _Optional[str] = ...) -> None: ...
+    layout: KvLayout
+    sender_descriptor: bytes
+    def __init__(self, session_id: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., wait_s: _Optional[float] = ..., sender_engine_id: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., sender_descriptor: _Optional[bytes] = ...) -> None: ...
 
 class GrantReply(_message.Message):
-    __slots__ = ("token", "first_page", "pages", "transport_descriptor", "lease_s")
+    __slots__ = ("token", "first_page", "pages", "transport_descriptor", "lease_s", "layout", "worker_id", "cluster_id")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FIRST_PAGE_FIELD_NUMBER: _ClassVar[int]
     PAGES_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_ID_FIELD_NUMBER: _ClassVar[int]
     token: bytes
     first_page: int
     pages: _containers.RepeatedScalarFieldContainer[int]
     transport_descriptor: bytes
     lease_s: float
-    def __init__(self, token: _Optional[bytes] = ..., first_page: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ..., transport_descriptor: _Optional[bytes] = ..., lease_s: _Optional[float] = ...) -> None: ...
+    layout: KvLayout
+    worker_id: str
+    cluster_id: str
+    def __init__(self, token: _Optional[bytes] = ..., first_page: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ..., transport_descriptor: _Optional[bytes] = ..., lease_s: _Optional[float] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., worker_id: _Optional[str] = ..., cluster_id: _Optional[str] = ...) -> None: ...
+
+class KvLayout(_message.Message):
+    __slots__ = ("page_size", "layers")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    layers: _containers.RepeatedCompositeFieldContainer[KvLayers]
+    def __init__(self, page_size: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[KvLayers, _Mapping]]] = ...) -> None: ...
+
+class KvLayers(_message.Message):
+    __slots__ = ("count", "num_heads", "key_dim", "value_dim", "dtype", "itemsize", "first_head")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    NUM_HEADS_FIELD_NUMBER: _ClassVar[int]
+    KEY_DIM_FIELD_NUMBER: _ClassVar[int]
+    VALUE_DIM_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    ITEMSIZE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_HEAD_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: str
+    itemsize: int
+    first_head: int
+    def __init__(self, count: _Optional[int] = ..., num_heads: _Optional[int] = ..., key_dim: _Optional[int] = ..., value_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., itemsize: _Optional[int] = ..., first_head: _Optional[int] = ...) -> None: ...
 
 class CommitPayload(_message.Message):
     __slots__ = ("sequence_id", "token_ids")

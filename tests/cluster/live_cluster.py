@@ -201,6 +201,7 @@ async def live_cluster(
     model: str,
     *,
     engine: EngineConfig,
+    decode_engine: EngineConfig | None = None,
     num_prefill: int = 1,
     num_decode: int = 1,
     kv_transfer: KvTransferConfig | None = None,
@@ -213,7 +214,8 @@ async def live_cluster(
 ) -> AsyncIterator[LiveCluster]:
     """A service of tiny workers on this machine; torn down whatever happens.
 
-    ``self_test``: links are tested before they are used. ``differing``: worker id |-> its own ``kv_transfer``.
+    ``self_test``: links are tested before they are used. ``decode_engine``: of decode workers, if they have one of their own.
+    ``differing``: worker id |-> its own ``kv_transfer``.
     """
     clock = WallClock()
     gateway_id = GatewayId("test-gateway")
@@ -228,13 +230,14 @@ async def live_cluster(
     )
     files = ExitStack()
     roles = [(Role.PREFILL, i) for i in range(num_prefill)] + [(Role.DECODE, i) for i in range(num_decode)]
+    engines = {Role.PREFILL: engine, Role.DECODE: decode_engine or engine}
     configs = [
         worker_config(
             f"{role.value}-{i}",
             role,
             model,
             registry,
-            engine,
+            engines[role],
             (differing or {}).get(f"{role.value}-{i}", kv_transfer),
             held,
         )

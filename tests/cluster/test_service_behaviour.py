@@ -207,12 +207,12 @@ async def test_a_pair_that_does_not_hold_the_same_cache_is_refused_by_field(
         async with grpc.aio.insecure_channel(address(cluster, "decode-0")) as channel:
             worker, decode = rpc.WorkerStub(channel), rpc.DecodeStub(channel)
             fingerprint = (await worker.Describe(pb.DescribeRequest())).fingerprint
-            fingerprint.page_size = 64
+            fingerprint.dtype = "float16"
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await decode.Grant(pb.GrantRequest(session_id="x", fingerprint=fingerprint, wait_s=1))
             assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-            assert "page_size differs: this end has 16, the other end has 64" in (refused.value.details() or "")
-            fingerprint.page_size = 16
+            assert "dtype differs: this end has float32, the other end has float16" in (refused.value.details() or "")
+            fingerprint.dtype, fingerprint.page_size = "float32", 64
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await decode.Grant(pb.GrantRequest(session_id="x", fingerprint=fingerprint, wait_s=1))
             assert refused.value.code() is grpc.StatusCode.NOT_FOUND

@@ -26,6 +26,10 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True)
 SHAPES = [(1, 7), (16, 5), (16, None), (64, 23)]
 
 
+# Page size of the prefill worker, of the decode worker, most tokens of one prompt in one step.
+UNEQUAL = [(16, 64, 23), (64, 16, None), (7, 5, 11), (1, 48, 40)]
+
+
 def engine_config(page_size: int, chunk: int | None, num_tokens: int = 4096) -> EngineConfig:
     return EngineConfig(
         dtype="float32",
@@ -59,4 +63,25 @@ async def test_every_family_gives_the_models_own_tokens(
             again = await cluster.generate(prompts[-1], GREEDY)
             assert again.tokens == tiny_model.expected(prompts[-1], NUM_NEW)
             assert again.timing.cached_tokens == (len(prompts[-1]) - 1) // page_size * page_size
+            await cluster.check_integrity()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "deepseek_v3"])
+async def test_pages_of_another_size_at_each_end_give_the_models_own_tokens(
+    family: str, tiny_model: ReferenceModel
+) -> None:
+    """Cache miss, then hits: on the decode worker of pages of its own size, which the prefill worker skips."""
+    prompts = tiny_model.prompts
+    for prefill_pages, decode_pages, chunk in UNEQUAL:
+        prefill, decode = engine_config(prefill_pages, chunk), engine_config(decode_pages, None)
+        async with live_cluster(str(tiny_model.folder), engine=prefill, decode_engine=decode) as cluster:
+            answers = await asyncio.gather(*(cluster.generate(prompt, GREEDY) for prompt in prompts))
+            for prompt, answer in zip(prompts, answers, strict=True):
+                assert answer.tokens == tiny_model.expected(prompt, NUM_NEW), (prefill_pages, decode_pages, len(prompt))
+                assert answer.timing.prefill_worker == "prefill-0"
+            again = await cluster.generate(prompts[-1], GREEDY)
+            assert again.tokens == tiny_model.expected(prompts[-1], NUM_NEW)
+            num_tokens = len(prompts[-1])
+            bytes_per_token = answers[-1].timing.bytes_shipped // num_tokens
+            assert again.timing.bytes_shipped == bytes_per_token * (num_tokens % decode_pages)
             await cluster.check_integrity()

@@ -12,6 +12,7 @@ import pytest
 from core.clock import WallClock
 from core.errors import TransferError
 from core.fingerprint import CacheFingerprint
+from core.kv_layout import KvLayout
 from core.request import SessionId
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.receiver import KvReceiver
@@ -78,16 +79,22 @@ class Worker:
 
     transport: Transport
     layers: list[bytearray]
+    geometry: PageGeometry = GEOMETRY
     outcomes: Outcomes = field(default_factory=Outcomes)
+    layout: KvLayout | None = None
     link_bytes_per_s: float | None = 1.0  # so slow that each layer travels by itself; None: layers pile up
 
     def __post_init__(self) -> None:
-        self.region = Region(GEOMETRY, tuple(memoryview(layer) for layer in self.layers))
+        self.region = Region(self.geometry, tuple(memoryview(layer) for layer in self.layers))
         self.transport.register(self.region)
         clock = WallClock()
         outcomes = self.outcomes
-        self.sender = KvSender(self.transport, clock, outcomes.on_closed, link_speed=lambda peer: self.link_bytes_per_s)
-        self.receiver = KvReceiver(self.transport, clock, outcomes.on_committed, outcomes.on_released, lease_s=30.0)
+        self.sender = KvSender(
+            self.transport, clock, outcomes.on_closed, self.layout, lambda peer: self.link_bytes_per_s
+        )
+        self.receiver = KvReceiver(
+            self.transport, clock, outcomes.on_committed, outcomes.on_released, 30.0, self.layout
+        )
 
     def page(self, layer: int, page: int) -> bytes:
         return bytes(self.region.pages(layer, page, 1))
@@ -119,12 +126,17 @@ def make_worker(request: pytest.FixtureRequest) -> Iterator[MakeWorker]:
         pytest.importorskip("nixl", reason="pip install 'prfaas[nixl]'")
     workers: list[Worker] = []
 
-    def make(seed: int | None = None, **differs: str) -> Worker:
+    def make(seed: int | None = None, layout: KvLayout | None = None, **differs: str) -> Worker:
         config = KvTransferConfig(transport=request.param, host="127.0.0.1", lease_s=5.0, staging_mib=1)
-        sizes = [GEOMETRY.num_pages * layer.page_bytes for layer in GEOMETRY.layers]
+        geometry = GEOMETRY
+        if layout is not None:
+            pages = (LayerPages(layout.page_bytes(i), layout.layers[i].dtype) for i in range(len(layout.layers)))
+            geometry = PageGeometry(tuple(pages), num_pages=64)
+        sizes = [geometry.num_pages * layer.page_bytes for layer in geometry.layers]
         layers = [bytearray(size if seed is None else random.Random(seed).randbytes(size)) for size in sizes]
         fingerprint = replace(FINGERPRINT, **differs)  # type: ignore[arg-type]
-        workers.append(Worker(create_transport(config, fingerprint, WallClock()), layers))
+        transport = create_transport(config, fingerprint, WallClock())
+        workers.append(Worker(transport, layers, geometry, layout=layout))
         return workers[-1]
 
     yield make

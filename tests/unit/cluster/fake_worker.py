@@ -87,6 +87,7 @@ class FakeWorker(rpc.WorkerServicer):
         self.address = ""
         self.silent = asyncio.Event()  # set: Watch sends no heartbeats any more
         self.prefills: list[SequenceSpec] = []
+        self.prefill_requests: list[pb.PrefillRequest] = []
         self.decodes: list[SequenceSpec] = []
         self.aborts: list[tuple[str, Role]] = []
         self.links: tuple[LinkEstimate, ...] = ()  # what Watch says of them
@@ -195,6 +196,7 @@ class FakeWorker(rpc.WorkerServicer):
     async def queue(self, request: pb.PrefillRequest, context: Any) -> None:
         spec = wire.spec_from_message(request.sequence, hold_kv=True)
         self.prefills.append(spec)
+        self.prefill_requests.append(request)
         await self._refuse_if_asked(QUEUED, spec, context)
         self._run(spec, self._prefill(spec, request.decode_address))
 

@@ -125,7 +125,6 @@ def test_a_section_with_every_key_commented_out_is_the_default(tmp_path):
         ("model: m\ndecode: {placement: SPRED}", "decode.placement", "must be one of PACK, SPREAD"),
         ("model: m\ndecode: {engine: {page_sze: 8}}", "decode.engine.page_sze", "did you mean page_size?"),
         ("model: m\ndecode: {engine: {threads: 0}}", "decode.engine.threads", "at least 1"),
-        ("model: m\ndecode: {engine: {page_size: 8}}", "decode.engine.page_size", "must equal the prefill pool's (16)"),
         ("model: m\nkv_transfer: {port: 70000}", "kv_transfer.port", "between 0 and 65535"),
         ("model: m\nhttp: {port: -1}", "http.port", "between 0 and 65535"),
         ("model: m\ngrpc: {port: 8000}", "grpc.port", "must not be http.port"),

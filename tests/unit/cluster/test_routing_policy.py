@@ -59,6 +59,11 @@ def request(ordinal: int = 0, num_tokens: int = 32, excluded: frozenset[EngineId
     return RouteRequest(RequestId("r"), num_tokens, ordinal, excluded)
 
 
+def other_layout(worker: WorkerView) -> WorkerView:
+    fingerprint = replace(worker.model.fingerprint, layout="another")
+    return replace(worker, model=replace(worker.model, fingerprint=fingerprint))
+
+
 def other_page_size(worker: WorkerView) -> WorkerView:
     fingerprint = replace(worker.model.fingerprint, page_size=64)
     return replace(worker, model=replace(worker.model, fingerprint=fingerprint))
@@ -80,7 +85,7 @@ def clusters(draw: st.DrawFn) -> ClusterView:
                 pages_free=draw(st.integers(0, 4)),
             ),
         )
-        workers.append(other_page_size(made) if draw(st.booleans()) else made)
+        workers.append(other_layout(made) if draw(st.booleans()) else made)
     return view(*workers)
 
 
@@ -135,8 +140,8 @@ def test_a_pair_of_which_nobody_failed_is_preferred_to_one_whose_prefill_worker_
     cluster = view(
         worker("d0", Role.DECODE),
         worker("p0", Role.PREFILL),
-        other_page_size(worker("d1", Role.DECODE, num_assigned=9)),
-        other_page_size(worker("p1", Role.PREFILL, num_assigned=9)),
+        other_layout(worker("d1", Role.DECODE, num_assigned=9)),
+        other_layout(worker("p1", Role.PREFILL, num_assigned=9)),
     )
 
     route = LeastLoaded().route(request(excluded=frozenset({EngineId("p0-e1")})), cluster)
@@ -160,14 +165,20 @@ def test_without_prefill_workers_the_decode_worker_prefills_and_the_reason_says_
 
 
 def test_without_a_compatible_prefill_worker_the_reason_names_what_differs() -> None:
-    route = LeastLoaded().route(request(), view(worker("d0", Role.DECODE), other_page_size(worker("p0", Role.PREFILL))))
+    route = LeastLoaded().route(request(), view(worker("d0", Role.DECODE), other_layout(worker("p0", Role.PREFILL))))
 
     assert route.prefill is None
-    assert "page_size differs" in route.reason
+    assert "layout differs" in route.reason
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_workers_with_pages_of_another_size_are_paired(name: str) -> None:
+    prefill = other_page_size(worker("p0", Role.PREFILL))
+    assert make_policy(name).route(request(), view(worker("d0", Role.DECODE), prefill)).prefill == prefill
 
 
 def test_a_decode_worker_that_can_be_shipped_to_is_preferred() -> None:
-    lonely = other_page_size(worker("d0", Role.DECODE))
+    lonely = other_layout(worker("d0", Role.DECODE))
     busy = worker("d1", Role.DECODE, num_assigned=50)
 
     route = LeastLoaded().route(request(), view(lonely, busy, worker("p0", Role.PREFILL)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -110,6 +111,15 @@ async def test_calls_after_closing_are_a_lost_peer() -> None:
 
         with pytest.raises(PeerLost):
             await client.abort(SequenceId("s"), Role.DECODE, "gone")
+
+
+async def test_a_prefill_tells_whose_bytes_it_sends_and_how_soon() -> None:
+    async with connection() as (worker, client, _):
+        await client.prefill(SPEC, SessionId("a"), "nowhere:1", "acme", 2.5)
+        await client.prefill(replace(SPEC, sequence_id=SequenceId("t")), SessionId("b"), "nowhere:1")
+        with_deadline, without = worker.prefill_requests
+        assert (with_deadline.tenant, with_deadline.deadline_s) == ("acme", 2.5)
+        assert (without.tenant, without.HasField("deadline_s")) == ("", False)
 
 
 async def test_a_sequence_is_announced_as_it_is() -> None:

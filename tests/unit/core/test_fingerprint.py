@@ -11,14 +11,15 @@ from core.fingerprint import CacheFingerprint
 OURS = CacheFingerprint(model="m", revision="r", dtype="bfloat16", page_size=16, layout="l")
 
 
-def test_equal_fingerprints_pass() -> None:
-    OURS.require_equal(dataclasses.replace(OURS))
+@pytest.mark.parametrize("theirs", [dataclasses.replace(OURS), dataclasses.replace(OURS, page_size=64)])
+def test_equal_fingerprints_and_other_page_sizes_pass(theirs: CacheFingerprint) -> None:
+    OURS.require_compatible(theirs)
+    assert OURS.compatible(theirs)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("model", "x"), ("revision", "x"), ("dtype", "x"), ("page_size", 32), ("layout", "x")]
-)
+@pytest.mark.parametrize(("name", "value"), [("model", "x"), ("revision", "x"), ("dtype", "x"), ("layout", "x")])
 def test_a_difference_is_named(name: str, value: Any) -> None:
     with pytest.raises(Incompatible) as error:
-        OURS.require_equal(dataclasses.replace(OURS, **{name: value}))
+        OURS.require_compatible(dataclasses.replace(OURS, **{name: value}))
     assert (error.value.field, error.value.theirs) == (name, str(value))
+    assert not OURS.compatible(dataclasses.replace(OURS, **{name: value}))

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.prefix_hash import DIGEST_BYTES, extend_page_hashes, page_hashes
+from core.prefix_hash import DIGEST_BYTES, extend_page_hashes, page_hashes, tenant_of
 
 TOKENS = st.lists(st.integers(0, 300_000), max_size=60)
 PAGE_SIZES = st.integers(1, 8)
@@ -61,3 +61,9 @@ def test_digests_are_the_same_in_every_process() -> None:
 
 # Recorded once: a change of this value makes every running worker's prefix cache and every peer's index miss.
 GOLDEN = "087a24230771ee662be37e5493b333d7"
+
+
+def test_a_tenants_name_is_of_its_salt_and_tells_nobody_the_salt() -> None:
+    assert tenant_of(b"") == ""
+    assert tenant_of(b"acme") == tenant_of(b"acme") != tenant_of(b"other")
+    assert "acme" not in tenant_of(b"acme")

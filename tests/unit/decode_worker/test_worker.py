@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from core.errors import GrantRefused, InvalidRequest, PeerLost, ProtocolViolation
+from core.errors import GrantRefused, Incompatible, InvalidRequest, PeerLost, ProtocolViolation, TransferError
+from core.kv_layout import KvLayer, KvLayout
 from core.request import (
     FinishReason,
     GatewayId,
@@ -80,9 +81,22 @@ class FakeReceiver:
     def __init__(self) -> None:
         self.issued: list[tuple[SessionId, int, tuple[int, ...]]] = []
         self.aborted: list[SessionId] = []
+        self.told: list[tuple[int, KvLayout | None, bytes]] = []
+        self.refuses: TransferError | None = None
 
-    def issue(self, session_id: SessionId, first_page: int, pages: tuple[int, ...]) -> Grant:
+    def issue(
+        self,
+        session_id: SessionId,
+        first_page: int,
+        pages: tuple[int, ...],
+        num_tokens: int,
+        sender: KvLayout | None,
+        sender_descriptor: bytes,
+    ) -> Grant:
+        if self.refuses:
+            raise self.refuses
         self.issued.append((session_id, first_page, pages))
+        self.told.append((num_tokens, sender, sender_descriptor))
         return Grant(session_id, b"t" * 16, first_page, pages, b"", 30.0)
 
     def abort(self, session_id: SessionId, reason: str) -> None:
@@ -99,6 +113,7 @@ class Bench:
             InstantEngineThread(self.engine),  # type: ignore[arg-type]
             page_size=PAGE,
             check=self.check,
+            reserve=self.engine.reserve,
             publish=lambda gateway, item: self.published.append(item),
             read_commit=lambda payload: (SPEC.sequence_id, tuple(payload)),
         )
@@ -118,6 +133,25 @@ async def test_a_grant_covers_the_pages_that_are_not_cached() -> None:
     grant = await bench.granted()
     assert bench.receiver.issued == [(SESSION, 1, (8, 9))]
     assert (grant.first_page, grant.pages) == (1, (8, 9))
+
+
+async def test_the_grant_is_issued_for_the_sequences_tokens_and_the_senders_pool() -> None:
+    bench = Bench()
+    layout = KvLayout(16, (KvLayer(8, 4, 4, "bfloat16", 2),))
+    bench.worker.decode(SPEC, GATEWAY, SESSION)
+    await bench.worker.grant(SESSION, 1.0, layout, b"sender")
+    assert bench.receiver.told == [(10, layout, b"sender")]
+
+
+async def test_a_grant_that_cannot_be_issued_gives_its_pages_back_and_may_be_asked_for_again() -> None:
+    bench = Bench()
+    bench.receiver.refuses = Incompatible("layout", "a", "b")
+    with pytest.raises(Incompatible):
+        await bench.granted()
+    assert bench.engine.calls[-1] == ("cancel", RESERVATION)
+    bench.receiver.refuses = None
+    await bench.worker.grant(SESSION, 1.0)
+    assert bench.receiver.issued == [(SESSION, 1, (8, 9))]
 
 
 async def test_what_arrived_is_admitted_and_its_tokens_reach_the_gateway() -> None:

@@ -45,9 +45,16 @@ def test_any_difference_of_a_layer_changes_the_fingerprint(changes: dict[str, An
     assert layout(dataclasses.replace(LAYER, **changes)).fingerprint() != layout().fingerprint()
 
 
-def test_page_size_and_number_of_layers_are_part_of_the_fingerprint() -> None:
+def test_the_number_of_layers_is_part_of_the_fingerprint_and_the_page_size_is_not() -> None:
     two = layout(LAYER, dataclasses.replace(LAYER, layer=1))
-    assert len({layout().fingerprint(), layout(page_size=32).fingerprint(), two.fingerprint()}) == 3
+    assert layout().fingerprint() == layout(page_size=32).fingerprint() != two.fingerprint()
+
+
+def test_a_layout_tells_peers_its_page_size_and_each_layers_shape() -> None:
+    told = layout(page_size=32).kv_layout()
+    assert told.page_size == 32
+    assert told.page_bytes(0) == layout(page_size=32).page_bytes(0)
+    assert (told.layers[0].heads, told.layers[0].dtype) == (range(LAYER.num_kv_heads), LAYER.dtype)
 
 
 def test_layers_out_of_order_or_twice_are_our_bug() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -168,6 +169,42 @@ class Notes:
 
     def layer_stored(self, layer: int) -> None:
         self.heard.append(("stored", layer))
+
+
+def test_pages_are_reserved_while_a_step_computes(folder: Path) -> None:
+    """From another thread, as a decode worker's grants are: whoever asks does not wait for the step."""
+    engine = load(folder, num_pages=8)
+    reserved: list[Any] = []
+
+    class Asker:
+        def sequence_started(self, *arguments: Any) -> None:
+            pass
+
+        step_planned = sequence_started
+
+        def layer_stored(self, layer: int) -> None:
+            name = f"r{len(reserved)}"
+            thread = Thread(target=lambda: reserved.append(engine.reserve(spec(name))), daemon=True)
+            thread.start()
+            thread.join(10.0)
+            assert not thread.is_alive()
+
+    engine.listener = Asker()
+    engine.add(spec("a"))
+    expected = chunks(drain(load_and_add(folder)))
+    assert [chunk.token_ids for chunk in chunks(drain(engine))] == [chunk.token_ids for chunk in expected]
+    taken = [reservation for reservation in reserved if reservation is not None]
+    assert 1 <= len(taken) < len(reserved), "the pool holds some of them"
+    assert len({page for reservation in taken for page in reservation.page_ids}) == 3 * len(taken)
+    for reservation in taken:
+        engine.cancel(reservation)
+    engine.check_integrity()
+
+
+def load_and_add(folder: Path) -> Engine:
+    engine = load(folder)
+    engine.add(spec("a"))
+    return engine
 
 
 def test_the_listener_hears_starts_then_the_plan_then_every_layer(folder: Path) -> None:

@@ -22,14 +22,14 @@ from kv_transfer.session import (
     SendSession,
     SendState,
 )
-from kv_transfer.transfer_plan import KvLayout
+from kv_transfer.transfer_plan import layout_of_pages
 from kv_transfer.transport import LayerPages, PageGeometry, SendOrder, Span, Strip, Write
 
 NAME = SessionId("s")
 TOKEN = bytes(16)
 NUM_PAGES = 4
 GEOMETRY = PageGeometry((LayerPages(8), LayerPages(8)), num_pages=10)
-LAYOUT = KvLayout.of_pages(GEOMETRY)
+LAYOUT = layout_of_pages(GEOMETRY)
 GRANT = Grant(NAME, TOKEN, first_page=1, pages=(7, 5, 6), descriptor=b"", lease_s=30.0)
 ABORTED = TransferAborted("enough")
 GONE = PeerLost("gone")
@@ -191,7 +191,7 @@ def test_a_commit_sends_off_what_was_held_back() -> None:
 
 def test_layers_of_unequal_pages_are_not_one_group() -> None:
     geometry = PageGeometry((LayerPages(8), LayerPages(16), LayerPages(16)), num_pages=10)
-    session = SendSession(NAME, NUM_PAGES, geometry, KvLayout.of_pages(geometry), SendOrder())
+    session = SendSession(NAME, NUM_PAGES, geometry, layout_of_pages(geometry), SendOrder())
     session.grant(GRANT, 0.0)
     writes = [item for layer in range(3) for item in session.store(layer, 1, [3], 0.0)]
     assert [(item.first_layer, item.num_layers) for item in writes if isinstance(item, Write)] == [(0, 1), (1, 2)]

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import Incompatible, ProtocolViolation
+from core.errors import ProtocolViolation
+from core.kv_layout import KvLayer, KvLayout
 from core.request import SessionId
 from kv_transfer.byte_ranges import ByteRanges
 from kv_transfer.messages import Missing
@@ -17,10 +18,9 @@ from kv_transfer.session import Expected, ReceiveSession
 from kv_transfer.transfer_plan import (
     GROUP_BYTES,
     GROUP_S,
-    KvLayer,
-    KvLayout,
     PageTable,
     layer_group_size,
+    layout_of_pages,
     missing_spans,
     plan_layer,
     plan_writes,
@@ -235,26 +235,6 @@ def test_heads_that_follow_each_other_in_pages_of_one_size_travel_as_one_run_of_
     assert piece == (Strip(512, 0, 512), Strip(1536, 512, 512))
 
 
-@pytest.mark.parametrize(
-    ("theirs", "field"),
-    [
-        (KvLayout(16, (KvLayer(8, 4, 4, "bfloat16", 2),) * 3), "layout"),
-        (KvLayout(16, (KvLayer(8, 4, 5, "bfloat16", 2),) * 2), "layout"),
-        (KvLayout(16, (KvLayer(8, 4, 4, "float16", 2),) * 2), "dtype"),
-    ],
-)
-def test_other_layers_dims_or_elements_are_incompatible(theirs: KvLayout, field: str) -> None:
-    ours = KvLayout(16, (KvLayer(8, 4, 4, "bfloat16", 2),) * 2)
-    with pytest.raises(Incompatible) as refused:
-        ours.require_compatible(theirs)
-    assert refused.value.field == field
-
-
-def test_other_page_sizes_and_heads_are_compatible() -> None:
-    layer = KvLayer(8, 4, 4, "bfloat16", 2)
-    KvLayout(16, (layer,)).require_compatible(KvLayout(64, (replace(layer, num_heads=2, first_head=6),)))
-
-
 # ---- layer groups ----
 
 
@@ -305,5 +285,5 @@ def test_missing_spans_stop_at_the_bound_and_join_layers_that_miss_the_same() ->
 
 
 def test_a_layout_of_which_only_sizes_are_known_has_a_token_for_a_page() -> None:
-    layout = KvLayout.of_pages(PageGeometry((LayerPages(8), LayerPages(24)), num_pages=10))
+    layout = layout_of_pages(PageGeometry((LayerPages(8), LayerPages(24)), num_pages=10))
     assert (layout.page_bytes(0), layout.page_bytes(1), layout.num_pages(7)) == (8, 24, 7)

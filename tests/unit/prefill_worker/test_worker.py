@@ -28,6 +28,7 @@ from core.request import (
 )
 from engine.scheduler import StepItem, StepPlan
 from kv_transfer.session import Grant, SendReport
+from kv_transfer.transport import SendOrder
 from prefill_worker.worker import GrantQuery, PrefillWorker
 
 PAGE = 4
@@ -117,6 +118,14 @@ class Bench:
         self.worker.closed(QUERY.session_id, SendReport(error, 96, 4, 0.5, 0.1))  # type: ignore[arg-type]
 
 
+def test_the_session_opens_with_the_sequences_tokens_and_its_place_among_others() -> None:
+    bench = Bench()
+    order = SendOrder("acme", deadline_at=7.0)
+    bench.worker.prefill(SPEC, GATEWAY, QUERY, order)
+    bench.worker.sequence_started(SPEC, 0, PAGES)
+    assert bench.sender.calls[0] == ("open", QUERY.session_id, 3, order, 10)
+
+
 def test_pages_travel_when_they_are_full_and_the_last_one_with_the_last_chunk() -> None:
     bench = Bench()
     bench.worker.prefill(SPEC, GATEWAY, QUERY)
@@ -133,7 +142,7 @@ def test_pages_travel_when_they_are_full_and_the_last_one_with_the_last_chunk() 
         (session, 1, 1, (8, 9)),
     ]
     assert bench.sender.names() == ["open", "granted", *["pages_stored"] * 4, "commit"]
-    assert bench.sender.calls[0] == ("open", session, 3)
+    assert bench.sender.calls[0] == ("open", session, 3, SendOrder(), 10)
     assert bench.sender.calls[-1] == ("commit", session, b"s:[42]")
 
 

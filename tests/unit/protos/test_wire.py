@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from core.errors import ProtocolViolation
 from core.fingerprint import CacheFingerprint
+from core.kv_layout import KvLayer, KvLayout
 from core.link import LinkEstimate, ProbeReport
 from core.request import (
     ClusterId,
@@ -139,6 +140,32 @@ def test_a_failure_survives_the_wire(message: str, retryable: bool, stage: Role)
     failure = SequenceFailure(SequenceId("s"), message, retryable, stage)
     data = wire.failure_to_message(failure).SerializeToString()
     assert wire.failure_from_message(pb.SequenceFailure.FromString(data)) == failure
+
+
+def test_a_kv_layout_survives_the_wire_with_like_layers_told_once() -> None:
+    wide, narrow = KvLayer(8, 128, 128, "bfloat16", 2), KvLayer(4, 64, 0, "bfloat16", 2, first_head=4)
+    layout = KvLayout(16, (wide, wide, narrow, wide))
+    message = wire.kv_layout_to_message(layout)
+    assert [entry.count for entry in message.layers] == [2, 1, 1]
+    assert wire.kv_layout_from_message(message) == layout
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pytest.param(pb.KvLayout(), id="nothing"),
+        pytest.param(pb.KvLayout(page_size=16), id="no layers"),
+        pytest.param(pb.KvLayout(layers=[pb.KvLayers(count=1, num_heads=1, key_dim=1, itemsize=1)]), id="no page"),
+        pytest.param(pb.KvLayout(page_size=1, layers=[pb.KvLayers(count=1, key_dim=1, itemsize=1)]), id="no head"),
+        pytest.param(
+            pb.KvLayout(page_size=1, layers=[pb.KvLayers(count=1 << 31, num_heads=1, key_dim=1, itemsize=1)]),
+            id="layers beyond count",
+        ),
+    ],
+)
+def test_a_kv_layout_that_no_pool_has_is_a_violation(message: pb.KvLayout) -> None:
+    with pytest.raises(ProtocolViolation):
+        wire.kv_layout_from_message(message)
 
 
 def test_a_fingerprint_survives_the_wire() -> None:
