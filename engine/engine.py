@@ -176,11 +176,13 @@ class Engine:
 
     def lend(self, max_pages: int) -> tuple[int, ...]:
         """Up to ``max_pages`` pages that no sequence needs now, contents unknown; give them back soon."""
-        return self._scheduler.lend(max_pages)
+        with self._books:
+            return self._scheduler.lend(max_pages)
 
     def take_back(self, page_ids: Sequence[int]) -> None:
         """Lent pages are back. Only call it when nobody reads or writes them any more."""
-        self._scheduler.take_back(page_ids)
+        with self._books:
+            self._scheduler.take_back(page_ids)
 
     def admit(self, reservation: Reservation, first_token_ids: Sequence[int]) -> None:
         """Go on with a sequence whose K/V has arrived in its reservation's pages. Raises ``ProtocolViolation``."""

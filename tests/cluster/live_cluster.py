@@ -214,7 +214,7 @@ async def live_cluster(
 ) -> AsyncIterator[LiveCluster]:
     """A service of tiny workers on this machine; torn down whatever happens.
 
-    ``self_test``: links are tested before they are used. ``decode_engine``: of decode workers, if they have one of their own.
+    ``self_test``: links are tested before they are used. ``decode_engine``: that of decode workers, if it differs.
     ``differing``: worker id |-> its own ``kv_transfer``.
     """
     clock = WallClock()
