@@ -516,7 +516,7 @@ class CarrierThread:
             return
         self._peers.setdefault(name, _Peer(idle_since=self.clock.now()))
         try:
-            self._transport.fingerprint.require_equal(hello.fingerprint)
+            self._transport.fingerprint.require_compatible(hello.fingerprint)
         except TransferError as error:
             self._transport.count(links_refused=1)
             logger.warning("kv link from %s refused: %s", hello.identity.worker_id or name, error)
@@ -550,7 +550,7 @@ class CarrierThread:
 
     def _take_welcome(self, end: SendEnd, welcome: Welcome) -> None:
         del self._handshakes[end]
-        self._transport.fingerprint.require_equal(welcome.fingerprint)
+        self._transport.fingerprint.require_compatible(welcome.fingerprint)
         if welcome.ring is None:
             raise PeerLost(f"{end.peer} refused the link")
         if end.agent != self._agent.name:
