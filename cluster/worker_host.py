@@ -235,8 +235,8 @@ class _Parts(rpc.WorkerServicer):
         lease_s = config.kv_transfer.lease_s
         self._links = LinkMonitor(clock)
         loans = PageLoans(thread)
-        self._prober = LinkProber(loans, self._transport, self._links, config.kv_transfer.transport)
-        self._probed = ProbeReceiver(loans, self._transport.region, self._run_soon)
+        self._prober = LinkProber(loans, self._transport, kv_layout, self._links, config.kv_transfer.transport)
+        self._probed = ProbeReceiver(loans, self._transport.region, kv_layout, self._run_soon)
         self._sender = KvSender(
             self._transport, clock, self._closed, kv_layout, lambda peer: self._links.rate(peer.worker_id)
         )
@@ -259,7 +259,10 @@ class _Parts(rpc.WorkerServicer):
             DecodeService(self._decode, identity, self._fingerprint, self._outputs.has), self._server
         )
         rpc.add_ProbeSenderServicer_to_server(
-            ProbeSenderService(self._prober, self._fingerprint, self._internal, self._transport.describe), self._server
+            ProbeSenderService(
+                self._prober, self._fingerprint, self._layout.kv_layout(), self._internal, self._transport.describe
+            ),
+            self._server,
         )
         rpc.add_ProbeReceiverServicer_to_server(ProbeReceiverService(self._probed, self._fingerprint), self._server)
         port = self._internal.listen(self._server, f"{self._config.host}:0")

@@ -48,6 +48,11 @@ class KvLayout:
     def page_bytes(self, layer: int) -> int:
         return self.layers[layer].token_bytes * self.page_size
 
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of one page over all layers."""
+        return sum(layer.token_bytes for layer in self.layers) * self.page_size
+
     def num_pages(self, num_tokens: int) -> int:
         """Pages that so many tokens need."""
         return -(-num_tokens // self.page_size)

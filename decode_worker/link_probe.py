@@ -19,9 +19,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from core.errors import GrantRefused, Overloaded, TransferError
+from core.kv_layout import KvLayout
 from core.request import SessionId
 from engine.page_loan import PageLoans, Pages
-from kv_transfer.probe_pattern import digest_of
+from kv_transfer.probe_pattern import clear, digest_of
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.session import Grant
 from kv_transfer.transport import Region
@@ -42,8 +43,10 @@ class Arrived:
 class ProbeReceiver:
     """Lends pages to self-tests of other workers, and tells what arrived in them."""
 
-    def __init__(self, loans: PageLoans, region: Region, run_on_loop: RunOnLoop) -> None:
+    def __init__(self, loans: PageLoans, region: Region, layout: KvLayout, run_on_loop: RunOnLoop) -> None:
+        """``layout``: what the region's pages hold."""
         self._loans = loans
+        self._layout = layout
         self._region = region
         self._run_on_loop = run_on_loop
         self._receiver: KvReceiver | None = None
@@ -55,21 +58,25 @@ class ProbeReceiver:
         """Give the receiver, whose callbacks ask ``committed`` and ``released`` first."""
         self._receiver = receiver
 
-    async def grant(self, session_id: SessionId, max_pages: int, sender_descriptor: bytes) -> Grant:
-        """At most ``max_pages`` pages; the descriptor is for links that this end dials.
+    async def grant(self, session_id: SessionId, max_tokens: int, sender: KvLayout, sender_descriptor: bytes) -> Grant:
+        """Pages for at most ``max_tokens`` tokens, but at least one page; the descriptor is for links that this end
+        dials. What no token fills of that one page is zeros.
 
         Raises ``Overloaded`` if there is none, ``GrantRefused`` for a name in use, ``ProtocolViolation`` for nonsense.
         """
         assert self._receiver is not None, "attach() comes before the first self-test"
         if session_id in self._results:
             raise GrantRefused(f"session {session_id} was granted already")
-        pages = await self._loans.borrow(max_pages)
+        pages = await self._loans.borrow(max(1, max_tokens // self._layout.page_size))
         if not pages:
             raise Overloaded("the receiving worker has no page to spare")
+        num_tokens = min(max_tokens, len(pages) * self._layout.page_size)
+        if num_tokens < self._layout.page_size:
+            clear(self._region, pages)
         with self._lock:
             self._lent[session_id] = pages
         try:
-            grant = self._receiver.issue(session_id, 0, pages, sender_descriptor=sender_descriptor)
+            grant = self._receiver.issue(session_id, 0, pages, num_tokens, sender, sender_descriptor)
         except TransferError:
             self._take(session_id)
             self._loans.give_back(pages)

@@ -28,15 +28,19 @@ class ProbeReceiverService(rpc.ProbeReceiverServicer):
         try:
             self._fingerprint.require_compatible(wire.fingerprint_from_message(request.fingerprint))
             session_id = SessionId(request.session_id)
-            grant = await self._receiver.grant(session_id, request.max_pages, request.sender_descriptor)
+            layout = wire.kv_layout_from_message(request.layout)
+            max_tokens = max(1, request.max_tokens)
+            grant = await self._receiver.grant(session_id, max_tokens, layout, request.sender_descriptor)
         except PrfaasError as error:
             await transfer_status.abort(context, error)
+        assert grant.layout is not None, "a receiver knows its own pool"
         return pb.GrantReply(
             token=grant.token,
             first_page=grant.first_page,
             pages=grant.pages,
             transport_descriptor=grant.descriptor,
             lease_s=grant.lease_s,
+            layout=wire.kv_layout_to_message(grant.layout),
         )
 
     async def Digest(  # noqa: N802

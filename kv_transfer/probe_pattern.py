@@ -2,32 +2,49 @@
 
 Both ends go through ``Region.incoming`` and ``Region.outgoing``, as transfers do, so a pool in device memory is filled
 and read back on the way that K/V takes. The order of the digest: layer after layer, in each the pages as they are
-listed; so sender and receiver get equal digests exactly if page i of the one holds what page i of the other does.
+listed. The sender computes it of what the receiver's pages must hold, also where those are of another size.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from core.kv_layout import KvLayout
 from core.request import SessionId
+from kv_transfer.transfer_plan import PageTable, plan_layer
 from kv_transfer.transport import Region, Span, Strip, Write
 
 DIGEST_BYTES = 32
 _PIECE_BYTES = 1 << 20  # the size of a write: what device memory is staged through holds one
 
 
-def write_pattern(region: Region, pages: Sequence[int]) -> bytes:
-    """Overwrite ``pages`` with random bytes; returns their digest. Nobody else may use the pages meanwhile."""
+def write_pattern(region: Region, pages: Sequence[int]) -> None:
+    """Overwrite ``pages`` with random bytes. Nobody else may use the pages meanwhile."""
+    _fill(region, pages, os.urandom)
+
+
+def clear(region: Region, pages: Sequence[int]) -> None:
+    """Overwrite ``pages`` with zeros. Nobody else may use the pages meanwhile."""
+    _fill(region, pages, bytes)
+
+
+def digest_there(
+    region: Region, layout: KvLayout, pages: Sequence[int], there: KvLayout, num_pages: int, num_tokens: int
+) -> bytes:
+    """The digest of ``num_pages`` pages of a pool of layout ``there`` that held zeros, once it has got ``num_tokens``
+    tokens out of ``pages``."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for layer, page_bytes, piece in _pieces(region, pages):
-        spans = [Span(page * page_bytes, page_bytes) for page in piece]
-        with region.incoming(range(layer, layer + 1), spans) as views:
-            for view in views:
-                pattern = os.urandom(view.nbytes)
-                view[:] = pattern
-                digest.update(pattern)
+    src = PageTable(layout.page_size, 0, tuple(pages))
+    dst = PageTable(there.page_size, 0, tuple(range(num_pages)))
+    for layer, (ours, theirs) in enumerate(zip(layout.layers, there.layers, strict=True)):
+        image = memoryview(bytearray(num_pages * there.page_bytes(layer)))
+        for strips in plan_layer(src, ours, dst, theirs, range(num_tokens)):
+            with region.outgoing(Write(SessionId(""), b"", layer, 1, strips)) as views:
+                for strip, view in zip(strips, views, strict=True):
+                    image[strip.dst : strip.dst + strip.num_bytes] = view
+        digest.update(image)
     return digest.digest()
 
 
@@ -40,6 +57,14 @@ def digest_of(region: Region, pages: Sequence[int]) -> bytes:
             for view in views:
                 digest.update(view)
     return digest.digest()
+
+
+def _fill(region: Region, pages: Sequence[int], make: Callable[[int], bytes]) -> None:
+    for layer, page_bytes, piece in _pieces(region, pages):
+        spans = [Span(page * page_bytes, page_bytes) for page in piece]
+        with region.incoming(range(layer, layer + 1), spans) as views:
+            for view in views:
+                view[:] = make(view.nbytes)
 
 
 def _pieces(region: Region, pages: Sequence[int]) -> Iterator[tuple[int, int, Sequence[int]]]:

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.errors import Corrupted, Overloaded, PeerLost, PrfaasError
+from core.kv_layout import KvLayout
 from core.link import ProbeReport
 from core.request import SessionId
 from engine.page_loan import PageLoans, Pages
 from kv_transfer.link_monitor import LinkMonitor
-from kv_transfer.probe_pattern import write_pattern
+from kv_transfer.probe_pattern import digest_there, write_pattern
 from kv_transfer.sender import KvSender
 from kv_transfer.session import Grant, SendReport
 from kv_transfer.transport import PeerIdentity, Transport
@@ -40,8 +41,8 @@ DIGEST_WAIT_S = 5.0  # the commit was acknowledged: only the reading of the page
 class ProbeTarget(Protocol):
     """The receiving worker; each method raises a ``TransferError``, or ``Overloaded`` while it has no page."""
 
-    async def grant(self, session_id: SessionId, max_pages: int) -> Grant:
-        """Pages there for this session, at most ``max_pages``."""
+    async def grant(self, session_id: SessionId, max_tokens: int) -> Grant:
+        """Pages there for this session, for at most ``max_tokens`` tokens, or one page."""
         ...
 
     async def digest(self, session_id: SessionId, wait_s: float) -> tuple[bytes, int]:
@@ -67,8 +68,12 @@ class _Open:
 class LinkProber:
     """Runs the self-tests that this worker is the sending end of. Lives on one event loop."""
 
-    def __init__(self, loans: PageLoans, transport: Transport, monitor: LinkMonitor, default_path: str) -> None:
-        """``default_path``: what a link is said to be of which the transport keeps no books."""
+    def __init__(
+        self, loans: PageLoans, transport: Transport, layout: KvLayout, monitor: LinkMonitor, default_path: str
+    ) -> None:
+        """``layout``: what the pages hold; ``default_path``: what a link is said to be of which the transport keeps no
+        books."""
+        self._layout = layout
         self._loans = loans
         self._transport = transport
         self._monitor = monitor
@@ -125,17 +130,26 @@ class LinkProber:
 
     async def _transfer(self, target: ProbeTarget, num_bytes: int) -> _Transfer:
         """Ship up to ``num_bytes`` random bytes, at least a page, and compare what arrived."""
-        region = self._transport.region
+        region, layout = self._transport.region, self._layout
         session_id = SessionId(f"probe-{uuid.uuid4().hex}")
         lent = await self._loans.borrow(-(-num_bytes // region.geometry.bytes_per_page))
         opened = False
         try:
             if not lent:
                 raise Overloaded("the sending worker has no page to spare")
-            grant = await target.grant(session_id, len(lent))
-            pages = lent[: len(grant.pages)]
-            expected = await _to_the_end(lambda: write_pattern(region, pages))
-            ended = self._ship(session_id, grant, lent, pages)
+            max_tokens = len(lent) * layout.page_size
+            grant = await target.grant(session_id, max_tokens)
+            there, num_pages = grant.layout or layout, len(grant.pages)
+            layout.require_compatible(there)
+            num_tokens = min(max_tokens, num_pages * there.page_size)
+            pages = lent[: layout.num_pages(num_tokens)]
+
+            def prepare() -> bytes:
+                write_pattern(region, pages)
+                return digest_there(region, layout, pages, there, num_pages, num_tokens)
+
+            expected = await _to_the_end(prepare)
+            ended = self._ship(session_id, grant, lent, pages, num_tokens)
             opened = True
         finally:
             if not opened:
@@ -144,17 +158,19 @@ class LinkProber:
         if report.error is not None:
             raise report.error
         digest, num_arrived = await target.digest(session_id, DIGEST_WAIT_S)
-        exact = digest == expected and num_arrived == len(pages) * region.geometry.bytes_per_page
-        return _Transfer(num_arrived, report.transfer_s, exact)
+        exact = digest == expected and num_arrived == num_pages * there.bytes_per_page
+        return _Transfer(report.bytes_sent, report.transfer_s, exact)
 
-    def _ship(self, session_id: SessionId, grant: Grant, lent: Pages, pages: Pages) -> asyncio.Future[SendReport]:
+    def _ship(
+        self, session_id: SessionId, grant: Grant, lent: Pages, pages: Pages, num_tokens: int
+    ) -> asyncio.Future[SendReport]:
         """From here on the lent pages are given back by ``closed``."""
         assert self._sender is not None, "attach() comes before the first self-test"
         session = _Open(lent, self._loop.create_future())
         with self._lock:
             self._open[session_id] = session
         try:
-            self._sender.open(session_id, len(pages))
+            self._sender.open(session_id, len(pages), num_tokens=num_tokens)
         except PrfaasError:
             with self._lock:
                 del self._open[session_id]

@@ -9,6 +9,7 @@ import grpc
 
 from core.errors import Overloaded
 from core.fingerprint import CacheFingerprint
+from core.kv_layout import KvLayout
 from core.request import ClusterId, SessionId, WorkerId
 from kv_transfer.session import Grant
 from kv_transfer.transport import PeerIdentity
@@ -31,11 +32,13 @@ class ProbeSenderService(rpc.ProbeSenderServicer):
         self,
         prober: LinkProber,
         fingerprint: CacheFingerprint,
+        layout: KvLayout,
         internal: InternalGrpc,
         describe: Callable[[], bytes],
     ) -> None:
         self._prober = prober
         self._fingerprint = wire.fingerprint_to_message(fingerprint)
+        self._layout = wire.kv_layout_to_message(layout)
         self._internal = internal
         self._describe = describe
 
@@ -45,7 +48,8 @@ class ProbeSenderService(rpc.ProbeSenderServicer):
         peer = PeerIdentity(WorkerId(request.worker_id), ClusterId(request.cluster_id))
         timeout_s = min(max(request.timeout_s, 0.0), MAX_TIMEOUT_S)
         async with self._internal.channel(request.address) as channel:
-            target = _Target(peer, request.address, rpc.ProbeReceiverStub(channel), self._fingerprint, self._describe())
+            stub = rpc.ProbeReceiverStub(channel)
+            target = _Target(peer, request.address, stub, self._fingerprint, self._layout, self._describe())
             try:
                 report = await self._prober.run(peer, target, timeout_s)
             except Overloaded as error:
@@ -62,19 +66,22 @@ class _Target:
         address: str,
         stub: rpc.ProbeReceiverStub,
         fingerprint: pb.Fingerprint,
+        layout: pb.KvLayout,
         descriptor: bytes,
     ) -> None:
         self._peer = peer
         self._address = address
         self._stub = stub
         self._fingerprint = fingerprint
+        self._layout = layout
         self._descriptor = descriptor
 
-    async def grant(self, session_id: SessionId, max_pages: int) -> Grant:
+    async def grant(self, session_id: SessionId, max_tokens: int) -> Grant:
         request = pb.ProbeGrantRequest(
             session_id=session_id,
             fingerprint=self._fingerprint,
-            max_pages=max_pages,
+            max_tokens=max_tokens,
+            layout=self._layout,
             sender_descriptor=self._descriptor,
         )
         reply = await self._typed(self._stub.Grant(request, timeout=CALL_TIMEOUT_S))
@@ -85,6 +92,7 @@ class _Target:
             pages=tuple(reply.pages),
             descriptor=reply.transport_descriptor,
             lease_s=reply.lease_s,
+            layout=wire.kv_layout_from_message(reply.layout),
             receiver=self._peer,
         )
 

@@ -452,16 +452,18 @@ class ProbeReport(_message.Message):
     def __init__(self, path: _Optional[str] = ..., num_bytes: _Optional[int] = ..., exact: _Optional[bool] = ..., timed_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., rtt_s: _Optional[float] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ProbeGrantRequest(_message.Message):
-    __slots__ = ("session_id", "fingerprint", "max_pages", "sender_descriptor")
+    __slots__ = ("session_id", "fingerprint", "max_tokens", "sender_descriptor", "layout")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
-    MAX_PAGES_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SENDER_DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     fingerprint: Fingerprint
-    max_pages: int
+    max_tokens: int
     sender_descriptor: bytes
-    def __init__(self, session_id: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., max_pages: _Optional[int] = ..., sender_descriptor: _Optional[bytes] = ...) -> None: ...
+    layout: KvLayout
+    def __init__(self, session_id: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., max_tokens: _Optional[int] = ..., sender_descriptor: _Optional[bytes] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ...) -> None: ...
 
 class ProbeDigestRequest(_message.Message):
     __slots__ = ("session_id", "wait_s")

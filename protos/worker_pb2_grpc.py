@@ -628,7 +628,7 @@ class ProbeReceiverServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Grant(self, request, context):
-        """Asked by the prefill worker: at most max_pages pages, of those that nobody needs.
+        """Asked by the prefill worker: pages for at most max_tokens tokens (or one), of those that nobody needs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -13,6 +13,7 @@ import pytest
 from core.clock import WallClock
 from core.errors import GrantRefused, Overloaded
 from core.fingerprint import CacheFingerprint
+from core.kv_layout import KvLayer, KvLayout
 from core.link import ProbeReport
 from core.request import ClusterId, SessionId, WorkerId
 from decode_worker.link_probe import ProbeReceiver
@@ -21,6 +22,7 @@ from kv_transfer.link_monitor import LinkMonitor
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.sender import KvSender
 from kv_transfer.session import Grant
+from kv_transfer.transfer_plan import layout_of_pages
 from kv_transfer.transport import LayerPages, PageGeometry, PeerIdentity, Region, create_transport
 from prefill_worker.link_probe import FIRST_BYTES, MAX_BYTES, LinkProber, next_bytes
 
@@ -56,14 +58,20 @@ class Loans:
 class Worker:
     """Both halves of a worker's self-test, around the KV half of a worker."""
 
-    def __init__(self, name: str, transport: str, **differs: str) -> None:
+    def __init__(self, name: str, transport: str, layout: KvLayout | None = None, **differs: str) -> None:
+        geometry = GEOMETRY
+        if layout is not None:
+            pages = (LayerPages(layout.page_bytes(i)) for i in range(len(layout.layers)))
+            geometry = PageGeometry(tuple(pages), num_pages=64)
+        self.layout = layout or layout_of_pages(geometry)
+        self.peer_layout: KvLayout | None = None  # None: the same
         loop = asyncio.get_running_loop()
         config = KvTransferConfig(transport=transport, host="127.0.0.1", lease_s=5.0)
         self.identity = PeerIdentity(WorkerId(name), ClusterId("here"))
         fingerprint = replace(FINGERPRINT, **differs)  # type: ignore[arg-type]
         self.transport = create_transport(config, fingerprint, WallClock(), self.identity)
-        sizes = [GEOMETRY.num_pages * layer.page_bytes for layer in GEOMETRY.layers]
-        self.region = Region(GEOMETRY, tuple(memoryview(bytearray(size)) for size in sizes))
+        sizes = [geometry.num_pages * layer.page_bytes for layer in geometry.layers]
+        self.region = Region(geometry, tuple(memoryview(bytearray(size)) for size in sizes))
         self.transport.register(self.region)
         self.loans = Loans()
         self.monitor = LinkMonitor(WallClock())
@@ -71,10 +79,10 @@ class Worker:
         def run_soon(work: Awaitable[None]) -> None:
             asyncio.run_coroutine_threadsafe(work, loop)  # type: ignore[arg-type]
 
-        self.prober = LinkProber(self.loans, self.transport, self.monitor, transport)  # type: ignore[arg-type]
-        self.probed = ProbeReceiver(self.loans, self.region, run_soon)  # type: ignore[arg-type]
+        self.prober = LinkProber(self.loans, self.transport, self.layout, self.monitor, transport)  # type: ignore[arg-type]
+        self.probed = ProbeReceiver(self.loans, self.region, self.layout, run_soon)  # type: ignore[arg-type]
         self.sender = KvSender(
-            self.transport, WallClock(), lambda s, report: self.is_ours(self.prober.closed(s, report))
+            self.transport, WallClock(), lambda s, report: self.is_ours(self.prober.closed(s, report)), self.layout
         )
         self.receiver = KvReceiver(
             self.transport,
@@ -82,6 +90,7 @@ class Worker:
             lambda s, payload: self.on_committed(s),
             lambda s, error: self.is_ours(self.probed.released(s, error)),
             lease_s=5.0,
+            layout=self.layout,
         )
         self.prober.attach(self.sender)
         self.probed.attach(self.receiver)
@@ -96,8 +105,8 @@ class Worker:
 
     # ---- ProbeTarget, without gRPC ----
 
-    async def grant(self, session_id: SessionId, max_pages: int) -> Grant:
-        return await self.probed.grant(session_id, max_pages, b"")
+    async def grant(self, session_id: SessionId, max_tokens: int) -> Grant:
+        return await self.probed.grant(session_id, max_tokens, self.peer_layout or self.layout, b"")
 
     async def digest(self, session_id: SessionId, wait_s: float) -> tuple[bytes, int]:
         arrived = await self.probed.digest(session_id, wait_s)
@@ -110,9 +119,12 @@ class Worker:
 
 
 @asynccontextmanager
-async def two(transport: str, **differs: str) -> AsyncIterator[tuple[Worker, Worker]]:
+async def two(
+    transport: str, layouts: tuple[KvLayout | None, KvLayout | None] = (None, None), **differs: str
+) -> AsyncIterator[tuple[Worker, Worker]]:
     """A sending and a receiving worker; at the end every page of both is back."""
-    prefill, decode = Worker("prefill-0", transport), Worker("decode-0", transport, **differs)
+    prefill, decode = Worker("prefill-0", transport, layouts[0]), Worker("decode-0", transport, layouts[1], **differs)
+    decode.peer_layout = prefill.layout
     try:
         yield prefill, decode
     finally:
@@ -185,8 +197,8 @@ async def test_a_receiver_that_is_gone_fails_it(transport: str) -> None:
     async with two(transport) as (prefill, decode):
         issue = decode.grant
 
-        async def grant(session_id: SessionId, max_pages: int) -> Grant:
-            granted = await issue(session_id, max_pages)
+        async def grant(session_id: SessionId, max_tokens: int) -> Grant:
+            granted = await issue(session_id, max_tokens)
             await asyncio.to_thread(decode.close)
             return granted
 
@@ -201,7 +213,7 @@ async def test_a_receiver_that_is_gone_fails_it(transport: str) -> None:
 async def test_a_refused_grant_fails_it(transport: str) -> None:
     async with two(transport) as (prefill, decode):
 
-        async def refuse(session_id: SessionId, max_pages: int) -> Grant:
+        async def refuse(session_id: SessionId, max_tokens: int) -> Grant:
             raise GrantRefused("not today")
 
         decode.grant = refuse  # type: ignore[method-assign]
@@ -247,18 +259,41 @@ async def test_the_receiver_may_have_fewer_pages() -> None:
         assert report.num_bytes == 4 * GEOMETRY.bytes_per_page
 
 
+@everywhere
+@pytest.mark.parametrize("most", [16, 1], ids=["many pages", "one page"])
+@pytest.mark.parametrize(("ours", "theirs"), [(16, 64), (64, 16), (5, 7)])
+async def test_pages_of_another_size_at_the_other_end_pass_unless_a_byte_changes(
+    transport: str, ours: int, theirs: int, most: int
+) -> None:
+    layer = KvLayer(4, 32, 32, "float32", 4)
+    layouts = KvLayout(ours, (layer,) * 2), KvLayout(theirs, (layer,) * 2)
+    async with two(transport, layouts) as (prefill, decode):
+        prefill.loans.most = decode.loans.most = most
+        report = await probe(prefill, decode)
+        assert report.passed, report
+        num_pages = min(most, max(1, most * ours // theirs))
+        assert report.num_bytes == 2 * 2 * layer.token_bytes * min(most * ours, num_pages * theirs)
+
+        def flip(session_id: SessionId) -> None:
+            (pages,) = [pages for name, pages in decode.probed._lent.items() if name == session_id]
+            decode.region.pages(1, pages[-1], 1)[0] ^= 1
+
+        decode.before_digest = flip
+        assert (await probe(prefill, decode)).error == "Corrupted"
+
+
 async def test_two_that_are_asked_for_at_once_run_one_after_the_other() -> None:
     async with two("local") as (prefill, decode):
         running = 0
         issue = decode.grant
 
-        async def grant(session_id: SessionId, max_pages: int) -> Grant:
+        async def grant(session_id: SessionId, max_tokens: int) -> Grant:
             nonlocal running
             running += 1
             assert running == 1
             await asyncio.sleep(0.01)
             running -= 1
-            return await issue(session_id, max_pages)
+            return await issue(session_id, max_tokens)
 
         decode.grant = grant  # type: ignore[method-assign]
         reports = await asyncio.gather(*(probe(prefill, decode) for _ in range(3)))
@@ -270,11 +305,11 @@ async def test_the_digest_of_a_session_that_was_never_granted_is_refused() -> No
     async with two("local") as (_, decode):
         with pytest.raises(GrantRefused, match="no self-test"):
             await decode.probed.digest(SessionId("unknown"), 0.1)
-        granted = await decode.probed.grant(SessionId("known"), 1, b"")
+        granted = await decode.probed.grant(SessionId("known"), 1, decode.layout, b"")
         with pytest.raises(GrantRefused, match="not committed"):
             await decode.probed.digest(SessionId("known"), 0.01)
         with pytest.raises(GrantRefused, match="granted already"):
-            await decode.probed.grant(SessionId("known"), 1, b"")
+            await decode.probed.grant(SessionId("known"), 1, decode.layout, b"")
         assert len(granted.pages) == 1
 
 
