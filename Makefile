@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: demo serve test lint protos bench bench-kv bench-overlap constraints help
+.PHONY: demo serve test lint protos bench bench-kv bench-overlap bench-paper constraints help
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -47,6 +47,10 @@ bench-kv: $(STAMP)  ## K/V between two processes beside iperf3, NIXL and bare so
 bench-overlap: $(STAMP)  ## What of a hand-over hides behind prefill; writes build/overlap.json
 	@mkdir -p build
 	@$(BIN)/python -m benchmarks.overlap --json build/overlap.json $(ARGS)
+
+bench-paper: $(STAMP)  ## Numbers of the PrfaaS, DistServe and Mooncake papers beside ours; writes build/paper.json
+	@mkdir -p build
+	@$(BIN)/python -m benchmarks.paper --json build/paper.json $(ARGS)
 
 constraints: $(STAMP)  ## Pin what .venv holds; to upgrade: empty constraints.txt, rm -r .venv, make constraints
 	@{ sed -n '/^#/p' constraints.txt; \

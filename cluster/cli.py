@@ -1,4 +1,4 @@
-"""The ``prfaas`` command: start a service, talk to one, look into one.
+"""The ``prfaas`` command: plan a fleet, start a service, talk to one, look into one.
 
 ``serve`` runs a service in this process; ``generate``, ``chat`` and ``status`` are clients of a running one and speak
 nothing but its public gRPC API. What the model says goes to standard output, everything else to standard error.
@@ -34,6 +34,9 @@ from cluster.certificates import (
     write_files,
 )
 from cluster.config import ServiceConfig, load_config, service_document, service_schema
+from cluster.plan_command import EPILOG as PLAN_EPILOG
+from cluster.plan_command import plan
+from cluster.plan_document import check_section
 from cluster.tables import check_table, cluster_link_table, link_table, timing_table, worker_table
 from cluster.version import version
 from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
@@ -65,6 +68,7 @@ curl http://127.0.0.1:8000/v1/models""",
 )
 config_app = typer.Typer(help="Check a configuration, or print what can be configured.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.command(epilog=PLAN_EPILOG)(plan)
 certs_app = typer.Typer(help="Make the certificates of a service's processes, or look at them.", no_args_is_help=True)
 app.add_typer(certs_app, name="certs")
 
@@ -255,6 +259,7 @@ def check_config(config_file: ConfigFile, overrides: Overrides = None) -> None:
     """Say whether a configuration is valid, and what is wrong with it."""
     with _config_errors():
         config = load_config(config_file, overrides or ())
+        check_section(config)
     typer.echo(f"{config_file}: valid; {config.prefill.count} prefill + {config.decode.count} decode of {config.model}")
 
 

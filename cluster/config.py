@@ -178,6 +178,7 @@ class ServiceConfig:
     cluster_id: name of this datacenter's Ray cluster.
     host: address on which workers listen and are reached; null: Ray's address of their node.
     model_cache_dir: where converted checkpoints are kept.
+    plan: what ``prfaas plan`` is told besides: a planning document, less what is known from here (docs/planning.md).
     drain_timeout_s: seconds that running requests get to finish when the service is told to stop.
     start_timeout_s: seconds that the workers get to load the model.
     log_level: the least severe messages that are logged.
@@ -197,6 +198,7 @@ class ServiceConfig:
     http: HttpConfig = field(default_factory=HttpConfig)
     grpc: GrpcConfig = field(default_factory=GrpcConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    plan: dict[str, object] = field(default_factory=dict)
     drain_timeout_s: float = 6.0
     start_timeout_s: float = 600.0
     log_level: str = "info"

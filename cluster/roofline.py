@@ -37,7 +37,7 @@ class Efficiency:
         for name in ("compute", "memory", "interconnect"):
             value = getattr(self, name)
             if not 0 < value <= 1:
-                raise InvalidConfig(f"efficiency.{name}", f"must be above 0 and at most 1, got {value!r}")
+                raise InvalidConfig(name, f"must be above 0 and at most 1, got {value!r}")
 
 
 @dataclass(frozen=True)

@@ -64,5 +64,5 @@ def test_the_live_cost_model_begins_at_the_same_seconds() -> None:
 
 
 def test_an_efficiency_is_a_share() -> None:
-    with pytest.raises(InvalidConfig, match=r"efficiency.memory: must be above 0 and at most 1, got 1.5"):
+    with pytest.raises(InvalidConfig, match=r"memory: must be above 0 and at most 1, got 1.5"):
         Efficiency(memory=1.5)

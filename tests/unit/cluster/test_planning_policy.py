@@ -1,0 +1,238 @@
+"""The two loops step by step, and for any view: reasons, no empty pool, and calm under constant demand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.length_distribution import LengthDistribution
+from cluster.planning_policy import (
+    FRESH,
+    DualTimescale,
+    FleetTarget,
+    MeasuredDemand,
+    PlannerMemory,
+    PlannerSettings,
+    PlanningView,
+    Roles,
+    StaticPlan,
+)
+from cluster.throughput_model import Polynomial
+from core.errors import InvalidConfig
+
+LENGTHS = LengthDistribution.log_normal(9.0, 1.0, 128, 131_072)
+CHAT = MeasuredDemand(LENGTHS, rate_rps=2.0, mean_output_tokens=300)
+LONG_ANSWERS = replace(CHAT, mean_output_tokens=6000)
+VIEW = PlanningView(
+    at_s=0.0,
+    num_prefill=3,
+    num_decode=3,
+    num_changing=0,
+    num_prfaas=2,
+    prfaas_prefill_s=Polynomial((0.1, 4e-5)),
+    local_prefill_s=Polynomial((0.1, 1e-4)),
+    kv_bytes=Polynomial((1e8, 2e4)),
+    max_batch_size=20,
+    decode_step_s=0.025,
+    link_bytes_per_s=12.5e9,
+    link_utilisation=0.3,
+    prfaas_queue_s=0.0,
+    local_queue_s=0.0,
+    decode_queue=0,
+)
+POLICY = DualTimescale()
+
+
+def run(
+    view: PlanningView, demand: MeasuredDemand, memory: PlannerMemory = FRESH, *, start_s: float = 0.0, steps: int = 40
+) -> Iterator[tuple[FleetTarget, PlannerMemory]]:
+    """One call a second; workers change their roles at once."""
+    for step in range(steps):
+        view = replace(view, at_s=start_s + step)
+        target, memory = POLICY.plan(view, demand, memory)
+        yield target, memory
+        view = replace(view, num_prefill=target.roles.num_prefill, num_decode=target.roles.num_decode)
+
+
+def last(view: PlanningView, demand: MeasuredDemand, **options: object) -> tuple[FleetTarget, PlannerMemory]:
+    *_, final = run(view, demand, **options)  # type: ignore[arg-type]
+    return final
+
+
+def test_a_narrow_link_raises_the_threshold_and_a_wide_one_lowers_it_again() -> None:
+    wide, memory = POLICY.plan(VIEW, CHAT, FRESH)
+    narrow, memory = POLICY.plan(replace(VIEW, at_s=1, link_bytes_per_s=0.05e9), CHAT, memory)
+    again, _ = POLICY.plan(replace(VIEW, at_s=2), CHAT, memory)
+
+    assert narrow.threshold_tokens > wide.threshold_tokens
+    assert again.threshold_tokens == pytest.approx(wide.threshold_tokens, rel=0.1)
+    assert "moved from" in narrow.reason
+
+
+@pytest.mark.parametrize("pressure", [{"link_utilisation": 0.95}, {"prfaas_queue_s": 5.0}])
+def test_pressure_raises_the_threshold_step_by_step_and_calm_lowers_it_slowly(pressure: dict[str, float]) -> None:
+    calm, memory = POLICY.plan(VIEW, CHAT, FRESH)
+    thresholds = []
+    for second in range(1, 4):
+        target, memory = POLICY.plan(replace(VIEW, at_s=second, **pressure), CHAT, memory)
+        thresholds.append(target.threshold_tokens / calm.threshold_tokens)
+    assert thresholds == pytest.approx([1.25, 1.25**2, 1.25**3])
+    assert "raised to step 3" in target.reason
+
+    held, memory = POLICY.plan(replace(VIEW, at_s=4), CHAT, memory)
+    lowered, memory = POLICY.plan(replace(VIEW, at_s=9), CHAT, memory)
+    assert (held.numbers["back_off"], lowered.numbers["back_off"]) == (3, 2)
+
+
+def test_between_the_marks_the_threshold_stays() -> None:
+    _, memory = POLICY.plan(VIEW, CHAT, FRESH)
+    up, memory = POLICY.plan(replace(VIEW, at_s=1, link_utilisation=0.95), CHAT, memory)
+    between, memory = POLICY.plan(replace(VIEW, at_s=100, link_utilisation=0.75), CHAT, memory)
+
+    assert between.threshold_tokens == up.threshold_tokens
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"num_prfaas": 0}, "no PrfaaS worker"), ({"link_bytes_per_s": 0.0}, "the link to the PrfaaS workers is down")],
+)
+def test_what_cannot_be_reached_gets_nothing(change: dict[str, float], reason: str) -> None:
+    target, _ = POLICY.plan(replace(VIEW, **change), CHAT, FRESH)
+
+    assert target.threshold_tokens == math.inf
+    assert reason in target.reason
+
+
+def test_before_the_first_request_nothing_changes() -> None:
+    target, _ = POLICY.plan(VIEW, MeasuredDemand(None, 0, 0), FRESH)
+
+    assert target.roles == Roles(3, 3)
+    assert target.threshold_tokens == math.inf
+
+
+def test_long_answers_turn_a_prefill_worker_into_a_decode_worker_and_short_ones_turn_it_back() -> None:
+    settled, memory = last(VIEW, CHAT, steps=200)
+    view = replace(VIEW, num_prefill=settled.roles.num_prefill, num_decode=settled.roles.num_decode, decode_queue=9)
+
+    surged, memory = last(view, LONG_ANSWERS, memory=memory, start_s=200.0, steps=200)
+    assert surged.roles.num_decode > settled.roles.num_decode
+
+    view = replace(view, num_prefill=surged.roles.num_prefill, num_decode=surged.roles.num_decode, decode_queue=0)
+    back, _ = last(view, CHAT, memory=memory, start_s=400.0, steps=300)
+    assert back.roles == settled.roles
+
+
+def test_one_conversion_at_a_time_with_patience_and_cooldown() -> None:
+    pressed = replace(VIEW, decode_queue=5)
+    targets = [target for target, _ in run(pressed, LONG_ANSWERS, steps=50)]
+    changes = [i for i, (a, b) in enumerate(pairwise(targets), 1) if a.roles != b.roles]
+
+    assert changes[0] == 5  # the second look
+    assert all(later - earlier >= 30 for earlier, later in pairwise(changes))
+    assert targets[changes[0]].roles == Roles(2, 4)
+    assert "one prefill worker becomes a decode worker" in targets[changes[0]].reason
+
+
+def test_while_a_worker_changes_no_other_does() -> None:
+    target, _ = last(replace(VIEW, decode_queue=5, num_changing=1), LONG_ANSWERS)
+
+    assert target.roles == Roles(3, 3)
+    assert "still change" in target.reason
+
+
+def test_a_conversion_that_does_not_pay_is_not_made() -> None:
+    dear = DualTimescale(PlannerSettings(conversion_s=1e6))
+    memory = FRESH
+    for second in range(60):
+        target, memory = dear.plan(replace(VIEW, at_s=second, decode_queue=5), LONG_ANSWERS, memory)
+        assert target.roles == Roles(3, 3)
+
+
+def test_static_plan_keeps_what_it_was_told() -> None:
+    target, memory = StaticPlan(5000).plan(replace(VIEW, link_utilisation=1.0), LONG_ANSWERS, FRESH)
+
+    assert (target.threshold_tokens, target.roles, memory) == (5000, Roles(3, 3), FRESH)
+    assert target.reason
+
+
+VIEWS = st.builds(
+    lambda prefill, decode, prfaas, link, busy, queue, local, waiting: replace(
+        VIEW,
+        num_prefill=prefill,
+        num_decode=decode,
+        num_prfaas=prfaas,
+        link_bytes_per_s=link,
+        link_utilisation=busy,
+        prfaas_queue_s=queue,
+        local_queue_s=local,
+        decode_queue=waiting,
+    ),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(0, 4),
+    st.sampled_from([0.0, 1e7, 1e9, 1e10]),
+    st.floats(0, 1),
+    st.floats(0, 20),
+    st.floats(0, 20),
+    st.integers(0, 100),
+)
+DEMANDS = st.builds(
+    lambda sample, rate, output: MeasuredDemand(LengthDistribution.from_sample(sample), rate, output),
+    st.lists(st.integers(1, 131_072), min_size=1, max_size=30),
+    st.floats(0, 100),
+    st.floats(1, 20_000),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(VIEWS, DEMANDS)
+def test_on_constant_demand_it_settles_and_stays(view: PlanningView, demand: MeasuredDemand) -> None:
+    steps = 12 * 70  # eleven workers could each change once, a cooldown and a patience apart
+    targets = []
+    memory = FRESH
+    for step in range(0, steps, 5):
+        view = replace(view, at_s=float(step))
+        target, memory = POLICY.plan(view, demand, memory)
+        targets.append(target)
+        view = replace(view, num_prefill=target.roles.num_prefill, num_decode=target.roles.num_decode)
+
+    tail = targets[-20:]
+    assert {(target.roles, target.threshold_tokens) for target in tail} == {(tail[0].roles, tail[0].threshold_tokens)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(VIEWS, DEMANDS, st.floats(0, 1000))
+def test_every_target_has_a_reason_and_no_empty_pool_and_comes_twice_alike(
+    view: PlanningView, demand: MeasuredDemand, at_s: float
+) -> None:
+    eager = DualTimescale(PlannerSettings(patience=1, cooldown_s=0.0))
+    memory = PlannerMemory(verdict=-1, verdicts=5)
+    view = replace(view, at_s=at_s)
+
+    target, kept = eager.plan(view, demand, memory)
+
+    assert target.reason
+    assert target.roles.num_prefill >= 1
+    assert target.roles.num_decode >= 1
+    assert target.roles.num_prefill + target.roles.num_decode == view.num_prefill + view.num_decode
+    assert target.threshold_tokens >= 0
+    assert eager.plan(view, demand, memory) == (target, kept)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "key"),
+    [
+        ({"low_utilisation": 0.95}, "low_utilisation"),
+        ({"back_off_factor": 1.0}, "back_off_factor"),
+        ({"patience": 0}, "p"),
+    ],
+)
+def test_wrong_settings_are_refused(wrong: dict[str, float], key: str) -> None:
+    with pytest.raises(InvalidConfig, match=key):
+        PlannerSettings(**wrong)  # type: ignore[arg-type]
