@@ -344,3 +344,25 @@ def test_random_hand_overs_with_random_cancels_leak_no_page_and_damage_no_byte(p
     assert free == set(range(64))
     assert 80 < num_whole < 180
     assert decode.receiver.num_sessions == prefill.sender.num_sessions == 0
+
+
+@pytest.mark.parametrize("first_end", ["committed", "cancelled"])
+def test_a_session_that_ended_may_come_again_under_its_name(prefill: Any, decode: Any, first_end: str) -> None:
+    if first_end == "committed":
+        prefill.hand_over(A, SRC, decode.receiver.issue(A, 0, DST), b"first")
+        decode.outcomes.payload_of(A)
+    else:
+        prefill.sender.open(A, len(SRC))
+        prefill.sender.granted(A, decode.receiver.issue(A, 0, DST))
+        prefill.store_all(A, SRC)
+        prefill.sender.abort(A, "tried again")
+        decode.outcomes.release_of(A)
+    prefill.outcomes.close_of(A)
+    for outcomes in (prefill.outcomes, decode.outcomes):
+        for told in (outcomes.closed, outcomes.committed, outcomes.released):
+            told.clear()
+    again = tuple(page + 10 for page in DST)
+    prefill.hand_over(A, SRC[::-1], decode.receiver.issue(A, 0, again), b"second")
+    assert decode.outcomes.payload_of(A) == b"second"
+    assert_pages_equal(prefill, decode, SRC[::-1], again)
+    assert prefill.outcomes.close_of(A).error is None
