@@ -35,8 +35,8 @@ _IOV_MAX = 1024  # of a system call, linux/uio.h
 _SO_MAX_PACING_RATE = 47  # asm-generic/socket.h; the module socket does not name it
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
 # What the kernel holds of a connection beyond what is on its way can no longer be overtaken by what is more urgent.
-# It refills at half of this; 1 MiB is 0.8 ms of 10 Gbit/s, the time in which a thread is woken. On loopback anything
-# from 256 KiB up cost nothing that could be told from noise.
+# It is refilled at half of this: 0.4 ms of 10 Gbit/s, in which a thread has to be woken. (Loopback tells nothing here:
+# on two busy cores 128 KiB, 1 MiB and no limit at all could not be told apart.)
 _NOTSENT_BYTES = 1 << 20
 
 

@@ -302,7 +302,7 @@ class ReceiveEvents(Protocol):
 
 
 class Transport(Protocol):
-    """One process's end of every link. Constructed with (config, fingerprint, clock); thread-safe."""
+    """One process's end of every link, made by a ``TransportFactory``; thread-safe."""
 
     @property
     def region(self) -> Region:
