@@ -19,7 +19,7 @@ from cluster.certificates import Authority, write_files
 from core.clock import WallClock
 from core.credentials import Credentials
 from core.errors import Incompatible, PeerLost, ProtocolViolation, TransferAborted, TransferError
-from core.fingerprint import CacheFingerprint
+from core.fingerprint import MUST_AGREE, CacheFingerprint
 from core.request import ClusterId, SessionId, WorkerId
 from kv_transfer.config import KvTransferConfig, LinkConfig
 from kv_transfer.transport import (
@@ -397,17 +397,16 @@ def test_a_new_link_works_after_one_was_lost(prefill: End, decode: End) -> None:
     assert decode.pool.page(2, 4) == prefill.pool.page(2, 3)
 
 
-@pytest.mark.parametrize("name", ["model", "revision", "dtype", "page_size", "layout"])
+@pytest.mark.parametrize("name", MUST_AGREE)
 def test_a_peer_with_another_cache_is_refused_by_the_name_of_what_differs(
     make_end: MakeEnd, prefill: End, name: str
 ) -> None:
-    other = 8 if name == "page_size" else "other"
-    decode = make_end(fingerprint=replace(FINGERPRINT, **{name: other}))  # type: ignore[arg-type]
+    decode = make_end(fingerprint=replace(FINGERPRINT, **{name: "other"}))
     link = prefill.connect(decode)
     link.write(write(0, (0, 0)))
     error = prefill.sent.until_lost()
     assert isinstance(error, Incompatible)
-    assert (error.field, error.ours, error.theirs) == (name, str(getattr(FINGERPRINT, name)), str(other))
+    assert (error.field, error.ours, error.theirs) == (name, getattr(FINGERPRINT, name), "other")
     decode.transport.close()
     assert decode.received.told == []
     assert prefill.transport.counters.links_refused + decode.transport.counters.links_refused >= 1
