@@ -33,7 +33,7 @@ from cluster.config import WorkerConfig
 from cluster.output_streams import OutputStreams
 from cluster.page_events import PageEventLog
 from core.clock import Clock, WallClock
-from core.errors import InvalidConfig, ProtocolViolation, TransferError
+from core.errors import ProtocolViolation, TransferError
 from core.request import EngineId, GatewayId, SequenceId, SessionId
 from decode_worker.link_probe import ProbeReceiver
 from decode_worker.probe_service import ProbeReceiverService
@@ -48,6 +48,7 @@ from kv_transfer.link_monitor import TICK_S, LinkMonitor, timed_part
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.sender import KvSender
 from kv_transfer.session import SendReport
+from kv_transfer.staging_device import DeviceRegion
 from kv_transfer.transport import ANONYMOUS, LayerPages, PageGeometry, PeerIdentity, Region, create_transport
 from prefill_worker.link_probe import LinkProber
 from prefill_worker.probe_service import ProbeSenderService
@@ -495,17 +496,14 @@ class _Parts(rpc.WorkerServicer):
 
 
 def _region(engine: Engine) -> Region:
-    """The pool as the transport sees it. Raises ``InvalidConfig`` for a pool that no transport can reach."""
-    if engine.pool.device.type != "cpu":
-        raise InvalidConfig(
-            "engine.device",
-            f"K/V transport works on host memory so far: a worker must be on cpu, not {engine.pool.device}",
-        )
+    """The pool as the transport sees it."""
     layout = engine.layout
     layers = range(layout.num_layers)
     pages = (LayerPages(layout.page_bytes(i), layout.layers[i].dtype, layout.block_bytes(i)) for i in layers)
     geometry = PageGeometry(tuple(pages), engine.pool.num_pages)
-    return Region(geometry, tuple(engine.pool.layer_bytes(i) for i in layers))
+    if engine.pool.device.type == "cpu":
+        return Region(geometry, tuple(engine.pool.layer_bytes(i) for i in layers))
+    return DeviceRegion(geometry, tuple(engine.pool.pages(i) for i in layers))
 
 
 def _make_commit(sequence_id: SequenceId, token_ids: Sequence[int]) -> bytes:

@@ -120,9 +120,11 @@ class KvSender:
     def pages_stored(self, session_id: SessionId, layer: int, first_page: int, src_page_ids: Sequence[int]) -> None:
         """Pages ``first_page ..`` of ``layer`` are complete and are in the pool at ``src_page_ids``.
 
+        In device memory: once the kernels have run that the calling thread launched on its current stream.
         Each page of each layer once, in any order. Never blocks; ignored when the session has closed.
         Raises ProtocolViolation for pages or layers that the session or the pool does not have, or after ``commit``.
         """
+        self._transport.region.mark(layer)
         with self._changed:
             entry = self._entries.get(session_id)
             if entry is not None:

@@ -101,6 +101,12 @@ class Region:
         """``num_bytes`` bytes of ``layer`` from ``offset`` on, uncopied."""
         return self._layers[layer][offset : offset + num_bytes]
 
+    def mark(self, layer: int) -> None:
+        """Everything that writes pages of ``layer``, up to now, was at least launched; called by who launched it.
+
+        In host memory what was launched is done. Device memory remembers the instant (staging_device.py).
+        """
+
     @contextmanager
     def outgoing(self, write: Write) -> Iterator[list[memoryview]]:
         """Host views of the write's source bytes, in the payload's order; they may be read until the block ends."""

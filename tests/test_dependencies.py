@@ -46,6 +46,8 @@ TORCH_FREE_ENGINE = frozenset(
     f"engine.{noun}" for noun in ("config", "sequence", "cache_layout", "page_allocator", "scheduler", "model_source")
 )
 TORCH = frozenset({"torch", "transformers"})
+# Pages in device memory are gathered and scattered by torch's kernels; only the composer, which has a pool, loads it.
+STAGING = "kv_transfer.staging_device"
 # The gateway tokenises, so it may load this one name from transformers, when it first needs it.
 TOKENIZER, TOKENIZER_MAY_IMPORT = "cluster.tokenizer", frozenset({"transformers", "transformers.AutoTokenizer"})
 # The gateways are leaves: only the file that puts the gateway process together imports them.
@@ -159,12 +161,12 @@ def doors_to_outside_worlds(tree: Tree) -> list[str]:
 
 
 def torch_outside_the_engine(tree: Tree) -> list[str]:
-    """Torch and transformers are imported by engine alone, but for the gateway's tokenizer."""
+    """Torch and transformers are imported by engine alone, but for the gateway's tokenizer and the staging of pages."""
 
     def allowed(found: Import) -> bool:
         if found.module == TOKENIZER and not found.on_load:
             return found.target in TOKENIZER_MAY_IMPORT
-        return _room(found.module) == "engine"
+        return _room(found.module) == "engine" or (found.module == STAGING and _room(found.target) == "torch")
 
     return [str(i) for i in tree.imports if _room(i.target) in TORCH and not allowed(i)]
 

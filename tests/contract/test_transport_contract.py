@@ -59,6 +59,8 @@ VARIANTS = {
     "tcp, receiver dials": Variant("tcp", LinkConfig(connections=3, dial="receiver")),
     "tcp, TLS": Variant("tcp", LinkConfig(connections=3), tls=True),
     "tcp, TLS, receiver dials": Variant("tcp", LinkConfig(connections=2, dial="receiver"), tls=True),
+    "nixl": Variant("nixl"),
+    "nixl, no checksum": Variant("nixl", LinkConfig(checksum="none")),
 }
 
 
@@ -175,10 +177,14 @@ def credentials(tmp_path_factory: pytest.TempPathFactory) -> Credentials:
 @pytest.fixture(params=sorted(VARIANTS))
 def make_end(request: pytest.FixtureRequest, credentials: Credentials) -> Iterator[MakeEnd]:
     variant = VARIANTS[request.param]
+    if variant.transport == "nixl":
+        pytest.importorskip("nixl", reason="pip install 'prfaas[nixl]'")
     ends: list[End] = []
 
     def make(fill: random.Random | None = None, fingerprint: CacheFingerprint = FINGERPRINT) -> End:
-        config = KvTransferConfig(transport=variant.transport, host="127.0.0.1", lease_s=0.4, links=(variant.link,))
+        config = KvTransferConfig(
+            transport=variant.transport, host="127.0.0.1", lease_s=0.4, links=(variant.link,), staging_mib=1
+        )
         identity = PeerIdentity(WorkerId(f"w{len(ends)}"), ClusterId("here"))
         tls = credentials if variant.tls else None
         end = End(create_transport(config, fingerprint, WallClock(), identity, tls), Pool(fill), Receiving())
