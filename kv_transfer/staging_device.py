@@ -107,7 +107,7 @@ class DeviceRegion(StagedRegion):
 
     @contextmanager
     def kernels(self, layers: Iterable[int] = ()) -> Iterator[None]:
-        """What is launched within runs on the thread's stream, behind the marks of ``layers``; at the end it has run."""
+        """What is launched within runs on the thread's stream, behind the marks of ``layers``, and has run at last."""
         stream = self._stage(0).stream
         if stream is None:
             yield

@@ -85,3 +85,18 @@ async def test_pages_of_another_size_at_each_end_give_the_models_own_tokens(
             bytes_per_token = answers[-1].timing.bytes_shipped // num_tokens
             assert again.timing.bytes_shipped == bytes_per_token * (num_tokens % decode_pages)
             await cluster.check_integrity()
+
+
+@pytest.mark.parametrize("family", ["llama"])
+async def test_nixl_gives_the_models_own_tokens(family: str, tiny_model: ReferenceModel) -> None:
+    pytest.importorskip("nixl", reason="pip install 'prfaas[nixl]'")
+    prompts = tiny_model.prompts
+    kv_transfer = KvTransferConfig(transport="nixl", staging_mib=1)
+    engine = engine_config(page_size=16, chunk=5)
+    async with live_cluster(str(tiny_model.folder), engine=engine, kv_transfer=kv_transfer) as cluster:
+        for _ in ("miss", "hit"):
+            answers = await asyncio.gather(*(cluster.generate(prompt, GREEDY) for prompt in prompts))
+            for prompt, answer in zip(prompts, answers, strict=True):
+                assert answer.tokens == tiny_model.expected(prompt, NUM_NEW), len(prompt)
+                assert answer.timing.decode_worker == "decode-0"
+        await cluster.check_integrity()

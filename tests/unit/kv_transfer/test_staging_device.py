@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import random
+from threading import Event
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.clock import WallClock
+from core.errors import TransferError
+from core.fingerprint import CacheFingerprint
 from core.request import SessionId
+from kv_transfer.config import KvTransferConfig, LinkConfig
 from kv_transfer.staging import HostRing, Ring
 from kv_transfer.staging_device import DeviceRegion, DeviceRing
-from kv_transfer.transport import LayerPages, PageGeometry, Region, Span, Strip, Write
+from kv_transfer.transport import LayerPages, PageGeometry, Region, Span, Strip, Write, create_transport
 
 NUM_LAYERS, PAGE_BYTES, NUM_PAGES = 3, 192, 16
 LAYER_BYTES = PAGE_BYTES * NUM_PAGES
@@ -117,3 +125,54 @@ def test_marks_of_host_memory_change_nothing() -> None:
     device, host, _, _ = twins(seed=1)
     device.mark(0)
     host.mark(0)
+
+
+class Listener:
+    """Both ends' events: admits everything, and sets ``arrived`` at a message."""
+
+    def __init__(self) -> None:
+        self.arrived = Event()
+
+    def admit(self, link: Any, token: bytes, layers: range, spans: tuple[Span, ...]) -> SessionId:
+        return SessionId("a")
+
+    def landed(self, *what: Any) -> None:
+        pass
+
+    damaged = written = drained = landed
+
+    def notified(self, link: Any, message: bytes) -> None:
+        self.arrived.set()
+
+    def lost(self, link: Any, error: TransferError) -> None:
+        self.arrived.set()
+
+
+@pytest.mark.parametrize("transport", ["tcp", "nixl"])
+def test_pools_of_tensors_travel_byte_for_byte_over(transport: str) -> None:
+    if transport == "nixl":
+        pytest.importorskip("nixl", reason="pip install 'prfaas[nixl]'")
+    fingerprint = CacheFingerprint("model", "revision", "bfloat16", 16, "layout")
+    links = (LinkConfig(connections=3),)
+    config = KvTransferConfig(transport=transport, host="127.0.0.1", staging_mib=1, links=links)
+    pools = [make_tensors(1), make_tensors(None)]
+    ends = [create_transport(config, fingerprint, WallClock()) for _ in pools]
+    receiving = Listener()
+    dice = random.Random(1)
+    src, dst = (dice.sample(range(NUM_PAGES), NUM_PAGES) for _ in range(2))
+    pairs = list(zip(src, dst, strict=True))
+    try:
+        for end, pool in zip(ends, pools, strict=True):
+            end.register(DeviceRegion(GEOMETRY, pool))
+            end.serve(receiving)
+        link = ends[0].connect(ends[1].describe(), Listener())
+        for i in range(0, NUM_PAGES, 3):
+            strips = tuple(Strip(s * PAGE_BYTES, d * PAGE_BYTES, PAGE_BYTES) for s, d in pairs[i : i + 3])
+            link.write(Write(SessionId("a"), bytes(16), 0, NUM_LAYERS, strips))
+        link.notify(SessionId("a"), b"all")
+        assert receiving.arrived.wait(30)
+    finally:
+        for end in ends:
+            end.close()
+    for ours, theirs in zip(*pools, strict=True):
+        assert torch.equal(theirs[dst].view(torch.int16), ours[src].view(torch.int16))
