@@ -215,7 +215,8 @@ async def test_a_pair_that_does_not_hold_the_same_cache_is_refused_by_field(
             fingerprint.dtype, fingerprint.page_size = "float32", 64
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await decode.Grant(pb.GrantRequest(session_id="x", fingerprint=fingerprint, wait_s=1))
-            assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT, "compatible, but it tells no layout"
+            assert "layout" in (refused.value.details() or "")
 
 
 async def test_a_stranger_without_an_outputs_stream_may_queue_nothing(family: str, tiny_model: ReferenceModel) -> None:
