@@ -312,10 +312,12 @@ class LinkEnd(ABC):
             raise
         finally:
             self._lose(connection, error)
-            if loop == self._read:
-                self._stop_waiting_for(connection)
-            self._let_go(connection)
-            self.leave()
+            try:
+                if loop == self._read:
+                    self._stop_waiting_for(connection)
+            finally:
+                self._let_go(connection)
+                self.leave()
 
     def _lose(self, connection: Connection, error: TransferError) -> None:
         """The connection is of no more use. Both of its threads say so, or one that replaces it."""
