@@ -35,8 +35,8 @@ _IOV_MAX = 1024  # of a system call, linux/uio.h
 _SO_MAX_PACING_RATE = 47  # asm-generic/socket.h; the module socket does not name it
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
 # What the kernel holds of a connection beyond what is on its way can no longer be overtaken by what is more urgent.
-# It is refilled at half of this: 0.4 ms of 10 Gbit/s, in which a thread has to be woken. On loopback with the default of
-# four connections it cost nothing against no limit (2.9 to 3.2 GB/s against 2.0 to 3.4, two shared cores); with two
+# It is refilled at half of this: 0.4 ms of 10 Gbit/s, in which a thread has to be woken. On loopback with the default
+# of four connections it cost nothing against no limit (2.9 to 3.2 GB/s against 2.0 to 3.4, two shared cores); with two
 # connections no limit may be a little faster, within that noise.
 _NOTSENT_BYTES = 1 << 20
 
