@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+_NOT_BETWEEN_PROCESSES = frozenset({"self", "cuda_copy", "gdr_copy"})
 _SHARED_MEMORY = frozenset({"cma", "knem", "posix", "sysv", "xpmem"})
 _HEADER = re.compile(r"\| (?P<agent>\S+) (?:self|intra-node|inter-node) cfg#\d+ +\|")
 _OPERATION = re.compile(r"\| remote memory write by ucp_put")
@@ -74,7 +75,7 @@ def path_of(transports: frozenset[str]) -> str:
 def fell_to_tcp(path: str, environment: Mapping[str, str]) -> bool:
     """Are bytes carried by TCP although the user did not ask UCX for just that (UCX_TLS)?"""
     asked = {name.strip() for name in environment.get("UCX_TLS", "all").split(",")}
-    return "tcp" in path.removeprefix("ucx:").split("+") and not asked <= {"tcp", "self"}
+    return "tcp" in path.removeprefix("ucx:").split("+") and not asked - _NOT_BETWEEN_PROCESSES <= {"tcp"}
 
 
 class UcxLog:

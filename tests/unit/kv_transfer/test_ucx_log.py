@@ -71,6 +71,7 @@ def test_paths_have_names(transports: tuple[str, ...], path: str) -> None:
         ("ucx:rc_mlx5+tcp", {}, True),
         ("ucx:tcp", {"UCX_TLS": "tcp"}, False),
         ("ucx:tcp", {"UCX_TLS": "self, tcp"}, False),
+        ("ucx:tcp", {"UCX_TLS": "tcp,cuda_copy"}, False),
         ("ucx:shm", {}, False),
         ("ucx", {}, False),
     ],
