@@ -80,6 +80,7 @@ class Stream:
 
     def secured(self, context: ssl.SSLContext, *, accepted: bool) -> TlsStream:
         """The same connection as TLS, not shaken hands yet; this object is of no more use."""
+        context.sslsocket_class = _ClosedOnReset
         tls = context.wrap_socket(self._socket, server_side=accepted, do_handshake_on_connect=False)
         stream = TlsStream(tls, self._clock, self._peer)
         stream.hurry(self._deadline)
@@ -136,6 +137,18 @@ class Stream:
         if left <= 0:
             raise TimeoutError("timed out")
         return left
+
+
+class _ClosedOnReset(ssl.SSLSocket):
+    """When the peer resets the connection before the handshake, ``wrap_socket`` raises out of its first ``recv`` and leaves
+    the socket that it has made, which nobody else knows, open."""
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        try:
+            return super().recv(buflen, flags)
+        except OSError:
+            self.close()
+            raise
 
 
 class TlsStream(Stream):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import socket
 import ssl
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from cluster.certificates import Authority, write_files
+from core.clock import WallClock
 from core.credentials import Credentials
 from core.errors import PeerLost, Unauthenticated
 from kv_transfer.config import LinkConfig
+from kv_transfer.tcp_stream import Stream
 from tests.unit.kv_transfer.tcp_peers import NUM_PAGES, PATIENCE_S, A, Relay, Worker, make_worker, opening, write
 
 Make = Callable[..., Worker]
@@ -208,3 +212,16 @@ def test_new_certificates_serve_new_links_and_old_links_go_on(make: Make, author
     second.write(write(random.Random(1).randrange(NUM_PAGES)))
     second.notify(A, b"after")
     decode.received.until_told("notified", b"after")
+
+
+def test_a_peer_that_resets_before_the_handshake_leaves_no_socket_open(good: Credentials) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    with theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
+    stream = Stream(ours, WallClock(), "the peer")
+    with pytest.raises(ConnectionResetError):
+        stream.secured(good.client_context(), accepted=False)
+    stream.close()
+    gc.collect()  # an unclosed socket would warn, and a warning fails the test
