@@ -140,7 +140,7 @@ class Stream:
 
 
 class _ClosedOnReset(ssl.SSLSocket):
-    """When the peer resets the connection before the handshake, ``wrap_socket`` raises out of its first ``recv`` and leaves
+    """If the peer resets the connection before the handshake, ``wrap_socket`` raises out of its first ``recv`` and leaves
     the socket that it has made, which nobody else knows, open."""
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
