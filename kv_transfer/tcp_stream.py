@@ -140,8 +140,8 @@ class Stream:
 
 
 class _ClosedOnReset(ssl.SSLSocket):
-    """If the peer resets the connection before the handshake, ``wrap_socket`` raises out of its first ``recv`` and leaves
-    the socket that it has made, which nobody else knows, open."""
+    """If the peer resets the connection before the handshake, ``wrap_socket`` raises out of its first ``recv`` and
+    leaves the socket that it has made, which nobody else knows, open."""
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
         try:
