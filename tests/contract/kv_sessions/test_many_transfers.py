@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from core.clock import WallClock
-from core.errors import Corrupted, ProtocolViolation, TransferError
+from core.errors import ProtocolViolation, TransferError
 from core.fingerprint import CacheFingerprint
 from core.kv_layout import KvLayer, KvLayout
 from core.request import SessionId
@@ -161,7 +161,7 @@ class World:
         self.page_sizes = page_sizes
         self.prefill, self.decode = (self._peer(size) for size in page_sizes)
         self.live: list[Transfer] = []
-        self.num_whole = self.num_corrupted = self.num_restarts = self.num_resent = 0
+        self.num_whole = self.num_restarts = self.num_resent = 0
         self.errors: set[type[TransferError]] = set()
 
     def _peer(self, page_size: int) -> Peer:
@@ -233,7 +233,6 @@ class World:
         else:
             self.errors.add(type(report.error))
         self.num_whole += committed
-        self.num_corrupted += isinstance(transfer.decode.outcomes.released.get(transfer.name), Corrupted)
         self.num_resent += report.writes_resent
         transfer.prefill.give_back(transfer.src)
         transfer.decode.give_back(transfer.dst)
