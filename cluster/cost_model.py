@@ -152,6 +152,9 @@ class CostView:
         return cost.seconds(transfer_features(queued_bytes + num_bytes))
 
 
+NO_COSTS = CostView(MappingProxyType({}), MappingProxyType({}))  # nothing is known
+
+
 class CostModel:
     """Takes measurements, gives views. Sole owner of the samples; for one thread, the gateway's loop.
 

@@ -29,7 +29,8 @@ import grpc
 
 from cluster.config import RouterConfig
 from cluster.prefix_index import PrefixIndex, PrefixMatch
-from cluster.view import ClusterView, Links, LinkView, ModelInfo, WorkerView
+from cluster.cost_model import NO_COSTS, CostView
+from cluster.view import NO_OFFLOAD, ClusterView, Links, LinkView, ModelInfo, Offload, WorkerView
 from cluster.worker_client import CALL_TIMEOUT_S, WorkerClient, WorkerState
 from core.clock import Clock
 from core.errors import Incompatible, PeerLost, PrfaasError, ProtocolViolation
@@ -77,6 +78,8 @@ class Membership:
         self._joins: dict[EngineId, asyncio.Task[None]] = {}
         self._model: ModelInfo | None = None
         self._view: ClusterView | None = None  # None: something changed since
+        self._costs: CostView = NO_COSTS
+        self._offload: Offload = NO_OFFLOAD
         self._probes: dict[tuple[EngineId, EngineId], ProbeReport] = {}  # the last of each pair of living engines
         self._probes_by_outcome: Counter[str] = Counter()
         self._waiters: set[asyncio.Future[None]] = set()
@@ -94,7 +97,7 @@ class Membership:
             members = sorted(self._members.items())
             workers = tuple(member.view() for _, member in members)
             links = {pair: link for _, member in members for pair, link in self._links_of(member).items()}
-            view = self._view = ClusterView(at=now, workers=workers, links=links)
+            view = self._view = ClusterView(now, workers, links, self._costs, self._offload)
         return view
 
     @property
@@ -193,6 +196,18 @@ class Membership:
         self._probes_by_outcome["passed" if report.passed else report.error] += 1
         members[sender].links = None
         self._notify()
+
+    def note_costs(self, costs: CostView) -> None:
+        """What is known of costs from now on."""
+        if costs is not self._costs:
+            self._costs = costs
+            self._forget_view()
+
+    def note_offload(self, offload: Offload) -> None:
+        """What the planner says from now on."""
+        if offload != self._offload:
+            self._offload = offload
+            self._forget_view()
 
     def expire(self) -> None:
         """Drop every worker whose lease has run out."""

@@ -6,9 +6,11 @@ command only read. Instants are on the gateway's Clock.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cluster.cost_model import NO_COSTS, CostView
 from core.fingerprint import CacheFingerprint
 from core.link import LinkEstimate, ProbeReport
 from core.request import ClusterId, EngineId, Role, WorkerId
@@ -61,6 +63,7 @@ class WorkerView:
     pages_total: int
     load: WorkerLoad
     num_assigned: int = 0  # sequences this gateway has sent there and not seen end; fresher than ``load``
+    profile: str = ""  # of its costs, a key of ``CostView.profiles``: workers alike in model and device share one
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +92,35 @@ Links = Mapping[tuple[WorkerId, WorkerId], LinkView]  # (from, to)
 
 
 @dataclass(frozen=True, slots=True)
+class Offload:
+    """What the planner says of prompts for PrfaaS clusters (clusters that only prefill), now.
+
+    A prompt goes there if more than ``threshold_tokens`` of it must be computed (PrfaaS section 3.3). ``abundant``:
+    bandwidth is not what limits, so the best cache of any cluster counts and may be fetched; else caches are judged
+    cluster by cluster.
+    """
+
+    threshold_tokens: float = math.inf  # inf: none goes
+    abundant: bool = False
+    reason: str = "nothing was planned yet"
+
+
+NO_OFFLOAD = Offload()
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterView:
     """Every worker that this gateway holds a live lease of, ordered by worker id, and the links between them.
 
-    ``links`` has every pair of a prefill and a decode worker, and whatever else carried bytes.
+    ``links`` has every pair of a prefill and a decode worker, and whatever else carried bytes. ``costs`` predicts
+    seconds; ``offload`` is the planner's last word.
     """
 
     at: float
     workers: tuple[WorkerView, ...] = ()
     links: Links = field(default_factory=dict)
+    costs: CostView = NO_COSTS
+    offload: Offload = NO_OFFLOAD
 
     def ready(self, role: Role) -> tuple[WorkerView, ...]:
         """Workers that advertise ``role``, are not draining and whose lease has not run out."""
@@ -114,12 +137,36 @@ class ClusterView:
 
 
 @dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a route is expected to cost. Seconds; bytes of K/V over links."""
+
+    ttft_s: float
+    tpot_s: float
+    bytes_shipped: int  # from the prefill to the decode worker
+    bytes_pulled: int = 0  # of cached pages, to the worker that prefills
+    colocated_ttft_s: float | None = None  # of the best route on which one worker does both; None: there is none
+    colocated_tpot_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PagePull:
+    """Cached pages to be fetched from ``source``, for the worker that prefills, before it does."""
+
+    source: WorkerView
+    num_tokens: int  # leading ones, whole pages
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """A placement and the reason for it; the reason is what gets logged and shown to the client.
 
-    ``prefill`` None: the decode worker prefills the prompt itself.
+    ``prefill`` None: the decode worker prefills the prompt itself. ``fallback``: a word for why this is not what an
+    intact cluster would do (``no_prefill_worker``, ``link_down``, ...), counted and shown; empty: it is.
     """
 
     prefill: WorkerView | None
     decode: WorkerView
     reason: str
+    pull: PagePull | None = None
+    expected: Forecast | None = None  # None: the policy predicts nothing
+    fallback: str = ""

@@ -129,10 +129,27 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Slo:
+    """Service level objectives of one request; None: none is asked for. Definitions as in load generators: TTFT is
+    arrival to first token, TPOT the mean time between later ones."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("slo_ttft", self.ttft_s), ("slo_tpot", self.tpot_s)):
+            _check(value is None or 0 < value < math.inf, name, "must be above 0", value)
+
+
+NO_SLO = Slo()
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """A checked, tokenised request, as a gateway hands it to the router.
 
-    ``salt`` separates tenants' prefix caches; ``deadline_at`` is on the gateway's Clock.
+    ``salt`` separates tenants' prefix caches; ``deadline_at`` is on the gateway's Clock. ``priority``: higher goes
+    first where requests wait.
     """
 
     request_id: RequestId
@@ -141,6 +158,8 @@ class GenerateRequest:
     salt: bytes = b""
     arrived_at: float = 0.0
     deadline_at: float | None = None
+    slo: Slo = NO_SLO
+    priority: int = 0
 
     def __post_init__(self) -> None:
         _check(len(self.prompt_token_ids) > 0, "prompt", "must hold at least one token", self.prompt_token_ids)
