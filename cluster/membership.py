@@ -28,8 +28,8 @@ from dataclasses import replace
 import grpc
 
 from cluster.config import RouterConfig
-from cluster.prefix_index import PrefixIndex, PrefixMatch
 from cluster.cost_model import NO_COSTS, CostView
+from cluster.prefix_index import PrefixIndex, PrefixMatch
 from cluster.view import NO_OFFLOAD, ClusterView, Links, LinkView, ModelInfo, Offload, WorkerView
 from cluster.worker_client import CALL_TIMEOUT_S, WorkerClient, WorkerState
 from core.clock import Clock

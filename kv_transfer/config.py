@@ -68,7 +68,8 @@ class KvTransferConfig:
     self_test: before a prefill worker ships to a decode worker, random pages must have gone that way unchanged, and
         the service is not ready before one pair works; false: every pair is used untested.
     grant_wait_s: how long a finished prefill waits for the decode worker to have pages before it is given up.
-    staging_mib: memory, MiB, of each end of a nixl link, through which its bytes are staged.
+    staging_mib: memory, MiB, of each end of a nixl link, through which its bytes are staged, on the pool's device; null:
+        64 in host memory, 256 on a GPU.
     links: settings of links between clusters; what no entry fits has the defaults.
     """
 
@@ -78,7 +79,7 @@ class KvTransferConfig:
     lease_s: float = 30.0
     grant_wait_s: float = 60.0
     self_test: bool = True
-    staging_mib: int = 64
+    staging_mib: int | None = None
     links: tuple[LinkConfig, ...] = ()
 
     def __post_init__(self) -> None:
@@ -87,8 +88,9 @@ class KvTransferConfig:
         for name in ("lease_s", "grant_wait_s"):
             if getattr(self, name) <= 0:
                 raise InvalidConfig(f"kv_transfer.{name}", f"must be above 0 s, got {getattr(self, name)!r}")
-        if not 1 <= self.staging_mib <= 65536:
-            raise InvalidConfig("kv_transfer.staging_mib", f"must be between 1 and 65536 MiB, got {self.staging_mib!r}")
+        if self.staging_mib is not None and not 1 <= self.staging_mib <= 65536:
+            allowed = "must be null or between 1 and 65536 MiB"
+            raise InvalidConfig("kv_transfer.staging_mib", f"{allowed}, got {self.staging_mib!r}")
         if not 0 <= self.port < 65536:
             raise InvalidConfig("kv_transfer.port", f"must be between 0 and 65535, got {self.port!r}")
 

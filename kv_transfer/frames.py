@@ -8,7 +8,7 @@
                     transport id [16] | link id [16] | connection index u16 | connections u16
     WRITE     body: token [16] | first layer u16 | layers u16 | codec u8 | checksum algorithm u8 | spans u16
                     checksum u64
-                    then for each span: offset u64 | bytes u32 (in the receiver's memory of each of the layers)
+                    then the spans (kv_transfer/spans.py; in the receiver's memory of each of the layers)
               payload: layer after layer, the bytes of each span in order; or what the codec made of them
     MESSAGE   body: barrier u64 | what kv_transfer/messages.py makes
     BARRIER   body: number u64
@@ -28,7 +28,7 @@ flipped bit anywhere in a header or a head never parses.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import reduce
@@ -41,7 +41,8 @@ from core.fingerprint import CacheFingerprint
 from core.request import ClusterId, WorkerId
 from kv_transfer.codec import Codec
 from kv_transfer.messages import MAX_PAYLOAD_BYTES
-from kv_transfer.transport import PeerIdentity, Span
+from kv_transfer.spans import SPAN, Spans
+from kv_transfer.transport import PeerIdentity
 
 VERSION = 2
 KEY_BYTES = 16
@@ -58,7 +59,6 @@ _HELLO = struct.Struct("<HB16sI")
 _HELLO_END = struct.Struct("<16s16sHH")
 _TEXT = struct.Struct("<H")
 _WRITE = struct.Struct("<16sHHBBHQ")
-_SPAN = struct.Struct("<QI")
 _NUMBER = struct.Struct("<Q")
 _NUM_TEXTS = 6
 HEADER_BYTES = _HEADER.size
@@ -112,7 +112,7 @@ class Hello:
 class WriteHead:
     token: bytes
     layers: range
-    spans: tuple[Span, ...]
+    spans: Spans
     codec: Codec
     algorithm: Checksum
     checksum: int  # of the payload; 0 without an algorithm
@@ -120,7 +120,7 @@ class WriteHead:
     @property
     def num_bytes(self) -> int:
         """Bytes that the write puts into the receiver's memory."""
-        return len(self.layers) * sum(span.num_bytes for span in self.spans)
+        return len(self.layers) * self.spans.num_bytes
 
 
 def pack_hello(hello: Hello) -> bytes:
@@ -150,9 +150,9 @@ def pack_write(
     checksum: int | None = None,
 ) -> bytes:
     """Header and head of a write; ``spans`` are (offset, bytes) at the receiver. The payload follows."""
-    packed = b"".join(_SPAN.pack(offset, num_bytes) for offset, num_bytes in spans)
+    packed = b"".join(SPAN.pack(offset, num_bytes) for offset, num_bytes in spans)
     algorithm = Checksum.NONE if checksum is None else Checksum.XXH3
-    num_spans = len(packed) // _SPAN.size
+    num_spans = len(packed) // SPAN.size
     fixed = _WRITE.pack(token, layers.start, len(layers), codec, algorithm, num_spans, checksum or 0)
     return _frame(FrameKind.WRITE, fixed + packed, payload_bytes)
 
@@ -204,19 +204,16 @@ def parse_hello(header: bytes | bytearray, head: bytes) -> Hello:
     return Hello(LinkRole(role), key, fingerprint, identity, transport_id, link_id, index, num_connections)
 
 
-def parse_write(body: bytes) -> WriteHead:
+def parse_write(body: bytes, parse_spans: Callable[[bytes], Spans] = Spans.parse) -> WriteHead:
     if len(body) < _WRITE.size:
         raise ProtocolViolation("a WRITE head that is too short")
     token, first_layer, num_layers, codec, algorithm, num_spans, checksum = _WRITE.unpack_from(body)
     if codec not in _CODECS or algorithm not in _CHECKSUMS or (checksum and algorithm == Checksum.NONE):
         raise ProtocolViolation(f"a WRITE with codec {codec} and checksum algorithm {algorithm}")
-    if num_layers == 0 or num_spans == 0 or len(body) != _WRITE.size + num_spans * _SPAN.size:
+    if num_layers == 0 or num_spans == 0 or len(body) != _WRITE.size + num_spans * SPAN.size:
         raise ProtocolViolation(f"a WRITE head of {len(body)} bytes for {num_spans} spans")
-    spans = tuple(Span(offset, num_bytes) for offset, num_bytes in _SPAN.iter_unpack(body[_WRITE.size :]))
-    if not all(span.num_bytes for span in spans):
-        raise ProtocolViolation("a WRITE with an empty span")
     layers = range(first_layer, first_layer + num_layers)
-    return WriteHead(token, layers, spans, Codec(codec), Checksum(algorithm), checksum)
+    return WriteHead(token, layers, parse_spans(body[_WRITE.size :]), Codec(codec), Checksum(algorithm), checksum)
 
 
 def parse_message(body: bytes) -> tuple[int, bytes]:

@@ -23,8 +23,10 @@ from kv_transfer.config import KvTransferConfig
 from kv_transfer.outbox import Notice, Outbox, Taker
 from kv_transfer.transport import (
     ANONYMOUS,
+    HOST_PIECES,
     LinkStats,
     PeerIdentity,
+    PieceLimits,
     ReceiveEvents,
     Region,
     SendEvents,
@@ -70,6 +72,10 @@ class LocalTransport:
     @property
     def counters(self) -> TransportCounters:
         return self._counters
+
+    @property
+    def pieces(self) -> PieceLimits:
+        return HOST_PIECES
 
     def register(self, region: Region) -> None:
         assert self._region is None, "a region is registered once"

@@ -27,11 +27,12 @@ from kv_transfer.config import KvTransferConfig
 from kv_transfer.nixl_carrier import CarrierThread, Place
 from kv_transfer.nixl_links import LinkEnd, SendEnd
 from kv_transfer.nixl_notes import KEY_BYTES, LINK_ID_BYTES
-from kv_transfer.staging import Ring
+from kv_transfer.staging import Ring, ring_shape
 from kv_transfer.transport import (
     ANONYMOUS,
     LinkStats,
     PeerIdentity,
+    PieceLimits,
     ReceiveEvents,
     Region,
     SendEvents,
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 _DESCRIPTOR_MAGIC = b"nixl1"
 _BACKEND = "UCX"
+MAX_SPANS = 4096  # of a write: 48 KiB of its note
 
 
 class NixlTransport:
@@ -86,6 +88,11 @@ class NixlTransport:
     @property
     def counters(self) -> TransportCounters:
         return self._counters
+
+    @property
+    def pieces(self) -> PieceLimits:
+        """A write fills a slot; many strips cost a longer note."""
+        return PieceLimits(ring_shape(self.region, self._config.staging_mib).slot_bytes, MAX_SPANS)
 
     def register(self, region: Region) -> None:
         """Also raises InvalidConfig when UCX does not start."""

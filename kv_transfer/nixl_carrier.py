@@ -1,8 +1,9 @@
 """Who talks to NIXL? One thread for all links of a transport: it owns the agent, the rings and what is under way.
 
 It runs what others queue (notes, writes of slots), takes the notes that came, asks how the writes under way fare, and
-keeps links alive. It polls, since NIXL can wake nobody: at once while something moves, every 2 ms while nothing does
-(NIXL's own progress thread would take a whole core, always).
+keeps links alive. It polls, since NIXL can wake nobody: without a pause worth the name while something moves and for a
+tenth of a second after that (a model stores its next layer within that time), every 2 ms while nothing does (NIXL's own
+progress thread would take a whole core, always).
 
 NIXL knows no connections, so a link is made by notes: the descriptor holds the agent's connection metadata and an
 access key; HELLO proves the key; WELCOME tells of a ring made for this link. Rules:
@@ -46,19 +47,19 @@ from kv_transfer.nixl_notes import (
     parse_note,
     parse_welcome,
 )
-from kv_transfer.staging import Ring, StagedRegion, make_ring
+from kv_transfer.staging import Ring, StagedRegion, make_ring, ring_shape
 from kv_transfer.transport import PeerIdentity, ReceiveEvents, Region
 from kv_transfer.ucx_log import fell_to_tcp, path_of, ucx_log
 
 logger = logging.getLogger(__name__)
 
-SLOTS_PER_RING = 4
 _HANDSHAKE_S = 5.0
 _GREET_AGAIN_S = 1.0  # an endpoint whose other end was closed may swallow a HELLO without a word
 _KEEPALIVES_PER_LEASE = 4
 _MIN_SILENCE_S = 5.0
 _CLOSE_S = 1.0  # how long a transport that closes waits for its writes under way
-_BUSY_S, _IDLE_S = 20e-6, 2e-3
+_BUSY_S, _IDLE_S = 20e-6, 2e-3  # pauses between two looks
+_LINGER_S = 0.1  # how long after the last move the short pause stays
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,12 +266,16 @@ class CarrierThread:
             self._tear_down()
 
     def _loop(self) -> None:
-        pause_s = _BUSY_S
+        moved_at = kept_at = self.clock.now()
         while not self._stopped():
             moved = self._run_queue() + self._take_notes() + self._poll_transfers() + self._finish_ends()
-            self._keep_alive()
-            pause_s = _BUSY_S if moved else min(2 * pause_s, _IDLE_S)
-            self._wake.wait(pause_s)
+            now = self.clock.now()
+            if moved:
+                moved_at = now
+            if now - kept_at >= _IDLE_S:
+                self._keep_alive()
+                kept_at = now
+            self._wake.wait(_BUSY_S if now - moved_at < _LINGER_S or self._transfers else _IDLE_S)
             self._wake.clear()
 
     def _stopped(self) -> bool:
@@ -459,7 +464,8 @@ class CarrierThread:
         return own
 
     def _make_ring(self) -> _OwnRing:
-        ring = make_ring(self._region, SLOTS_PER_RING, (self._config.staging_mib << 20) // SLOTS_PER_RING)
+        shape = ring_shape(self._region, self._config.staging_mib)
+        ring = make_ring(self._region, shape.num_slots, shape.slot_bytes)
         return _OwnRing(ring, self._agent.register(ring))
 
     # ---- handshakes ----

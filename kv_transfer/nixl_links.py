@@ -44,8 +44,9 @@ from kv_transfer.nixl_notes import (
     parse_slot,
 )
 from kv_transfer.outbox import Barrier, Notice, Outbox, Taker
+from kv_transfer.spans import SentTables, SpanTables
 from kv_transfer.staging import Ring, Slots, pieces_of
-from kv_transfer.transport import ANONYMOUS, LinkStats, PeerIdentity, ReceiveEvents, SendEvents, Span, Write
+from kv_transfer.transport import ANONYMOUS, LinkStats, PeerIdentity, ReceiveEvents, SendEvents, Write
 
 logger = logging.getLogger(__name__)
 
@@ -295,6 +296,7 @@ class SendEnd(LinkEnd):
         self._slots = Slots(0)  # none before the peer's WELCOME
         self._slot_bytes = 0
         self._checked = False
+        self._tables = SentTables()
         self.theirs: RingPlace | None = None
         self.bytes_sent = 0
         self.path = "ucx"  # what carries the bytes, once it is known
@@ -381,8 +383,7 @@ class SendEnd(LinkEnd):
         for write in writes:
             payload = ring.payload(slot, at, write.num_bytes) if self._checked else None
             checksum = None if payload is None else xxhash.xxh3_64_intdigest(payload)
-            spans = tuple(Span(strip.dst, strip.num_bytes) for strip in write.strips)
-            yield Parcel(write.token, write.layers, spans, checksum)
+            yield Parcel(write.token, write.layers, self._tables.of(write.strips), checksum)
             at += write.num_bytes
 
     def _written(self, write: Write) -> None:
@@ -419,6 +420,7 @@ class ReceiveEnd(LinkEnd):
         self.identity = identity
         self.ring: Ring = ring
         self._lent = set(range(ring.num_slots))  # slots into which the peer may write
+        self._tables = SpanTables()
 
     def start(self) -> None:
         self._spawn(self._read_loop, "kv-nixl-reader")
@@ -434,7 +436,7 @@ class ReceiveEnd(LinkEnd):
                 raise ProtocolViolation(f"a sending end does not send {other.name}")
 
     def _take_slot(self, note: Note) -> None:
-        full = parse_slot(note.body)
+        full = parse_slot(note.body, self._tables.parse)
         if full.slot not in self._lent:
             raise ProtocolViolation(f"slot {full.slot} was not lent")
         if sum(parcel.num_bytes for parcel in full.parcels) > self.ring.slot_bytes:

@@ -7,7 +7,7 @@
                  | six texts as in HELLO; then the metadata of the ring
     SLOT       number u64 | slot u16 | writes u16, then for each write:
                  token [16] | first layer u16 | layers u16 | codec u8 | checksum algorithm u8 | spans u16 | checksum u64
-                 then for each span: offset u64 | bytes u32 (in the receiver's memory of each of the layers)
+                 then the spans (kv_transfer/spans.py; in the receiver's memory of each of the layers)
     MESSAGE    number u64 | what kv_transfer/messages.py makes
     CREDIT     number u64 | slot u16
     BYE        number u64 | reason, UTF-8
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import hmac
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -38,7 +38,8 @@ from core.errors import Incompatible, ProtocolViolation
 from core.fingerprint import CacheFingerprint
 from core.request import ClusterId, WorkerId
 from kv_transfer.codec import Codec
-from kv_transfer.transport import PeerIdentity, Span
+from kv_transfer.spans import SPAN, Spans
+from kv_transfer.transport import PeerIdentity
 
 VERSION = 1
 KEY_BYTES = 16
@@ -52,10 +53,11 @@ _TEXT = struct.Struct("<H")
 _NUMBER = struct.Struct("<Q")
 _SLOT = struct.Struct("<QHH")
 _PARCEL = struct.Struct("<16sHHBBHQ")
-_SPAN = struct.Struct("<QI")
 _CREDIT = struct.Struct("<QH")
 _CHECKSUM_BYTES = 8
 _UNCHECKED, _XXH3 = 0, 1
+
+ParseSpans = Callable[[bytes], Spans]
 
 
 class NoteKind(IntEnum):
@@ -129,12 +131,12 @@ class Parcel:
 
     token: bytes
     layers: range
-    spans: tuple[Span, ...]
+    spans: Spans
     checksum: int | None
 
     @property
     def num_bytes(self) -> int:
-        return len(self.layers) * sum(span.num_bytes for span in self.spans)
+        return len(self.layers) * self.spans.num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,17 +214,17 @@ def pack_slot(number: int, slot: int, parcels: Sequence[Parcel]) -> bytes:
                 parcel.token, layers.start, len(layers), Codec.RAW, algorithm, len(spans), parcel.checksum or 0
             )
         )
-        body += [_SPAN.pack(span.offset, span.num_bytes) for span in spans]
+        body.append(spans.packed)
     return b"".join(body)
 
 
-def parse_slot(body: bytes) -> FullSlot:
+def parse_slot(body: bytes, parse_spans: ParseSpans = Spans.parse) -> FullSlot:
     if len(body) < _SLOT.size:
         raise ProtocolViolation("a SLOT that is too short")
     _, slot, num_parcels = _SLOT.unpack_from(body)
     parcels, at = [], _SLOT.size
     for _ in range(num_parcels):
-        parcel, at = _parse_parcel(body, at)
+        parcel, at = _parse_parcel(body, at, parse_spans)
         parcels.append(parcel)
     if not parcels or at != len(body):
         raise ProtocolViolation(f"a SLOT of {len(body)} bytes for {num_parcels} writes")
@@ -259,20 +261,17 @@ def parse_credit(body: bytes) -> int:
     return slot
 
 
-def _parse_parcel(body: bytes, at: int) -> tuple[Parcel, int]:
+def _parse_parcel(body: bytes, at: int, parse_spans: ParseSpans) -> tuple[Parcel, int]:
     if len(body) < at + _PARCEL.size:
         raise ProtocolViolation("a SLOT that is cut short")
     token, first_layer, num_layers, codec, algorithm, num_spans, checksum = _PARCEL.unpack_from(body, at)
     if codec != Codec.RAW or algorithm not in (_UNCHECKED, _XXH3):
         raise ProtocolViolation(f"a write with codec {codec} and checksum algorithm {algorithm}")
-    start, end = at + _PARCEL.size, at + _PARCEL.size + num_spans * _SPAN.size
+    start, end = at + _PARCEL.size, at + _PARCEL.size + num_spans * SPAN.size
     if num_layers == 0 or num_spans == 0 or len(body) < end:
         raise ProtocolViolation(f"a write of {num_spans} spans of {num_layers} layers")
-    spans = tuple(Span(offset, num_bytes) for offset, num_bytes in _SPAN.iter_unpack(body[start:end]))
-    if not all(span.num_bytes for span in spans):
-        raise ProtocolViolation("a write with an empty span")
     layers = range(first_layer, first_layer + num_layers)
-    return Parcel(token, layers, spans, checksum if algorithm == _XXH3 else None), end
+    return Parcel(token, layers, parse_spans(body[start:end]), checksum if algorithm == _XXH3 else None), end
 
 
 def _mac(key: bytes, link_id: bytes, page_size: int, rest: bytes) -> bytes:

@@ -38,6 +38,7 @@ from kv_transfer.messages import (
     encode,
 )
 from kv_transfer.session import Expected, Grant, ReceiveSession, ReceiveState
+from kv_transfer.spans import num_bytes_of
 from kv_transfer.transfer_plan import layout_of_pages
 from kv_transfer.transport import TOKEN_BYTES, Link, Span, Transport
 
@@ -201,7 +202,7 @@ class KvReceiver:
 
     def landed(self, link: Link, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:
         with self._changed:
-            self._bytes_received += len(layers) * sum(span.num_bytes for span in spans)
+            self._bytes_received += len(layers) * num_bytes_of(spans)
             self._entries[session_id].session.landed()
 
     def damaged(self, link: Link, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:

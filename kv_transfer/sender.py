@@ -115,7 +115,9 @@ class KvSender:
                 num_tokens = num_pages * self._layout.page_size
             assert self._layout.num_pages(num_tokens) == num_pages, "a page for every token"
             geometry = self._transport.region.geometry
-            self._entries[session_id] = _Entry(SendSession(session_id, num_tokens, geometry, self._layout, order))
+            self._entries[session_id] = _Entry(
+                SendSession(session_id, num_tokens, geometry, self._layout, order, self._transport.pieces)
+            )
 
     def pages_stored(self, session_id: SessionId, layer: int, first_page: int, src_page_ids: Sequence[int]) -> None:
         """Pages ``first_page ..`` of ``layer`` are complete and are in the pool at ``src_page_ids``.

@@ -34,8 +34,6 @@ from core.request import SessionId
 from kv_transfer.byte_ranges import ByteRanges
 from kv_transfer.messages import MAX_PAYLOAD_BYTES, MAX_RESEND_SPANS, Begin, Commit, Missing
 from kv_transfer.transfer_plan import (
-    MAX_STRIPS,
-    MAX_WRITE_BYTES,
     PageTable,
     granted_bytes,
     layer_group_size,
@@ -44,9 +42,21 @@ from kv_transfer.transfer_plan import (
     spare_bytes,
     writes_for,
 )
-from kv_transfer.transport import ANONYMOUS, PageGeometry, PeerIdentity, SendOrder, Span, Strip, Write
+from kv_transfer.transport import (
+    ANONYMOUS,
+    HOST_PIECES,
+    PageGeometry,
+    PeerIdentity,
+    PieceLimits,
+    SendOrder,
+    Span,
+    Strip,
+    Write,
+)
 
 MAX_RESENDS = 3
+_LONG_TABLE = 64  # spans of which taking costs more than copying the set that they are taken from
+_MAX_TAKEN = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +91,14 @@ class Expected:
     sender: KvLayout
 
     def allowed(self) -> list[ByteRanges]:
-        """Of each layer. Layers that are alike cost one computation and a copy each."""
+        """Of each layer. Layers that are alike share one set."""
         known: dict[tuple[KvLayer, range], ByteRanges] = {}
         allowed: list[ByteRanges] = []
         for layer, here in enumerate(self.layout.layers):
             key = (here, self.sender.layers[layer].heads)
             if key not in known:
                 known[key] = granted_bytes(self.layout, layer, self.pages, key[1])
-            allowed.append(known[key].copy())
+            allowed.append(known[key])
         return allowed
 
     def spare(self, layer: int) -> list[tuple[int, int]]:
@@ -167,7 +177,13 @@ class SendSession:
     """The sending end of one hand-over. Methods that return ``Outgoing`` say what is to be queued, in order."""
 
     def __init__(
-        self, session_id: SessionId, num_tokens: int, geometry: PageGeometry, layout: KvLayout, order: SendOrder
+        self,
+        session_id: SessionId,
+        num_tokens: int,
+        geometry: PageGeometry,
+        layout: KvLayout,
+        order: SendOrder,
+        limits: PieceLimits = HOST_PIECES,
     ) -> None:
         self.session_id = session_id
         self._num_tokens = num_tokens
@@ -175,6 +191,7 @@ class SendSession:
         self._geometry = geometry
         self._layout = layout
         self._order = order
+        self._limits = limits
         self._state = SendState.OPEN
         self._grant: Grant | None = None
         self._link_bytes_per_s: float | None = None
@@ -340,7 +357,7 @@ class SendSession:
         if self._planned != key:
             src = PageTable(self._layout.page_size, held.first_page, held.src_pages)
             dst = PageTable(there.page_size, grant.first_page, grant.pages)
-            room = (max(1, MAX_WRITE_BYTES // num_layers), max(1, MAX_STRIPS // num_layers))
+            room = (max(1, self._limits.max_bytes // num_layers), max(1, self._limits.max_strips // num_layers))
             self._pieces = plan_layer(src, src_layer, dst, dst_layer, range(self._num_tokens), *room)
             self._planned = key
         if not self._pieces:
@@ -405,6 +422,10 @@ class ReceiveSession:
         self._state = ReceiveState.ISSUED
         self._expected = expected
         self._waiting = expected.allowed()  # of each layer, the bytes that were not admitted, or came damaged
+        # Layers that are alike lose the same spans in the same order: what a long table leaves of a set of bytes is
+        # computed once. Sets in use there, or by several layers, are shared and never changed.
+        self._taken: dict[tuple[int, int], tuple[ByteRanges, Sequence[Span], ByteRanges]] = {}
+        self._is_shared = [True] * len(self._waiting)
         self._num_landing = 0
         self._num_resends = 0
         self._error: TransferError | None = None
@@ -434,13 +455,11 @@ class ReceiveSession:
         if not layers or layers.start < 0 or layers.stop > len(self._waiting):
             raise ProtocolViolation(f"session {self.session_id}: a write names layers {layers} of {len(self._waiting)}")
         for layer in layers:
-            take = self._waiting[layer].take
-            for index, span in enumerate(spans):
-                if not take(span.offset, span.offset + span.num_bytes):
-                    fault = self._describe_refusal(layer, span)
-                    self._put_back(range(layers.start, layer), spans)
-                    self._put_back(range(layer, layer + 1), spans[:index])
-                    raise ProtocolViolation(fault)
+            refused = self._take(layer, spans)
+            if refused is not None:
+                fault = self._describe_refusal(layer, refused)
+                self._put_back(range(layers.start, layer), spans)
+                raise ProtocolViolation(fault)
         self._num_landing += 1
 
     def landed(self) -> None:
@@ -494,13 +513,35 @@ class ReceiveSession:
             required.discard(start, end)
         return required
 
+    def _take(self, layer: int, spans: Sequence[Span]) -> Span | None:
+        """Wait for these bytes no more. The first span that may not be taken, and then none is; None: all were."""
+        waiting = self._waiting[layer]
+        known = self._taken.get((id(waiting), id(spans)))  # which keeps both, so that nothing else gets their ids
+        if known is not None:
+            self._waiting[layer], self._is_shared[layer] = known[2], True
+            return None
+        is_long = len(spans) >= _LONG_TABLE
+        left = waiting.copy() if is_long or self._is_shared[layer] else waiting
+        for index, span in enumerate(spans):
+            if not left.take(span.offset, span.offset + span.num_bytes):
+                if left is waiting:
+                    _put(left, spans[:index])
+                return span
+        if is_long:
+            if len(self._taken) == _MAX_TAKEN:
+                self._taken.clear()
+            self._taken[id(waiting), id(spans)] = (waiting, spans, left)
+        self._waiting[layer], self._is_shared[layer] = left, is_long
+        return None
+
     def _put_back(self, layers: range, spans: Sequence[Span]) -> None:
         for layer in layers:
-            for span in spans:
-                self._waiting[layer].put(span.offset, span.offset + span.num_bytes)
+            if self._is_shared[layer]:
+                self._waiting[layer], self._is_shared[layer] = self._waiting[layer].copy(), False
+            _put(self._waiting[layer], spans)
 
     def _describe_refusal(self, layer: int, span: Span) -> str:
-        granted = self._expected.allowed()[layer]
+        granted = self._expected.allowed()[layer].copy()
         fault = "twice" if granted.take(span.offset, span.offset + span.num_bytes) else "outside the grant"
         where = f"{span.num_bytes} bytes at {span.offset} of layer {layer}"
         return f"session {self.session_id}: {where} are written {fault}"
@@ -512,3 +553,8 @@ class ReceiveSession:
     def _move(self, to: ReceiveState) -> None:
         self._require(to)
         self._state = to
+
+
+def _put(ranges: ByteRanges, spans: Sequence[Span]) -> None:
+    for span in spans:
+        ranges.put(span.offset, span.offset + span.num_bytes)

@@ -19,7 +19,7 @@ import mmap
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from threading import Condition
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +28,10 @@ from kv_transfer.transport import Region, Span, Strip, Write
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+HOST_SLOTS, HOST_MIB = 4, 64
+DEVICE_SLOTS, DEVICE_MIB = 8, 256
 
 
 class Slots:
@@ -71,9 +75,8 @@ class Slots:
 
 def pieces_of(write: Write, max_bytes: int) -> Iterator[Write]:
     """``write`` in pieces of at most ``max_bytes`` payload bytes each, which together put the same bytes there."""
-    layer_bytes = sum(strip.num_bytes for strip in write.strips)
-    if layer_bytes <= max_bytes:
-        layers_each = max_bytes // layer_bytes
+    if write.layer_bytes <= max_bytes:
+        layers_each = max_bytes // write.layer_bytes
         for first in range(write.first_layer, write.layers.stop, layers_each):
             yield replace(write, first_layer=first, num_layers=min(layers_each, write.layers.stop - first))
         return
@@ -123,6 +126,11 @@ class Ring(Protocol):
 class StagedRegion(Region):
     """A pool in memory that needs kernels of its own to be gathered and scattered."""
 
+    @property
+    @abstractmethod
+    def is_host(self) -> bool:
+        """Is the memory the host's after all (tests)?"""
+
     @abstractmethod
     def make_ring(self, num_slots: int, slot_bytes: int) -> Ring:
         """A new ring in the pool's own memory."""
@@ -171,6 +179,27 @@ class HostRing:
     def payload(self, slot: int, offset: int, num_bytes: int) -> memoryview | None:
         start = slot * self.slot_bytes + offset
         return self._bytes.data[start : start + num_bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class RingShape:
+    """Slots of a ring, and bytes of each."""
+
+    num_slots: int
+    slot_bytes: int
+
+
+def ring_shape(region: Region, staging_mib: int | None) -> RingShape:
+    """Of a ring of ``staging_mib`` MiB for the region's pool; None: what suits the memory.
+
+    On a device a slot's kernels, its way over NVLink (32 MiB take 85 us, and two slots on their way 380 GB/s) and the
+    two processes' threads all take about as long, so many slots are needed to keep the way busy. In host memory the
+    copies are what takes time, and slots beyond those that are being copied only cost memory.
+    """
+    on_device = isinstance(region, StagedRegion) and not region.is_host
+    num_slots = DEVICE_SLOTS if on_device else HOST_SLOTS
+    mib = staging_mib or (DEVICE_MIB if on_device else HOST_MIB)
+    return RingShape(num_slots, (mib << 20) // num_slots)
 
 
 def make_ring(region: Region, num_slots: int, slot_bytes: int) -> Ring:

@@ -21,16 +21,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd
 
 import numpy as np
 import torch
 
+from kv_transfer.spans import num_bytes_of
 from kv_transfer.staging import Ring, StagedRegion
-from kv_transfer.transport import PageGeometry, Span, Write
+from kv_transfer.transport import HOST_PIECES, PageGeometry, PieceLimits, Span, Strip, Write
 
 MIN_ROW_BYTES = 64  # below it an index entry costs as much as what it moves: copy strip by strip
+DEVICE_PIECES = PieceLimits(4 << 20, 4096)  # kernels, copies and their launches cost as much for a few KiB
+MAX_REMEMBERED = 64  # tables of rows, of each thread
 _ELEMENTS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 
 
@@ -41,6 +44,8 @@ class _Stage:
     stream: torch.cuda.Stream | None  # None: the pool is in host memory
     host: torch.Tensor
     device: torch.Tensor
+    # id of a table of runs |-> the table, which keeps the id its own, and its rows: layers share tables
+    rows: dict[int, tuple[Sequence[Strip] | Sequence[Span], _Rows]] = field(default_factory=dict)
 
 
 class DeviceRegion(StagedRegion):
@@ -62,6 +67,10 @@ class DeviceRegion(StagedRegion):
     @property
     def is_host(self) -> bool:
         return self.device.type == "cpu"
+
+    @property
+    def pieces(self) -> PieceLimits:
+        return HOST_PIECES if self.is_host else DEVICE_PIECES
 
     def layer_bytes(self, layer: int) -> int:
         return self._tensors[layer].nbytes
@@ -88,7 +97,7 @@ class DeviceRegion(StagedRegion):
 
     @contextmanager
     def incoming(self, layers: range, spans: Sequence[Span]) -> Iterator[list[memoryview]]:
-        num_bytes = len(layers) * sum(span.num_bytes for span in spans)
+        num_bytes = len(layers) * num_bytes_of(spans)
         stage = self._stage(num_bytes)
         host, device = stage.host[:num_bytes], stage.device[:num_bytes]
         yield [host.numpy().data]
@@ -124,21 +133,30 @@ class DeviceRegion(StagedRegion):
         """Copy the writes' source bytes into ``out`` (uint8), one payload behind the other. Only launches kernels."""
         base, at = int(out.storage_offset()), 0
         for write in writes:
-            rows = self._rows(write.layers, [(strip.src, strip.num_bytes) for strip in write.strips], base + at)
+            rows = self._rows(write.layers, write.strips, base + at)
             for layer in write.layers:
                 rows.gather(self._tensors[layer], out[at : at + rows.num_bytes])
                 at += rows.num_bytes
 
     def scatter(self, payload: torch.Tensor, layers: range, spans: Sequence[Span]) -> None:
         """Copy ``payload`` (uint8) into the pool. Only launches kernels."""
-        rows = self._rows(layers, [(span.offset, span.num_bytes) for span in spans], int(payload.storage_offset()))
+        rows = self._rows(layers, spans, int(payload.storage_offset()))
         for i, layer in enumerate(layers):
             rows.scatter(payload[i * rows.num_bytes : (i + 1) * rows.num_bytes], self._tensors[layer])
 
-    def _rows(self, layers: range, runs: list[tuple[int, int]], at: int) -> _Rows:
+    def _rows(self, layers: range, table: Sequence[Strip] | Sequence[Span], at: int) -> _Rows:
         """``at``: where the payload begins in its buffer: rows are aligned there too."""
-        row_bytes = gcd(at, *(self.layer_bytes(layer) for layer in layers), *(number for run in runs for number in run))
-        return _Rows(runs, row_bytes, self.device)
+        alignment = gcd(at, *(self.layer_bytes(layer) for layer in layers))
+        known = self._stage(0).rows
+        remembered = known.get(id(table))
+        if remembered is not None and alignment % remembered[1].row_bytes == 0:
+            return remembered[1]
+        runs = [(run.src if isinstance(run, Strip) else run.offset, run.num_bytes) for run in table]
+        rows = _Rows(runs, gcd(alignment, *(number for run in runs for number in run)), self.device)
+        if len(known) == MAX_REMEMBERED:
+            known.clear()
+        known[id(table)] = (table, rows)
+        return rows
 
     def _stage(self, num_bytes: int) -> _Stage:
         """The calling thread's, with buffers of at least ``num_bytes``."""
@@ -159,6 +177,7 @@ class _Rows:
     def __init__(self, runs: list[tuple[int, int]], row_bytes: int, device: torch.device) -> None:
         """``runs``: (offset, bytes)."""
         self.num_bytes = sum(num_bytes for _, num_bytes in runs)
+        self.row_bytes = row_bytes
         self._runs = runs
         self._width, self._dtype = next((row_bytes // size, kind) for size, kind in _ELEMENTS if row_bytes % size == 0)
         self._index: torch.Tensor | None = None
@@ -208,7 +227,7 @@ class DeviceRing:
     def scatter(self, slot: int, parts: Sequence[tuple[int, range, Sequence[Span]]]) -> None:
         with self._region.kernels():
             for offset, layers, spans in parts:
-                num_bytes = len(layers) * sum(span.num_bytes for span in spans)
+                num_bytes = len(layers) * num_bytes_of(spans)
                 self._region.scatter(self._slot(slot)[offset : offset + num_bytes], layers, spans)
 
     def payload(self, slot: int, offset: int, num_bytes: int) -> memoryview | None:

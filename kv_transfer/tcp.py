@@ -37,6 +37,7 @@ from kv_transfer.transport import (
     ANONYMOUS,
     LinkStats,
     PeerIdentity,
+    PieceLimits,
     ReceiveEvents,
     Region,
     SendEvents,
@@ -83,6 +84,10 @@ class TcpTransport:
     @property
     def region(self) -> Region:
         return self._endpoint.region
+
+    @property
+    def pieces(self) -> PieceLimits:
+        return self.region.pieces
 
     @property
     def counters(self) -> TransportCounters:

@@ -20,6 +20,7 @@ from core.request import SessionId
 from kv_transfer.codec import Codec, CodecUse, decode, encode, encoded_bound
 from kv_transfer.config import LinkConfig
 from kv_transfer.frames import KEEPALIVE, Checksum, FrameKind, Header, LinkRole, WriteHead, pack_write, parse_write
+from kv_transfer.spans import SpanTables
 from kv_transfer.tcp_endpoint import HANDSHAKE_S, Endpoint, read_frame
 from kv_transfer.tcp_link import Connection, LinkEnd
 from kv_transfer.tcp_stream import Stream, pieces
@@ -195,13 +196,14 @@ class ReceiveEnd(LinkEnd):
     ) -> None:
         super().__init__(endpoint, peer, identity, transport_id, forget)
         self._events = events
+        self._tables = SpanTables()
         self.invited_at = self._heard_at  # when a grant for the peer was last about to leave
 
     def _greet(self, stream: Stream) -> None:
         stream.say(KEEPALIVE)  # from here on this connection's barriers are waited for: it may be written on
 
     def _take_write(self, connection: Connection, header: Header, body: bytes) -> None:
-        head = parse_write(body)
+        head = parse_write(body, self._tables.parse)
         if head.codec is Codec.RAW and header.payload_bytes != head.num_bytes:
             raise ProtocolViolation(f"a WRITE of {head.num_bytes} bytes with a payload of {header.payload_bytes}")
         session_id = self._admit(head)

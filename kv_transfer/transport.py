@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Protocol
 
@@ -77,6 +77,23 @@ class PageGeometry:
         return sum(layer.page_bytes for layer in self.layers)
 
 
+@dataclass(frozen=True, slots=True)
+class PieceLimits:
+    """How large the writes of a session should be for a transport.
+
+    Large enough that headers, system calls and Python cost little beside the copy, small enough that a commit or
+    another session waits little behind one.
+    """
+
+    max_bytes: int = 1 << 20  # about a millisecond on a 10 Gbit/s link
+    max_strips: int = (
+        256  # over all layers: each is one buffer of a gathered send or scattered receive, of 1,024 at most
+    )
+
+
+HOST_PIECES = PieceLimits()
+
+
 class Region:
     """The memory of one page pool: per layer a writable memoryview of ``num_pages * page_bytes`` bytes.
 
@@ -92,6 +109,11 @@ class Region:
             assert not view.readonly, "the pool must be writable"
         self.geometry = geometry
         self._layers = flat
+
+    @property
+    def pieces(self) -> PieceLimits:
+        """How large the writes should be that are sent from here one by one."""
+        return HOST_PIECES
 
     def layer_bytes(self, layer: int) -> int:
         """Size of one layer's memory."""
@@ -167,6 +189,10 @@ class Write:
     strips: tuple[Strip, ...]
     order: SendOrder = SendOrder()
     codec: Codec = Codec.RAW
+    layer_bytes: int = field(init=False, compare=False)  # of one layer's strips
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer_bytes", sum(strip.num_bytes for strip in self.strips))
 
     @property
     def layers(self) -> range:
@@ -175,7 +201,7 @@ class Write:
     @property
     def num_bytes(self) -> int:
         """Bytes that it puts into the receiver's memory."""
-        return self.num_layers * sum(strip.num_bytes for strip in self.strips)
+        return self.num_layers * self.layer_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +343,11 @@ class Transport(Protocol):
 
     @property
     def counters(self) -> TransportCounters: ...
+
+    @property
+    def pieces(self) -> PieceLimits:
+        """What its links like best; after ``register``. A larger write is carried too."""
+        ...
 
     def register(self, region: Region) -> None:
         """Name the memory that links read from and write into; once, before anything else."""

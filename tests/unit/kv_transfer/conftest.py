@@ -11,9 +11,11 @@ from core.errors import ProtocolViolation, TransferError
 from core.request import SessionId
 from kv_transfer.messages import Message, decode
 from kv_transfer.transport import (
+    HOST_PIECES,
     LayerPages,
     LinkStats,
     PageGeometry,
+    PieceLimits,
     ReceiveEvents,
     Region,
     SendEvents,
@@ -50,6 +52,7 @@ class FakeTransport:
     clock: VirtualClock
     links: list[FakeLink] = field(default_factory=list)
     counters: TransportCounters = field(default_factory=TransportCounters)
+    pieces: PieceLimits = HOST_PIECES
     invited: list[bytes] = field(default_factory=list)
     region: Region = field(
         default_factory=lambda: Region(GEOMETRY, tuple(memoryview(bytearray(80)) for _ in GEOMETRY.layers))

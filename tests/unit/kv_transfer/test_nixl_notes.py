@@ -31,6 +31,7 @@ from kv_transfer.nixl_notes import (
     parse_slot,
     parse_welcome,
 )
+from kv_transfer.spans import Spans
 from kv_transfer.transport import PeerIdentity, Span
 
 KEY, LINK = bytes(range(16)), bytes(range(16, 32))
@@ -40,7 +41,7 @@ fingerprints = st.builds(CacheFingerprint, texts, texts, texts, st.integers(0, 2
 identities = st.builds(lambda w, c: PeerIdentity(WorkerId(w), ClusterId(c)), texts, texts)
 spans = st.builds(Span, st.integers(0, 2**64 - 1), st.integers(1, 2**32 - 1))
 parcels = st.builds(
-    lambda token, first, count, them, checksum: Parcel(token, range(first, first + count), tuple(them), checksum),
+    lambda token, first, count, them, checksum: Parcel(token, range(first, first + count), Spans(them), checksum),
     st.binary(min_size=16, max_size=16),
     st.integers(0, 2**16 - 1),
     st.integers(1, 2**16 - 1),
@@ -128,7 +129,7 @@ def test_parsers_of_bodies_return_or_refuse(body: bytes) -> None:
 
 
 def test_slots_that_cannot_be_are_refused() -> None:
-    good = bytearray(pack_slot(1, 2, [Parcel(KEY, range(1), (Span(0, 4),), 5)]))
+    good = bytearray(pack_slot(1, 2, [Parcel(KEY, range(1), Spans((Span(0, 4),)), 5)]))
     head = 12  # number, slot, writes
     for offset, value in ((10, 0), (head + 18, 0), (head + 20, 1), (head + 21, 2), (head + 32 + 8, 0)):
         wrong = bytearray(good)
