@@ -1,9 +1,10 @@
 """Who talks to NIXL? One thread for all links of a transport: it owns the agent, the rings and what is under way.
 
 It runs what others queue (notes, writes of slots), takes the notes that came, asks how the writes under way fare, and
-keeps links alive. It polls, since NIXL can wake nobody: without a pause worth the name while something moves and for a
-tenth of a second after that (a model stores its next layer within that time), every 2 ms while nothing does (NIXL's own
-progress thread would take a whole core, always).
+keeps links alive. It polls, since NIXL can wake nobody: at once while something moves and for 2 ms after that, then, for a tenth of
+a second, in which a model may store its next layer, every 0.3 ms, and every 2 ms while nothing happens. Each look takes
+the interpreter from the threads that launch the model's kernels, so not more often. (NIXL's own progress thread would
+take a whole core, always.)
 
 NIXL knows no connections, so a link is made by notes: the descriptor holds the agent's connection metadata and an
 access key; HELLO proves the key; WELCOME tells of a ring made for this link. Rules:
@@ -23,9 +24,10 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Event, Thread
+from threading import Lock, Thread
 from typing import Any, Protocol
 
 from core.clock import Clock
@@ -58,8 +60,9 @@ _GREET_AGAIN_S = 1.0  # an endpoint whose other end was closed may swallow a HEL
 _KEEPALIVES_PER_LEASE = 4
 _MIN_SILENCE_S = 5.0
 _CLOSE_S = 1.0  # how long a transport that closes waits for its writes under way
-_BUSY_S, _IDLE_S = 20e-6, 2e-3  # pauses between two looks
-_LINGER_S = 0.1  # how long after the last move the short pause stays
+# Pauses between two looks, each from so many seconds after the last move on.
+_PAUSES_S = ((0.1, 2e-3), (2e-3, 3e-4), (0.0, 20e-6))
+_KEEP_ALIVE_S = 2e-3  # between two looks at who is silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +187,21 @@ class _Transfer:
     num_bytes: int
 
 
+class _Bell:
+    """Wakes one thread, also if it rang before that waited. An Event does too, but takes ten times as long."""
+
+    def __init__(self) -> None:
+        self._silent = Lock()
+        self._silent.acquire()
+
+    def ring(self) -> None:
+        with suppress(RuntimeError):  # it is ringing already
+            self._silent.release()
+
+    def wait(self, timeout_s: float) -> None:
+        self._silent.acquire(timeout=timeout_s)
+
+
 class CarrierThread:
     """The thread that owns the agent, and all that it alone reads and writes. A ``Carrier`` for the links."""
 
@@ -195,7 +213,7 @@ class CarrierThread:
         self._config = transport.config
         self._keepalive_s = self._config.lease_s / _KEEPALIVES_PER_LEASE
         self._queue: deque[Callable[[], object]] = deque()
-        self._wake = Event()
+        self._bell = _Bell()
         self._stopping_at: float | None = None
         self._thread = Thread(target=self._run, name="kv-nixl", daemon=True)
         self._started: Future[bytes] = Future()
@@ -222,7 +240,7 @@ class CarrierThread:
 
     def queue(self, work: Callable[[], object]) -> None:
         self._queue.append(work)
-        self._wake.set()
+        self._bell.ring()
 
     def stop(self) -> None:
         def stop() -> None:
@@ -272,11 +290,11 @@ class CarrierThread:
             now = self.clock.now()
             if moved:
                 moved_at = now
-            if now - kept_at >= _IDLE_S:
+            if now - kept_at >= _KEEP_ALIVE_S:
                 self._keep_alive()
                 kept_at = now
-            self._wake.wait(_BUSY_S if now - moved_at < _LINGER_S or self._transfers else _IDLE_S)
-            self._wake.clear()
+            since_s = 0.0 if self._transfers else now - moved_at
+            self._bell.wait(next(pause_s for from_s, pause_s in _PAUSES_S if since_s >= from_s))
 
     def _stopped(self) -> bool:
         if self._stopping_at is None or self._queue:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-HOST_SLOTS, HOST_MIB = 4, 64
-DEVICE_SLOTS, DEVICE_MIB = 8, 256
+NUM_SLOTS = 4
+HOST_MIB, DEVICE_MIB = 64, 256  # of a whole ring
 
 
 class Slots:
@@ -192,14 +192,12 @@ class RingShape:
 def ring_shape(region: Region, staging_mib: int | None) -> RingShape:
     """Of a ring of ``staging_mib`` MiB for the region's pool; None: what suits the memory.
 
-    On a device a slot's kernels, its way over NVLink (32 MiB take 85 us, and two slots on their way 380 GB/s) and the
-    two processes' threads all take about as long, so many slots are needed to keep the way busy. In host memory the
-    copies are what takes time, and slots beyond those that are being copied only cost memory.
+    While one slot is gathered another is on its way and a third is scattered. On a device that takes about as long as
+    the threads of both processes need to tell each other, so slots are large there (over NVLink 64 MiB take 170 us).
     """
     on_device = isinstance(region, StagedRegion) and not region.is_host
-    num_slots = DEVICE_SLOTS if on_device else HOST_SLOTS
     mib = staging_mib or (DEVICE_MIB if on_device else HOST_MIB)
-    return RingShape(num_slots, (mib << 20) // num_slots)
+    return RingShape(NUM_SLOTS, (mib << 20) // NUM_SLOTS)
 
 
 def make_ring(region: Region, num_slots: int, slot_bytes: int) -> Ring:

@@ -43,7 +43,7 @@ class _Stage:
 
     stream: torch.cuda.Stream | None  # None: the pool is in host memory
     host: torch.Tensor
-    device: torch.Tensor
+    device: _Buffer
     # id of a table of runs |-> the table, which keeps the id its own, and its rows: layers share tables
     rows: dict[int, tuple[Sequence[Strip] | Sequence[Span], _Rows]] = field(default_factory=dict)
 
@@ -60,7 +60,7 @@ class DeviceRegion(StagedRegion):
             assert layer.device == layers[0].device, "a pool is on one device"
         self.geometry = geometry
         self.device = layers[0].device
-        self._tensors = tuple(layer.view(-1).view(torch.uint8) for layer in layers)
+        self._layers = tuple(_Buffer(layer.view(-1).view(torch.uint8)) for layer in layers)
         self._stored: list[torch.cuda.Event | None] = [None] * len(layers)  # newest mark of each layer
         self._stages = threading.local()
 
@@ -73,7 +73,7 @@ class DeviceRegion(StagedRegion):
         return HOST_PIECES if self.is_host else DEVICE_PIECES
 
     def layer_bytes(self, layer: int) -> int:
-        return self._tensors[layer].nbytes
+        return self._layers[layer].bytes.nbytes
 
     def bytes_at(self, layer: int, offset: int, num_bytes: int) -> memoryview:
         raise AssertionError("device memory has no host view: outgoing and incoming lend copies")
@@ -89,22 +89,21 @@ class DeviceRegion(StagedRegion):
         stage = self._stage(write.num_bytes)
         host = stage.host[: write.num_bytes]
         with self.kernels(write.layers):
-            device = stage.device[: write.num_bytes]
-            self.gather((write,), device)
+            self.gather((write,), stage.device, 0)
             if not self.is_host:
-                host.copy_(device, non_blocking=True)
+                host.copy_(stage.device.bytes[: write.num_bytes], non_blocking=True)
         yield [host.numpy().data]
 
     @contextmanager
     def incoming(self, layers: range, spans: Sequence[Span]) -> Iterator[list[memoryview]]:
         num_bytes = len(layers) * num_bytes_of(spans)
         stage = self._stage(num_bytes)
-        host, device = stage.host[:num_bytes], stage.device[:num_bytes]
+        host = stage.host[:num_bytes]
         yield [host.numpy().data]
         with self.kernels():
             if not self.is_host:
-                device.copy_(host, non_blocking=True)
-            self.scatter(device, layers, spans)
+                stage.device.bytes[:num_bytes].copy_(host, non_blocking=True)
+            self.scatter(stage.device, 0, layers, spans)
 
     def make_ring(self, num_slots: int, slot_bytes: int) -> Ring:
         return DeviceRing(self, num_slots, slot_bytes)
@@ -129,20 +128,21 @@ class DeviceRegion(StagedRegion):
             yield
         stream.synchronize()
 
-    def gather(self, writes: Sequence[Write], out: torch.Tensor) -> None:
-        """Copy the writes' source bytes into ``out`` (uint8), one payload behind the other. Only launches kernels."""
-        base, at = int(out.storage_offset()), 0
+    def gather(self, writes: Sequence[Write], out: _Buffer, at: int) -> None:
+        """Copy the writes' source bytes into ``out`` from ``at`` on, one payload behind the other. Only launches
+        kernels."""
         for write in writes:
-            rows = self._rows(write.layers, write.strips, base + at)
+            rows = self._rows(write.layers, write.strips, at)
             for layer in write.layers:
-                rows.gather(self._tensors[layer], out[at : at + rows.num_bytes])
+                rows.gather(self._layers[layer], out, at)
                 at += rows.num_bytes
 
-    def scatter(self, payload: torch.Tensor, layers: range, spans: Sequence[Span]) -> None:
-        """Copy ``payload`` (uint8) into the pool. Only launches kernels."""
-        rows = self._rows(layers, spans, int(payload.storage_offset()))
-        for i, layer in enumerate(layers):
-            rows.scatter(payload[i * rows.num_bytes : (i + 1) * rows.num_bytes], self._tensors[layer])
+    def scatter(self, payload: _Buffer, at: int, layers: range, spans: Sequence[Span]) -> None:
+        """Copy what lies in ``payload`` from ``at`` on into the pool. Only launches kernels."""
+        rows = self._rows(layers, spans, at)
+        for layer in layers:
+            rows.scatter(payload, at, self._layers[layer])
+            at += rows.num_bytes
 
     def _rows(self, layers: range, table: Sequence[Strip] | Sequence[Span], at: int) -> _Rows:
         """``at``: where the payload begins in its buffer: rows are aligned there too."""
@@ -164,11 +164,33 @@ class DeviceRegion(StagedRegion):
         if stage is None:
             stream = None if self.is_host else torch.cuda.Stream(self.device)
             nothing = torch.empty(0, dtype=torch.uint8)
-            stage = self._stages.stage = _Stage(stream, nothing, nothing)
+            stage = self._stages.stage = _Stage(stream, nothing, _Buffer(nothing))
         if stage.host.nbytes < num_bytes:
             stage.host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=not self.is_host)
-            stage.device = stage.host if self.is_host else torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+            on_device = (
+                torch.empty(num_bytes, dtype=torch.uint8, device=self.device) if not self.is_host else stage.host
+            )
+            stage.device = _Buffer(on_device)
         return stage
+
+
+class _Buffer:
+    """A run of bytes, and its views as rows: every call of torch lets other threads run first, so views are kept."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.bytes = data  # uint8
+        self._views: dict[tuple[int, int, int, torch.dtype], torch.Tensor] = {}
+
+    def rows(self, at: int, num_bytes: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """``num_bytes`` bytes from ``at`` on as [rows, width] of ``dtype``."""
+        key = (at, num_bytes, width, dtype)
+        view = self._views.get(key)
+        if view is None:
+            view = self.bytes[at : at + num_bytes].view(dtype).view(-1, width)
+            if len(self._views) >= MAX_REMEMBERED:
+                self._views = {}
+            self._views[key] = view
+        return view
 
 
 class _Rows:
@@ -187,26 +209,27 @@ class _Rows:
             index = np.repeat(firsts - ends + counts, counts) + np.arange(ends[-1])
             self._index = torch.from_numpy(index).to(device, non_blocking=True)
 
-    def gather(self, layer: torch.Tensor, out: torch.Tensor) -> None:
+    def gather(self, layer: _Buffer, out: _Buffer, at: int) -> None:
         if self._index is not None:
-            torch.index_select(self._as_rows(layer), 0, self._index, out=self._as_rows(out))
+            torch.index_select(self._all_of(layer), 0, self._index, out=self._payload(out, at))
             return
-        at = 0
         for offset, num_bytes in self._runs:
-            out[at : at + num_bytes].copy_(layer[offset : offset + num_bytes])
+            out.bytes[at : at + num_bytes].copy_(layer.bytes[offset : offset + num_bytes])
             at += num_bytes
 
-    def scatter(self, payload: torch.Tensor, layer: torch.Tensor) -> None:
+    def scatter(self, payload: _Buffer, at: int, layer: _Buffer) -> None:
         if self._index is not None:
-            self._as_rows(layer).index_copy_(0, self._index, self._as_rows(payload))
+            self._all_of(layer).index_copy_(0, self._index, self._payload(payload, at))
             return
-        at = 0
         for offset, num_bytes in self._runs:
-            layer[offset : offset + num_bytes].copy_(payload[at : at + num_bytes])
+            layer.bytes[offset : offset + num_bytes].copy_(payload.bytes[at : at + num_bytes])
             at += num_bytes
 
-    def _as_rows(self, data: torch.Tensor) -> torch.Tensor:
-        return data.view(self._dtype).view(-1, self._width)
+    def _all_of(self, layer: _Buffer) -> torch.Tensor:
+        return layer.rows(0, layer.bytes.nbytes, self._width, self._dtype)
+
+    def _payload(self, buffer: _Buffer, at: int) -> torch.Tensor:
+        return buffer.rows(at, self.num_bytes, self._width, self._dtype)
 
 
 class DeviceRing:
@@ -216,24 +239,21 @@ class DeviceRing:
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
         self._region = region
-        self._bytes = torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=region.device)
-        self.address = self._bytes.data_ptr()
-        self.device = None if region.is_host else self._bytes.get_device()
+        self._buffer = _Buffer(torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=region.device))
+        self.address = self._buffer.bytes.data_ptr()
+        self.device = None if region.is_host else self._buffer.bytes.get_device()
 
     def gather(self, slot: int, writes: Sequence[Write]) -> None:
         with self._region.kernels({layer for write in writes for layer in write.layers}):
-            self._region.gather(writes, self._slot(slot))
+            self._region.gather(writes, self._buffer, slot * self.slot_bytes)
 
     def scatter(self, slot: int, parts: Sequence[tuple[int, range, Sequence[Span]]]) -> None:
         with self._region.kernels():
             for offset, layers, spans in parts:
-                num_bytes = len(layers) * num_bytes_of(spans)
-                self._region.scatter(self._slot(slot)[offset : offset + num_bytes], layers, spans)
+                self._region.scatter(self._buffer, slot * self.slot_bytes + offset, layers, spans)
 
     def payload(self, slot: int, offset: int, num_bytes: int) -> memoryview | None:
         if self.device is not None:
             return None
-        return self._slot(slot)[offset : offset + num_bytes].numpy().data
-
-    def _slot(self, slot: int) -> torch.Tensor:
-        return self._bytes[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+        start = slot * self.slot_bytes + offset
+        return self._buffer.bytes[start : start + num_bytes].numpy().data

@@ -72,11 +72,11 @@ def test_a_ring_of_device_memory_holds_and_scatters_the_same_bytes() -> None:
     ring.gather(1, writes)
     assert ring.payload(1, 0, 4) is None
     start = 64 << 20
-    held = ring._bytes[start : start + sum(write.num_bytes for write in writes)]
+    held = ring._buffer.bytes[start : start + sum(write.num_bytes for write in writes)]
     assert held.cpu().numpy().tobytes() == b"".join(payload_of(pool, write) for write in writes)
 
     there = DeviceRing(DeviceRegion(GEOMETRY, empty), 2, 64 << 20)
-    there._bytes.copy_(ring._bytes)
+    there._buffer.bytes.copy_(ring._buffer.bytes)
     there.scatter(1, [(0, writes[0].layers, spans_of(writes[0]))])
     moved = tuple(Strip(strip.dst, strip.dst, PAGE_BYTES) for strip in writes[0].strips)
     assert payload_of(empty, Write(SessionId("a"), bytes(16), 0, NUM_LAYERS, moved)) == payload_of(pool, writes[0])
