@@ -68,8 +68,8 @@ class KvTransferConfig:
     self_test: before a prefill worker ships to a decode worker, random pages must have gone that way unchanged, and
         the service is not ready before one pair works; false: every pair is used untested.
     grant_wait_s: how long a finished prefill waits for the decode worker to have pages before it is given up.
-    staging_mib: memory, MiB, of each end of a nixl link, through which its bytes are staged, on the pool's device; null:
-        64 in host memory, 256 on a GPU.
+    staging_mib: memory, MiB, of each end of a nixl link, through which its bytes are staged, on the pool's device;
+        null: 64 in host memory, 256 on a GPU.
     links: settings of links between clusters; what no entry fits has the defaults.
     """
 

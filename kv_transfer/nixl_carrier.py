@@ -1,10 +1,10 @@
 """Who talks to NIXL? One thread for all links of a transport: it owns the agent, the rings and what is under way.
 
 It runs what others queue (notes, writes of slots), takes the notes that came, asks how the writes under way fare, and
-keeps links alive. It polls, since NIXL can wake nobody: at once while something moves and for 2 ms after that, then, for a tenth of
-a second, in which a model may store its next layer, every 0.3 ms, and every 2 ms while nothing happens. Each look takes
-the interpreter from the threads that launch the model's kernels, so not more often. (NIXL's own progress thread would
-take a whole core, always.)
+keeps links alive. It polls, since NIXL can wake nobody: at once while something moves and for 2 ms after that, then,
+for a tenth of a second, in which a model may store its next layer, every 0.3 ms, and every 2 ms while nothing happens.
+Each look takes the interpreter from the threads that launch the model's kernels, so not more often. (NIXL's own
+progress thread would take a whole core, always.)
 
 NIXL knows no connections, so a link is made by notes: the descriptor holds the agent's connection metadata and an
 access key; HELLO proves the key; WELCOME tells of a ring made for this link. Rules:

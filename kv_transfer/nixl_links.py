@@ -189,7 +189,9 @@ class LinkEnd(ABC):
         self._heard_at = self._carrier.clock.now()
         self.peer_is_done = self.peer_is_done or note.kind is NoteKind.BYE
         if note.kind in NUMBERED:
-            if not self._inbox.put(parse_number(note.body), note):
+            if self._inbox.put(parse_number(note.body), note):
+                self._note_arrived(note)
+            else:
                 self._carrier.count(bad_frames=1)
                 logger.warning("kv link with %s: a note came twice and was dropped", self.peer)
         elif note.kind is NoteKind.ALIVE:
@@ -276,6 +278,10 @@ class LinkEnd(ABC):
     def _send(self, kind: NoteKind, body: Callable[[int], bytes]) -> None:
         with self._numbering:
             self._carrier.send(self, self._pack(kind, body))
+
+    @abstractmethod
+    def _note_arrived(self, note: Note) -> None:
+        """A numbered note came, the first of its number; earlier ones may still be missing. On the carrier's thread."""
 
     @abstractmethod
     def _take(self, note: Note) -> None: ...
@@ -392,13 +398,17 @@ class SendEnd(LinkEnd):
         if drained:
             self._events.drained(self, write.session_id)
 
+    def _note_arrived(self, note: Note) -> None:
+        """A slot is free whatever else the peer said before: its writer need not wait for the reader's turn."""
+        if note.kind is NoteKind.CREDIT and not self._slots.give_back(parse_credit(note.body)):
+            raise ProtocolViolation("a CREDIT for a slot that was not lent")
+
     def _take(self, note: Note) -> None:
         match note.kind:
             case NoteKind.MESSAGE:
                 self._events.notified(self, parse_message(note.body))
             case NoteKind.CREDIT:
-                if not self._slots.give_back(parse_credit(note.body)):
-                    raise ProtocolViolation("a CREDIT for a slot that was not lent")
+                pass  # taken when it arrived
             case other:
                 raise ProtocolViolation(f"a receiving end does not send {other.name}")
 
@@ -425,6 +435,9 @@ class ReceiveEnd(LinkEnd):
     def start(self) -> None:
         self._spawn(self._read_loop, "kv-nixl-reader")
         self._spawn(self._write_loop, "kv-nixl-writer")
+
+    def _note_arrived(self, note: Note) -> None:
+        """Everything here is taken in order."""
 
     def _take(self, note: Note) -> None:
         match note.kind:

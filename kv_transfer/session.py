@@ -50,7 +50,7 @@ from kv_transfer.transport import (
     PieceLimits,
     SendOrder,
     Span,
-    Strip,
+    Strips,
     Write,
 )
 
@@ -211,7 +211,8 @@ class SendSession:
         self._report: SendReport | None = None
         # A step stores the same pages in every layer: one plan serves them all.
         self._planned: tuple[object, ...] = ()
-        self._pieces: list[tuple[Strip, ...]] = []
+        self._pieces: list[Strips] = []
+        self._checked_pages: tuple[int, ...] = ()
 
     @property
     def state(self) -> SendState:
@@ -382,8 +383,10 @@ class SendSession:
             raise ProtocolViolation(f"session {self.session_id}: there is no layer {stored.layers.start}")
         if stored.first_page < 0 or stored.first_page + len(stored.src_pages) > self._num_pages:
             raise ProtocolViolation(f"session {self.session_id}: pages beyond its {self._num_pages}")
-        if stored.src_pages and not 0 <= min(stored.src_pages) <= max(stored.src_pages) < self._geometry.num_pages:
-            raise ProtocolViolation(f"session {self.session_id}: source pages outside the pool")
+        if stored.src_pages != self._checked_pages:
+            if not 0 <= min(stored.src_pages) <= max(stored.src_pages) < self._geometry.num_pages:
+                raise ProtocolViolation(f"session {self.session_id}: source pages outside the pool")
+            self._checked_pages = stored.src_pages
 
     def _require(self, to: SendState) -> None:
         if to not in SEND_MOVES[self._state]:

@@ -61,6 +61,7 @@ class DeviceRegion(StagedRegion):
         self.geometry = geometry
         self.device = layers[0].device
         self._layers = tuple(_Buffer(layer.view(-1).view(torch.uint8)) for layer in layers)
+        self._alignment = gcd(*(layer.nbytes for layer in layers))
         self._stored: list[torch.cuda.Event | None] = [None] * len(layers)  # newest mark of each layer
         self._stages = threading.local()
 
@@ -132,21 +133,21 @@ class DeviceRegion(StagedRegion):
         """Copy the writes' source bytes into ``out`` from ``at`` on, one payload behind the other. Only launches
         kernels."""
         for write in writes:
-            rows = self._rows(write.layers, write.strips, at)
+            rows = self._rows(write.strips, at)
             for layer in write.layers:
                 rows.gather(self._layers[layer], out, at)
                 at += rows.num_bytes
 
     def scatter(self, payload: _Buffer, at: int, layers: range, spans: Sequence[Span]) -> None:
         """Copy what lies in ``payload`` from ``at`` on into the pool. Only launches kernels."""
-        rows = self._rows(layers, spans, at)
+        rows = self._rows(spans, at)
         for layer in layers:
             rows.scatter(payload, at, self._layers[layer])
             at += rows.num_bytes
 
-    def _rows(self, layers: range, table: Sequence[Strip] | Sequence[Span], at: int) -> _Rows:
+    def _rows(self, table: Sequence[Strip] | Sequence[Span], at: int) -> _Rows:
         """``at``: where the payload begins in its buffer: rows are aligned there too."""
-        alignment = gcd(at, *(self.layer_bytes(layer) for layer in layers))
+        alignment = gcd(at, self._alignment)
         known = self._stage(0).rows
         remembered = known.get(id(table))
         if remembered is not None and alignment % remembered[1].row_bytes == 0:

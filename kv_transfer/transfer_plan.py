@@ -19,7 +19,7 @@ from core.errors import ProtocolViolation
 from core.kv_layout import KvLayer, KvLayout
 from kv_transfer.byte_ranges import ByteRanges
 from kv_transfer.messages import Missing
-from kv_transfer.transport import PageGeometry, Span, Strip, Write
+from kv_transfer.transport import PageGeometry, Span, Strip, Strips, Write
 
 # A piece is what a session sends per turn: large enough that headers, system calls and Python cost little beside the
 # copy, small enough that a commit or another session waits about a millisecond on a 10 Gbit/s link.
@@ -59,7 +59,7 @@ def plan_writes(
     page_bytes: int,
     max_bytes: int = MAX_WRITE_BYTES,
     max_strips: int = MAX_STRIPS,
-) -> list[tuple[Strip, ...]]:
+) -> list[Strips]:
     """The pieces that put the whole of ``src_pages[i]`` into ``dst_pages[i]`` for every i, in that order.
 
     Raises ProtocolViolation when the two sides are not equally long.
@@ -78,7 +78,7 @@ def plan_layer(
     tokens: range,
     max_bytes: int = MAX_WRITE_BYTES,
     max_strips: int = MAX_STRIPS,
-) -> list[tuple[Strip, ...]]:
+) -> list[Strips]:
     """The pieces that put those of ``tokens`` which both tables hold, of the heads that both layers hold, in place.
 
     Whole pages (also the slots beyond ``tokens`` in the last one) where the two ends are alike. ``Strip.num_bytes``
@@ -133,9 +133,9 @@ def _halves(
 
 def _pieces(
     atoms: Iterable[Atom], max_bytes: int, max_strips: int, src_itemsize: int = 1, dst_itemsize: int = 1
-) -> list[tuple[Strip, ...]]:
+) -> list[Strips]:
     """Joins atoms that follow each other at both ends, and cuts pieces between atoms."""
-    pieces: list[tuple[Strip, ...]] = []
+    pieces: list[Strips] = []
     piece: list[Strip] = []
     room = max_bytes
     src = dst = num_bytes = 0  # the strip that grows
@@ -148,14 +148,14 @@ def _pieces(
             if num_bytes:
                 piece.append(Strip(src, dst, num_bytes))
             if full or len(piece) == max_strips:
-                pieces.append(tuple(piece))
+                pieces.append(Strips(piece))
                 piece, room = [], max_bytes
             src, dst, num_bytes = atom_src, atom_dst, atom_bytes
         room -= atom_bytes
         src_end = atom_src + atom_bytes * src_itemsize // dst_itemsize
         dst_end = atom_dst + atom_bytes
     if num_bytes:
-        pieces.append((*piece, Strip(src, dst, num_bytes)))
+        pieces.append(Strips((*piece, Strip(src, dst, num_bytes))))
     return pieces
 
 

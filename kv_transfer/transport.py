@@ -33,6 +33,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from typing import Protocol
 
@@ -157,6 +158,15 @@ class Strip:
     num_bytes: int
 
 
+class Strips(tuple[Strip, ...]):
+    """Strips of one layer. Layers of a session share them, so what they sum up to is computed once."""
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Of one layer, at the destination."""
+        return sum(strip.num_bytes for strip in self)
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """``num_bytes`` bytes from ``offset`` on of one layer's memory, at one end."""
@@ -192,7 +202,8 @@ class Write:
     layer_bytes: int = field(init=False, compare=False)  # of one layer's strips
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layer_bytes", sum(strip.num_bytes for strip in self.strips))
+        strips = self.strips if isinstance(self.strips, Strips) else Strips(self.strips)
+        object.__setattr__(self, "layer_bytes", strips.num_bytes)
 
     @property
     def layers(self) -> range:

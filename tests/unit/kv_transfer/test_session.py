@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from core.errors import Corrupted, PeerLost, ProtocolViolation, TransferAborted, TransferError
 from core.request import SessionId
+from kv_transfer import session as session_module
 from kv_transfer.messages import Begin, Commit, Missing, Resend
 from kv_transfer.session import (
     MAX_RESENDS,
@@ -665,3 +666,55 @@ def test_a_hand_over_over_a_bad_link_arrives_whole_or_is_corrupted(acts: list[st
         assert pair.copied == WHOLE
     else:
         assert isinstance(pair.receive.error, Corrupted)
+
+
+# ---- long tables of spans, which layers share ----
+
+TABLES = tuple(
+    tuple(Span(8 * page + start, end - start) for page, start, end in table)
+    for table in (
+        [(7, 0, 8)],
+        [(5, 0, 8), (6, 0, 8)],
+        [(6, 0, 4), (7, 4, 8)],
+        [(6, 4, 8)],
+        [(7, 0, 4), (2, 0, 8)],  # its second span is of a page that was not granted
+    )
+)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(range(len(TABLES))), st.sampled_from([(0, 1), (1, 1), (0, 2)]), st.booleans()))
+)
+def test_what_is_remembered_of_a_table_changes_nothing(writes: list[tuple[int, tuple[int, int], bool]]) -> None:
+    """Two sessions hear the same; to one of them no table is long enough to be remembered."""
+    plain, remembering = receiving(), receiving()
+    with pytest.MonkeyPatch.context() as patch:
+        for number, (first, count), is_damaged in writes:
+            layers, spans = range(first, first + count), TABLES[number]
+            outcomes = []
+            for session, long_table in ((plain, 1000), (remembering, 1)):
+                patch.setattr(session_module, "_LONG_TABLE", long_table)
+                try:
+                    session.admit(layers, spans)
+                    outcomes.append("admitted")
+                except ProtocolViolation as error:
+                    outcomes.append(str(error))
+                    continue
+                if is_damaged:
+                    session.damaged(layers, spans)
+                else:
+                    session.landed()
+            assert outcomes[0] == outcomes[1]
+        assert plain.commit() == remembering.commit()
+        assert plain.state is remembering.state
+
+
+def test_only_so_much_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "_LONG_TABLE", 1)
+    monkeypatch.setattr(session_module, "_MAX_TAKEN", 2)
+    session = receiving()
+    for page in GRANT.pages:
+        for layer in range(2):
+            session.admit(only(layer), (Span(8 * page, 8),))
+            session.landed()
+    assert session.commit() == ()
