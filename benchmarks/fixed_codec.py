@@ -12,6 +12,7 @@ from core.request import SessionId
 from kv_transfer.codec import Codec
 from kv_transfer.transport import (
     LinkStats,
+    PieceLimits,
     ReceiveEvents,
     Region,
     SendEvents,
@@ -36,6 +37,10 @@ class FixedCodecTransport:
     @property
     def counters(self) -> TransportCounters:
         return self._transport.counters
+
+    @property
+    def pieces(self) -> PieceLimits:
+        return self._transport.pieces
 
     def register(self, region: Region) -> None:
         self._transport.register(region)
