@@ -65,6 +65,8 @@ def link_info(link: LinkView, now: float) -> pb.LinkInfo:
         retransmits_per_mib=estimate.retransmits_per_mib,
         reconnects=estimate.reconnects,
         falls=estimate.falls,
+        codec=estimate.codec,
+        codec_changes=estimate.codec_changes,
         age_s=link.age_s(now),
         tested_rate=None if link.probe is None else link.probe.rate,
     )
@@ -107,4 +109,5 @@ def cluster_link_info(pair: ClusterPair) -> pb.ClusterLinkInfo:
         retransmits=pair.retransmits,
         reconnects=pair.reconnects,
         falls=pair.falls,
+        codec_changes=pair.codec_changes,
     )

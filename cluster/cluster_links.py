@@ -31,6 +31,7 @@ class ClusterPair:
     bytes_queued: int
     reconnects: int
     falls: int
+    codec_changes: int
 
     @property
     def utilisation(self) -> float | None:
@@ -74,4 +75,5 @@ def _sum(source: ClusterId, target: ClusterId, views: list[LinkView], capacity: 
         bytes_queued=sum(link.bytes_queued for link in links),
         reconnects=sum(link.reconnects for link in links),
         falls=sum(link.falls for link in links),
+        codec_changes=sum(link.codec_changes for link in links),
     )

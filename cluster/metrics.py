@@ -230,5 +230,6 @@ _LINK_COUNTERS: _LinkFamilies = (
     ("sent_bytes", "Payload bytes sent, as on the wire.", lambda p: p.bytes_sent),
     ("retransmits", "TCP segments sent again.", lambda p: p.retransmits),
     ("reconnects", "Connections that broke and were made again.", lambda p: p.reconnects),
+    ("codec_changes", "Times that K/V was encoded otherwise from then on; each is logged.", lambda p: p.codec_changes),
     ("falls", "Times that a path meant for RDMA or shared memory was found to be TCP.", lambda p: p.falls),
 )

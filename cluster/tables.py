@@ -56,13 +56,16 @@ def worker_table(workers: Iterable[pb.WorkerInfo]) -> Table:
 
 def link_table(links: Iterable[pb.LinkInfo]) -> Table:
     """Every ordered pair of workers, with what is known of the path between them."""
-    table = _table(("from", "to", "path", "state"), ("rate", "RTT", "connections", "queued", "sent", "resent", "age"))
+    table = _table(
+        ("from", "to", "path", "state"), ("codec", "rate", "RTT", "connections", "queued", "sent", "resent", "age")
+    )
     for link in links:
         table.add_row(
             link.from_worker,
             link.to_worker,
             link.path or "-",
             f"{link.state}: {link.reason}" if link.reason else link.state,
+            link.codec or "raw",
             _rate(link.rate if link.HasField("rate") else None),
             _milliseconds(link.rtt_s if link.HasField("rtt_s") else None),
             str(link.connections),

@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -34,6 +34,7 @@ from cluster.output_streams import OutputStreams
 from cluster.page_events import PageEventLog
 from core.clock import Clock, WallClock
 from core.errors import ProtocolViolation, TransferError
+from core.link import LinkEstimate
 from core.request import EngineId, GatewayId, SequenceId, SessionId
 from decode_worker.link_probe import ProbeReceiver
 from decode_worker.probe_service import ProbeReceiverService
@@ -44,12 +45,23 @@ from engine.engine_thread import EngineThread
 from engine.page_allocator import CacheChanges
 from engine.page_loan import PageLoans
 from engine.turns import make_turns
+from kv_transfer.codec import Codec
+from kv_transfer.codec_policy import LinkCodecs
 from kv_transfer.link_monitor import TICK_S, LinkMonitor, timed_part
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.sender import KvSender
 from kv_transfer.session import SendReport
 from kv_transfer.staging_device import DeviceRegion
-from kv_transfer.transport import ANONYMOUS, LayerPages, PageGeometry, PeerIdentity, Region, create_transport
+from kv_transfer.transport import (
+    ANONYMOUS,
+    LayerPages,
+    LinkStats,
+    PageGeometry,
+    PeerIdentity,
+    Region,
+    Write,
+    create_transport,
+)
 from prefill_worker.link_probe import LinkProber
 from prefill_worker.probe_service import ProbeSenderService
 from prefill_worker.service import GrantClient, PrefillService
@@ -103,6 +115,10 @@ class WorkerHost:
     def engine(self) -> EngineThread:
         """The engine's thread, for those who ask whether its pool is whole."""
         return self._engine
+
+    def link_stats(self) -> tuple[LinkStats, ...]:
+        """What the transport counts of the links that it sends on, once started."""
+        return self._started.link_stats()
 
     def start(self) -> str:
         """Load the model, serve, register; return the address. Raise ``UnsupportedModel``, ``InvalidConfig`` for
@@ -238,8 +254,16 @@ class _Parts(rpc.WorkerServicer):
         loans = PageLoans(thread)
         self._prober = LinkProber(loans, self._transport, kv_layout, self._links, config.kv_transfer.transport)
         self._probed = ProbeReceiver(loans, self._transport.region, kv_layout, self._run_soon)
+        self._codecs = LinkCodecs(
+            clock, lambda to_cluster: config.kv_transfer.link(config.cluster_id, to_cluster).codecs
+        )
         self._sender = KvSender(
-            self._transport, clock, self._closed, kv_layout, lambda peer: self._links.rate(peer.worker_id)
+            self._transport,
+            clock,
+            self._closed,
+            kv_layout,
+            lambda peer: self._links.rate(peer.worker_id),
+            self._codec_for if any(link.codecs != ("raw",) for link in config.kv_transfer.links) else None,
         )
         self._receiver = KvReceiver(self._transport, clock, self._committed, self._released, lease_s, kv_layout)
         self._prefill.attach(self._sender)
@@ -311,6 +335,9 @@ class _Parts(rpc.WorkerServicer):
 
         self._loop.call_soon_threadsafe(self._spawn, run())
 
+    def link_stats(self) -> tuple[LinkStats, ...]:
+        return self._transport.stats()
+
     # ---- transport threads: a session is a self-test's or a sequence's ----
 
     def _closed(self, session_id: SessionId, report: SendReport) -> None:
@@ -320,6 +347,9 @@ class _Parts(rpc.WorkerServicer):
         if part is not None and report.receiver != ANONYMOUS:
             self._links.transferred(report.receiver, *part)
         self._prefill.closed(session_id, report)
+
+    def _codec_for(self, peer: PeerIdentity, layers: Sequence[LayerPages], write: Write) -> Codec:
+        return self._codecs.codec_for(peer.worker_id, layers, [strip.num_bytes for strip in write.strips])
 
     def _committed(self, session_id: SessionId, payload: bytes) -> None:
         if not self._probed.committed(session_id):
@@ -391,7 +421,9 @@ class _Parts(rpc.WorkerServicer):
     async def _watch_links(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self._links.tick(self._transport.stats())
+            stats = self._transport.stats()
+            self._links.tick(stats)
+            self._codecs.tick(stats)
 
     # ---- the Worker service ----
 
@@ -471,6 +503,16 @@ class _Parts(rpc.WorkerServicer):
             self._load, changes = done.result()
             self._page_events.record(changes.stored, changes.removed)
 
+    def _link_estimates(self) -> Iterator[LinkEstimate]:
+        codecs = {state.worker_id: state for state in self._codecs.states()}
+        for estimate in self._links.estimates():
+            state = codecs.get(estimate.worker_id)
+            if state is None:
+                yield estimate
+            else:
+                name, num_changes = state.choice.codec.name.lower(), sum(state.changes.values())
+                yield replace(estimate, codec=name, codec_changes=num_changes)
+
     def _state(self) -> pb.WorkerState:
         load = self._load
         return pb.WorkerState(
@@ -491,7 +533,7 @@ class _Parts(rpc.WorkerServicer):
             num_sessions=self._prefill.num_sessions + self._decode.num_sessions,
             pages_quarantined=self._receiver.num_quarantined,
             num_preemptions=load.num_preemptions,
-            links=map(wire.link_to_message, self._links.estimates()),
+            links=map(wire.link_to_message, self._link_estimates()),
         )
 
 

@@ -35,6 +35,8 @@ class LinkEstimate:
     bytes_sent: int = 0  # since the worker's start
     bytes_queued: int = 0
     reconnects: int = 0
+    codec: str = "raw"  # what writes are encoded as now
+    codec_changes: int = 0  # times that it was changed
     falls: int = 0  # times that a path meant for RDMA or shared memory was found to be TCP
     age_s: float = 0.0  # since bytes last moved
 

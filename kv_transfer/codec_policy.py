@@ -248,7 +248,7 @@ class LinkCodecs:
         """
         with self._lock:
             peer = self._peers.get(worker_id)
-            if peer is None:
+            if peer is None or peer.allowed == (Codec.RAW,):
                 return Codec.RAW
             peer.meter.queued(len(layers) * sum(sizes))
             codec = peer.choice.codec

@@ -13,23 +13,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Condition
 
 from core.clock import Clock
 from core.errors import PeerLost, ProtocolViolation, TransferAborted, TransferError
 from core.kv_layout import KvLayout
 from core.request import SessionId
+from kv_transfer.codec import Codec
 from kv_transfer.messages import Abort, AbortAck, CommitAck, Renew, Resend, decode, encode
 from kv_transfer.session import Grant, Outgoing, SendReport, SendSession, SendState
 from kv_transfer.transfer_plan import layout_of_pages
-from kv_transfer.transport import PeerIdentity, SendLink, SendOrder, Transport, Write
+from kv_transfer.transport import LayerPages, PeerIdentity, SendLink, SendOrder, Transport, Write
 
 logger = logging.getLogger(__name__)
 
 OnClosed = Callable[[SessionId, SendReport], None]
 # Bytes/s that the way to a receiving worker carries; None while it is not known.
 LinkSpeed = Callable[[PeerIdentity], float | None]
+# What a write of pages of these layers to a worker is to be encoded as.
+CodecFor = Callable[[PeerIdentity, Sequence[LayerPages], Write], Codec]
 
 RENEWALS_PER_LEASE = 3
 _RENEWALS = SessionId("")  # a lane of their own: they must not wait behind the writes of their sessions
@@ -59,16 +62,19 @@ class KvSender:
         on_closed: OnClosed,
         layout: KvLayout | None = None,
         link_speed: LinkSpeed = lambda peer: None,
+        codec_for: CodecFor | None = None,
     ) -> None:
         """``transport`` has its region; it is shared with the worker's KvReceiver and closed by neither.
 
         ``layout``: what the region's pages hold; None: nothing is known but their size, and a token stands for a page.
+        ``codec_for``: None: everything is sent raw.
         """
         self._transport = transport
         self._clock = clock
         self._on_closed = on_closed
         self._layout = layout or layout_of_pages(transport.region.geometry)
         self._link_speed = link_speed
+        self._codec_for = codec_for
         self._changed = Condition()
         self._entries: dict[SessionId, _Entry] = {}
         self._peers: dict[bytes, _Peer] = {}  # descriptor |-> the one link to that peer
@@ -254,9 +260,17 @@ class KvSender:
             assert entry.link is not None, "a session sends nothing before its grant"
             entry.said_at = self._clock.now()
             if isinstance(item, Write):
-                entry.link.write(item)
+                entry.link.write(self._encoded(entry, item))
             else:
                 entry.link.notify(item.session_id, encode(item))
+
+    def _encoded(self, entry: _Entry, write: Write) -> Write:
+        """With the codec that it is to have on the wire."""
+        if self._codec_for is None:
+            return write
+        layers = self._transport.region.geometry.layers[write.first_layer : write.layers.stop]
+        codec = self._codec_for(entry.session.receiver, layers, write)
+        return write if codec is write.codec else replace(write, codec=codec)
 
     def _link_to(self, grant: Grant) -> SendLink:
         peer = self._peers.get(grant.descriptor)

@@ -224,6 +224,11 @@ class SendSession:
         return None if self._grant is None else self._grant.token
 
     @property
+    def receiver(self) -> PeerIdentity:
+        """As the grant named it; anonymous before."""
+        return ANONYMOUS if self._grant is None else self._grant.receiver
+
+    @property
     def report(self) -> SendReport | None:
         """How it ended; None until then."""
         return self._report
@@ -409,7 +414,7 @@ class SendSession:
             tail_bytes=0 if self._committed_at is None else self._bytes_sent - self._bytes_overlapped,
             num_groups=self._num_groups,
             writes_resent=self._writes_resent,
-            receiver=ANONYMOUS if self._grant is None else self._grant.receiver,
+            receiver=self.receiver,
         )
         self._stored.clear()
         self._sent.clear()

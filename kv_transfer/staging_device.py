@@ -60,7 +60,7 @@ class DeviceRegion(StagedRegion):
             assert layer.device == layers[0].device, "a pool is on one device"
         self.geometry = geometry
         self.device = layers[0].device
-        self._layers = tuple(_Buffer(layer.view(-1).view(torch.uint8)) for layer in layers)
+        self._buffers = tuple(_Buffer(layer.view(-1).view(torch.uint8)) for layer in layers)
         self._alignment = gcd(*(layer.nbytes for layer in layers))
         self._stored: list[torch.cuda.Event | None] = [None] * len(layers)  # newest mark of each layer
         self._stages = threading.local()
@@ -74,7 +74,7 @@ class DeviceRegion(StagedRegion):
         return HOST_PIECES if self.is_host else DEVICE_PIECES
 
     def layer_bytes(self, layer: int) -> int:
-        return self._layers[layer].bytes.nbytes
+        return self._buffers[layer].bytes.nbytes
 
     def bytes_at(self, layer: int, offset: int, num_bytes: int) -> memoryview:
         raise AssertionError("device memory has no host view: outgoing and incoming lend copies")
@@ -135,14 +135,14 @@ class DeviceRegion(StagedRegion):
         for write in writes:
             rows = self._rows(write.strips, at)
             for layer in write.layers:
-                rows.gather(self._layers[layer], out, at)
+                rows.gather(self._buffers[layer], out, at)
                 at += rows.num_bytes
 
     def scatter(self, payload: _Buffer, at: int, layers: range, spans: Sequence[Span]) -> None:
         """Copy what lies in ``payload`` from ``at`` on into the pool. Only launches kernels."""
         rows = self._rows(spans, at)
         for layer in layers:
-            rows.scatter(payload, at, self._layers[layer])
+            rows.scatter(payload, at, self._buffers[layer])
             at += rows.num_bytes
 
     def _rows(self, table: Sequence[Strip] | Sequence[Span], at: int) -> _Rows:

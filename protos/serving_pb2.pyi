@@ -324,7 +324,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., transport: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., lease_left_s: _Optional[float] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
 
 class LinkInfo(_message.Message):
-    __slots__ = ("from_worker", "to_worker", "from_cluster", "to_cluster", "state", "reason", "path", "connections", "rate", "goodput", "delivery_rate", "rtt_s", "min_rtt_s", "fit_t0_s", "fit_beta", "fit_variance", "samples", "throughput", "bytes_sent", "bytes_queued", "retransmits", "retransmits_per_mib", "reconnects", "falls", "age_s", "tested_rate")
+    __slots__ = ("from_worker", "to_worker", "from_cluster", "to_cluster", "state", "reason", "path", "connections", "rate", "goodput", "delivery_rate", "rtt_s", "min_rtt_s", "fit_t0_s", "fit_beta", "fit_variance", "samples", "throughput", "bytes_sent", "bytes_queued", "retransmits", "retransmits_per_mib", "reconnects", "falls", "age_s", "tested_rate", "codec", "codec_changes")
     FROM_WORKER_FIELD_NUMBER: _ClassVar[int]
     TO_WORKER_FIELD_NUMBER: _ClassVar[int]
     FROM_CLUSTER_FIELD_NUMBER: _ClassVar[int]
@@ -351,6 +351,8 @@ class LinkInfo(_message.Message):
     FALLS_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
     TESTED_RATE_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    CODEC_CHANGES_FIELD_NUMBER: _ClassVar[int]
     from_worker: str
     to_worker: str
     from_cluster: str
@@ -377,10 +379,12 @@ class LinkInfo(_message.Message):
     falls: int
     age_s: float
     tested_rate: float
-    def __init__(self, from_worker: _Optional[str] = ..., to_worker: _Optional[str] = ..., from_cluster: _Optional[str] = ..., to_cluster: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., path: _Optional[str] = ..., connections: _Optional[int] = ..., rate: _Optional[float] = ..., goodput: _Optional[float] = ..., delivery_rate: _Optional[float] = ..., rtt_s: _Optional[float] = ..., min_rtt_s: _Optional[float] = ..., fit_t0_s: _Optional[float] = ..., fit_beta: _Optional[float] = ..., fit_variance: _Optional[float] = ..., samples: _Optional[int] = ..., throughput: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_queued: _Optional[int] = ..., retransmits: _Optional[int] = ..., retransmits_per_mib: _Optional[float] = ..., reconnects: _Optional[int] = ..., falls: _Optional[int] = ..., age_s: _Optional[float] = ..., tested_rate: _Optional[float] = ...) -> None: ...
+    codec: str
+    codec_changes: int
+    def __init__(self, from_worker: _Optional[str] = ..., to_worker: _Optional[str] = ..., from_cluster: _Optional[str] = ..., to_cluster: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., path: _Optional[str] = ..., connections: _Optional[int] = ..., rate: _Optional[float] = ..., goodput: _Optional[float] = ..., delivery_rate: _Optional[float] = ..., rtt_s: _Optional[float] = ..., min_rtt_s: _Optional[float] = ..., fit_t0_s: _Optional[float] = ..., fit_beta: _Optional[float] = ..., fit_variance: _Optional[float] = ..., samples: _Optional[int] = ..., throughput: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_queued: _Optional[int] = ..., retransmits: _Optional[int] = ..., retransmits_per_mib: _Optional[float] = ..., reconnects: _Optional[int] = ..., falls: _Optional[int] = ..., age_s: _Optional[float] = ..., tested_rate: _Optional[float] = ..., codec: _Optional[str] = ..., codec_changes: _Optional[int] = ...) -> None: ...
 
 class ClusterLinkInfo(_message.Message):
-    __slots__ = ("from_cluster", "to_cluster", "num_links", "num_usable", "paths", "connections", "capacity", "measured", "throughput", "utilisation", "rtt_s", "bytes_sent", "bytes_queued", "retransmits", "reconnects", "falls")
+    __slots__ = ("from_cluster", "to_cluster", "num_links", "num_usable", "paths", "connections", "capacity", "measured", "throughput", "utilisation", "rtt_s", "bytes_sent", "bytes_queued", "retransmits", "reconnects", "falls", "codec_changes")
     FROM_CLUSTER_FIELD_NUMBER: _ClassVar[int]
     TO_CLUSTER_FIELD_NUMBER: _ClassVar[int]
     NUM_LINKS_FIELD_NUMBER: _ClassVar[int]
@@ -397,6 +401,7 @@ class ClusterLinkInfo(_message.Message):
     RETRANSMITS_FIELD_NUMBER: _ClassVar[int]
     RECONNECTS_FIELD_NUMBER: _ClassVar[int]
     FALLS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_CHANGES_FIELD_NUMBER: _ClassVar[int]
     from_cluster: str
     to_cluster: str
     num_links: int
@@ -413,7 +418,8 @@ class ClusterLinkInfo(_message.Message):
     retransmits: int
     reconnects: int
     falls: int
-    def __init__(self, from_cluster: _Optional[str] = ..., to_cluster: _Optional[str] = ..., num_links: _Optional[int] = ..., num_usable: _Optional[int] = ..., paths: _Optional[_Iterable[str]] = ..., connections: _Optional[int] = ..., capacity: _Optional[float] = ..., measured: _Optional[float] = ..., throughput: _Optional[float] = ..., utilisation: _Optional[float] = ..., rtt_s: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_queued: _Optional[int] = ..., retransmits: _Optional[int] = ..., reconnects: _Optional[int] = ..., falls: _Optional[int] = ...) -> None: ...
+    codec_changes: int
+    def __init__(self, from_cluster: _Optional[str] = ..., to_cluster: _Optional[str] = ..., num_links: _Optional[int] = ..., num_usable: _Optional[int] = ..., paths: _Optional[_Iterable[str]] = ..., connections: _Optional[int] = ..., capacity: _Optional[float] = ..., measured: _Optional[float] = ..., throughput: _Optional[float] = ..., utilisation: _Optional[float] = ..., rtt_s: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_queued: _Optional[int] = ..., retransmits: _Optional[int] = ..., reconnects: _Optional[int] = ..., falls: _Optional[int] = ..., codec_changes: _Optional[int] = ...) -> None: ...
 
 class GetClusterInfoResponse(_message.Message):
     __slots__ = ("workers", "num_inflight", "policy", "uptime_s", "version", "model", "num_requests", "num_retries", "num_resumes", "internal_tls", "links", "cluster_links")

@@ -271,6 +271,8 @@ def link_to_message(link: LinkEstimate) -> pb.LinkReport:
         bytes_queued=link.bytes_queued,
         reconnects=link.reconnects,
         falls=link.falls,
+        codec=link.codec,
+        codec_changes=link.codec_changes,
         age_s=link.age_s,
     )
 
@@ -296,6 +298,8 @@ def link_from_message(message: pb.LinkReport) -> LinkEstimate:
         bytes_queued=message.bytes_queued,
         reconnects=message.reconnects,
         falls=message.falls,
+        codec=message.codec or "raw",
+        codec_changes=message.codec_changes,
         age_s=message.age_s,
     )
 

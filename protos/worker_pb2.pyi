@@ -117,7 +117,7 @@ class PageEvents(_message.Message):
     def __init__(self, number: _Optional[int] = ..., after: _Optional[int] = ..., snapshot: _Optional[bool] = ..., stored: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LinkReport(_message.Message):
-    __slots__ = ("worker_id", "cluster_id", "path", "connections", "goodput", "delivery_rate", "rtt_s", "min_rtt_s", "retransmits", "retransmits_per_mib", "fit_t0_s", "fit_beta", "fit_variance", "samples", "throughput", "bytes_sent", "bytes_queued", "reconnects", "falls", "age_s")
+    __slots__ = ("worker_id", "cluster_id", "path", "connections", "goodput", "delivery_rate", "rtt_s", "min_rtt_s", "retransmits", "retransmits_per_mib", "fit_t0_s", "fit_beta", "fit_variance", "samples", "throughput", "bytes_sent", "bytes_queued", "reconnects", "falls", "age_s", "codec", "codec_changes")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_ID_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
@@ -138,6 +138,8 @@ class LinkReport(_message.Message):
     RECONNECTS_FIELD_NUMBER: _ClassVar[int]
     FALLS_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    CODEC_CHANGES_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     cluster_id: str
     path: str
@@ -158,7 +160,9 @@ class LinkReport(_message.Message):
     reconnects: int
     falls: int
     age_s: float
-    def __init__(self, worker_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., path: _Optional[str] = ..., connections: _Optional[int] = ..., goodput: _Optional[float] = ..., delivery_rate: _Optional[float] = ..., rtt_s: _Optional[float] = ..., min_rtt_s: _Optional[float] = ..., retransmits: _Optional[int] = ..., retransmits_per_mib: _Optional[float] = ..., fit_t0_s: _Optional[float] = ..., fit_beta: _Optional[float] = ..., fit_variance: _Optional[float] = ..., samples: _Optional[int] = ..., throughput: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_queued: _Optional[int] = ..., reconnects: _Optional[int] = ..., falls: _Optional[int] = ..., age_s: _Optional[float] = ...) -> None: ...
+    codec: str
+    codec_changes: int
+    def __init__(self, worker_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., path: _Optional[str] = ..., connections: _Optional[int] = ..., goodput: _Optional[float] = ..., delivery_rate: _Optional[float] = ..., rtt_s: _Optional[float] = ..., min_rtt_s: _Optional[float] = ..., retransmits: _Optional[int] = ..., retransmits_per_mib: _Optional[float] = ..., fit_t0_s: _Optional[float] = ..., fit_beta: _Optional[float] = ..., fit_variance: _Optional[float] = ..., samples: _Optional[int] = ..., throughput: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_queued: _Optional[int] = ..., reconnects: _Optional[int] = ..., falls: _Optional[int] = ..., age_s: _Optional[float] = ..., codec: _Optional[str] = ..., codec_changes: _Optional[int] = ...) -> None: ...
 
 class OutputsRequest(_message.Message):
     __slots__ = ("gateway_id",)

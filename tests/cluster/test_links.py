@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,12 @@ import pytest
 from cluster.config import TlsConfig
 from cluster.front_door import not_ready_reason
 from cluster.view import ClusterView
+from core.request import WorkerId
 from engine.config import EngineConfig
-from kv_transfer.config import KvTransferConfig
+from kv_transfer import codec_policy
+from kv_transfer.codec import Codec
+from kv_transfer.codec_policy import CodecChoice
+from kv_transfer.config import KvTransferConfig, LinkConfig
 from tests.cluster.live_cluster import live_cluster
 from tests.cluster.reference import ReferenceModel
 from tests.tiny_models import save_tiny_model
@@ -61,6 +66,34 @@ async def test_every_pair_passes_its_self_test_and_then_carries_requests(
         assert await cluster.membership.wait_until(
             lambda view: any(link.estimate is not None for link in view.links.values()), PATIENCE_S
         )
+
+
+@one_family
+async def test_what_the_policy_chooses_is_what_the_writes_get_and_what_the_gateway_hears(
+    family: str, tiny_model: ReferenceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it chooses what is tested with the policy; here it finds at once that raw does not fit."""
+    lossless = CodecChoice(Codec.LOSSLESS, "raw does not fit, says the test")
+    monkeypatch.setattr(codec_policy, "choose_codec", lambda *_: lossless)
+    wide = KvTransferConfig(host="127.0.0.1", links=(LinkConfig(codecs=("raw", "lossless")),))
+
+    def encodes(view: ClusterView) -> bool:
+        return any(link.estimate is not None and link.estimate.codec == "lossless" for link in view.links.values())
+
+    engine = replace(ENGINE, prefix_cache=False)
+    async with live_cluster(str(tiny_model.folder), engine=engine, kv_transfer=wide) as cluster:
+        (prompt, *others) = tiny_model.prompts
+        assert (await cluster.generate(prompt)).tokens == tiny_model.expected(prompt, 16)
+        assert await cluster.membership.wait_until(encodes, PATIENCE_S)
+        for other in others:
+            assert (await cluster.generate(other)).tokens == tiny_model.expected(other, 16)
+        (link,) = cluster.membership.view().links.values()
+        assert link.estimate is not None
+        assert link.estimate.codec_changes == 1
+        encoded = cluster.hosts[WorkerId("prefill-0")].link_stats()[0].encoded
+        assert [use.codec for use in encoded] == [Codec.LOSSLESS]
+        assert encoded[0].raw_bytes > 0
+        await cluster.check_integrity()
 
 
 @one_family
