@@ -68,6 +68,7 @@ class KvTransferConfig:
     self_test: before a prefill worker ships to a decode worker, random pages must have gone that way unchanged, and
         the service is not ready before one pair works; false: every pair is used untested.
     grant_wait_s: how long a finished prefill waits for the decode worker to have pages before it is given up.
+    pull_timeout_s: how long a worker fetches cached pages from another one, at most, before it computes them itself.
     staging_mib: memory, MiB, of each end of a nixl link, through which its bytes are staged.
     links: settings of links between clusters; what no entry fits has the defaults.
     """
@@ -77,6 +78,7 @@ class KvTransferConfig:
     port: int = 0
     lease_s: float = 30.0
     grant_wait_s: float = 60.0
+    pull_timeout_s: float = 10.0
     self_test: bool = True
     staging_mib: int = 64
     links: tuple[LinkConfig, ...] = ()
@@ -84,7 +86,7 @@ class KvTransferConfig:
     def __post_init__(self) -> None:
         if not self.transport:
             raise InvalidConfig("kv_transfer.transport", "must name a transport")
-        for name in ("lease_s", "grant_wait_s"):
+        for name in ("lease_s", "grant_wait_s", "pull_timeout_s"):
             if getattr(self, name) <= 0:
                 raise InvalidConfig(f"kv_transfer.{name}", f"must be above 0 s, got {getattr(self, name)!r}")
         if not 1 <= self.staging_mib <= 65536:
