@@ -217,7 +217,7 @@ class PagePuller:
             outcome, reason = PullOutcome.FAILED, f"{type(error).__name__}: {error}"
         num_tokens, num_bytes = num_pages * self._layout.page_size, num_pages * self._layout.bytes_per_page
         report = PullReport(outcome, num_tokens, num_bytes, self._clock.now() - started_at)
-        self._note(spec, task, report, reason)
+        self._note(spec, task, report, reason, blame=outcome in _BROKEN and timeout_s > 0)
         return report
 
     async def close(self) -> None:
@@ -365,16 +365,16 @@ class PagePuller:
         if back_off is not None and self._clock.now() < back_off.until:
             raise _BackingOff(f"it failed {back_off.num_failures} times, and is asked again later")
 
-    def _note(self, spec: SequenceSpec, task: PullTask, report: PullReport, reason: str) -> None:
+    def _note(self, spec: SequenceSpec, task: PullTask, report: PullReport, reason: str, *, blame: bool) -> None:
         self._outcomes[report.outcome] += 1
         self._num_tokens += report.num_tokens
         self._num_bytes += report.num_bytes
         if report.outcome is PullOutcome.PULLED:
             self._back_offs.pop(task.engine_id, None)
-        elif report.outcome in _BROKEN:
+        elif blame:
             self._back_off_from(task.engine_id)
         if reason:
-            level = logging.WARNING if report.outcome in _BROKEN else logging.INFO
+            level = logging.WARNING if blame else logging.INFO
             said = f"{report.outcome} after {report.seconds:.3f} s: {reason}"
             logger.log(
                 level,

@@ -249,7 +249,8 @@ class ChunkedPrefillScheduler:
        would be preempted for the next page border and its prefill lost.
     6. A reservation never takes the pages or the place in the batch that the head of the queue waits for.
     7. Lending leaves what rules 5 and 6 leave, takes at most a quarter of the rest, and cached prefixes only if no
-       page is empty. Prefixes are lent, and room is made for them, as far as rules 5 and 6 allow.
+       page is empty. Of what could be evicted, a prefix that is lent takes at most half of that rest: a transfer may be
+       slow, and sequences come meanwhile. Room is made for a prefix as far as rules 5 and 6 allow.
     8. Every sequence fits the pool when it is alone: longer ones are refused, or end with LENGTH.
     """
 
@@ -326,9 +327,10 @@ class ChunkedPrefillScheduler:
 
     def lend_prefix(self, page_hashes: AbstractSequence[PageHash]) -> tuple[int, ...]:
         # Pages that a sequence uses anyway cost nothing; what nobody uses could be evicted, and while lent it cannot.
-        leave = min(self._allocator.num_free, self._pages_to_leave())
+        num_free = self._allocator.num_free
+        least = num_free - -(-max(0, num_free - self._pages_to_leave()) // 2)
         page_ids = self._allocator.match_prefix(page_hashes)
-        while self._allocator.num_free < leave:
+        while self._allocator.num_free < least:
             self._allocator.release([page_ids.pop()])
         self._num_lent += len(page_ids)
         return tuple(page_ids)

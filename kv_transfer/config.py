@@ -18,8 +18,8 @@ BYTES_PER_GBIT = 1e9 / 8
 class LinkConfig:
     """How KV travels from workers of one cluster to workers of one cluster. The first entry that fits a link is used.
 
-    from_cluster: cluster of the sending (prefill) worker; ``*``: any.
-    to_cluster: cluster of the receiving (decode) worker; ``*``: any.
+    from_cluster: cluster of the sending worker (one that prefills, or the source of a page pull); ``*``: any.
+    to_cluster: cluster of the receiving worker (one that decodes, or pulls pages to prefill); ``*``: any.
     connections: TCP connections of each pair of workers.
     dial: which end opens the connections, ``sender`` or ``receiver``: firewalls often allow one direction only.
     capacity_gbps: what the path between the clusters carries, Gbit/s, for all workers together; null: not known.

@@ -8,6 +8,7 @@ ends, every page of every worker is accounted for, and none is lent.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -657,6 +658,7 @@ async def test_pages_that_arrive_although_nobody_waits_any_more_are_cached_all_t
     ids=["what the router gave it", "half of what is left to the deadline", "too late already"],
 )
 async def test_how_long_a_pull_may_take(bounds: dict[str, float], said: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     async with workers("local") as (puller, source):
         source.compute(PROMPT)
 
@@ -672,7 +674,8 @@ async def test_how_long_a_pull_may_take(bounds: dict[str, float], said: str, cap
         report = await puller.pull(source, order=SendOrder(deadline_at=deadline_at), **bounds)
 
         assert report.outcome is PullOutcome.TIMEOUT
-        assert said in caplog.text
+        assert f"not there after {said}" in caplog.text
+        assert bool(puller.puller._back_offs) is (said != "0 s"), "a source that had no time is not to blame"
         await back(puller, source)
 
 
