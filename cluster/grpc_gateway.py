@@ -409,4 +409,8 @@ def _timing(timing: RequestTiming | None, tokenize_s: float) -> pb.TimingBreakdo
         route_reason=timing.route_reason,
         decode_cached_tokens=timing.decode_cached_tokens,
         num_preemptions=timing.num_preemptions,
+        pull_outcome=timing.pull_outcome,
+        pulled_tokens=timing.pulled_tokens,
+        bytes_pulled=timing.bytes_pulled,
+        pull_s=timing.pull_s,
     )

@@ -182,6 +182,15 @@ def _of_links(pairs: tuple[ClusterPair, ...]) -> Iterator[Metric]:
 
 
 def _of_workers(workers: tuple[WorkerView, ...]) -> Iterator[Metric]:
+    pulls = CounterMetricFamily(
+        "prfaas_worker_pulls",
+        "Pulls of other workers' cached pages into this one, by how they ended; see docs/life-of-a-request.md.",
+        labels=("worker", "role", "cluster", "outcome"),
+    )
+    for worker in workers:
+        for outcome, count in worker.load.pulls:
+            pulls.add_metric((worker.worker_id, worker.role, worker.cluster_id, outcome), count)
+    yield pulls
     for kind, families in ((GaugeMetricFamily, _WORKER_GAUGES), (CounterMetricFamily, _WORKER_COUNTERS)):
         for name, doc, value_of in families:
             family = kind(f"prfaas_worker_{name}", doc, labels=("worker", "role", "cluster"))
@@ -209,6 +218,8 @@ _WORKER_COUNTERS: _WorkerFamilies = (
     ("prompt_tokens", "Prompt tokens of the sequences it started.", lambda w: w.load.prompt_tokens),
     ("generated_tokens", "Tokens it sampled.", lambda w: w.load.generated_tokens),
     ("cached_tokens", "Prompt tokens found in its prefix cache.", lambda w: w.load.cached_tokens),
+    ("pulled_tokens", "Tokens whose K/V was pulled from other workers' caches.", lambda w: w.load.pulled_tokens),
+    ("pulled_bytes", "KV bytes pulled from other workers' caches.", lambda w: w.load.pulled_bytes),
     ("preemptions", "Sequences preempted because pages ran out.", lambda w: w.load.num_preemptions),
 )
 

@@ -7,7 +7,8 @@ The life of a request, and who owns what at each step:
 2. A continuation makes an *attempt*: ``policy.route(request, membership.view())`` chooses a prefill worker P and a
    decode worker D. No worker: it waits for one, up to ``no_route_wait_s``.
 3. The attempt is announced to D (``Decode``; D owns a name, no pages), then queued at P (``Prefill``; P owns the
-   prompt's pages). Both answer on their Outputs streams, into the continuation's one inbox.
+   prompt's pages). If the route says so (``Route.pull``), whoever prefills first fetches cached pages from a third
+   worker; that may fail, the request does not. Both answer on their Outputs streams, into the continuation's one inbox.
 4. P's first token goes to the client at once. P hands the K/V over to D under a session that is theirs alone.
 5. From the commit on D owns the sequence; its tokens follow P's by ``position``. They may come before P's first
    token does, and then wait for it. P reports what the hand-over cost, and is out of it.
@@ -376,10 +377,11 @@ class Router:
     async def _announce(self, continuation: _Continuation, attempt: _Attempt) -> None:
         """Tell D, then P; what goes wrong is an event like any other."""
         stage = Role.DECODE
-        spec = attempt.spec
+        spec, tenant = attempt.spec, tenant_of(attempt.spec.salt)
+        pull = attempt.route.pull.task if attempt.route.pull is not None else None
         try:
             if attempt.prefill is None:
-                await attempt.decode.decode(spec, None)
+                await attempt.decode.decode(spec, None, tenant, continuation.deadline_s(self._clock.now()), pull)
                 return
             await attempt.decode.decode(spec, attempt.session_id)
             if attempt.ended:
@@ -389,8 +391,9 @@ class Router:
                 spec,
                 attempt.session_id,
                 attempt.route.decode.address,
-                tenant_of(spec.salt),
+                tenant,
                 continuation.deadline_s(self._clock.now()),
+                pull,
             )
         except PrfaasError as error:
             if attempt.ended:
@@ -596,6 +599,7 @@ class _Continuation:
         last = self._attempts[-1]
         prefills = [stats for a in self._attempts if (stats := a.stats.get(Role.PREFILL)) is not None]
         decodes = [stats for a in self._attempts if (stats := a.stats.get(Role.DECODE)) is not None]
+        pulls = [stats.pull for stats in (*prefills, *decodes) if stats.pull is not None]
         arrived_at = self._request.arrived_at
         first_token_at = now if self._first_token_at is None else self._first_token_at
         return RequestTiming(
@@ -616,6 +620,10 @@ class _Continuation:
             decode_cached_tokens=decodes[-1].cached_tokens if decodes else 0,
             num_attempts=len(self._attempts),
             num_preemptions=sum(s.num_preemptions for s in (*prefills, *decodes)),
+            pull_outcome=pulls[-1].outcome if pulls else "",
+            pulled_tokens=sum(pull.num_tokens for pull in pulls),
+            bytes_pulled=sum(pull.num_bytes for pull in pulls),
+            pull_s=sum(pull.seconds for pull in pulls),
         )
 
 

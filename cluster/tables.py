@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.table import Table
 
@@ -19,6 +19,7 @@ def timing_table(complete: pb.GenerateComplete) -> Table:
         ("because", timing.route_reason),
         ("prompt tokens", f"{usage.prompt_tokens} ({usage.cached_tokens} cached)"),
         ("generated tokens", str(usage.completion_tokens)),
+        *_pull_rows(timing),
         ("shipped", _bytes(timing.bytes_shipped)),
         ("tokenise, route", f"{timing.tokenize_s:.3f} s, {timing.route_s:.3f} s"),
         ("prefill", f"{timing.prefill_s:.3f} s after {timing.prefill_queue_s:.3f} s in the queue"),
@@ -30,6 +31,12 @@ def timing_table(complete: pb.GenerateComplete) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _pull_rows(timing: pb.TimingBreakdown) -> Iterator[tuple[str, str]]:
+    if timing.pull_outcome:
+        pulled = f"{timing.pulled_tokens} tokens, {_bytes(timing.bytes_pulled)} in {timing.pull_s:.3f} s"
+        yield "pulled", f"{pulled} ({timing.pull_outcome})"
 
 
 def worker_table(workers: Iterable[pb.WorkerInfo]) -> Table:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from cluster.cost_model import NO_COSTS, CostView
 from core.fingerprint import CacheFingerprint
 from core.link import LinkEstimate, ProbeReport
-from core.request import ClusterId, EngineId, Role, WorkerId
+from core.request import ClusterId, EngineId, PullTask, Role, WorkerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,9 @@ class WorkerLoad:
     generated_tokens: int = 0
     cached_tokens: int = 0
     num_preemptions: int = 0
+    pulls: tuple[tuple[str, int], ...] = ()  # (PullOutcome, pulls of other workers' pages that ended so)
+    pulled_tokens: int = 0
+    pulled_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,15 @@ class PagePull:
 
     source: WorkerView
     num_tokens: int  # leading ones, whole pages
+    timeout_s: float | None = None  # after so long computing them would have been faster; None: the worker's own bound
+
+    @property
+    def task(self) -> PullTask:
+        """What the worker is told."""
+        source = self.source
+        return PullTask(
+            source.worker_id, source.cluster_id, source.engine_id, source.address, self.num_tokens, self.timeout_s
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from core.request import (
     ClusterId,
     EngineId,
     GatewayId,
+    PullTask,
     Role,
     SequenceFailure,
     SequenceId,
@@ -44,6 +45,7 @@ from protos.wire import (
     link_from_message,
     page_events_from_message,
     probe_from_message,
+    pull_task_to_message,
     role_from_text,
     spec_to_message,
 )
@@ -160,10 +162,12 @@ class WorkerClient:
         decode_address: str,
         tenant: str = "",
         deadline_s: float | None = None,
+        pull: PullTask | None = None,
     ) -> None:
         """Queue the sequence for one token, its KV to be shipped under ``session_id`` to the worker at that address.
 
-        Tenants share links; ``deadline_s``: seconds from now in which the first token is wanted.
+        Tenants share links; ``deadline_s``: seconds from now in which the first token is wanted; ``pull``: cached pages
+        that the worker is to fetch first.
         Raises ``PeerLost``, ``InvalidRequest`` or ``SequenceFailed``; so do the other calls.
         """
         request = pb.PrefillRequest(
@@ -173,13 +177,27 @@ class WorkerClient:
             decode_address=decode_address,
             tenant=tenant,
             deadline_s=deadline_s,
+            pull=None if pull is None else pull_task_to_message(pull),
         )
         await self._call(self._prefill.Prefill, request)
 
-    async def decode(self, spec: SequenceSpec, session_id: SessionId | None) -> None:
-        """Announce the sequence: its KV will come under ``session_id``; None: the worker prefills it itself."""
+    async def decode(
+        self,
+        spec: SequenceSpec,
+        session_id: SessionId | None,
+        tenant: str = "",
+        deadline_s: float | None = None,
+        pull: PullTask | None = None,
+    ) -> None:
+        """Announce the sequence: its KV will come under ``session_id``; None: the worker prefills it itself, once it
+        has fetched what ``pull`` says."""
         request = pb.DecodeRequest(
-            gateway_id=self._gateway_id, sequence=spec_to_message(spec), session_id=session_id or ""
+            gateway_id=self._gateway_id,
+            sequence=spec_to_message(spec),
+            session_id=session_id or "",
+            tenant=tenant,
+            deadline_s=deadline_s,
+            pull=None if pull is None else pull_task_to_message(pull),
         )
         await self._call(self._decode.Decode, request)
 
@@ -323,6 +341,9 @@ def _state_from_message(message: pb.WorkerState) -> WorkerState:
             generated_tokens=message.generated_tokens,
             cached_tokens=message.cached_tokens,
             num_preemptions=message.num_preemptions,
+            pulls=tuple(sorted(message.pulls.items())),
+            pulled_tokens=message.pulled_tokens,
+            pulled_bytes=message.pulled_bytes,
         ),
         links=tuple(map(link_from_message, message.links)),
         page_events=page_events_from_message(message.page_events) if message.HasField("page_events") else None,

@@ -2,7 +2,7 @@
 
     engine thread     Engine.step(); the PrefillWorker listens to it, chunks go to OutputStreams
     transport threads KvSender and KvReceiver move pages and call the workers back
-    event loop        gRPC: services Worker, Prefill and Decode; registration with every gateway
+    event loop        gRPC: services Worker, Prefill, Decode and Pages; registration with every gateway
 
 The role is a word, not a build: every worker can do either half, so ``SetRole`` reloads nothing. Sequences of the
 old role go on to their end. A worker is a member of a gateway's view for as long as it registers there.
@@ -37,6 +37,8 @@ from core.errors import ProtocolViolation, TransferError
 from core.link import LinkEstimate
 from core.request import EngineId, GatewayId, SequenceId, SessionId
 from decode_worker.link_probe import ProbeReceiver
+from decode_worker.page_client import PageClient
+from decode_worker.page_pull import PagePuller
 from decode_worker.probe_service import ProbeReceiverService
 from decode_worker.service import DecodeService
 from decode_worker.worker import DecodeWorker
@@ -44,6 +46,7 @@ from engine.engine import Engine, EngineLoad, StepOutput
 from engine.engine_thread import EngineThread
 from engine.page_allocator import CacheChanges
 from engine.page_loan import PageLoans
+from engine.prefix_loan import PrefixLoans
 from engine.turns import make_turns
 from kv_transfer.codec import Codec
 from kv_transfer.codec_policy import LinkCodecs
@@ -63,6 +66,8 @@ from kv_transfer.transport import (
     create_transport,
 )
 from prefill_worker.link_probe import LinkProber
+from prefill_worker.page_service import PagesService
+from prefill_worker.page_source import PageSource
 from prefill_worker.probe_service import ProbeSenderService
 from prefill_worker.service import GrantClient, PrefillService
 from prefill_worker.worker import PrefillWorker
@@ -229,6 +234,12 @@ class _Parts(rpc.WorkerServicer):
             config.kv_transfer.grant_wait_s,
             self._internal,
         )
+        self._page_client = PageClient(identity, self._fingerprint, self._internal)
+        prefixes = PrefixLoans(thread, engine)
+        self._source = PageSource(prefixes, kv_layout)
+        self._puller = PagePuller(
+            prefixes, kv_layout, self._page_client, clock, self._run_soon, config.kv_transfer.pull_timeout_s
+        )
         self._prefill = PrefillWorker(
             config.worker_id,
             thread,
@@ -237,6 +248,7 @@ class _Parts(rpc.WorkerServicer):
             check=engine.check,
             publish=self._outputs.publish,
             ask_grant=self._grants.ask,
+            pull=self._puller.fetch,
             make_commit=_make_commit,
             run_on_loop=self._run_soon,
         )
@@ -246,6 +258,7 @@ class _Parts(rpc.WorkerServicer):
             page_size=self._layout.page_size,
             check=engine.check,
             reserve=engine.reserve,
+            pull=self._puller.fetch,
             publish=self._outputs.publish,
             read_commit=_read_commit,
         )
@@ -268,8 +281,10 @@ class _Parts(rpc.WorkerServicer):
         self._receiver = KvReceiver(self._transport, clock, self._committed, self._released, lease_s, kv_layout)
         self._prefill.attach(self._sender)
         self._prober.attach(self._sender)
+        self._source.attach(self._sender)
         self._decode.attach(self._receiver)
         self._probed.attach(self._receiver)
+        self._puller.attach(self._receiver)
         engine.listener = self._prefill
         self._server = grpc.aio.server(options=GRPC_OPTIONS)
         self.address = ""
@@ -281,7 +296,7 @@ class _Parts(rpc.WorkerServicer):
         rpc.add_PrefillServicer_to_server(PrefillService(self._prefill, self._outputs.has, self._clock), self._server)
         identity = PeerIdentity(self._config.worker_id, self._config.cluster_id)
         rpc.add_DecodeServicer_to_server(
-            DecodeService(self._decode, identity, self._fingerprint, self._outputs.has), self._server
+            DecodeService(self._decode, identity, self._fingerprint, self._outputs.has, self._clock), self._server
         )
         rpc.add_ProbeSenderServicer_to_server(
             ProbeSenderService(
@@ -290,6 +305,17 @@ class _Parts(rpc.WorkerServicer):
             self._server,
         )
         rpc.add_ProbeReceiverServicer_to_server(ProbeReceiverService(self._probed, self._fingerprint), self._server)
+        rpc.add_PagesServicer_to_server(
+            PagesService(
+                self._source,
+                self._engine_id,
+                self._fingerprint,
+                self._layout.kv_layout(),
+                self._transport.describe,
+                self._clock,
+            ),
+            self._server,
+        )
         port = self._internal.listen(self._server, f"{self._config.host}:0")
         self.address = f"{self._config.host}:{port}"
         await self._server.start()
@@ -311,6 +337,8 @@ class _Parts(rpc.WorkerServicer):
         self._outputs.close()
         await self._server.stop(grace=1.0)
         await self._grants.close()
+        await self._puller.close()
+        await self._page_client.close()
         await asyncio.to_thread(self._close_threads)
 
     def _close_threads(self) -> None:
@@ -338,7 +366,7 @@ class _Parts(rpc.WorkerServicer):
     def link_stats(self) -> tuple[LinkStats, ...]:
         return self._transport.stats()
 
-    # ---- transport threads: a session is a self-test's or a sequence's ----
+    # ---- transport threads: a session is a self-test's, a pull's or a sequence's ----
 
     def _closed(self, session_id: SessionId, report: SendReport) -> None:
         if self._prober.closed(session_id, report):
@@ -346,17 +374,18 @@ class _Parts(rpc.WorkerServicer):
         part = timed_part(report)
         if part is not None and report.receiver != ANONYMOUS:
             self._links.transferred(report.receiver, *part)
-        self._prefill.closed(session_id, report)
+        if not self._source.closed(session_id, report):
+            self._prefill.closed(session_id, report)
 
     def _codec_for(self, peer: PeerIdentity, layers: Sequence[LayerPages], write: Write) -> Codec:
         return self._codecs.codec_for(peer.worker_id, layers, [strip.num_bytes for strip in write.strips])
 
     def _committed(self, session_id: SessionId, payload: bytes) -> None:
-        if not self._probed.committed(session_id):
+        if not (self._probed.committed(session_id) or self._puller.committed(session_id)):
             self._decode.committed(session_id, payload)
 
     def _released(self, session_id: SessionId, error: TransferError) -> None:
-        if not self._probed.released(session_id, error):
+        if not (self._probed.released(session_id, error) or self._puller.released(session_id, error)):
             self._decode.released(session_id, error)
 
     # ---- engine thread ----
@@ -530,11 +559,18 @@ class _Parts(rpc.WorkerServicer):
             prompt_tokens=load.prompt_tokens,
             generated_tokens=load.generated_tokens,
             cached_tokens=load.cached_tokens,
-            num_sessions=self._prefill.num_sessions + self._decode.num_sessions,
+            num_sessions=self._num_sessions(),
             pages_quarantined=self._receiver.num_quarantined,
             num_preemptions=load.num_preemptions,
             links=map(wire.link_to_message, self._link_estimates()),
+            pulls={outcome.value: count for outcome, count in self._puller.outcomes.items()},
+            pulled_tokens=self._puller.num_tokens,
+            pulled_bytes=self._puller.num_bytes,
         )
+
+    def _num_sessions(self) -> int:
+        handovers = self._prefill.num_sessions + self._decode.num_sessions
+        return handovers + self._source.num_sessions + self._puller.num_sessions
 
 
 def _region(engine: Engine) -> Region:

@@ -188,6 +188,48 @@ class SequenceSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class PullTask:
+    """Whose cached pages a worker is to fetch for a sequence, before it prefills it.
+
+    ``num_tokens``: leading ones of the sequence, whole pages of which are wanted. ``timeout_s``: after so long it would
+    have been faster to compute them; None: nobody has predicted it.
+    """
+
+    worker_id: WorkerId
+    cluster_id: ClusterId
+    engine_id: EngineId
+    address: str  # host:port of its gRPC server
+    num_tokens: int
+    timeout_s: float | None = None
+
+
+class PullOutcome(StrEnum):
+    """How a pull ended. After all but the first two the worker computes what it was to fetch."""
+
+    PULLED = "pulled"  # what was asked for, or as much of its beginning as the source had
+    CACHED = "cached"  # nothing of it was missing
+    NOT_FOUND = "not_found"  # the source does not hold the first missing page
+    NO_PAGES = "no_pages"  # there was no room for them, or no prefix cache
+    TIMEOUT = "timeout"  # it outlasted its worth
+    UNREACHABLE = "unreachable"  # the source's process, or the link between the two
+    BACKING_OFF = "backing_off"  # the source was not asked: it failed a moment ago
+    INCOMPATIBLE = "incompatible"  # the pages there are not like those here
+    CORRUPTED = "corrupted"  # the bytes came damaged, too often
+    FAILED = "failed"  # whatever else either end gave up for
+    ABORTED = "aborted"  # the sequence was ended meanwhile
+
+
+@dataclass(frozen=True, slots=True)
+class PullReport:
+    """One pull that has ended. ``seconds``: how long its sequence waited for it, before it was queued."""
+
+    outcome: PullOutcome
+    num_tokens: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """The chosen token's log-probability and the most likely tokens' (before temperature and penalties)."""
 
@@ -206,10 +248,11 @@ class StageStats:
     compute_s: float = 0.0  # from that step to the stage's last token
     transfer_s: float = 0.0  # prefill only: first write to acknowledged commit
     exposed_transfer_s: float = 0.0  # prefill only: first token to acknowledged commit, what compute did not hide
-    cached_tokens: int = 0  # prompt tokens found in this worker's prefix cache
+    cached_tokens: int = 0  # prompt tokens found in this worker's prefix cache, those just pulled into it included
     received_tokens: int = 0  # decode only: prompt tokens whose KV came over the wire
     bytes_shipped: int = 0  # prefill only: KV payload bytes sent
     num_preemptions: int = 0
+    pull: PullReport | None = None  # of cached pages, before this worker prefilled; None: none was asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +307,10 @@ class RequestTiming:
     decode_cached_tokens: int = 0
     num_attempts: int = 1
     num_preemptions: int = 0
+    pull_outcome: str = ""  # PullOutcome of the last attempt that was to pull cached pages; empty: none was
+    pulled_tokens: int = 0
+    bytes_pulled: int = 0
+    pull_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

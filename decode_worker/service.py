@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import grpc
 
+from core.clock import Clock
 from core.errors import GrantRefused, Incompatible, InvalidRequest, ProtocolViolation
 from core.fingerprint import CacheFingerprint
 from core.request import GatewayId, SequenceId, SessionId
 from decode_worker.worker import DecodeWorker
-from kv_transfer.transport import PeerIdentity
+from kv_transfer.session import Grant
+from kv_transfer.transport import PeerIdentity, SendOrder
 from protos import wire
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
@@ -21,15 +23,22 @@ MAX_GRANT_WAIT_S = 600.0
 
 
 class DecodeService(rpc.DecodeServicer):
-    """``prfaas.worker.v1.Decode``. ``has_outputs`` tells whether a gateway reads its Outputs stream."""
+    """``prfaas.worker.v1.Decode``. ``has_outputs`` tells whether a gateway reads its Outputs stream; ``clock`` is the
+    transport's."""
 
     def __init__(
-        self, worker: DecodeWorker, identity: PeerIdentity, fingerprint: CacheFingerprint, has_outputs: OutputsCheck
+        self,
+        worker: DecodeWorker,
+        identity: PeerIdentity,
+        fingerprint: CacheFingerprint,
+        has_outputs: OutputsCheck,
+        clock: Clock,
     ) -> None:
         self._worker = worker
         self._identity = identity
         self._fingerprint = fingerprint
         self._has_outputs = has_outputs
+        self._clock = clock
 
     async def Decode(  # noqa: N802
         self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext[pb.DecodeRequest, pb.DecodeReply]
@@ -40,12 +49,20 @@ class DecodeService(rpc.DecodeServicer):
         session_id = SessionId(request.session_id) if request.session_id else None
         try:
             spec = wire.spec_from_message(request.sequence, hold_kv=False)
-            self._worker.decode(spec, gateway_id, session_id)
+            pull = wire.pull_task_from_message(request.pull) if request.HasField("pull") else None
+            if pull is not None and session_id is not None:
+                raise ProtocolViolation("pull: only a sequence without a session is prefilled here")
+            self._worker.decode(spec, gateway_id, session_id, self._order(request), pull)
         except (ProtocolViolation, InvalidRequest) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except ValueError as error:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
         return pb.DecodeReply()
+
+    def _order(self, request: pb.DecodeRequest) -> SendOrder:
+        """Hosts' clocks differ, so a deadline travels as the seconds that are left."""
+        deadline_at = self._clock.now() + request.deadline_s if request.HasField("deadline_s") else None
+        return SendOrder(request.tenant, deadline_at=deadline_at)
 
     async def Abort(  # noqa: N802
         self, request: pb.AbortRequest, context: grpc.aio.ServicerContext[pb.AbortRequest, pb.AbortReply]
@@ -70,14 +87,19 @@ class DecodeService(rpc.DecodeServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
         except ProtocolViolation as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        assert grant.layout is not None, "a receiver knows its own pool"
-        return pb.GrantReply(
-            token=grant.token,
-            first_page=grant.first_page,
-            pages=grant.pages,
-            transport_descriptor=grant.descriptor,
-            lease_s=grant.lease_s,
-            layout=wire.kv_layout_to_message(grant.layout),
-            worker_id=self._identity.worker_id,
-            cluster_id=self._identity.cluster_id,
-        )
+        return grant_to_message(grant, self._identity)
+
+
+def grant_to_message(grant: Grant, receiver: PeerIdentity) -> pb.GrantReply:
+    """``receiver``: this worker, whose pages are granted."""
+    assert grant.layout is not None, "a receiver knows its own pool"
+    return pb.GrantReply(
+        token=grant.token,
+        first_page=grant.first_page,
+        pages=grant.pages,
+        transport_descriptor=grant.descriptor,
+        lease_s=grant.lease_s,
+        layout=wire.kv_layout_to_message(grant.layout),
+        worker_id=receiver.worker_id,
+        cluster_id=receiver.cluster_id,
+    )

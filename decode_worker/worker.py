@@ -10,7 +10,7 @@ The life of one sequence, and who moves it on:
     4  on_chunk()      engine thread its tokens go to the gateway
 
 Between 2 and 3 the pages belong to the session (KvReceiver) and are in nobody's batch. A sequence announced without
-a session is prefilled here.
+a session is prefilled here; if pages of its prefix are to be pulled from another worker, it is queued after that.
 """
 
 from __future__ import annotations
@@ -18,22 +18,35 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from core.errors import GrantRefused, TransferError
 from core.kv_layout import KvLayout
-from core.request import GatewayId, Role, SequenceFailure, SequenceId, SequenceSpec, SessionId, TokenChunk, WorkerId
+from core.request import (
+    GatewayId,
+    PullReport,
+    PullTask,
+    Role,
+    SequenceFailure,
+    SequenceId,
+    SequenceSpec,
+    SessionId,
+    TokenChunk,
+    WorkerId,
+)
 from engine.engine_thread import EngineThread
 from engine.scheduler import Reservation
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.session import Grant
+from kv_transfer.transport import SendOrder
 
 logger = logging.getLogger(__name__)
 
 Check = Callable[[SequenceSpec], None]  # Engine.check
 Reserve = Callable[[SequenceSpec], Reservation | None]  # Engine.reserve
+Pull = Callable[[SequenceSpec, PullTask, SendOrder], Awaitable[PullReport]]  # PagePuller.fetch
 Publish = Callable[[GatewayId, TokenChunk | SequenceFailure], None]
 ReadCommit = Callable[[bytes], tuple[SequenceId, tuple[int, ...]]]
 
@@ -48,6 +61,8 @@ class _Arrival:
     gateway_id: GatewayId
     session_id: SessionId | None
     reservation: Reservation | None = None
+    pulling: asyncio.Task[None] | None = None  # the event loop's alone
+    pull: PullReport | None = None  # written before it is queued
     admitted: bool = False
     aborted: bool = False
 
@@ -68,12 +83,15 @@ class DecodeWorker:
         reserve: Reserve,
         publish: Publish,
         read_commit: ReadCommit,
+        pull: Pull | None = None,
     ) -> None:
+        """``pull`` None: no sequence will come with pages to pull."""
         self._worker_id = worker_id
         self._engine = engine
         self._page_size = page_size
         self._check = check
         self._reserve_pages = reserve
+        self._pull = pull
         self._publish = publish
         self._read_commit = read_commit
         self._lock = threading.Lock()
@@ -99,9 +117,20 @@ class DecodeWorker:
 
     # ---- event loop ----
 
-    def decode(self, spec: SequenceSpec, gateway_id: GatewayId, session_id: SessionId | None) -> None:
-        """Announce ``spec``. Raises ``InvalidRequest`` if the engine can never run it; waits for no step."""
+    def decode(
+        self,
+        spec: SequenceSpec,
+        gateway_id: GatewayId,
+        session_id: SessionId | None,
+        order: SendOrder = SendOrder(),
+        pull: PullTask | None = None,
+    ) -> None:
+        """Announce ``spec``. Without a session it is prefilled here, after fetching what ``pull`` says in ``order``.
+
+        Raises ``InvalidRequest`` if the engine can never run it; waits for no step.
+        """
         self._check(spec)
+        assert session_id is None or pull is None, "who prefills pulls"
         arrival = _Arrival(spec, gateway_id, session_id, admitted=session_id is None)
         with self._lock:
             if spec.sequence_id in self._arrivals:
@@ -109,9 +138,10 @@ class DecodeWorker:
             self._arrivals[spec.sequence_id] = arrival
             if session_id is not None:
                 self._by_session[session_id] = spec.sequence_id
-        if session_id is None:
-            queued = self._engine.submit(lambda engine: engine.add(spec))
-            queued.add_done_callback(lambda done: self._fail_if_refused(arrival, done))
+        if pull is not None:
+            arrival.pulling = asyncio.get_running_loop().create_task(self._pull_and_queue(arrival, pull, order))
+        elif session_id is None:
+            self._queue(arrival)
 
     async def grant(
         self, session_id: SessionId, wait_s: float, sender: KvLayout | None = None, sender_descriptor: bytes = b""
@@ -153,6 +183,8 @@ class DecodeWorker:
         if arriving and arrival.session_id is not None:
             self._transport.abort(arrival.session_id, reason)
             return
+        if arrival.pulling is not None:
+            arrival.pulling.cancel()  # it will not be queued
         self._forget(arrival)
         self._engine.submit(lambda engine: engine.abort(sequence_id))
 
@@ -206,7 +238,11 @@ class DecodeWorker:
             return False
         if chunk.stats is not None:
             stats = replace(
-                chunk.stats, worker_id=self._worker_id, role=Role.DECODE, received_tokens=self._num_received(arrival)
+                chunk.stats,
+                worker_id=self._worker_id,
+                role=Role.DECODE,
+                received_tokens=self._num_received(arrival),
+                pull=arrival.pull,
             )
             chunk = replace(chunk, stats=stats)
         if chunk.finish_reason is not None:
@@ -229,6 +265,16 @@ class DecodeWorker:
     def _transport(self) -> KvReceiver:
         assert self._receiver is not None, "attach() comes before the first sequence"
         return self._receiver
+
+    async def _pull_and_queue(self, arrival: _Arrival, pull: PullTask, order: SendOrder) -> None:
+        assert self._pull is not None, "this worker pulls nothing"
+        arrival.pull = await self._pull(arrival.spec, pull, order)
+        arrival.pulling = None
+        self._queue(arrival)
+
+    def _queue(self, arrival: _Arrival) -> None:
+        queued = self._engine.submit(lambda engine: engine.add(arrival.spec))
+        queued.add_done_callback(lambda done: self._fail_if_refused(arrival, done))
 
     def _find(self, session_id: SessionId) -> _Arrival | None:
         with self._lock:

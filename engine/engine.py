@@ -8,9 +8,9 @@ The life of a step (``Engine.step``):
 5. The scheduler books the tokens and ends what is finished.
 
 Invariants:
-- Single-threaded: every call comes from one thread (see engine_thread.py), ``check``, ``reserve`` and the properties
-  excepted. The books (scheduler, pages) are under a lock that is free while a step computes, so ``reserve`` waits for
-  no step: a step reads and writes only pages that its plan holds.
+- Single-threaded: every call comes from one thread (see engine_thread.py), except where it says otherwise. The books
+  (scheduler, pages) are under a lock that is free while a step computes, so ``reserve`` and what is about prefixes of
+  other workers wait for no step: a step reads and writes only pages that its plan holds.
 - A step that raises fails its own sequences and no others; their pages are free, and the engine goes on.
 """
 
@@ -28,6 +28,7 @@ import torch
 from core.clock import Clock
 from core.errors import InvalidRequest
 from core.fingerprint import CacheFingerprint
+from core.prefix_hash import PageHash
 from core.request import Role, SequenceFailure, SequenceId, SequenceSpec, TokenChunk
 from engine.attention import create_backend
 from engine.cache_layout import CacheLayout
@@ -38,7 +39,14 @@ from engine.model_source import resolve
 from engine.page_allocator import CacheChanges, PageAllocator
 from engine.page_pool import PagePool
 from engine.sampler import Sampler
-from engine.scheduler import ChunkedPrefillScheduler, Reservation, SampledToken, Scheduler, StepPlan
+from engine.scheduler import (
+    ChunkedPrefillScheduler,
+    PrefixRoom,
+    Reservation,
+    SampledToken,
+    Scheduler,
+    StepPlan,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +191,27 @@ class Engine:
         """Lent pages are back. Only call it when nobody reads or writes them any more."""
         with self._books:
             self._scheduler.take_back(page_ids)
+
+    def num_known_pages(self, page_hashes: Sequence[PageHash]) -> int:
+        """How many of these pages of a prefix, from the first on, are cached here. From any thread."""
+        with self._books:
+            return self._scheduler.num_known_pages(page_hashes)
+
+    def lend_prefix(self, page_hashes: Sequence[PageHash]) -> tuple[int, ...]:
+        """Those of these pages, from the first on, that are cached and can be spared, to be read. From any thread."""
+        with self._books:
+            return self._scheduler.lend_prefix(page_hashes)
+
+    def expect_prefix(self, page_hashes: Sequence[PageHash], num_known: int) -> PrefixRoom | None:
+        """Room for a prefix that will be written from outside after its first ``num_known`` pages; None: there is
+        none to spare, or fewer are cached by now. From any thread."""
+        with self._books:
+            return self._scheduler.expect_prefix(page_hashes, num_known)
+
+    def adopt(self, room: PrefixRoom) -> None:
+        """What a room was made for has arrived; sequences find it from now on. From any thread."""
+        with self._books:
+            self._scheduler.adopt(room)
 
     def admit(self, reservation: Reservation, first_token_ids: Sequence[int]) -> None:
         """Go on with a sequence whose K/V has arrived in its reservation's pages. Raises ``ProtocolViolation``."""

@@ -57,6 +57,10 @@ class PageAllocator:
         """Pages that nobody uses and that hold a known prefix."""
         return len(self._cached)
 
+    def num_known(self, hashes: Sequence[PageHash]) -> int:
+        """Length of the longest known prefix of ``hashes``; takes nothing."""
+        return next((index for index, name in enumerate(hashes) if name not in self._page_of), len(hashes))
+
     def match_prefix(self, hashes: Sequence[PageHash]) -> list[int]:
         """Pages of the longest known prefix of ``hashes``; the caller holds one reference to each."""
         pages: list[int] = []

@@ -6,6 +6,9 @@ A sequence's life here, and who moves it:
                ^ └──── plan_step: preempted ────────┘ │ └─── commit_step: hold_kv ──> HELD ── release ──> FINISHED
     reserve ──> (a Reservation: pages only) ── admit ─┘                abort: from any state to FINISHED
 
+Pages without a sequence: lent (``lend``, ``lend_prefix``), or room for a prefix that comes from another worker
+(``expect_prefix``, a PrefixRoom), until ``adopt`` or ``take_back``.
+
 This file holds the plan of a step (``StepItem``, ``StepPlan``), what comes back from it (``SampledToken``), the
 ``Scheduler`` seam, and its implementation ``ChunkedPrefillScheduler``, whose docstring lists the rules. Torch-free.
 
@@ -122,6 +125,20 @@ class Reservation:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixRoom:
+    """Pages of a known prefix, the last of which will be written from outside (by another worker that caches it)."""
+
+    page_hashes: tuple[PageHash, ...]
+    page_ids: tuple[int, ...]  # one for each hash
+    num_cached_pages: int  # the first that many are stored already and must not be written
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Pages that are to be written."""
+        return self.page_ids[self.num_cached_pages :]
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerLoad:
     """A snapshot for load reports; the counters run from the scheduler's start."""
 
@@ -129,7 +146,7 @@ class SchedulerLoad:
     num_waiting: int
     num_held: int
     num_reserved: int
-    num_lent: int  # pages
+    num_lent: int  # pages, those of rooms included
     num_waiting_tokens: int  # known tokens not computed yet, of waiting and running sequences
     prompt_tokens: int  # of sequences that this engine prefilled, tokens found in the prefix cache included
     cached_tokens: int  # found in the prefix cache, by prefilled and by reserved sequences
@@ -157,7 +174,26 @@ class Scheduler(Protocol):
         ...
 
     def take_back(self, page_ids: TokenIds) -> None:
-        """Lent pages are back; nobody reads or writes them any more."""
+        """Lent pages, or those of a room, are back; nobody reads or writes them any more."""
+        ...
+
+    def num_known_pages(self, page_hashes: AbstractSequence[PageHash]) -> int:
+        """How many of these pages of a prefix, from the first on, are cached here."""
+        ...
+
+    def lend_prefix(self, page_hashes: AbstractSequence[PageHash]) -> tuple[int, ...]:
+        """Those of these pages, from the first on, that are cached here and can be spared: to be read, not written."""
+        ...
+
+    def expect_prefix(self, page_hashes: AbstractSequence[PageHash], num_known: int) -> PrefixRoom | None:
+        """Room for a prefix of which the first ``num_known`` pages are cached here and the rest will come from outside.
+
+        None (and nothing taken) if there are no pages to spare, or fewer are cached by now.
+        """
+        ...
+
+    def adopt(self, room: PrefixRoom) -> None:
+        """The K/V of the room's missing pages is stored: whoever has that prefix finds it from now on."""
         ...
 
     def admit(self, reservation: Reservation, first_token_ids: TokenIds, now: float) -> None:
@@ -213,7 +249,8 @@ class ChunkedPrefillScheduler:
        would be preempted for the next page border and its prefill lost.
     6. A reservation never takes the pages or the place in the batch that the head of the queue waits for.
     7. Lending leaves what rules 5 and 6 leave, takes at most a quarter of the rest, and cached prefixes only if no
-       page is empty.
+       page is empty. Of what could be evicted, a prefix that is lent takes at most half of that rest: a transfer may be
+       slow, and sequences come meanwhile. Room is made for a prefix as far as rules 5 and 6 allow.
     8. Every sequence fits the pool when it is alone: longer ones are refused, or end with LENGTH.
     """
 
@@ -258,7 +295,7 @@ class ChunkedPrefillScheduler:
         token_ids = spec.token_ids
         page_hashes = self._extend_hashes([], token_ids, spec.salt)
         # Every full page may be a hit: nothing is computed here, so no last token has to be left over.
-        taken = self._take_pages(len(token_ids), page_hashes, spare=self._num_growing() + self._pages_for_head())
+        taken = self._take_pages(len(token_ids), page_hashes, spare=self._pages_to_leave())
         if taken is None:
             return None
         reservation = Reservation(spec, *taken)
@@ -274,7 +311,7 @@ class ChunkedPrefillScheduler:
         self._allocator.release(reservation.page_ids)
 
     def lend(self, max_pages: int) -> tuple[int, ...]:
-        spare = self._allocator.num_free - self._num_growing() - self._pages_for_head()
+        spare = self._allocator.num_free - self._pages_to_leave()
         empty = self._allocator.num_free - self._allocator.num_cached
         page_ids = self._allocator.allocate(max(0, min(max_pages, -(-spare // _SHARE_TO_LEND), max(empty, 1))))
         self._num_lent += len(page_ids or ())
@@ -284,6 +321,33 @@ class ChunkedPrefillScheduler:
         self._stalled = False
         self._num_lent -= len(page_ids)
         self._allocator.release(page_ids)
+
+    def num_known_pages(self, page_hashes: AbstractSequence[PageHash]) -> int:
+        return self._allocator.num_known(page_hashes)
+
+    def lend_prefix(self, page_hashes: AbstractSequence[PageHash]) -> tuple[int, ...]:
+        # Pages that a sequence uses anyway cost nothing; what nobody uses could be evicted, and while lent it cannot.
+        num_free = self._allocator.num_free
+        least = num_free - -(-max(0, num_free - self._pages_to_leave()) // 2)
+        page_ids = self._allocator.match_prefix(page_hashes)
+        while self._allocator.num_free < least:
+            self._allocator.release([page_ids.pop()])
+        self._num_lent += len(page_ids)
+        return tuple(page_ids)
+
+    def expect_prefix(self, page_hashes: AbstractSequence[PageHash], num_known: int) -> PrefixRoom | None:
+        if not self._allocator.prefix_cache or self._allocator.num_known(page_hashes) < num_known:
+            return None
+        taken = self._take_pages(len(page_hashes) * self._page_size, page_hashes, spare=self._pages_to_leave())
+        if taken is None:
+            return None
+        self._num_lent += len(taken[0])
+        return PrefixRoom(tuple(page_hashes), *taken)
+
+    def adopt(self, room: PrefixRoom) -> None:
+        for page, page_hash in zip(room.missing, room.page_hashes[room.num_cached_pages :], strict=True):
+            self._allocator.register(page, page_hash)
+        self.take_back(room.page_ids)
 
     def admit(self, reservation: Reservation, first_token_ids: TokenIds, now: float) -> None:
         spec = reservation.spec
@@ -451,7 +515,9 @@ class ChunkedPrefillScheduler:
             self._cached_tokens += sequence.num_computed
         return True
 
-    def _take_pages(self, num_tokens: int, findable: list[PageHash], spare: int) -> tuple[tuple[int, ...], int] | None:
+    def _take_pages(
+        self, num_tokens: int, findable: AbstractSequence[PageHash], spare: int
+    ) -> tuple[tuple[int, ...], int] | None:
         """Pages for ``num_tokens`` tokens, and how many of them are cached ones; None (and nothing taken) unless
         ``spare`` pages are left after it."""
         cached = self._allocator.match_prefix(findable)
@@ -465,6 +531,10 @@ class ChunkedPrefillScheduler:
     def _num_growing(self) -> int:
         """Sequences that hold pages and will ask for more."""
         return len(self._reserved) + sum(not s.spec.hold_kv for s in self._running)
+
+    def _pages_to_leave(self) -> int:
+        """Free pages that whoever is not a waiting sequence leaves: rules 5 and 6."""
+        return self._num_growing() + self._pages_for_head()
 
     def _pages_for_head(self) -> int:
         """Pages that the head of the queue may need once one more sequence is reserved."""

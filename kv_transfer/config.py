@@ -18,8 +18,8 @@ BYTES_PER_GBIT = 1e9 / 8
 class LinkConfig:
     """How KV travels from workers of one cluster to workers of one cluster. The first entry that fits a link is used.
 
-    from_cluster: cluster of the sending (prefill) worker; ``*``: any.
-    to_cluster: cluster of the receiving (decode) worker; ``*``: any.
+    from_cluster: cluster of the sending worker (one that prefills, or the source of a page pull); ``*``: any.
+    to_cluster: cluster of the receiving worker (one that decodes, or pulls pages to prefill); ``*``: any.
     connections: TCP connections of each pair of workers.
     dial: which end opens the connections, ``sender`` or ``receiver``: firewalls often allow one direction only.
     capacity_gbps: what the path between the clusters carries, Gbit/s, for all workers together; null: not known.
@@ -70,6 +70,7 @@ class KvTransferConfig:
     grant_wait_s: how long a finished prefill waits for the decode worker to have pages before it is given up.
     staging_mib: memory, MiB, of each end of a nixl link, through which its bytes are staged, on the pool's device;
         null: 64 in host memory, 256 on a GPU.
+    pull_timeout_s: how long a worker fetches cached pages from another one, at most, before it computes them itself.
     links: settings of links between clusters; what no entry fits has the defaults.
     """
 
@@ -78,6 +79,7 @@ class KvTransferConfig:
     port: int = 0
     lease_s: float = 30.0
     grant_wait_s: float = 60.0
+    pull_timeout_s: float = 10.0
     self_test: bool = True
     staging_mib: int | None = None
     links: tuple[LinkConfig, ...] = ()
@@ -85,7 +87,7 @@ class KvTransferConfig:
     def __post_init__(self) -> None:
         if not self.transport:
             raise InvalidConfig("kv_transfer.transport", "must name a transport")
-        for name in ("lease_s", "grant_wait_s"):
+        for name in ("lease_s", "grant_wait_s", "pull_timeout_s"):
             if getattr(self, name) <= 0:
                 raise InvalidConfig(f"kv_transfer.{name}", f"must be above 0 s, got {getattr(self, name)!r}")
         if self.staging_mib is not None and not 1 <= self.staging_mib <= 65536:

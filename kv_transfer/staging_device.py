@@ -63,6 +63,7 @@ class DeviceRegion(StagedRegion):
         self._buffers = tuple(_Buffer(layer.view(-1).view(torch.uint8)) for layer in layers)
         self._alignment = gcd(*(layer.nbytes for layer in layers))
         self._stored: list[torch.cuda.Event | None] = [None] * len(layers)  # newest mark of each layer
+        self._marking = threading.Lock()  # marks replace each other in the order in which they were recorded
         self._stages = threading.local()
 
     @property
@@ -82,8 +83,9 @@ class DeviceRegion(StagedRegion):
     def mark(self, layer: int) -> None:
         if not self.is_host:
             event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self.device))
-            self._stored[layer] = event
+            with self._marking:
+                event.record(torch.cuda.current_stream(self.device))
+                self._stored[layer] = event
 
     @contextmanager
     def outgoing(self, write: Write) -> Iterator[list[memoryview]]:

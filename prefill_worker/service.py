@@ -46,7 +46,8 @@ class PrefillService(rpc.PrefillServicer):
         query = GrantQuery(SessionId(request.session_id), request.decode_address) if request.session_id else None
         try:
             spec = wire.spec_from_message(request.sequence, hold_kv=True)
-            self._worker.prefill(spec, gateway_id, query, self._order(request))
+            pull = wire.pull_task_from_message(request.pull) if request.HasField("pull") else None
+            self._worker.prefill(spec, gateway_id, query, self._order(request), pull)
         except (ProtocolViolation, InvalidRequest) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except ValueError as error:
@@ -104,16 +105,7 @@ class GrantClient:
             reply = await rpc.DecodeStub(channel).Grant(request, timeout=self._wait_s + GRANT_SLACK_S)
         except grpc.aio.AioRpcError as error:
             raise await self._typed(query, error) from error
-        return Grant(
-            session_id=query.session_id,
-            token=reply.token,
-            first_page=reply.first_page,
-            pages=tuple(reply.pages),
-            descriptor=reply.transport_descriptor,
-            lease_s=reply.lease_s,
-            layout=wire.kv_layout_from_message(reply.layout),
-            receiver=PeerIdentity(WorkerId(reply.worker_id), ClusterId(reply.cluster_id)),
-        )
+        return grant_from_message(query.session_id, reply)
 
     async def close(self) -> None:
         """Close every channel."""
@@ -135,3 +127,17 @@ class GrantClient:
             del self._channels[query.address]
             await channel.close(grace=None)
         return PeerLost(f"{query.address}: {error.code().name} {details}")
+
+
+def grant_from_message(session_id: SessionId, message: pb.GrantReply) -> Grant:
+    """Raise ``ProtocolViolation`` for a layout that no pool has."""
+    return Grant(
+        session_id=session_id,
+        token=message.token,
+        first_page=message.first_page,
+        pages=tuple(message.pages),
+        descriptor=message.transport_descriptor,
+        lease_s=message.lease_s,
+        layout=wire.kv_layout_from_message(message.layout),
+        receiver=PeerIdentity(WorkerId(message.worker_id), ClusterId(message.cluster_id)),
+    )

@@ -2,7 +2,8 @@
 
 The life of one hand-over, and who moves it on:
 
-    1  prefill()            event loop      the sequence is queued; nothing is held at the decode worker
+    1  prefill()            event loop      the sequence is queued; nothing is held at the decode worker. If pages of
+                                            its prefix are to be pulled from another worker, it is queued after that
     2  sequence_started()   engine thread   its first step is planned: the session opens, a grant is asked for, and
                                             pages found in this worker's prefix cache are offered at once
     3  step_planned()       engine thread   which pages will be complete after this step
@@ -17,6 +18,7 @@ A hand-over is forgotten exactly once, in step 5, or in step 4 if there is nothi
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Sequence
@@ -26,6 +28,8 @@ from dataclasses import dataclass, replace
 from core.errors import GrantRefused, PeerLost, TransferError
 from core.request import (
     GatewayId,
+    PullReport,
+    PullTask,
     Role,
     SequenceFailure,
     SequenceId,
@@ -58,6 +62,7 @@ class GrantQuery:
 
 
 AskGrant = Callable[[GrantQuery], Awaitable[Grant]]
+Pull = Callable[[SequenceSpec, PullTask, SendOrder], Awaitable[PullReport]]  # PagePuller.fetch
 RunOnLoop = Callable[[Awaitable[None]], None]
 
 
@@ -73,6 +78,8 @@ class _Handover:
     gateway_id: GatewayId
     query: GrantQuery | None  # None: the one token is all that is wanted
     order: SendOrder
+    pulling: asyncio.Task[None] | None = None  # the event loop's alone
+    pull: PullReport | None = None  # written before it is queued
     num_pages_stored: int = 0  # pages whose K/V was offered to the sender
     opened: bool = False
     token: TokenChunk | None = None
@@ -109,7 +116,9 @@ class PrefillWorker:
         ask_grant: AskGrant,
         make_commit: MakeCommit,
         run_on_loop: RunOnLoop,
+        pull: Pull | None = None,
     ) -> None:
+        """``pull`` None: no sequence will come with pages to pull."""
         self._worker_id = worker_id
         self._engine = engine
         self._page_size = page_size
@@ -117,6 +126,7 @@ class PrefillWorker:
         self._check = check
         self._publish = publish
         self._ask_grant = ask_grant
+        self._pull = pull
         self._make_commit = make_commit
         self._run_on_loop = run_on_loop
         self._lock = threading.Lock()
@@ -142,8 +152,9 @@ class PrefillWorker:
         gateway_id: GatewayId,
         query: GrantQuery | None,
         order: SendOrder = SendOrder(),
+        pull: PullTask | None = None,
     ) -> None:
-        """Queue ``spec`` (``hold_kv``), its K/V to be sent in ``order``.
+        """Queue ``spec`` (``hold_kv``), its K/V to be sent in ``order``; first fetch what ``pull`` says.
 
         Raises ``InvalidRequest`` if the engine can never run it; waits for no step.
         """
@@ -156,15 +167,20 @@ class PrefillWorker:
             self._handovers[spec.sequence_id] = handover
             if query is not None:
                 self._by_session[query.session_id] = spec.sequence_id
-        queued = self._engine.submit(lambda engine: engine.add(spec))
-        queued.add_done_callback(lambda done: self._fail_if_refused(spec, done))
+        if pull is None:
+            self._queue(handover)
+        else:
+            handover.pulling = asyncio.get_running_loop().create_task(self._pull_and_queue(handover, pull))
 
     def abort(self, sequence_id: SequenceId, reason: str) -> None:
         """End a sequence in any state, quietly; its pages come back once its session can read no more of them."""
         with self._lock:
             handover = self._handovers.get(sequence_id)
-        if handover is not None:
-            self._engine.submit(lambda engine: self._abort_on_engine(engine, handover, reason))
+        if handover is None:
+            return
+        if handover.pulling is not None:
+            handover.pulling.cancel()  # it will not be queued
+        self._engine.submit(lambda engine: self._abort_on_engine(engine, handover, reason))
 
     def abort_gateway(self, gateway_id: GatewayId) -> None:
         """End every sequence of a gateway that is gone."""
@@ -213,7 +229,7 @@ class PrefillWorker:
         if handover is None:
             return False
         if chunk.stats is not None:
-            handover.stats = replace(chunk.stats, worker_id=self._worker_id, role=Role.PREFILL)
+            handover.stats = replace(chunk.stats, worker_id=self._worker_id, role=Role.PREFILL, pull=handover.pull)
         handover.token = chunk
         self._publish(handover.gateway_id, replace(chunk, stats=handover.stats))
         if handover.query is None:
@@ -256,6 +272,17 @@ class PrefillWorker:
         assert self._sender is not None, "attach() comes before the first sequence"
         return self._sender
 
+    async def _pull_and_queue(self, handover: _Handover, pull: PullTask) -> None:
+        assert self._pull is not None, "this worker pulls nothing"
+        handover.pull = await self._pull(handover.spec, pull, handover.order)
+        handover.pulling = None
+        self._queue(handover)
+
+    def _queue(self, handover: _Handover) -> None:
+        spec = handover.spec
+        queued = self._engine.submit(lambda engine: engine.add(spec))
+        queued.add_done_callback(lambda done: self._fail_if_refused(spec, done))
+
     async def _obtain_grant(self, handover: _Handover, query: GrantQuery) -> None:
         try:
             self._transport.granted(query.session_id, await self._ask_grant(query))
@@ -283,7 +310,7 @@ class PrefillWorker:
         if handover.token is not None and handover.token.finish_reason is not None:
             return
         if report.error is None:
-            stats = handover.stats or StageStats(self._worker_id, Role.PREFILL)
+            stats = handover.stats or StageStats(self._worker_id, Role.PREFILL, pull=handover.pull)
             stats = replace(
                 stats,
                 transfer_s=report.transfer_s,

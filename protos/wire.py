@@ -15,7 +15,11 @@ from core.link import LinkEstimate, ProbeReport
 from core.prefix_hash import PageEvents
 from core.request import (
     ClusterId,
+    EngineId,
     FinishReason,
+    PullOutcome,
+    PullReport,
+    PullTask,
     Role,
     SamplingParams,
     SequenceFailure,
@@ -149,8 +153,30 @@ def spec_from_message(message: pb.SequenceSpec, *, hold_kv: bool) -> SequenceSpe
     )
 
 
+def pull_task_to_message(task: PullTask) -> pb.PullTask:
+    return pb.PullTask(
+        worker_id=task.worker_id,
+        cluster_id=task.cluster_id,
+        engine_id=task.engine_id,
+        address=task.address,
+        num_tokens=task.num_tokens,
+        timeout_s=task.timeout_s,
+    )
+
+
+def pull_task_from_message(message: pb.PullTask) -> PullTask:
+    return PullTask(
+        worker_id=WorkerId(message.worker_id),
+        cluster_id=ClusterId(message.cluster_id),
+        engine_id=EngineId(message.engine_id),
+        address=message.address,
+        num_tokens=message.num_tokens,
+        timeout_s=message.timeout_s if message.HasField("timeout_s") else None,
+    )
+
+
 def stats_to_message(stats: StageStats) -> pb.StageStats:
-    return pb.StageStats(
+    message = pb.StageStats(
         worker_id=stats.worker_id,
         role=stats.role.value,
         queue_s=stats.queue_s,
@@ -162,6 +188,10 @@ def stats_to_message(stats: StageStats) -> pb.StageStats:
         bytes_shipped=stats.bytes_shipped,
         num_preemptions=stats.num_preemptions,
     )
+    if (pull := stats.pull) is not None:
+        message.pull_outcome = pull.outcome.value
+        message.pulled_tokens, message.bytes_pulled, message.pull_s = pull.num_tokens, pull.num_bytes, pull.seconds
+    return message
 
 
 def stats_from_message(message: pb.StageStats) -> StageStats:
@@ -176,7 +206,19 @@ def stats_from_message(message: pb.StageStats) -> StageStats:
         received_tokens=message.received_tokens,
         bytes_shipped=message.bytes_shipped,
         num_preemptions=message.num_preemptions,
+        pull=_pull_report(message) if message.pull_outcome else None,
     )
+
+
+def _pull_report(message: pb.StageStats) -> PullReport:
+    """Raise ``ProtocolViolation`` naming the allowed words."""
+    try:
+        outcome = PullOutcome(message.pull_outcome)
+    except ValueError:
+        raise ProtocolViolation(
+            f"pull_outcome must be one of {', '.join(PullOutcome)}, got {message.pull_outcome!r}"
+        ) from None
+    return PullReport(outcome, message.pulled_tokens, message.bytes_pulled, message.pull_s)
 
 
 def chunk_to_message(chunk: TokenChunk) -> pb.TokenChunk:

@@ -61,7 +61,14 @@ class WatchRequest(_message.Message):
     def __init__(self, interval_s: _Optional[float] = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("version", "engine_id", "role", "draining", "num_running", "num_waiting", "num_waiting_tokens", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "num_sessions", "pages_quarantined", "num_preemptions", "links", "page_events")
+    __slots__ = ("version", "engine_id", "role", "draining", "num_running", "num_waiting", "num_waiting_tokens", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "num_sessions", "pages_quarantined", "num_preemptions", "links", "page_events", "pulls", "pulled_tokens", "pulled_bytes")
+    class PullsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +88,9 @@ class WorkerState(_message.Message):
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
     PAGE_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    PULLS_FIELD_NUMBER: _ClassVar[int]
+    PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
     version: int
     engine_id: str
     role: str
@@ -100,7 +110,10 @@ class WorkerState(_message.Message):
     num_preemptions: int
     links: _containers.RepeatedCompositeFieldContainer[LinkReport]
     page_events: PageEvents
-    def __init__(self, version: _Optional[int] = ..., engine_id: _Optional[str] = ..., role: _Optional[str] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkReport, _Mapping]]] = ..., page_events: _Optional[_Union[PageEvents, _Mapping]] = ...) -> None: ...
+    pulls: _containers.ScalarMap[str, int]
+    pulled_tokens: int
+    pulled_bytes: int
+    def __init__(self, version: _Optional[int] = ..., engine_id: _Optional[str] = ..., role: _Optional[str] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkReport, _Mapping]]] = ..., page_events: _Optional[_Union[PageEvents, _Mapping]] = ..., pulls: _Optional[_Mapping[str, int]] = ..., pulled_tokens: _Optional[int] = ..., pulled_bytes: _Optional[int] = ...) -> None: ...
 
 class PageEvents(_message.Message):
     __slots__ = ("number", "after", "snapshot", "stored", "removed")
@@ -183,7 +196,7 @@ class TokenLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StageStats(_message.Message):
-    __slots__ = ("worker_id", "role", "queue_s", "compute_s", "transfer_s", "exposed_transfer_s", "cached_tokens", "received_tokens", "bytes_shipped", "num_preemptions")
+    __slots__ = ("worker_id", "role", "queue_s", "compute_s", "transfer_s", "exposed_transfer_s", "cached_tokens", "received_tokens", "bytes_shipped", "num_preemptions", "pull_outcome", "pulled_tokens", "bytes_pulled", "pull_s")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
@@ -194,6 +207,10 @@ class StageStats(_message.Message):
     RECEIVED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BYTES_SHIPPED_FIELD_NUMBER: _ClassVar[int]
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PULL_OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PULLED_FIELD_NUMBER: _ClassVar[int]
+    PULL_S_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     queue_s: float
@@ -204,7 +221,11 @@ class StageStats(_message.Message):
     received_tokens: int
     bytes_shipped: int
     num_preemptions: int
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., received_tokens: _Optional[int] = ..., bytes_shipped: _Optional[int] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
+    pull_outcome: str
+    pulled_tokens: int
+    bytes_pulled: int
+    pull_s: float
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., received_tokens: _Optional[int] = ..., bytes_shipped: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., pull_outcome: _Optional[str] = ..., pulled_tokens: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., pull_s: _Optional[float] = ...) -> None: ...
 
 class TokenChunk(_message.Message):
     __slots__ = ("sequence_id", "position", "token_ids", "logprobs", "finish_reason", "stop_token_id", "stats")
@@ -307,21 +328,39 @@ class SequenceSpec(_message.Message):
     salt: bytes
     def __init__(self, sequence_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., salt: _Optional[bytes] = ...) -> None: ...
 
+class PullTask(_message.Message):
+    __slots__ = ("worker_id", "cluster_id", "engine_id", "address", "num_tokens", "timeout_s")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_ID_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    cluster_id: str
+    engine_id: str
+    address: str
+    num_tokens: int
+    timeout_s: float
+    def __init__(self, worker_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., address: _Optional[str] = ..., num_tokens: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
 class PrefillRequest(_message.Message):
-    __slots__ = ("gateway_id", "sequence", "session_id", "decode_address", "tenant", "deadline_s")
+    __slots__ = ("gateway_id", "sequence", "session_id", "decode_address", "tenant", "deadline_s", "pull")
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     DECODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    PULL_FIELD_NUMBER: _ClassVar[int]
     gateway_id: str
     sequence: SequenceSpec
     session_id: str
     decode_address: str
     tenant: str
     deadline_s: float
-    def __init__(self, gateway_id: _Optional[str] = ..., sequence: _Optional[_Union[SequenceSpec, _Mapping]] = ..., session_id: _Optional[str] = ..., decode_address: _Optional[str] = ..., tenant: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    pull: PullTask
+    def __init__(self, gateway_id: _Optional[str] = ..., sequence: _Optional[_Union[SequenceSpec, _Mapping]] = ..., session_id: _Optional[str] = ..., decode_address: _Optional[str] = ..., tenant: _Optional[str] = ..., deadline_s: _Optional[float] = ..., pull: _Optional[_Union[PullTask, _Mapping]] = ...) -> None: ...
 
 class PrefillReply(_message.Message):
     __slots__ = ()
@@ -340,14 +379,20 @@ class AbortReply(_message.Message):
     def __init__(self) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("gateway_id", "sequence", "session_id")
+    __slots__ = ("gateway_id", "sequence", "session_id", "pull", "tenant", "deadline_s")
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    PULL_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     gateway_id: str
     sequence: SequenceSpec
     session_id: str
-    def __init__(self, gateway_id: _Optional[str] = ..., sequence: _Optional[_Union[SequenceSpec, _Mapping]] = ..., session_id: _Optional[str] = ...) -> None: ...
+    pull: PullTask
+    tenant: str
+    deadline_s: float
+    def __init__(self, gateway_id: _Optional[str] = ..., sequence: _Optional[_Union[SequenceSpec, _Mapping]] = ..., session_id: _Optional[str] = ..., pull: _Optional[_Union[PullTask, _Mapping]] = ..., tenant: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class DecodeReply(_message.Message):
     __slots__ = ()
@@ -422,6 +467,56 @@ class CommitPayload(_message.Message):
     sequence_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class PullRequest(_message.Message):
+    __slots__ = ("wanted", "grant")
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    GRANT_FIELD_NUMBER: _ClassVar[int]
+    wanted: PagesWanted
+    grant: GrantReply
+    def __init__(self, wanted: _Optional[_Union[PagesWanted, _Mapping]] = ..., grant: _Optional[_Union[GrantReply, _Mapping]] = ...) -> None: ...
+
+class PullReply(_message.Message):
+    __slots__ = ("offered", "pushed")
+    OFFERED_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_FIELD_NUMBER: _ClassVar[int]
+    offered: PagesOffered
+    pushed: PagesPushed
+    def __init__(self, offered: _Optional[_Union[PagesOffered, _Mapping]] = ..., pushed: _Optional[_Union[PagesPushed, _Mapping]] = ...) -> None: ...
+
+class PagesWanted(_message.Message):
+    __slots__ = ("session_id", "engine_id", "fingerprint", "page_hashes", "tenant", "deadline_s")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    PAGE_HASHES_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    engine_id: str
+    fingerprint: Fingerprint
+    page_hashes: _containers.RepeatedScalarFieldContainer[bytes]
+    tenant: str
+    deadline_s: float
+    def __init__(self, session_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., page_hashes: _Optional[_Iterable[bytes]] = ..., tenant: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+
+class PagesOffered(_message.Message):
+    __slots__ = ("num_pages", "layout", "transport_descriptor")
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
+    num_pages: int
+    layout: KvLayout
+    transport_descriptor: bytes
+    def __init__(self, num_pages: _Optional[int] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., transport_descriptor: _Optional[bytes] = ...) -> None: ...
+
+class PagesPushed(_message.Message):
+    __slots__ = ("error", "reason")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    error: str
+    reason: str
+    def __init__(self, error: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ProbeRequest(_message.Message):
     __slots__ = ("worker_id", "cluster_id", "address", "timeout_s")

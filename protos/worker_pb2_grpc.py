@@ -523,6 +523,87 @@ class Decode:
             _registered_method=True)
 
 
+class PagesStub:
+    """---- cached pages, from any worker to any worker ----
+
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Pull = channel.stream_stream(
+                '/prfaas.worker.v1.Pages/Pull',
+                request_serializer=protos_dot_worker__pb2.PullRequest.SerializeToString,
+                response_deserializer=protos_dot_worker__pb2.PullReply.FromString,
+                _registered_method=True)
+
+
+class PagesServicer:
+    """---- cached pages, from any worker to any worker ----
+
+    """
+
+    def Pull(self, request_iterator, context):
+        """The caller says what it wants; the answer is how much of it is cached here, which stays so while the call lives.
+        The caller says where it may be put; the answer is how the KV session ended. Ending the call ends the session.
+        FAILED_PRECONDITION: another cache. NOT_FOUND: another engine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_PagesServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Pull': grpc.stream_stream_rpc_method_handler(
+                    servicer.Pull,
+                    request_deserializer=protos_dot_worker__pb2.PullRequest.FromString,
+                    response_serializer=protos_dot_worker__pb2.PullReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'prfaas.worker.v1.Pages', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('prfaas.worker.v1.Pages', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Pages:
+    """---- cached pages, from any worker to any worker ----
+
+    """
+
+    @staticmethod
+    def Pull(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/prfaas.worker.v1.Pages/Pull',
+            protos_dot_worker__pb2.PullRequest.SerializeToString,
+            protos_dot_worker__pb2.PullReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class ProbeSenderStub:
     """---- self-test of a pair: real bytes, the real path, real pages ----
 

@@ -25,7 +25,7 @@ from cluster.internal_tls import InternalTls, Proof
 from cluster.link_tester import LinkTester
 from cluster.membership import Membership
 from cluster.router import Router
-from cluster.routing_policy import POLICIES
+from cluster.routing_policy import RoutingPolicy, make_policy
 from cluster.view import ClusterView
 from cluster.worker_host import WorkerHost
 from core.clock import WallClock
@@ -206,7 +206,7 @@ async def live_cluster(
     num_decode: int = 1,
     kv_transfer: KvTransferConfig | None = None,
     processes: bool = False,
-    policy: str = "cache_aware",
+    policy: str | RoutingPolicy = "cache_aware",
     router: RouterConfig = ROUTER,
     tls: TlsConfig = PLAIN,
     self_test: bool = False,
@@ -225,9 +225,8 @@ async def live_cluster(
     tester = LinkTester(membership, clock, unasked=self_test)
     tester.start()
     registry = await membership.start("127.0.0.1")
-    cluster = LiveCluster(
-        membership, Router(membership, POLICIES[policy](), router, clock, gateway_id), internal, registry
-    )
+    routing = make_policy(policy) if isinstance(policy, str) else policy
+    cluster = LiveCluster(membership, Router(membership, routing, router, clock, gateway_id), internal, registry)
     files = ExitStack()
     roles = [(Role.PREFILL, i) for i in range(num_prefill)] + [(Role.DECODE, i) for i in range(num_decode)]
     engines = {Role.PREFILL: engine, Role.DECODE: decode_engine or engine}

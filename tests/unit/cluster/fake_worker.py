@@ -17,7 +17,16 @@ import grpc
 from core.fingerprint import CacheFingerprint
 from core.link import LinkEstimate, ProbeReport
 from core.prefix_hash import PageEvents
-from core.request import FinishReason, Role, SequenceFailure, SequenceSpec, StageStats, TokenChunk, WorkerId
+from core.request import (
+    FinishReason,
+    PullReport,
+    Role,
+    SequenceFailure,
+    SequenceSpec,
+    StageStats,
+    TokenChunk,
+    WorkerId,
+)
 from protos import wire
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
@@ -89,6 +98,8 @@ class FakeWorker(rpc.WorkerServicer):
         self.prefills: list[SequenceSpec] = []
         self.prefill_requests: list[pb.PrefillRequest] = []
         self.decodes: list[SequenceSpec] = []
+        self.decode_requests: list[pb.DecodeRequest] = []
+        self.pull: PullReport | None = None  # what it says of pulls
         self.aborts: list[tuple[str, Role]] = []
         self.links: tuple[LinkEstimate, ...] = ()  # what Watch says of them
         self._page_events: PageEvents | None = None  # said once
@@ -203,6 +214,7 @@ class FakeWorker(rpc.WorkerServicer):
     async def announce(self, request: pb.DecodeRequest, context: Any) -> None:
         spec = wire.spec_from_message(request.sequence, hold_kv=False)
         self.decodes.append(spec)
+        self.decode_requests.append(request)
         await self._refuse_if_asked(ANNOUNCED, spec, context)
         if request.session_id:
             self.announced[spec.sequence_id] = spec
@@ -258,7 +270,9 @@ class FakeWorker(rpc.WorkerServicer):
     async def _prefill(self, spec: SequenceSpec, decode_address: str) -> None:
         await self._visit(FIRST_TOKEN, spec)
         position = len(spec.output_token_ids)
-        stats = StageStats(WorkerId(self.worker_id), Role.PREFILL, queue_s=0.5, compute_s=1.0, cached_tokens=2)
+        stats = StageStats(
+            WorkerId(self.worker_id), Role.PREFILL, queue_s=0.5, compute_s=1.0, cached_tokens=2, pull=self.pull
+        )
         first = self.chunk(spec, position, stats)
         self.send(first)
         if first.finish_reason is not None:
@@ -270,7 +284,15 @@ class FakeWorker(rpc.WorkerServicer):
             return
         await self._visit(COMMITTED, spec, 1)
         report = StageStats(
-            WorkerId(self.worker_id), Role.PREFILL, 0.5, 1.0, 2.0, 0.25, cached_tokens=2, bytes_shipped=128
+            WorkerId(self.worker_id),
+            Role.PREFILL,
+            0.5,
+            1.0,
+            2.0,
+            0.25,
+            cached_tokens=2,
+            bytes_shipped=128,
+            pull=self.pull,
         )
         self.send(TokenChunk(spec.sequence_id, position + 1, stats=report))
 
@@ -280,7 +302,7 @@ class FakeWorker(rpc.WorkerServicer):
             await asyncio.sleep(self.step_s)
             stats = None
             if position in (first, last - 1):
-                stats = StageStats(WorkerId(self.worker_id), Role.DECODE, 0.125, 4.0, cached_tokens=1)
+                stats = StageStats(WorkerId(self.worker_id), Role.DECODE, 0.125, 4.0, cached_tokens=1, pull=self.pull)
             self.send(self.chunk(spec, position, stats))
             await self._visit(DECODED, spec, position - first + 1)
 

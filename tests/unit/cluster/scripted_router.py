@@ -43,6 +43,10 @@ TIMING = RequestTiming(
     total_s=0.5,
     bytes_shipped=4096,
     cached_tokens=3,
+    pull_outcome="pulled",
+    pulled_tokens=2,
+    bytes_pulled=256,
+    pull_s=0.125,
 )
 
 

@@ -85,7 +85,7 @@ async def test_generate_raw_continues_standard_input(service, run):
 async def test_generate_shows_timings_apart_from_the_answer(run):
     result = await run("generate", "hello", "--timing")
     assert result.stdout == ANSWER + "\n"
-    for words in ("prefill-0", "decode-0", "4.0 KiB", "least loaded"):
+    for words in ("prefill-0", "decode-0", "4.0 KiB", "least loaded", "2 tokens, 256 B in 0.125 s (pulled)"):
         assert words in result.stderr
 
 

@@ -85,6 +85,8 @@ async def test_chunks_stream_and_one_final_message_ends_them(service, stub):
     timing = complete.timing
     assert (timing.prefill_worker, timing.decode_worker) == ("prefill-0", "decode-0")
     assert (timing.bytes_shipped, timing.num_attempts, timing.route_reason) == (4096, 1, "least loaded")
+    pulled = (timing.pull_outcome, timing.pulled_tokens, timing.bytes_pulled, timing.pull_s)
+    assert pulled == ("pulled", 2, 256, 0.125)
 
 
 async def test_the_clients_request_id_is_used_and_one_is_made_up_otherwise(stub):

@@ -318,6 +318,19 @@ async def test_with_self_tests_a_link_is_usable_from_the_test_it_passes_to_one_i
         assert g.membership.probes_by_outcome == {"passed": 1, "PeerLost": 1}
 
 
+async def test_links_that_only_pulls_use_need_no_self_test() -> None:
+    async with gateway(2, 1, self_test=True) as g:
+        here = ClusterId("test")
+        back = (WorkerId("decode-0"), WorkerId("prefill-1"))
+        assert g.membership.view().link(*back) is None
+
+        await g["decode-0"].change(links=(LinkEstimate(WorkerId("prefill-1"), here, "fake", 1),))
+        await until(lambda: back in g.membership.view().links)
+
+        assert g.membership.view().links[back].usable
+        assert not g.membership.view().links[back[1], back[0]].usable
+
+
 async def test_a_restarted_worker_and_a_new_role_are_untested() -> None:
     async with gateway(1, 1, self_test=True) as g:
         g.membership.note_probe(*engines(g), PASSED)

@@ -106,6 +106,17 @@ def test_workers_are_read_when_prometheus_asks(metrics, membership):
     assert value("prfaas_worker_running_sequences", labels) is None
 
 
+def test_pulls_are_counted_by_how_they_ended(metrics, membership):
+    load = WorkerLoad(pulls=(("pulled", 5), ("timeout", 2)), pulled_tokens=640, pulled_bytes=81920)
+    membership.workers = (worker("decode-0", Role.DECODE, load=load),)
+    value = metrics.registry.get_sample_value
+    labels = {"worker": "decode-0", "role": "decode", "cluster": "local"}
+    assert value("prfaas_worker_pulls_total", {**labels, "outcome": "pulled"}) == 5
+    assert value("prfaas_worker_pulls_total", {**labels, "outcome": "timeout"}) == 2
+    assert value("prfaas_worker_pulled_tokens_total", labels) == 640
+    assert value("prfaas_worker_pulled_bytes_total", labels) == 81920
+
+
 def test_two_gateways_in_one_process_do_not_share_a_registry(metrics, membership):
     other = Metrics(membership, ScriptedRouter(()), lambda *_: None)
     metrics.refuse(Door.HTTP, Overloaded("full"))

@@ -10,6 +10,7 @@ from dataclasses import replace
 import grpc
 import pytest
 
+from cluster.routing_policy import RoundRobin
 from core.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -18,12 +19,15 @@ from core.errors import (
     Overloaded,
     SequenceFailed,
 )
-from core.request import FinishReason, RequestId, Role, SequenceFailure
+from core.prefix_hash import PageEvents, page_hashes, page_key, tenant_of
+from core.request import FinishReason, PullOutcome, PullReport, RequestId, Role, SequenceFailure
+from tests.pulling_policy import PullFromTheBest
 from tests.unit.cluster.fake_worker import (
     ANNOUNCED,
     BEFORE_COMMIT,
     COMMITTED,
     DECODED,
+    FINGERPRINT,
     FIRST_TOKEN,
     QUEUED,
     FakeWorker,
@@ -154,6 +158,56 @@ async def test_a_finish_does_not_wait_for_ever_for_the_report_of_the_hand_over()
 
         assert answer.tokens == {0: EXPECTED}
         assert answer.timing.bytes_shipped == 0
+
+
+# ---- cached pages that are pulled first ----
+
+
+async def cache_prompt(g: Gateway, worker_id: str) -> None:
+    """That worker says that it caches the prompt's one full page."""
+    keys = tuple(map(page_key, page_hashes(PROMPT, FINGERPRINT.page_size)))
+    await g[worker_id].change(page_events=PageEvents(1, snapshot=True, stored=keys))
+    hashes = page_hashes(PROMPT, FINGERPRINT.page_size)
+    await until(lambda: g.membership.match_prefix(hashes).longest == 1)
+
+
+async def test_whoever_prefills_is_told_what_the_route_pulls_and_the_timing_says_what_came() -> None:
+    async with gateway(policy=PullFromTheBest(RoundRobin())) as g:
+        await cache_prompt(g, "decode-0")
+        g["prefill-0"].pull = PullReport(PullOutcome.PULLED, 4, 256, 0.125)
+
+        answer = await g.generate(g.request())
+
+        assert answer.tokens == {0: EXPECTED}
+        (told,) = g["prefill-0"].prefill_requests
+        assert (told.pull.worker_id, told.pull.engine_id) == ("decode-0", "decode-0-engine-1")
+        assert (told.pull.address, told.pull.num_tokens) == (g["decode-0"].address, 4)
+        assert not told.pull.HasField("timeout_s")
+        assert not g["decode-0"].decode_requests[0].HasField("pull"), "its K/V comes from the prefill worker"
+        timing = answer.timing
+        pulled = (timing.pull_outcome, timing.pulled_tokens, timing.bytes_pulled, timing.pull_s)
+        assert pulled == ("pulled", 4, 256, 0.125)
+        assert "pulls from decode-0" in timing.route_reason
+
+
+async def test_a_decode_worker_that_prefills_itself_is_told_to_pull_with_its_tenant_and_deadline() -> None:
+    async with gateway(0, 2, policy=PullFromTheBest(RoundRobin())) as g:
+        await cache_prompt(g, "decode-1")
+        g["decode-0"].pull = PullReport(PullOutcome.TIMEOUT, seconds=0.5)
+
+        answer = await g.generate(replace(g.request(deadline_s=5.0), salt=b"tenant"))
+        salted = g["decode-0"].decode_requests[0]
+        plain = await g.generate(g.request())
+        assert not salted.HasField("pull"), "another tenant's pages are not found"
+        assert 0 < salted.deadline_s <= 5.0
+        assert salted.tenant == tenant_of(b"tenant")
+        assert answer.timing.pull_outcome == "timeout"
+        assert plain.tokens == {0: EXPECTED}
+
+        g["decode-1"].pull = PullReport(PullOutcome.CACHED)
+        await g.generate(g.request())
+        told = [request.pull.worker_id for request in g["decode-0"].decode_requests if request.HasField("pull")]
+        assert told == ["decode-1"]
 
 
 async def test_requests_at_once_do_not_mix_their_tokens() -> None:

@@ -12,8 +12,13 @@ import pytest
 from core.errors import GrantRefused, Incompatible, InvalidRequest, PeerLost, ProtocolViolation, TransferError
 from core.kv_layout import KvLayer, KvLayout
 from core.request import (
+    ClusterId,
+    EngineId,
     FinishReason,
     GatewayId,
+    PullOutcome,
+    PullReport,
+    PullTask,
     Role,
     SamplingParams,
     SequenceFailure,
@@ -27,11 +32,14 @@ from core.request import (
 from decode_worker.worker import DecodeWorker
 from engine.scheduler import Reservation
 from kv_transfer.session import Grant
+from kv_transfer.transport import SendOrder
 
 PAGE = 4
 GATEWAY = GatewayId("gateway")
 SESSION = SessionId("session")
 SPEC = SequenceSpec(SequenceId("s"), tuple(range(10)), SamplingParams(seed=1))
+ORDER = SendOrder("acme", deadline_at=7.0)
+TASK = PullTask(WorkerId("prefill-1"), ClusterId("here"), EngineId("engine"), "prefill:2", 8)
 RESERVATION = Reservation(SPEC, (7, 8, 9), 1)
 
 
@@ -116,12 +124,19 @@ class Bench:
             reserve=self.engine.reserve,
             publish=lambda gateway, item: self.published.append(item),
             read_commit=lambda payload: (SPEC.sequence_id, tuple(payload)),
+            pull=self.pull,
         )
+        self.pulled: asyncio.Future[PullReport] | None = None  # what the next pull waits for
         self.worker.attach(self.receiver)  # type: ignore[arg-type]
 
     def check(self, spec: SequenceSpec) -> None:
         if self.refused:
             raise InvalidRequest("prompt", self.refused)
+
+    async def pull(self, spec: SequenceSpec, task: PullTask, order: SendOrder) -> PullReport:
+        assert (spec, task, order) == (SPEC, TASK, ORDER)
+        assert self.pulled is not None
+        return await self.pulled
 
     async def granted(self) -> Grant:
         self.worker.decode(SPEC, GATEWAY, SESSION)
@@ -297,4 +312,49 @@ async def test_a_sequence_that_the_engine_does_not_take_fails_and_leaves_nothing
     (failure,) = bench.published
     assert isinstance(failure, SequenceFailure)
     assert (failure.retryable, failure.stage) == (True, Role.DECODE)
+    assert bench.worker.num_sequences == 0
+
+
+# ---- pages that are pulled first ----
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_a_sequence_that_is_prefilled_here_is_queued_when_its_pull_has_ended() -> None:
+    bench = Bench()
+    bench.pulled = asyncio.get_running_loop().create_future()
+    bench.worker.decode(SPEC, GATEWAY, None, ORDER, TASK)
+    await settle()
+    assert bench.engine.calls == []
+    assert bench.worker.num_sequences == 1
+
+    report = PullReport(PullOutcome.NOT_FOUND, seconds=0.25)
+    bench.pulled.set_result(report)
+    await settle()
+
+    assert bench.engine.calls == [("add", SPEC.sequence_id)]
+    assert bench.worker.on_chunk(TokenChunk(SPEC.sequence_id, 0, (5,), stats=StageStats(WorkerId(""), Role.DECODE)))
+    (chunk,) = bench.published
+    assert isinstance(chunk, TokenChunk)
+    assert chunk.stats is not None
+    assert chunk.stats.pull == report
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["under way", "just over"])
+async def test_an_abort_during_a_pull_ends_it_and_nothing_is_queued(ended: bool) -> None:
+    bench = Bench()
+    bench.pulled = asyncio.get_running_loop().create_future()
+    bench.worker.decode(SPEC, GATEWAY, None, ORDER, TASK)
+    await settle()
+
+    if ended:
+        bench.pulled.set_result(PullReport(PullOutcome.PULLED))
+    bench.worker.abort_gateway(GATEWAY)
+    await settle()
+
+    assert bench.pulled.cancelled() is not ended
+    assert ("add", SPEC.sequence_id) not in bench.engine.calls
     assert bench.worker.num_sequences == 0

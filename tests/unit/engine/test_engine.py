@@ -12,11 +12,12 @@ import torch
 
 from core.clock import VirtualClock
 from core.errors import InvalidConfig, InvalidRequest, ProtocolViolation, UnsupportedModel
+from core.prefix_hash import page_hashes
 from core.request import FinishReason, SamplingParams, SequenceId, SequenceSpec, TokenChunk
 from engine.config import EngineConfig
 from engine.engine import Engine, StepOutput
 from engine.model_runner import ModelRunner
-from engine.scheduler import StepPlan
+from engine.scheduler import PrefixRoom, StepPlan
 from tests.tiny_models import MAX_LEN, VOCAB_SIZE, save_tiny_model
 
 PROMPT = tuple(range(20, 31))
@@ -198,6 +199,46 @@ def test_pages_are_reserved_while_a_step_computes(folder: Path) -> None:
     assert len({page for reservation in taken for page in reservation.page_ids}) == 3 * len(taken)
     for reservation in taken:
         engine.cancel(reservation)
+    engine.check_integrity()
+
+
+def test_prefixes_come_and_go_while_a_step_computes(folder: Path) -> None:
+    """From other threads, as pulls do: no step waits for them, nor they for a step."""
+    engine = load(folder, num_pages=32)
+    engine.add(spec("warm", hold_kv=True))
+    drain(engine)
+    engine.release(SequenceId("warm"))
+    here, other = page_hashes(PROMPT, engine.layout.page_size), page_hashes(PROMPT[::-1], engine.layout.page_size)
+    seen: list[tuple[int, tuple[int, ...], PrefixRoom | None]] = []
+
+    def pull() -> None:
+        lent, room = engine.lend_prefix(here), engine.expect_prefix(other, 0)
+        if room is not None:
+            engine.adopt(room)
+        seen.append((engine.num_known_pages(other), lent, room))
+
+    class Asker:
+        def sequence_started(self, *arguments: Any) -> None:
+            pass
+
+        step_planned = sequence_started
+
+        def layer_stored(self, layer: int) -> None:
+            thread = Thread(target=pull, daemon=True)
+            thread.start()
+            thread.join(10.0)
+            assert not thread.is_alive()
+
+    engine.listener = Asker()
+    engine.add(spec("a"))
+    expected = [chunk.token_ids for chunk in chunks(drain(load_and_add(folder)))]
+    assert [chunk.token_ids for chunk in chunks(drain(engine))] == expected
+    assert len(here) == len(other) >= 1
+    for num_known, lent, room in seen:
+        assert num_known == len(other)
+        assert len(lent) == len(here)
+        assert room is not None
+        engine.take_back(lent)
     engine.check_integrity()
 
 

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from core.errors import InvalidRequest, ProtocolViolation
+from core.prefix_hash import PageHash, page_hashes
 from core.request import FinishReason, Role, SamplingParams, SequenceId, SequenceSpec, TokenChunk, TokenLogprob
 from engine.config import EngineConfig
 from engine.page_allocator import PageAllocator
-from engine.scheduler import ChunkedPrefillScheduler, Reservation, SampledToken, StepPlan
+from engine.scheduler import ChunkedPrefillScheduler, PrefixRoom, Reservation, SampledToken, StepPlan
 
 EOS = 0
 VOCAB = 7
@@ -643,6 +644,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.queued: list[SequenceId] = []  # not started yet, in order
         self.held: set[SequenceId] = set()
         self.reservations: list[Reservation] = []
+        self.lent: list[tuple[tuple[int, ...], list[int]]] = []  # pages of a prefix, the tokens that they hold
+        self.rooms: list[tuple[PrefixRoom, list[int]]] = []
         self.num_named = 0
 
     def make(self, prompt: list[int], max_tokens: int, hold_kv: bool = False) -> SequenceSpec:
@@ -677,6 +680,38 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.bench.scheduler.cancel(reservation)
             del self.specs[reservation.sequence_id]
 
+    @rule(tokens=PROMPTS)
+    def lend_prefix(self, tokens: list[int]) -> None:
+        pages = self.bench.scheduler.lend_prefix(page_hashes(tokens, PAGE_SIZE))
+        self.lent.append((pages, tokens[: len(pages) * PAGE_SIZE]))
+
+    @precondition(lambda self: self.lent)
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        self.end_loan(data.draw(st.integers(0, len(self.lent) - 1)))
+
+    @rule(tokens=PROMPTS)
+    def expect_prefix(self, tokens: list[int]) -> None:
+        names = page_hashes(tokens, PAGE_SIZE)
+        num_known = self.bench.scheduler.num_known_pages(names)
+        room = self.bench.scheduler.expect_prefix(names, num_known)
+        if room is not None:
+            assert room.num_cached_pages == num_known
+            assert len(room.page_ids) == len(names)
+            self.rooms.append((room, tokens[: len(names) * PAGE_SIZE]))
+
+    @precondition(lambda self: self.rooms)
+    @rule(data=st.data(), arrives=st.booleans())
+    def end_room(self, data: st.DataObject, arrives: bool) -> None:
+        room, tokens = self.rooms.pop(data.draw(st.integers(0, len(self.rooms) - 1)))
+        self.bench.model.check(room.page_ids, tokens, room.num_cached_pages * PAGE_SIZE)
+        if not arrives:
+            self.bench.scheduler.take_back(room.page_ids)
+            return
+        self.bench.model.store(room.page_ids, tokens, room.num_cached_pages * PAGE_SIZE)
+        self.bench.scheduler.adopt(room)
+        assert self.bench.scheduler.num_known_pages(room.page_hashes) == len(room.page_hashes)
+
     @precondition(lambda self: self.specs)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -697,6 +732,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def the_books_are_right(self) -> None:
         self.bench.allocator.check_integrity()
+
+    def end_loan(self, index: int) -> None:
+        pages, tokens = self.lent.pop(index)
+        self.bench.model.check(pages, tokens, len(tokens))  # nobody wrote them meanwhile
+        self.bench.scheduler.take_back(pages)
 
     def step(self) -> bool:
         had_work = self.bench.scheduler.has_work
@@ -731,6 +771,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for reservation in self.reservations:
             self.bench.receive(reservation)
+        while self.lent:
+            self.end_loan(0)
+        for room, _ in self.rooms:
+            self.bench.scheduler.take_back(room.page_ids)
         for _ in range(5000):
             if not self.step():
                 if not self.held:
@@ -741,6 +785,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.bench.allocator.whole()
         load = self.bench.scheduler.load()
         assert (load.num_running, load.num_waiting, load.num_held, load.num_reserved) == (0, 0, 0, 0)
+        assert load.num_lent == 0
 
 
 SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
@@ -815,3 +860,135 @@ def test_a_sequence_that_waits_for_lent_pages_starts_when_they_are_back() -> Non
     assert bench.scheduler.has_work
     bench.drain()
     assert bench.allocator.whole()
+
+
+# ---- prefixes from and for other workers ----
+
+
+def cached(bench: Bench, tokens: Sequence[int]) -> None:
+    """Compute a prompt, whose full pages stay in the prefix cache."""
+    bench.add(spec(f"warm-{len(bench.outputs)}", tokens, max_tokens=1))
+    bench.drain()
+
+
+def names(tokens: Sequence[int], salt: bytes = b"") -> tuple[PageHash, ...]:
+    return page_hashes(tokens, PAGE_SIZE, salt)
+
+
+TURN = [1, 2, 3, 4, 5, 6, 1, 1]
+
+
+def test_a_lent_prefix_is_not_evicted_until_it_is_back() -> None:
+    bench = Bench(num_pages=8)
+    cached(bench, TURN[:6])
+    lent = bench.scheduler.lend_prefix(names(TURN))
+    assert len(lent) == 3
+    assert bench.scheduler.load().num_lent == 3
+
+    bench.add(spec("wants all", [5] * 15, max_tokens=1))
+    assert bench.step() is None, "five pages are left, and eight are needed"
+    bench.model.check(lent, TURN, 6)
+    bench.scheduler.take_back(lent)
+
+    bench.drain()
+    assert bench.outputs[SequenceId("wants all")] == expected(spec("", [5] * 15, max_tokens=1))
+    assert bench.allocator.whole()
+
+
+def test_only_the_beginning_that_is_cached_is_lent_and_no_other_tenants() -> None:
+    bench = Bench()
+    cached(bench, TURN[:6])
+    assert len(bench.scheduler.lend_prefix(names([*TURN[:4], 6, 6]))) == 2
+    assert bench.scheduler.lend_prefix(names(TURN)[3:]) == ()
+    assert len(bench.scheduler.lend_prefix(names(TURN)[1:])) == 2, "from the first page that is named"
+    assert bench.scheduler.lend_prefix(names(TURN, salt=b"another")) == ()
+
+
+def test_of_a_prefix_half_of_what_sequences_leave_is_lent() -> None:
+    bench = Bench(num_pages=6)
+    cached(bench, TURN[:6])
+    bench.add(spec("runs", [2] * 4, max_tokens=8))
+    bench.step()
+    assert bench.allocator.num_free == 4
+
+    lent = bench.scheduler.lend_prefix(names(TURN))
+
+    assert len(lent) == 2, "one of four is for the sequence to grow, and half of the others for those that come"
+    assert bench.scheduler.lend_prefix(names(TURN)[:2]) == lent, "which costs nothing more"
+    bench.scheduler.take_back(lent)
+    bench.scheduler.take_back(lent)
+    bench.drain()
+    assert bench.allocator.whole()
+
+    full = Bench(num_pages=4)
+    cached(full, TURN[:4])
+    full.add(spec("runs", [2] * 5, max_tokens=3))
+    full.step()
+    assert full.allocator.num_free == 1
+    assert full.scheduler.lend_prefix(names(TURN)) == ()
+
+
+def test_what_arrives_in_a_room_is_found_by_the_next_sequence_and_told_to_the_gateways() -> None:
+    bench = Bench()
+    cached(bench, TURN[:4])
+    bench.allocator.take_changes()
+    room = bench.scheduler.expect_prefix(names(TURN), num_known=2)
+    assert room is not None
+    assert (room.num_cached_pages, len(room.missing)) == (2, 2)
+    assert bench.allocator.take_changes().stored == (), "nothing has arrived yet"
+    bench.model.store(room.page_ids, TURN, 4)
+
+    bench.scheduler.adopt(room)
+
+    assert bench.allocator.take_changes().stored == names(TURN)[2:]
+    assert bench.scheduler.load().num_lent == 0
+    bench.add(one := spec("next turn", [*TURN, 3], max_tokens=2))
+    plan = bench.step()
+    assert plan is not None
+    assert plan.started[0].num_cached_tokens == len(TURN)
+    bench.drain()
+    assert bench.outputs[one.sequence_id] == expected(one)
+    assert bench.allocator.whole()
+
+
+def test_a_room_whose_pages_never_came_leaves_nothing_behind() -> None:
+    bench = Bench()
+    cached(bench, TURN[:4])
+    room = bench.scheduler.expect_prefix(names(TURN), num_known=2)
+    assert room is not None
+
+    bench.scheduler.take_back(room.page_ids)
+
+    assert bench.allocator.whole()
+    assert bench.scheduler.num_known_pages(names(TURN)) == 2
+
+
+def test_pages_that_were_computed_here_meanwhile_stay_the_known_ones() -> None:
+    bench = Bench()
+    room = bench.scheduler.expect_prefix(names(TURN), num_known=0)
+    assert room is not None
+    cached(bench, TURN)
+    bench.model.store(room.page_ids, TURN, 0)
+
+    bench.scheduler.adopt(room)
+
+    assert bench.allocator.num_cached == 4
+    assert bench.allocator.whole()
+    bench.allocator.check_integrity()
+    late = bench.scheduler.expect_prefix(names(TURN), num_known=0)
+    assert late is not None
+    assert late.missing == ()
+    bench.scheduler.take_back(late.page_ids)
+
+
+def test_there_is_no_room_where_sequences_need_it_or_where_the_known_part_is_gone() -> None:
+    bench = Bench(num_pages=6)
+    assert bench.scheduler.expect_prefix(names(TURN), num_known=1) is None, "page 0 was evicted since"
+    bench.add(spec("runs", [2] * 4, max_tokens=4))
+    bench.step()
+    bench.add(spec("waits", [3] * 7, max_tokens=1))
+    assert bench.scheduler.expect_prefix(names(TURN), num_known=0) is None
+    bench.drain()
+    assert bench.allocator.whole()
+    without = Bench(prefix_cache=False)
+    assert without.scheduler.expect_prefix(names(TURN), num_known=0) is None

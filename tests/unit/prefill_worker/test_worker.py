@@ -14,8 +14,13 @@ import pytest
 
 from core.errors import GrantRefused, InvalidRequest, PeerLost, TransferAborted
 from core.request import (
+    ClusterId,
+    EngineId,
     FinishReason,
     GatewayId,
+    PullOutcome,
+    PullReport,
+    PullTask,
     Role,
     SamplingParams,
     SequenceFailure,
@@ -37,6 +42,7 @@ QUERY = GrantQuery(SessionId("session"), "decode:1")
 SPEC = SequenceSpec(SequenceId("s"), tuple(range(10)), SamplingParams(seed=1), hold_kv=True)
 PAGES = (7, 8, 9)
 GRANT = Grant(QUERY.session_id, b"t" * 16, 0, (1, 2, 3), b"", 30.0)
+TASK = PullTask(WorkerId("decode-1"), ClusterId("here"), EngineId("engine"), "decode:2", 8)
 STATS = StageStats(WorkerId(""), Role.PREFILL, queue_s=1.0, compute_s=2.0, cached_tokens=4)
 
 
@@ -86,7 +92,10 @@ class Bench:
             ask_grant=self.ask,
             make_commit=lambda sequence_id, tokens: f"{sequence_id}:{list(tokens)}".encode(),
             run_on_loop=self.run,
+            pull=self.pull,
         )
+        self.pulls: list[tuple[SequenceId, PullTask, SendOrder]] = []
+        self.pulled: asyncio.Future[PullReport] | None = None  # what the next pull waits for
         self.worker.attach(self.sender)  # type: ignore[arg-type]
 
     def check(self, spec: SequenceSpec) -> None:
@@ -97,6 +106,11 @@ class Bench:
         if isinstance(self.grant, Exception):
             raise self.grant
         return self.grant
+
+    async def pull(self, spec: SequenceSpec, task: PullTask, order: SendOrder) -> PullReport:
+        self.pulls.append((spec.sequence_id, task, order))
+        assert self.pulled is not None
+        return await self.pulled
 
     def run(self, work: Awaitable[None]) -> None:
         async def await_it() -> None:
@@ -286,4 +300,72 @@ def test_a_sequence_that_the_engine_does_not_take_fails_and_leaves_nothing() -> 
     (failure,) = bench.published
     assert isinstance(failure, SequenceFailure)
     assert (failure.stage, "max_tokens" in failure.message) == (Role.PREFILL, True)
+    assert bench.worker.num_sessions == 0
+
+
+# ---- pages that are pulled first ----
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("outcome", [PullOutcome.PULLED, PullOutcome.TIMEOUT])
+async def test_a_sequence_is_queued_when_its_pull_has_ended_however_and_its_stats_say_so(outcome: PullOutcome) -> None:
+    bench = Bench()
+    bench.pulled = asyncio.get_running_loop().create_future()
+    order = SendOrder("acme", deadline_at=7.0)
+    bench.worker.prefill(SPEC, GATEWAY, QUERY, order, TASK)
+    await settle()
+    assert bench.pulls == [(SPEC.sequence_id, TASK, order)]
+    assert bench.engine.calls == []
+    assert bench.worker.num_sessions == 1
+
+    report = PullReport(outcome, 8, 512, 0.25)
+    bench.pulled.set_result(report)
+    await settle()
+
+    assert bench.engine.calls == [("add", SPEC)]
+    await asyncio.to_thread(bench.worker.sequence_started, SPEC, 8, PAGES)
+    bench.step(8, 2, samples=True)
+    bench.token()
+    bench.close()
+    assert [chunk.stats.pull for chunk in bench.published if isinstance(chunk, TokenChunk) and chunk.stats] == [
+        report,
+        report,
+    ]
+
+
+@pytest.mark.parametrize("ends", ["sequence", "gateway"])
+async def test_an_abort_during_a_pull_ends_it_and_nothing_is_queued(ends: str) -> None:
+    bench = Bench()
+    bench.pulled = asyncio.get_running_loop().create_future()
+    bench.worker.prefill(SPEC, GATEWAY, QUERY, pull=TASK)
+    await settle()
+
+    if ends == "sequence":
+        bench.worker.abort(SPEC.sequence_id, "the client left")
+    else:
+        bench.worker.abort_gateway(GATEWAY)
+    await settle()
+
+    assert bench.pulled.cancelled(), "whoever pulls hears of it"
+    assert "add" not in bench.engine.names()
+    assert bench.sender.calls == []
+    assert bench.published == []
+    assert bench.worker.num_sessions == 0
+
+
+async def test_an_abort_in_the_moment_in_which_a_pull_ends_queues_nothing() -> None:
+    bench = Bench()
+    bench.pulled = asyncio.get_running_loop().create_future()
+    bench.worker.prefill(SPEC, GATEWAY, QUERY, pull=TASK)
+    await settle()
+
+    bench.pulled.set_result(PullReport(PullOutcome.PULLED))
+    bench.worker.abort(SPEC.sequence_id, "the client left")
+    await settle()
+
+    assert "add" not in bench.engine.names()
     assert bench.worker.num_sessions == 0

@@ -12,7 +12,11 @@ from core.kv_layout import KvLayer, KvLayout
 from core.link import LinkEstimate, ProbeReport
 from core.request import (
     ClusterId,
+    EngineId,
     FinishReason,
+    PullOutcome,
+    PullReport,
+    PullTask,
     Role,
     SamplingParams,
     SequenceFailure,
@@ -92,6 +96,15 @@ PROBES = st.builds(
     error=st.text(max_size=9),
     reason=st.text(max_size=9),
 )
+PULL_TASKS = st.builds(
+    PullTask,
+    worker_id=st.text(max_size=9).map(WorkerId),
+    cluster_id=st.text(max_size=9).map(ClusterId),
+    engine_id=st.text(max_size=9).map(EngineId),
+    address=st.text(max_size=9),
+    num_tokens=COUNTS,
+    timeout_s=st.none() | SECONDS,
+)
 STATS = st.builds(
     StageStats,
     worker_id=st.text(max_size=9).map(WorkerId),
@@ -104,6 +117,14 @@ STATS = st.builds(
     received_tokens=COUNTS,
     bytes_shipped=st.integers(0, 2**63),
     num_preemptions=COUNTS,
+    pull=st.none()
+    | st.builds(
+        PullReport,
+        outcome=st.sampled_from(PullOutcome),
+        num_tokens=COUNTS,
+        num_bytes=st.integers(0, 2**63),
+        seconds=SECONDS,
+    ),
 )
 LOGPROBS = st.builds(
     TokenLogprob,
@@ -140,6 +161,17 @@ def test_a_failure_survives_the_wire(message: str, retryable: bool, stage: Role)
     failure = SequenceFailure(SequenceId("s"), message, retryable, stage)
     data = wire.failure_to_message(failure).SerializeToString()
     assert wire.failure_from_message(pb.SequenceFailure.FromString(data)) == failure
+
+
+@given(PULL_TASKS)
+def test_a_pull_survives_the_wire(task: PullTask) -> None:
+    data = wire.pull_task_to_message(task).SerializeToString()
+    assert wire.pull_task_from_message(pb.PullTask.FromString(data)) == task
+
+
+def test_an_unknown_outcome_of_a_pull_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ProtocolViolation, match=r"pulled, cached, .*, got 'pushed'"):
+        wire.stats_from_message(pb.StageStats(role="prefill", pull_outcome="pushed"))
 
 
 def test_a_kv_layout_survives_the_wire_with_like_layers_told_once() -> None:
