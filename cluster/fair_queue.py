@@ -116,8 +116,8 @@ class FairQueue(Generic[T]):
                 heapq.heapreplace(heads, (tag + place.cost / line.weight, place.order, line, index))
 
     def cost_ahead(self, place: Place[T]) -> float:
-        """Cost of about what would be served before ``place``, which waits, if nothing else came: other tenants' shares up
-        to its tag, whole requests or not."""
+        """Cost of about what would be served before ``place``, which waits, if nothing else came: of other tenants what
+        their shares are up to its tag, whole requests or not."""
         own = self._lines[place.tenant]
         before = sum(p.cost for p in own.places[: own.index(place)])
         tag = own.start + (before + place.cost) / own.weight
