@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
@@ -187,7 +187,8 @@ def status(
     console.print(
         f"{info.model}, prfaas {info.version}, up {info.uptime_s:.0f} s, policy {info.policy}: "
         f"{info.num_inflight} running, {info.num_requests} requests so far, "
-        f"{info.num_retries} retries, {info.num_resumes} resumes",
+        f"{info.num_retries} retries, {info.num_resumes} resumes, {info.num_queued} queued, "
+        f"{sum(info.refusals.values())} refused{_by_reason(info.refusals)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -407,12 +408,18 @@ def _typed_lines() -> Iterator[str]:
 # ---- showing ----
 
 
+def _by_reason(counts: Mapping[str, int]) -> str:
+    return f" ({', '.join(f'{reason} {number}' for reason, number in sorted(counts.items()))})" if counts else ""
+
+
 def _as_dict(message: Message) -> dict[str, Any]:
     """Every field by its proto name, defaults included. protobuf's own JSON writes 64-bit integers as strings."""
 
     def plain(value: object) -> object:
         if isinstance(value, Message):
             return _as_dict(value)
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
         return value if isinstance(value, str | int | float) else [plain(item) for item in value]  # type: ignore[attr-defined]
 
     return {

@@ -20,7 +20,7 @@ def timing_table(complete: pb.GenerateComplete) -> Table:
         ("prompt tokens", f"{usage.prompt_tokens} ({usage.cached_tokens} cached)"),
         ("generated tokens", str(usage.completion_tokens)),
         ("shipped", _bytes(timing.bytes_shipped)),
-        ("tokenise, route", f"{timing.tokenize_s:.3f} s, {timing.route_s:.3f} s"),
+        ("tokenise, turn, route", f"{timing.tokenize_s:.3f} s, {timing.admission_s:.3f} s, {timing.route_s:.3f} s"),
         ("prefill", f"{timing.prefill_s:.3f} s after {timing.prefill_queue_s:.3f} s in the queue"),
         ("transfer", f"{timing.transfer_s:.3f} s, of which {timing.exposed_transfer_s:.3f} s after the first token"),
         ("decode", f"{timing.decode_s:.3f} s after {timing.decode_queue_s:.3f} s in the queue"),
