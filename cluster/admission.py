@@ -345,18 +345,19 @@ class Admission:
         if ticket.waits:
             self._end_wait(ticket, now)
         elif ticket._state is _State.RELEASED:
-            if ticket._decode is not None and ticket._decodes and num_output_tokens is not None:
+            alone = ticket._place.size == 1  # of several, the last one's end tells nothing of the first one's tokens
+            if alone and ticket._decode is not None and ticket._decodes and num_output_tokens is not None:
                 batch = (ticket._batch_at_first + self._present(ticket._decode)) / 2
                 self._measured.finished(batch, num_output_tokens, now - ticket._decodes_from, now)
             self._unbook(ticket)
         ticket._state = _State.OVER
         self.moved.set()
 
-    def close(self, error: PrfaasError) -> None:
-        """Nothing more is released: whoever waits is refused with ``error``."""
+    def close(self, error: Callable[[], PrfaasError]) -> None:
+        """Whoever waits is refused with an ``error`` of its own."""
         now = self._clock.now()
         for place in tuple(self._queue.places()):
-            self._refuse(place.item, error, now)
+            self._refuse(place.item, error(), now)
 
     def overloaded(
         self, bound: Bound, message: str, retry_after_s: float, predicted: float, allowed: float
@@ -398,7 +399,8 @@ class Admission:
         known = self._foreign.get(decode.worker_id)
         if known is None or known[0] is not decode.load:
             reported = decode.load.num_running + decode.load.num_waiting
-            ours = sum(t._place.size for t in self._on_decode.get(decode.worker_id, ()) if t._decodes)
+            there = (t for t in self._on_decode.get(decode.worker_id, ()) if t._decodes or t._prefill == t._decode)
+            ours = sum(ticket._place.size for ticket in there)
             known = self._foreign[decode.worker_id] = (decode.load, max(0, reported - ours))
         return known[1]
 

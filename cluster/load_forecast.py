@@ -84,7 +84,7 @@ def queue_s(outlook: Outlook) -> float | None:
         prompts = max(1, outlook.prompts_ahead, outlook.prefill.load.num_waiting)
         return prompts * cost.prefill(tokens / prompts)
     line = outlook.times.first_token
-    return None if line is None else line.slope * tokens
+    return line.slope * tokens if line is not None and line.slope > 0 else None
 
 
 def predict(outlook: Outlook, demand: Demand, delay_s: float = 0.0, *, ahead: bool = True) -> Prediction:

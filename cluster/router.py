@@ -190,7 +190,7 @@ class Router:
         True if none had to be cancelled. When it returns, the workers were told of every abort that they could hear.
         """
         self._draining = True
-        self._admission.close(NoRoute(STOPPING))
+        self._admission.close(lambda: NoRoute(STOPPING))
         finished = await self._wait_idle(timeout_s)
         if not finished:
             logger.warning("%d requests are cancelled: not finished %g s after the drain", self.num_inflight, timeout_s)

@@ -148,7 +148,9 @@ class DrainRate:
         self._since = 0.0
 
     def rest(self, now: float) -> None:
-        """Nothing has waited until now."""
+        """Nothing has waited until now. What was measured long ago is forgotten."""
+        if now - self._since > MEASUREMENT_LIFE_S:
+            self._cost = self._seconds = 0.0
         self._since = now
 
     def note(self, cost: float, now: float) -> None:
