@@ -28,16 +28,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from itertools import accumulate, count, islice
+from typing import TypeVar
 
 from cluster.config import UNSALTED, AdmissionConfig
 from cluster.fair_queue import FairQueue, Place
 from cluster.load_forecast import (
+    DecodeLoad,
     Demand,
     Outlook,
     Released,
     load_at,
     pages_needed,
-    predict,
+    predict_tpot,
     predict_ttft,
     queue_s,
     seconds_until_tpot,
@@ -48,7 +50,7 @@ from cluster.view import ClusterView, Route, WorkerLoad, WorkerView
 from core.clock import Clock
 from core.errors import Overloaded, PrfaasError
 from core.prefix_hash import tenant_of
-from core.request import GenerateRequest, Slo, WorkerId
+from core.request import NO_SLO, GenerateRequest, Slo, WorkerId
 
 logger = logging.getLogger(__name__)
 
@@ -119,21 +121,22 @@ def judge(
 
     ``ahead`` False: decode is judged by the load as it is now (load_forecast.py says why that is worse).
     """
-    prediction = predict(outlook, demand, delay_s, ahead=ahead)
+    if slo == NO_SLO:
+        return None
+    prefill_s = predict_ttft(outlook, demand) or 0.0
     if slo.ttft_s is not None:
-        ttft_s = waited_s + delay_s + (prediction.ttft_s or 0.0)
+        ttft_s = waited_s + delay_s + prefill_s
         if ttft_s > slo.ttft_s:
             excess_s, ahead_s = ttft_s - slo.ttft_s, queue_s(outlook)
             hopeless = ahead_s is not None and excess_s > waited_s + delay_s + ahead_s + _ROUNDING_S
-            retry_after_s = MAX_RETRY_AFTER_S if hopeless else excess_s
-            return Miss(Bound.SLO_TTFT, ttft_s, slo.ttft_s, retry_after_s, hopeless)
-    if slo.tpot_s is None or prediction.tpot_s is None or demand.max_tokens <= 1:
-        return None
-    if prediction.tpot_s > slo.tpot_s:
-        later_s = seconds_until_tpot(outlook, demand, slo.tpot_s, delay_s + (prediction.ttft_s or 0.0))
-        return Miss(
-            Bound.SLO_TPOT, prediction.tpot_s, slo.tpot_s, MAX_RETRY_AFTER_S if later_s is None else delay_s + later_s
-        )
+            return Miss(
+                Bound.SLO_TTFT, ttft_s, slo.ttft_s, MAX_RETRY_AFTER_S if hopeless else excess_s, hopeless=hopeless
+            )
+    if slo.tpot_s is not None and demand.max_tokens > 1:
+        tpot_s = predict_tpot(outlook, demand, delay_s + prefill_s, ahead=ahead)
+        if tpot_s is not None and tpot_s > slo.tpot_s:
+            later_s = seconds_until_tpot(outlook, demand, slo.tpot_s, delay_s + prefill_s)
+            return Miss(Bound.SLO_TPOT, tpot_s, slo.tpot_s, MAX_RETRY_AFTER_S if later_s is None else delay_s + later_s)
     return None
 
 
@@ -151,14 +154,17 @@ def lack_of_room(outlook: Outlook, demand: Demand, config: AdmissionConfig) -> W
             return outlook.prefill.worker_id
     if demand.max_tokens <= 1:
         return None  # it ends where it is prefilled
-    horizon_s = predict_ttft(outlook, demand) or 0.0
-    load = load_at(outlook, horizon_s)
-    sequences = round(load.sequences)  # chances add up to fractions; half a sequence is none
-    slots = config.decode_slots or outlook.decode.max_batch_size
-    too_many = slots is not None and sequences + demand.num_sequences > slots
-    if sequences and (too_many or pages_needed(outlook, demand) > load.pages_free):
-        return outlook.decode.worker_id
-    return None
+    slots = config.decode_slots or outlook.decode.max_batch_size or math.inf
+    pages = pages_needed(outlook, demand)
+
+    def has_room(load: DecodeLoad) -> bool:
+        sequences = round(load.sequences)  # chances add up to fractions; half a sequence is none
+        return not sequences or (sequences + demand.num_sequences <= slots and pages <= load.pages_free)
+
+    # Most often there is room whatever becomes of the rest, which takes no prediction of each.
+    if has_room(load_at(outlook, None)) or has_room(load_at(outlook, predict_ttft(outlook, demand) or 0.0)):
+        return None
+    return outlook.decode.worker_id
 
 
 # ---- keeping the books ----
@@ -207,10 +213,15 @@ class Ticket:
         if self._refusal is not None:
             raise self._refusal
 
+    def _as_released(self) -> Released:
+        assert self._demand is not None, "what is on a worker is known"
+        return Released(self._demand, self._decodes_from, self._decodes)
+
     def __repr__(self) -> str:
         return f"<ticket of {self.request.request_id}, {self._state.value}>"
 
 
+_T = TypeVar("_T")
 Propose = Callable[[Ticket], Proposal | None]  # None: no worker can take it now
 
 
@@ -223,7 +234,7 @@ class Admission:
         self._queue: FairQueue[Ticket] = FairQueue(config.weight_of)
         self._numbers = count()
         self._on_prefill: dict[WorkerId, dict[Ticket, None]] = {}  # first token awaited from there
-        self._on_decode: dict[WorkerId, dict[Ticket, None]] = {}  # decode there, or will
+        self._on_decode: dict[WorkerId, dict[Ticket, Released]] = {}  # decode there, or will
         self._foreign: dict[WorkerId, tuple[WorkerLoad, int]] = {}  # last report |-> sequences in it that are not ours
         self._measured = Measurements()
         self._drain = DrainRate()
@@ -305,7 +316,7 @@ class Admission:
     def arrived(self, ticket: Ticket, propose: Propose) -> None:
         """It was not released at once: refuse it if it would wait too long for its objectives, or if too many wait."""
         now, request = self._clock.now(), ticket.request
-        if request.slo.ttft_s is not None or request.slo.tpot_s is not None:
+        if request.slo != NO_SLO:
             proposal = propose(ticket)
             if proposal is not None:
                 outlook, demand = self._outlook(proposal, now), _demand(request, proposal.uncached_tokens)
@@ -336,6 +347,7 @@ class Admission:
         if ticket._tokens_to_first is not None:
             self._measured.first_token(ticket._tokens_to_first, now - ticket._released_at, now)
         if ticket._decode is not None:
+            self._on_decode[ticket._decode][ticket] = ticket._as_released()
             ticket._batch_at_first = self._present(ticket._decode)
         self.moved.set()
 
@@ -389,7 +401,7 @@ class Admission:
             expected=route.expected,
             prompts_ahead=len(ahead),
             tokens_ahead=sum(t._demand.uncached_tokens for t in ahead if t._demand is not None),
-            released=tuple(Released(t._demand, t._decodes_from, t._decodes) for t in ours if t._demand is not None),
+            released=tuple(ours.values()),
             foreign=self._count_foreign(route.decode),
         )
 
@@ -430,10 +442,10 @@ class Admission:
         ticket._decided.set()
 
     def _book(self, ticket: Ticket, route: Route) -> None:
-        assert ticket._demand is not None, "what is on a worker is known"
+        assert ticket._demand is not None, "it is set when it is released"
         if ticket._demand.max_tokens > 1:
             ticket._decode = route.decode.worker_id
-            self._on_decode.setdefault(ticket._decode, {})[ticket] = None
+            self._on_decode.setdefault(ticket._decode, {})[ticket] = ticket._as_released()
         if not ticket._decodes:
             ticket._prefill = (route.prefill or route.decode).worker_id
             self._on_prefill.setdefault(ticket._prefill, {})[ticket] = None
@@ -555,9 +567,10 @@ def _workers(route: Route) -> set[WorkerId]:
     return {route.decode.worker_id} | (set() if route.prefill is None else {route.prefill.worker_id})
 
 
-def _discard(books: dict[WorkerId, dict[Ticket, None]], worker_id: WorkerId, ticket: Ticket) -> None:
+def _discard(books: dict[WorkerId, dict[Ticket, _T]], worker_id: WorkerId, ticket: Ticket) -> None:
     """Take it off the worker's page, and the page out of the book when it is empty."""
-    page = books.get(worker_id, {})
-    page.pop(ticket, None)
-    if not page:
-        books.pop(worker_id, None)
+    page = books.get(worker_id)
+    if page is not None:
+        page.pop(ticket, None)
+        if not page:
+            del books[worker_id]

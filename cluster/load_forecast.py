@@ -61,14 +61,6 @@ class Outlook:
     foreign: int = 0  # sequences on ``decode`` that are not ours
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """None: not known."""
-
-    ttft_s: float | None  # from now
-    tpot_s: float | None
-
-
 def waiting_tokens(outlook: Outlook) -> int:
     """Prompt tokens ahead of the request. The worker's report lags, and ours are not all there are: the larger."""
     return max(outlook.prefill.load.num_waiting_tokens, outlook.tokens_ahead)
@@ -87,15 +79,6 @@ def queue_s(outlook: Outlook) -> float | None:
     return line.slope * tokens if line is not None and line.slope > 0 else None
 
 
-def predict(outlook: Outlook, demand: Demand, delay_s: float = 0.0, *, ahead: bool = True) -> Prediction:
-    """What the request would see if it were released ``delay_s`` from now. TTFT is counted from then.
-
-    ``ahead`` False judges decode by the load as it is now, as Mooncake's early rejection without prediction does.
-    """
-    ttft_s = predict_ttft(outlook, demand)
-    return Prediction(ttft_s, predict_tpot(outlook, demand, delay_s + (ttft_s or 0.0), ahead=ahead))
-
-
 def predict_ttft(outlook: Outlook, demand: Demand) -> float | None:
     """Seconds from release to first token."""
     if outlook.expected is not None:
@@ -108,7 +91,10 @@ def predict_ttft(outlook: Outlook, demand: Demand) -> float | None:
 
 
 def predict_tpot(outlook: Outlook, demand: Demand, horizon_s: float, *, ahead: bool = True) -> float | None:
-    """Seconds of each token after the first, if decode begins ``horizon_s`` from now."""
+    """Seconds of each token after the first, if decode begins ``horizon_s`` from now.
+
+    ``ahead`` False judges by the load as it is now, as Mooncake's early rejection without prediction does.
+    """
     present = _present(outlook)
     then = load_at(outlook, horizon_s).sequences if ahead else present
     step_now, step_then = (_step_s(outlook, demand, n + demand.num_sequences) for n in (present, then))
@@ -127,14 +113,15 @@ class DecodeLoad:
     pages_free: float
 
 
-def load_at(outlook: Outlook, horizon_s: float) -> DecodeLoad:
+def load_at(outlook: Outlook, horizon_s: float | None) -> DecodeLoad:
     """The load ``horizon_s`` from now, when what is there, or will have come by then, has grown to its expected length:
-    a page that is free now may be spoken for."""
-    at, output = outlook.now + horizon_s, outlook.times.output_tokens or 0.0
+    a page that is free now may be spoken for. None: if all had come and none ended, which is no less at any time."""
+    output = outlook.times.output_tokens or 0.0
     sequences, tokens_taken = float(outlook.foreign), 0.0
     for released in outlook.released:
-        demand, stays = released.demand, _presence(outlook, released, at)
-        growth = demand.num_sequences * min(output, demand.max_tokens)
+        demand = released.demand
+        stays = 1.0 if horizon_s is None else _presence(outlook, released, outlook.now + horizon_s)
+        growth = demand.num_sequences * (output if output < demand.max_tokens else demand.max_tokens)
         sequences += demand.num_sequences * stays
         if released.decodes:
             # Its prompt's pages are taken already: what ends gives them back, what stays has half its growth to come.

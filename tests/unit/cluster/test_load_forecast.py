@@ -20,8 +20,8 @@ from cluster.load_forecast import (
     Released,
     lasts,
     load_at,
-    predict,
     predict_tpot,
+    predict_ttft,
     queue_s,
     seconds_until_tpot,
 )
@@ -66,8 +66,8 @@ def arriving(at: float) -> Released:
 
 
 def test_nothing_known_predicts_nothing_and_no_objective_is_held_against_it() -> None:
-    assert predict(outlook(), DEMAND) == predict(outlook(tokens_ahead=10_000), DEMAND)
-    assert (predict(outlook(), DEMAND).ttft_s, predict(outlook(), DEMAND).tpot_s) == (None, None)
+    assert (predict_ttft(outlook(), DEMAND), predict_ttft(outlook(tokens_ahead=10_000), DEMAND)) == (None, None)
+    assert predict_tpot(outlook(foreign=1000), DEMAND, 1.0) is None
     assert judge(Slo(0.001, 0.001), outlook(foreign=1000), DEMAND, waited_s=0.0) is None
 
 
@@ -76,7 +76,7 @@ def test_ttft_is_the_queue_and_the_prompt_by_the_costs() -> None:
     seen = outlook(costs=COSTS, tokens_ahead=900, prompts_ahead=3)
 
     assert queue_s(seen) == pytest.approx(0.9)
-    assert predict(seen, replace(DEMAND, uncached_tokens=60)).ttft_s == pytest.approx(0.96)
+    assert predict_ttft(seen, replace(DEMAND, uncached_tokens=60)) == pytest.approx(0.96)
 
 
 def test_quadratic_costs_are_of_prompts_and_not_of_the_queue_as_one_prompt() -> None:
@@ -89,22 +89,22 @@ def test_quadratic_costs_are_of_prompts_and_not_of_the_queue_as_one_prompt() -> 
 def test_ttft_is_the_measured_line_where_no_costs_are_known() -> None:
     seen = outlook(times=TIMES, tokens_ahead=900)
 
-    assert predict(seen, DEMAND).ttft_s == pytest.approx(0.1 + 1.0)
+    assert predict_ttft(seen, DEMAND) == pytest.approx(0.1 + 1.0)
 
 
 def test_the_larger_of_the_workers_report_and_our_own_is_ahead() -> None:
     reported = worker("prefill-0", Role.PREFILL, load=WorkerLoad(num_waiting_tokens=500))
 
-    assert predict(outlook(costs=COSTS, prefill=reported, tokens_ahead=200), DEMAND).ttft_s == pytest.approx(0.6)
-    assert predict(outlook(costs=COSTS, prefill=reported, tokens_ahead=700), DEMAND).ttft_s == pytest.approx(0.8)
+    assert predict_ttft(outlook(costs=COSTS, prefill=reported, tokens_ahead=200), DEMAND) == pytest.approx(0.6)
+    assert predict_ttft(outlook(costs=COSTS, prefill=reported, tokens_ahead=700), DEMAND) == pytest.approx(0.8)
 
 
 def test_the_policys_forecast_is_used_if_there_is_one() -> None:
     expected = Forecast(ttft_s=7.0, tpot_s=0.5, bytes_shipped=0)
 
-    prediction = predict(outlook(expected=expected, times=ServiceTimes()), DEMAND)
+    seen = outlook(expected=expected)
 
-    assert (prediction.ttft_s, prediction.tpot_s) == (7.0, 0.5)
+    assert (predict_ttft(seen, DEMAND), predict_tpot(seen, DEMAND, 7.0)) == (7.0, 0.5)
 
 
 def test_the_policys_tpot_is_moved_from_the_load_now_to_the_load_when_prefill_ends() -> None:
@@ -115,8 +115,8 @@ def test_the_policys_tpot_is_moved_from_the_load_now_to_the_load_when_prefill_en
 
     seen = outlook(expected=expected, costs=COSTS, times=times, released=running)
 
-    assert predict(seen, DEMAND).tpot_s == pytest.approx(0.26 * 12 / 13)
-    assert predict(seen, DEMAND, ahead=False).tpot_s == pytest.approx(0.26)
+    assert predict_tpot(seen, DEMAND, 7.0) == pytest.approx(0.26 * 12 / 13)
+    assert predict_tpot(seen, DEMAND, 7.0, ahead=False) == pytest.approx(0.26)
 
 
 # ---- the load then ----
