@@ -33,13 +33,14 @@ from cluster.certificates import (
     summarize,
     write_files,
 )
-from cluster.config import ServiceConfig, load_config, service_document, service_schema
+from cluster.config import UNSALTED, ServiceConfig, load_config, service_document, service_schema
 from cluster.plan_command import EPILOG as PLAN_EPILOG
 from cluster.plan_command import plan
 from cluster.plan_document import check_section
 from cluster.tables import check_table, cluster_link_table, link_table, timing_table, worker_table
 from cluster.version import version
 from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
+from core.prefix_hash import tenant_of
 from protos import serving_pb2 as pb
 from protos import serving_pb2_grpc as rpc
 
@@ -253,6 +254,16 @@ def check(
         console.print(check_table(checks))
         console.print(f"{num_passed} of {len(checks)} links work" if checks else "there is no link to test")
     raise typer.Exit(0 if passed else 1)
+
+
+@app.command(epilog="Example: prfaas tenant team-a, or from standard input: prfaas tenant - < salt")
+def tenant(salt: Annotated[str, typer.Argument(help="A cache_salt; - reads it from standard input.")]) -> None:
+    """Print the name under which the configuration knows the tenant of a cache_salt (admission.tenant_weights).
+
+    The name tells nobody the salt. Requests without one belong to the tenant `unsalted`.
+    """
+    given = sys.stdin.read().rstrip("\n") if salt == "-" else salt
+    typer.echo(tenant_of(given.encode()) or UNSALTED)
 
 
 @config_app.command("check", epilog="Example: prfaas config check service.yaml --set engine.page_size=32")

@@ -244,8 +244,8 @@ class _Answer(Response):
         arrived_at = self._clock.now()
         try:
             try:
-                asked = _read_objectives(self._request)
                 body = await _read_json(self._request, self._config.http.max_body_bytes)
+                asked = _read_objectives(self._request)
                 call = self._parse(body)
             except InvalidRequest as error:
                 self._metrics.refuse(Door.HTTP, error)

@@ -26,10 +26,20 @@ def timing_table(complete: pb.GenerateComplete) -> Table:
         ("decode", f"{timing.decode_s:.3f} s after {timing.decode_queue_s:.3f} s in the queue"),
         ("first token, all", f"{timing.ttft_s:.3f} s, {timing.total_s:.3f} s"),
         ("tries", str(timing.num_attempts)),
+        *_objectives(timing),
     )
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _objectives(timing: pb.TimingBreakdown) -> Iterable[tuple[str, str]]:
+    """Rows of the objectives that the request had."""
+    for name, field in (("TTFT objective", "slo_ttft_met"), ("TPOT objective", "slo_tpot_met")):
+        if timing.HasField(field):
+            yield name, "met" if getattr(timing, field) else "missed"
+    if timing.slo_miss_expected:
+        yield "a miss was expected", timing.slo_miss_expected
 
 
 def worker_table(workers: Iterable[pb.WorkerInfo]) -> Table:

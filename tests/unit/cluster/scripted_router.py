@@ -44,6 +44,9 @@ TIMING = RequestTiming(
     total_s=0.5,
     bytes_shipped=4096,
     cached_tokens=3,
+    admission_s=0.125,
+    slo_ttft_met=True,
+    slo_miss_expected="slo_ttft: late",
 )
 
 

@@ -25,6 +25,7 @@ from cluster.view import LinkView
 from core.credentials import Credentials
 from core.errors import NoRoute, Overloaded, UnsupportedModel
 from core.link import LinkEstimate, ProbeReport
+from core.prefix_hash import tenant_of
 from core.request import ClusterId, EngineId, Role, WorkerId
 from tests.unit.cluster.conftest import ANSWER
 from tests.unit.cluster.scripted_router import MODEL, Gateway, worker
@@ -60,6 +61,15 @@ def run(door: GrpcGateway) -> Run:
 
 def invoke(*args: str) -> object:
     return CliRunner().invoke(cli.app, list(args))
+
+
+# ---- tenants ----
+
+
+def test_a_tenants_name_is_what_the_router_calls_it_and_not_its_salt():
+    assert invoke("tenant", "team-a").stdout == f"{tenant_of(b'team-a')}\n"
+    assert CliRunner().invoke(cli.app, ["tenant", "-"], input="team-a\n").stdout == f"{tenant_of(b'team-a')}\n"
+    assert invoke("tenant", "").stdout == "unsalted\n"
 
 
 # ---- generate ----
