@@ -189,6 +189,7 @@ class Ticket:
         self._refusal: PrfaasError | None = None
         self._place: Place[Ticket]
         self._joined_at = 0.0
+        self._arrived = False  # in the queue: it was not released at once
         self._demand: Demand | None = None
         self._prefill: WorkerId | None = None  # where its first token is awaited
         self._decode: WorkerId | None = None
@@ -316,6 +317,7 @@ class Admission:
     def arrived(self, ticket: Ticket, propose: Propose) -> None:
         """It was not released at once: refuse it if it would wait too long for its objectives, or if too many wait."""
         now, request = self._clock.now(), ticket.request
+        ticket._arrived = True
         if request.slo != NO_SLO:
             proposal = propose(ticket)
             if proposal is not None:
@@ -429,7 +431,7 @@ class Admission:
         outlook: Outlook | None = None,
         demand: Demand | None = None,
     ) -> None:
-        if len(self._queue) > 1 or now > ticket._joined_at:
+        if len(self._queue) > 1 or ticket._arrived:
             self._drain.note(ticket._place.cost, now)
         self._queue.serve(ticket._place)
         self._note_wait(ticket, now)
@@ -481,7 +483,8 @@ class Admission:
         self._note_wait(ticket, now)
 
     def _note_wait(self, ticket: Ticket, now: float) -> None:
-        ticket.waited_s = now - ticket._joined_at
+        # What is released at once has waited for the policy's decision only, which is part of finding a route.
+        ticket.waited_s = now - ticket._joined_at if ticket._arrived else 0.0
         self._wait_counts[bisect_left(WAIT_BUCKETS_S, ticket.waited_s)] += 1
         self._wait_sum_s += ticket.waited_s
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import cluster.launch
 from cluster import cli
+from cluster.admission import AdmissionCounters
 from cluster.certificates import Authority, write_files
 from cluster.config import ServiceConfig, service_document
 from cluster.grpc_gateway import GrpcGateway
@@ -195,6 +196,14 @@ async def test_status_json_has_numbers_as_numbers(run):
     first = info["workers"][0]
     assert (first["worker_id"], first["bytes_sent"], first["num_running"]) == ("decode-0", 1024, 0)
     assert info["num_retries"] == 2
+    assert (info["num_queued"], info["refusals"]) == (0, {})
+
+
+async def test_status_says_who_waits_and_what_was_refused(service, run):
+    admission = AdmissionCounters(num_queued=3, refusals_by_reason={"slo_ttft": 4, "max_queued": 1})
+    service.router.counters = replace(service.router.counters, admission=admission)
+    assert "3 queued, 5 refused (max_queued 1, slo_ttft 4)" in (await run("status")).stdout
+    assert json.loads((await run("status", "--json")).stdout)["refusals"] == {"slo_ttft": 4, "max_queued": 1}
 
 
 async def test_status_shows_links(service, run):
