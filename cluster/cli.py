@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,13 +33,14 @@ from cluster.certificates import (
     summarize,
     write_files,
 )
-from cluster.config import ServiceConfig, load_config, service_document, service_schema
+from cluster.config import UNSALTED, ServiceConfig, load_config, service_document, service_schema
 from cluster.plan_command import EPILOG as PLAN_EPILOG
 from cluster.plan_command import plan
 from cluster.plan_document import check_section
 from cluster.tables import check_table, cluster_link_table, link_table, timing_table, worker_table
 from cluster.version import version
 from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
+from core.prefix_hash import tenant_of
 from protos import serving_pb2 as pb
 from protos import serving_pb2_grpc as rpc
 
@@ -187,7 +188,8 @@ def status(
     console.print(
         f"{info.model}, prfaas {info.version}, up {info.uptime_s:.0f} s, policy {info.policy}: "
         f"{info.num_inflight} running, {info.num_requests} requests so far, "
-        f"{info.num_retries} retries, {info.num_resumes} resumes",
+        f"{info.num_retries} retries, {info.num_resumes} resumes, {info.num_queued} queued, "
+        f"{sum(info.refusals.values())} refused{_by_reason(info.refusals)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -252,6 +254,16 @@ def check(
         console.print(check_table(checks))
         console.print(f"{num_passed} of {len(checks)} links work" if checks else "there is no link to test")
     raise typer.Exit(0 if passed else 1)
+
+
+@app.command(epilog="Example: prfaas tenant team-a, or from standard input: prfaas tenant - < salt")
+def tenant(salt: Annotated[str, typer.Argument(help="A cache_salt; - reads it from standard input.")]) -> None:
+    """Print the name under which the configuration knows the tenant of a cache_salt (admission.tenant_weights).
+
+    The name tells nobody the salt. Requests without one belong to the tenant `unsalted`.
+    """
+    given = sys.stdin.read().rstrip("\n") if salt == "-" else salt
+    typer.echo(tenant_of(given.encode()) or UNSALTED)
 
 
 @config_app.command("check", epilog="Example: prfaas config check service.yaml --set engine.page_size=32")
@@ -407,12 +419,18 @@ def _typed_lines() -> Iterator[str]:
 # ---- showing ----
 
 
+def _by_reason(counts: Mapping[str, int]) -> str:
+    return f" ({', '.join(f'{reason} {number}' for reason, number in sorted(counts.items()))})" if counts else ""
+
+
 def _as_dict(message: Message) -> dict[str, Any]:
     """Every field by its proto name, defaults included. protobuf's own JSON writes 64-bit integers as strings."""
 
     def plain(value: object) -> object:
         if isinstance(value, Message):
             return _as_dict(value)
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
         return value if isinstance(value, str | int | float) else [plain(item) for item in value]  # type: ignore[attr-defined]
 
     return {

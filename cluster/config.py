@@ -16,13 +16,15 @@ from cluster.routing_policy import POLICIES
 from cluster.yaml_source import overridden, read_yaml
 from core.credentials import Credentials
 from core.errors import InvalidConfig
-from core.request import ClusterId, Role, WorkerId
+from core.request import ClusterId, Role, Slo, WorkerId
 from engine.config import DEVICES, DTYPES, EngineConfig
 from kv_transfer.config import CHECKSUMS, CODECS, DIALS, KvTransferConfig, LinkConfig
 
 PLACEMENTS = ("PACK", "SPREAD")
 TLS_MODES = ("auto", "on", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+ON_MISS = ("reject", "serve")
+UNSALTED = "unsalted"  # what ``admission.tenant_weights`` calls requests without a cache_salt
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class RouterConfig:
     """How requests find workers.
 
     policy: how a prefill and a decode worker are chosen.
-    max_inflight: requests beyond it are refused with 429 / RESOURCE_EXHAUSTED.
+    max_inflight: requests beyond it, those that wait for their turn included, are refused with 429 /
+        RESOURCE_EXHAUSTED.
     max_attempts: tries of one continuation before its failure is given to the client.
     lease_s: a worker not heard of for so many seconds is out of the view.
     no_route_wait_s: how many seconds a request waits for a worker to appear (one may be restarting).
@@ -76,6 +79,73 @@ class RouterConfig:
         _require(self.max_attempts >= 1, "router.max_attempts", "must be at least 1", self.max_attempts)
         _require(self.lease_s > 0, "router.lease_s", "must be above 0 s", self.lease_s)
         _require(self.no_route_wait_s >= 0, "router.no_route_wait_s", "must be at least 0 s", self.no_route_wait_s)
+
+
+@dataclass(frozen=True)
+class AdmissionConfig:
+    """Which requests start at once, which wait in the gateway for their turn, and which are refused with 429 /
+    RESOURCE_EXHAUSTED and a Retry-After (docs/admission.md).
+
+    ttft_slo_s: seconds to the first token that a request is promised if it asks for nothing else (``x-slo-ttft-ms``);
+        null: none.
+    tpot_slo_s: seconds between later tokens, likewise (``x-slo-tpot-ms``).
+    on_miss: what becomes of a request whose SLO is predicted to be missed: ``reject``, or ``serve`` it all the same,
+        which its answer says and a counter counts.
+    max_queued: continuations that may wait for their turn, of all tenants together; 0: none waits. One too many: the
+        last of the tenant that waits for most gives way.
+    max_queued_per_tenant: likewise of each tenant (``cache_salt``); null: only ``max_queued`` bounds it.
+    max_wait_s: seconds after which a request that still waits is refused.
+    ageing_s: a request that came so many seconds earlier counts as one priority class higher.
+    tenant_weights: shares of tenants when they compete, by name (``prfaas tenant SALT`` prints it; ``unsalted`` is
+        those without a cache_salt); 1 for whoever is not named.
+    prefill_queue_s: predicted seconds of prompts that a prefill worker should hold; more wait in the gateway.
+    prefill_queue_tokens: the same in uncomputed prompt tokens, while nothing is known of its speed.
+    decode_slots: sequences that a decode worker should hold when the prompt's prefill ends; null: as many as its batch.
+    """
+
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+    on_miss: str = "reject"
+    max_queued: int = 512
+    max_queued_per_tenant: int | None = None
+    max_wait_s: float = 60.0
+    ageing_s: float = 5.0
+    tenant_weights: dict[str, float] = field(default_factory=dict)
+    prefill_queue_s: float = 2.0
+    prefill_queue_tokens: int = 32768
+    decode_slots: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_slo_s", "tpot_slo_s"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"admission.{name}", "must be null or above 0 s", value)
+        _require_word(self.on_miss in ON_MISS, "admission.on_miss", ON_MISS, self.on_miss)
+        _require(self.max_queued >= 0, "admission.max_queued", "must be at least 0", self.max_queued)
+        for name in ("max_queued_per_tenant", "decode_slots"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"admission.{name}", "must be null or at least 1", value)
+        for name in ("max_wait_s", "ageing_s"):
+            _require(getattr(self, name) > 0, f"admission.{name}", "must be above 0 s", getattr(self, name))
+        _require(self.prefill_queue_s >= 0, "admission.prefill_queue_s", "must be at least 0 s", self.prefill_queue_s)
+        _require(
+            self.prefill_queue_tokens >= 0,
+            "admission.prefill_queue_tokens",
+            "must be at least 0",
+            self.prefill_queue_tokens,
+        )
+        for tenant, weight in self.tenant_weights.items():
+            _require(weight > 0, f"admission.tenant_weights.{tenant}", "must be above 0", weight)
+
+    def slo_for(self, asked: Slo) -> Slo:
+        """The objectives of a request that asked for ``asked``: what it left open is promised by default."""
+        return Slo(
+            ttft_s=self.ttft_slo_s if asked.ttft_s is None else asked.ttft_s,
+            tpot_s=self.tpot_slo_s if asked.tpot_s is None else asked.tpot_s,
+        )
+
+    def weight_of(self, tenant: str) -> float:
+        """The share of a tenant, by the name that ``tenant_of`` gives it."""
+        return self.tenant_weights.get(tenant or UNSALTED, 1.0)
 
 
 @dataclass(frozen=True)
@@ -195,6 +265,7 @@ class ServiceConfig:
     kv_transfer: KvTransferConfig = field(default_factory=KvTransferConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
     grpc: GrpcConfig = field(default_factory=GrpcConfig)
     ray: RayConfig = field(default_factory=RayConfig)
@@ -260,6 +331,7 @@ class WorkerConfig:
 
 
 CHOICES: config_schema.Choices = {
+    (AdmissionConfig, "on_miss"): ON_MISS,
     (TlsConfig, "mode"): TLS_MODES,
     (LinkConfig, "dial"): DIALS,
     (LinkConfig, "checksum"): CHECKSUMS,

@@ -6,12 +6,15 @@ testable against a scripted router, and are the whole list of what they may call
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from enum import StrEnum
 from typing import Protocol
 
+from cluster.admission import AdmissionCounters
 from cluster.link_tester import PairResult
 from cluster.view import ClusterView, ModelInfo
+from core.errors import Overloaded
 from core.request import GenerateRequest, OutputChunk, RequestId, Role
 
 _MAX_REASONS = 4  # of many pairs that fail alike, a few say it
@@ -37,6 +40,8 @@ class Counters(Protocol):
     def retries_by_reason(self) -> Mapping[str, int]: ...
     @property
     def resumes_by_reason(self) -> Mapping[str, int]: ...
+    @property
+    def admission(self) -> AdmissionCounters: ...
 
 
 class RequestRouter(Protocol):
@@ -87,6 +92,11 @@ class ClusterMembership(Protocol):
     def probes_by_outcome(self) -> Mapping[str, int]:
         """Self-tests of links so far: ``passed``, or the class of the error."""
         ...
+
+
+def retry_after(error: Overloaded) -> int:
+    """Whole seconds, at least one, as HTTP's Retry-After wants them."""
+    return max(1, math.ceil(error.retry_after_s))
 
 
 def not_ready_reason(membership: ClusterMembership) -> str | None:

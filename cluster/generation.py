@@ -23,19 +23,21 @@ from dataclasses import dataclass, replace
 
 from cluster.config import ServiceConfig
 from cluster.front_door import ClusterMembership, Door, RequestRouter
-from cluster.metrics import Metrics, Outcome, RequestRecord
+from cluster.metrics import Metrics, Outcome, RequestRecord, SloResult
 from cluster.stop_strings import StopStrings
 from cluster.tokenizer import ChatMessage, Tokenizer
 from cluster.view import ModelInfo
 from core.clock import Clock
 from core.errors import InvalidRequest, NoRoute, UnknownModel
 from core.request import (
+    NO_SLO,
     FinishReason,
     GenerateRequest,
     OutputChunk,
     RequestId,
     RequestTiming,
     SamplingParams,
+    Slo,
     TokenLogprob,
 )
 
@@ -83,6 +85,8 @@ class TextRequest:
     model: str | None = None  # None: whatever is served
     salt: bytes = b""
     deadline_at: float | None = None
+    slo: Slo = NO_SLO  # what the client asked for; the rest is the configuration's
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +164,7 @@ class Generation:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._model_name = config.model_name
+        self._admission = config.admission
         self._clock = clock
         self._seeds = seeds
 
@@ -225,6 +230,8 @@ class Generation:
             salt=request.salt,
             arrived_at=request.arrived_at,
             deadline_at=request.deadline_at,
+            slo=self._admission.slo_for(request.slo),
+            priority=request.priority,
         )
         return PreparedRequest(generate, request.door, tokenize_s)
 
@@ -282,7 +289,18 @@ class _Progress:
             generated_tokens=sum(len(c.output_token_ids) for c in self.continuations),
             ttft_s=None if first_at is None else first_at - request.arrived_at,
             tpot_s=tuple(c.tpot_s for c in self.continuations if c.tpot_s is not None),
+            slo_result=self._slo_result(outcome),
         )
+
+    def _slo_result(self, outcome: Outcome) -> SloResult | None:
+        """The first continuation's first token is the request's; the tokens of all are to come in time."""
+        if self._request.slo == NO_SLO:
+            return None
+        timings = [c.timing for c in self.continuations if c.timing is not None]
+        if outcome is not Outcome.OK or not timings:
+            return SloResult.of(outcome)
+        ttft_missed = timings[0].slo_ttft_met is False
+        return SloResult.of(outcome, ttft_missed, any(t.slo_tpot_met is False for t in timings))
 
 
 class _Continuation:
@@ -306,6 +324,7 @@ class _Continuation:
         self.output_token_ids: list[int] = []
         self.cached_tokens = 0
         self.first_token_at: float | None = None
+        self.timing: RequestTiming | None = None  # when it has finished
         self._last_token_at = 0.0
         self.finished = False
 
@@ -380,6 +399,7 @@ class _Continuation:
         assert chunk.finish_reason is not None
         assert not self.finished, "a continuation ends once"
         self.finished = True
+        self.timing = chunk.timing
         return Finish(
             reason=FinishReason.STOP if self.stopped else chunk.finish_reason,
             text="".join(self._text),

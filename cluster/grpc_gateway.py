@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha import reflection
 from cluster.cluster_info import cluster_link_info, link_check, link_info, worker_info
 from cluster.cluster_links import by_cluster_pair
 from cluster.config import ServiceConfig
-from cluster.front_door import ClusterMembership, Door, LinkTests, RequestRouter, not_ready_reason
+from cluster.front_door import ClusterMembership, Door, LinkTests, RequestRouter, not_ready_reason, retry_after
 from cluster.generation import (
     ChatPrompt,
     Generation,
@@ -54,7 +54,7 @@ from core.errors import (
     TransferError,
     UnknownModel,
 )
-from core.request import RequestId, RequestTiming, SamplingParams
+from core.request import RequestId, RequestTiming, SamplingParams, Slo
 from protos import serving_pb2 as pb
 from protos import serving_pb2_grpc as rpc
 
@@ -240,6 +240,9 @@ class GenerationServicer(rpc.GenerationServicer):
                 num_requests=counters.num_requests,
                 num_retries=counters.num_retries,
                 num_resumes=counters.num_resumes,
+                num_queued=counters.admission.num_queued,
+                refusals=counters.admission.refusals_by_reason,
+                misses_served=counters.admission.misses_served_by_reason,
                 links=[link_info(link, now) for link in view.links.values()],
                 cluster_links=[cluster_link_info(pair) for pair in pairs],
             )
@@ -268,6 +271,11 @@ class GenerationServicer(rpc.GenerationServicer):
             model=request.model or None,
             salt=request.cache_salt.encode(),
             deadline_at=None if time_remaining_s is None else now + time_remaining_s,
+            slo=Slo(
+                ttft_s=request.slo_ttft_s if request.HasField("slo_ttft_s") else None,
+                tpot_s=request.slo_tpot_s if request.HasField("slo_tpot_s") else None,
+            ),
+            priority=request.priority,
         )
 
     def _check_size(self, request: pb.GenerateRequest | pb.TokenizeRequest | pb.DetokenizeRequest) -> None:
@@ -286,7 +294,13 @@ async def _errors_as_statuses(context: _Context) -> AsyncIterator[None]:
     except PrfaasError as error:
         if isinstance(error, Overloaded):
             pushback_ms = str(round(error.retry_after_s * 1000))
-            context.set_trailing_metadata((("grpc-retry-pushback-ms", pushback_ms),))
+            context.set_trailing_metadata(
+                (
+                    ("grpc-retry-pushback-ms", pushback_ms),
+                    ("retry-after", str(retry_after(error))),
+                    ("x-prfaas-rejection", error.reason),
+                )
+            )
         status = next(status for kind, status in _STATUS if isinstance(error, kind))
         await context.abort(status, _details(error))
     except grpc.aio.AbortError:
@@ -413,4 +427,8 @@ def _timing(timing: RequestTiming | None, tokenize_s: float) -> pb.TimingBreakdo
         pulled_tokens=timing.pulled_tokens,
         bytes_pulled=timing.bytes_pulled,
         pull_s=timing.pull_s,
+        admission_s=timing.admission_s,
+        slo_ttft_met=timing.slo_ttft_met,
+        slo_tpot_met=timing.slo_tpot_met,
+        slo_miss_expected=timing.slo_miss_expected,
     )

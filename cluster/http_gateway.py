@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import socket
 import string
 import uuid
@@ -33,7 +34,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster import openai_api
 from cluster.config import ServiceConfig
-from cluster.front_door import ClusterMembership, Door, RequestRouter, not_ready_reason
+from cluster.front_door import ClusterMembership, Door, RequestRouter, not_ready_reason, retry_after
 from cluster.generation import Finish, Generation, LogprobText, PreparedRequest, TextChunk, TextRequest
 from cluster.metrics import Metrics
 from cluster.version import version
@@ -50,7 +51,7 @@ from core.errors import (
     TransferError,
     UnknownModel,
 )
-from core.request import RequestId
+from core.request import MAX_PRIORITY, RequestId, Slo
 
 logger = logging.getLogger(__name__)
 
@@ -244,6 +245,7 @@ class _Answer(Response):
         try:
             try:
                 body = await _read_json(self._request, self._config.http.max_body_bytes)
+                asked = _read_objectives(self._request)
                 call = self._parse(body)
             except InvalidRequest as error:
                 self._metrics.refuse(Door.HTTP, error)
@@ -253,12 +255,12 @@ class _Answer(Response):
         except PrfaasError as error:
             await _error_response(error)(scope, receive, send)
             return
-        await _until_disconnect(receive, self._run(call, arrived_at, _Sender(scope, receive, send)))
+        await _until_disconnect(receive, self._run(call, asked, arrived_at, _Sender(scope, receive, send)))
 
-    async def _run(self, call: openai_api.Call, arrived_at: float, sender: _Sender) -> None:
+    async def _run(self, call: openai_api.Call, asked: _Objectives, arrived_at: float, sender: _Sender) -> None:
         """Answer ``call``; an error is told to the client in the way that is still possible."""
         try:
-            prepared = await self._prepare(call, arrived_at)
+            prepared = await self._prepare(call, asked, arrived_at)
             async with aclosing(_choices(self._generation, prepared)) as chunks:
                 run = _Run(call, prepared, call.format(self._config.model_name, int(unix_time())), chunks)
                 await (run.stream(sender) if call.stream else run.collect(sender))
@@ -270,7 +272,7 @@ class _Answer(Response):
             logger.exception("an HTTP request failed for a reason that is ours")
             await sender.error(PrfaasError("internal error, see the gateway's log"))
 
-    async def _prepare(self, call: openai_api.Call, arrived_at: float) -> list[PreparedRequest]:
+    async def _prepare(self, call: openai_api.Call, asked: _Objectives, arrived_at: float) -> list[PreparedRequest]:
         """Every prompt, checked before any of them starts."""
         name = f"http-{uuid.uuid4().hex}"
         many = len(call.prompts) > 1
@@ -284,6 +286,8 @@ class _Answer(Response):
                 arrived_at=arrived_at,
                 model=call.model,
                 salt=call.salt,
+                slo=asked.slo,
+                priority=call.priority if asked.priority is None else asked.priority,
             )
             for position, prompt in enumerate(call.prompts)
         ]
@@ -472,6 +476,41 @@ async def _read_json(request: Request, max_bytes: int) -> object:
         raise InvalidRequest("body", f"must be JSON: {error}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class _Objectives:
+    """What a request's headers ask for; None: nothing."""
+
+    slo: Slo
+    priority: int | None
+
+
+def _read_objectives(request: Request) -> _Objectives:
+    """``x-slo-ttft-ms``, ``x-slo-tpot-ms`` and ``x-priority``; ``InvalidRequest`` naming the header."""
+    headers = request.headers
+    slo = Slo(*(_milliseconds(name, headers.get(name)) for name in ("x-slo-ttft-ms", "x-slo-tpot-ms")))
+    given = headers.get("x-priority")
+    if given is None:
+        return _Objectives(slo, None)
+    if not re.fullmatch(r"[+-]?[0-9]{1,9}", given, re.ASCII) or abs(int(given)) > MAX_PRIORITY:
+        raise InvalidRequest(
+            "x-priority", f"must be an integer between {-MAX_PRIORITY} and {MAX_PRIORITY}, got {given!r}"
+        )
+    return _Objectives(slo, int(given))
+
+
+def _milliseconds(header: str, given: str | None) -> float | None:
+    """Seconds."""
+    if given is None:
+        return None
+    try:
+        milliseconds = float(given)
+    except ValueError:
+        milliseconds = math.nan
+    if not 0 < milliseconds < math.inf:
+        raise InvalidRequest(header, f"must be a number of milliseconds above 0, got {given!r}")
+    return milliseconds / 1000
+
+
 def _vendor(timings: Sequence[object]) -> dict[str, object]:
     return {"prfaas": {"timing": timings}}
 
@@ -492,13 +531,24 @@ def _status(error: PrfaasError) -> _Status:
 def _error_body(error: PrfaasError) -> dict[str, object]:
     status = _status(error)
     param = error.field if isinstance(error, InvalidRequest) else None
-    return openai_api.error_body(str(error), status.kind, param, status.name)
+    body = openai_api.error_body(str(error), status.kind, param, status.name)
+    if isinstance(error, Overloaded):
+        body["prfaas"] = {
+            "rejection": {
+                "reason": error.reason,
+                "predicted": error.predicted,
+                "allowed": error.allowed,
+                "retry_after_s": error.retry_after_s,
+            }
+        }
+    return body
 
 
 def _error_response(error: PrfaasError) -> Response:
     headers = {}
     if isinstance(error, Overloaded):
-        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        headers["retry-after"] = str(retry_after(error))
+        headers["x-prfaas-rejection"] = error.reason
     elif isinstance(error, NoRoute):
         headers["retry-after"] = str(_NO_ROUTE_RETRY_AFTER_S)
     return JSONResponse(_error_body(error), status_code=_status(error).code, headers=headers)

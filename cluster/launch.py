@@ -215,7 +215,8 @@ class _Service:
 
     async def _open_doors(self, cluster: _Cluster) -> None:
         config, membership = self._config, cluster.membership
-        router = Router(membership, make_policy(config.router.policy), config.router, self._clock, cluster.gateway_id)
+        policy = make_policy(config.router.policy)
+        router = Router(membership, policy, config.router, self._clock, cluster.gateway_id, config.admission)
         self._router = router
         self._opened.push_async_callback(router.drain, 0.0)
         metrics = Metrics(membership, router, config.kv_transfer.capacity)

@@ -467,6 +467,7 @@ class _Member:
             pages_total=description.pages_total,
             load=self.state.load,
             num_assigned=self.client.num_open,
+            max_batch_size=description.max_batch_size,
         )
 
 

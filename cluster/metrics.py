@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
+from cluster.admission import WAIT_BUCKETS_S, AdmissionCounters
 from cluster.cluster_links import Capacity, ClusterPair, by_cluster_pair
 from cluster.front_door import ClusterMembership, Door, RequestRouter
 from cluster.view import WorkerView
@@ -58,6 +60,34 @@ _OUTCOMES: tuple[tuple[type[BaseException], Outcome], ...] = (
 )
 
 
+class SloResult(StrEnum):
+    """What became of a request that had an objective, as the ``result`` label.
+
+    Goodput is ``met`` over all: jointly for each request, and what was refused or failed is a miss (DistServe, vLLM).
+    """
+
+    MET = "met"
+    TTFT_MISSED = "ttft_missed"
+    TPOT_MISSED = "tpot_missed"
+    BOTH_MISSED = "both_missed"
+    REFUSED = "refused"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @classmethod
+    def of(cls, outcome: Outcome, ttft_missed: bool = False, tpot_missed: bool = False) -> SloResult:
+        """The result of a request that ended so; one without a second token has no TPOT to miss."""
+        if outcome is Outcome.OVERLOADED:
+            return cls.REFUSED
+        if outcome is Outcome.CANCELLED:
+            return cls.CANCELLED
+        if outcome is not Outcome.OK:
+            return cls.FAILED
+        if ttft_missed:
+            return cls.BOTH_MISSED if tpot_missed else cls.TTFT_MISSED
+        return cls.TPOT_MISSED if tpot_missed else cls.MET
+
+
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
     """One request when it has ended; ``tpot_s`` has an entry for each continuation of two tokens or more."""
@@ -70,6 +100,7 @@ class RequestRecord:
     generated_tokens: int
     ttft_s: float | None
     tpot_s: tuple[float, ...]
+    slo_result: SloResult | None = None  # None: it had no objective
 
 
 class Metrics:
@@ -105,6 +136,12 @@ class Metrics:
             "Prompt tokens that a prefill worker found in its prefix cache.",
             registry=self.registry,
         )
+        self._slo = Counter(
+            "prfaas_slo_requests",
+            "Requests with an objective, by what became of it; goodput is met over all.",
+            ("result",),
+            registry=self.registry,
+        )
         self._generated_tokens = Counter("prfaas_generated_tokens", "Tokens sent to clients.", registry=self.registry)
         self.registry.register(_AtScrape(membership, router, capacity))
 
@@ -122,6 +159,8 @@ class Metrics:
             self._ttft.observe(record.ttft_s)
         for tpot_s in record.tpot_s:
             self._tpot.observe(tpot_s)
+        if record.slo_result is not None:
+            self._slo.labels(record.slo_result).inc()
         if record.outcome is Outcome.OK:
             self._e2e.observe(record.e2e_s)
 
@@ -142,7 +181,9 @@ class _AtScrape(Collector):
         return ()  # not asked at registration: there may be no worker yet
 
     def collect(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily("prfaas_requests_inflight", "Requests that run now.", value=self._router.num_inflight)
+        yield GaugeMetricFamily(
+            "prfaas_requests_inflight", "Requests that run or wait for their turn.", value=self._router.num_inflight
+        )
         counters = self._router.counters
         yield _by_reason(
             "prfaas_retries", "Tries repeated before their first token, by reason.", counters.retries_by_reason.items()
@@ -152,6 +193,7 @@ class _AtScrape(Collector):
             "Continuations gone on elsewhere with their tokens so far, by reason.",
             counters.resumes_by_reason.items(),
         )
+        yield from _of_admission(counters.admission)
         yield _by_reason(
             "prfaas_link_self_tests",
             "Self-tests of a pair of workers: passed, or the kind of the error.",
@@ -161,6 +203,30 @@ class _AtScrape(Collector):
         view = self._membership.view()
         yield from _of_workers(view.workers)
         yield from _of_links(by_cluster_pair(view, self._capacity))
+
+
+def _of_admission(admission: AdmissionCounters) -> Iterator[Metric]:
+    yield _by_reason(
+        "prfaas_rejections", "Requests refused as overload, by the bound.", admission.refusals_by_reason.items()
+    )
+    yield _by_reason(
+        "prfaas_slo_misses_served",
+        "Requests served although a miss of that objective was predicted.",
+        admission.misses_served_by_reason.items(),
+    )
+    queued = GaugeMetricFamily(
+        "prfaas_queued_continuations", "Continuations that wait in the gateway for their turn.", labels=("tenant",)
+    )
+    for tenant, size in admission.queued_by_tenant.items():
+        queued.add_metric((tenant,), size)
+    yield queued
+    bounds = (*map(floatToGoString, WAIT_BUCKETS_S), "+Inf")
+    yield HistogramMetricFamily(
+        "prfaas_admission_wait_seconds",
+        "Waited in the gateway for a turn, of requests that got one, were refused or went away.",
+        buckets=list(zip(bounds, admission.wait_counts, strict=True)),
+        sum_value=admission.wait_sum_s,
+    )
 
 
 def _by_reason(name: str, doc: str, counts: Iterable[tuple[str, int]], label: str = "reason") -> Metric:

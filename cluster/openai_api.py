@@ -30,7 +30,7 @@ from cluster.generation import (
 )
 from cluster.tokenizer import ChatMessage
 from core.errors import InvalidRequest
-from core.request import SamplingParams
+from core.request import MAX_PRIORITY, SamplingParams
 
 MAX_PROMPTS = 256
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat's is what the context holds
@@ -41,7 +41,6 @@ _HARMLESS = frozenset(
         "metadata",
         "parallel_tool_calls",
         "prediction",
-        "priority",
         "prompt_cache_key",
         "prompt_cache_retention",
         "request_id",
@@ -101,6 +100,7 @@ class Call:
     stream: bool
     include_usage: bool
     salt: bytes
+    priority: int  # higher goes first
     aliases: Mapping[str, str]
 
 
@@ -238,6 +238,7 @@ class _Sampling(_Strict):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     cache_salt: str | None = None
+    priority: int | None = None
 
     def sampling(self, **more: object) -> SamplingParams:
         """The parameters; what is null takes ``SamplingParams``' default."""
@@ -332,8 +333,18 @@ def _call(
         stream=bool(body.stream),
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         salt=(body.cache_salt or "").encode(),
+        priority=_priority(body.priority or 0),
         aliases=aliases,
     )
+
+
+def _priority(given: int) -> int:
+    """vLLM's field: the lower goes first. Ours is the other way round, as most routers' is."""
+    if abs(given) > MAX_PRIORITY:
+        raise InvalidRequest(
+            "priority", f"must be between {-MAX_PRIORITY} and {MAX_PRIORITY} (the lower goes first), got {given}"
+        )
+    return -given
 
 
 def renamed(error: InvalidRequest, aliases: Mapping[str, str]) -> InvalidRequest:

@@ -2,8 +2,9 @@
 
 The life of a request, and who owns what at each step:
 
-1. ``Router.generate`` admits it (bounded in flight, no two with one id) and splits it into n *continuations*. The
-   router owns the request from here to the end of the generator; nothing else remembers it.
+1. ``Router.generate`` takes it (bounded in flight, no two with one id), splits it into n *continuations* and waits for
+   its turn (admission.py), or raises ``Overloaded``. The router owns the request from here to the end of the generator;
+   nothing else remembers it.
 2. A continuation makes an *attempt*: ``policy.route(request, membership.view())`` chooses a prefill worker P and a
    decode worker D. No worker: it waits for one, up to ``no_route_wait_s``.
 3. The attempt is announced to D (``Decode``; D owns a name, no pages), then queued at P (``Prefill``; P owns the
@@ -37,7 +38,8 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-from cluster.config import RouterConfig
+from cluster.admission import Admission, AdmissionCounters, Bound, Proposal, Ticket
+from cluster.config import AdmissionConfig, RouterConfig
 from cluster.membership import Membership
 from cluster.prefix_index import PrefixMatch
 from cluster.routing_policy import RouteRequest, RoutingPolicy
@@ -49,7 +51,6 @@ from core.errors import (
     DeadlineExceeded,
     InvalidRequest,
     NoRoute,
-    Overloaded,
     PeerLost,
     PrfaasError,
     SequenceFailed,
@@ -76,7 +77,10 @@ logger = logging.getLogger(__name__)
 
 HANDOVER_REPORT_WAIT_S = 0.1  # a finish waits so long for P's report of the hand-over, for the timing only
 SAME_WORKER_BACKOFF_S = 0.1  # before the first retry on a worker that failed the sequence; doubles with each attempt
+STOPPING = "the gateway is stopping and takes no new requests"
 WIND_UP_S = 1.0  # after a drain: for generators to end and for workers to hear of aborts
+RELEASE_POLL_S = 0.05  # while requests wait for their turn: how often the workers' loads are looked at
+RELEASE_GAP_S = 0.01  # after nobody's turn came, whatever happens meanwhile: asking costs decisions of the policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,7 @@ class RouterCounters:
     num_resumes: int
     retries_by_reason: Mapping[str, int]
     resumes_by_reason: Mapping[str, int]
+    admission: AdmissionCounters
 
 
 class Router:
@@ -104,12 +109,16 @@ class Router:
         config: RouterConfig,
         clock: Clock,
         gateway_id: GatewayId,
+        admission: AdmissionConfig | None = None,
     ) -> None:
+        """``admission`` None: its defaults."""
         self._membership = membership
         self._policy = policy
         self._config = config
         self._clock = clock
         self._gateway_id = gateway_id
+        self._admission = Admission(admission or AdmissionConfig(), clock)
+        self._releasing: asyncio.Task[None] | None = None  # while requests wait for their turn
         self._flights: dict[RequestId, _Flight] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -131,6 +140,7 @@ class Router:
         """
         flight = self._admit(request)
         try:
+            await self._wait_for_turn(flight)
             async with aclosing(self._stream(flight)) as chunks:
                 async for chunk in chunks:
                     yield chunk
@@ -159,7 +169,7 @@ class Router:
 
     @property
     def num_inflight(self) -> int:
-        """Requests admitted and not ended."""
+        """Requests taken and not ended, those that wait for their turn included."""
         return len(self._flights)
 
     @property
@@ -171,14 +181,17 @@ class Router:
             num_resumes=self._resumes.total(),
             retries_by_reason=dict(self._retries),
             resumes_by_reason=dict(self._resumes),
+            admission=self._admission.counters,
         )
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests, let those in flight end for up to ``timeout_s``, then cancel the rest.
+        """Refuse new requests and those that wait for their turn, let the others end for up to ``timeout_s``, then
+        cancel the rest.
 
         True if none had to be cancelled. When it returns, the workers were told of every abort that they could hear.
         """
         self._draining = True
+        self._admission.close(lambda: NoRoute(STOPPING))
         finished = await self._wait_idle(timeout_s)
         if not finished:
             logger.warning("%d requests are cancelled: not finished %g s after the drain", self.num_inflight, timeout_s)
@@ -195,17 +208,19 @@ class Router:
 
     def _admit(self, request: GenerateRequest) -> _Flight:
         if self._draining:
-            raise NoRoute("the gateway is stopping and takes no new requests")
+            raise NoRoute(STOPPING)
         if request.request_id in self._flights:
             raise InvalidRequest("request_id", f"{request.request_id!r} is in flight already")
-        if len(self._flights) >= self._config.max_inflight:
-            raise Overloaded(f"{len(self._flights)} requests are in flight, which is the most this gateway takes")
+        num_inflight, most = len(self._flights), self._config.max_inflight
+        if num_inflight >= most:
+            message = f"{num_inflight} requests are in flight, which is the most this gateway takes"
+            raise self._admission.overloaded(Bound.MAX_INFLIGHT, message, 1.0, num_inflight + 1, most)
         if request.deadline_at is not None and request.deadline_at <= self._clock.now():
             raise DeadlineExceeded("the deadline had passed before the request was started")
         # Clients may use one request id again, and at several gateways at once: what workers see must be unique.
         name = RequestId(f"{self._gateway_id}/{self._num_requests}/{request.request_id}")
         self._num_requests += 1
-        flight = _Flight(request, name)
+        flight = _Flight(request, name, self._admission.join(request))
         self._flights[request.request_id] = flight
         self._idle.clear()
         if request.deadline_at is not None:
@@ -217,9 +232,42 @@ class Router:
     def _dismiss(self, flight: _Flight) -> None:
         if flight.timer is not None:
             flight.timer.cancel()
+        self._admission.leave(flight.ticket, flight.continuations[0].num_finished_tokens)
         del self._flights[flight.request.request_id]
         if not self._flights:
             self._idle.set()
+
+    async def _wait_for_turn(self, flight: _Flight) -> None:
+        """Returns when it may start. Raises ``Overloaded`` if it is refused, or what interrupts it."""
+        ticket = flight.ticket
+        self._admission.serve(self._propose)
+        if ticket.waits:
+            self._admission.arrived(ticket, self._propose)
+        if ticket.waits:
+            if self._releasing is None or self._releasing.done():
+                self._releasing = self._spawn(self._keep_releasing())
+            await flight.continuations[0].inbox.guard(ticket.decided())
+        ticket.check()
+
+    async def _keep_releasing(self) -> None:
+        """Let those that wait start as room comes, one after the other: the next is judged when the last has begun."""
+        while self._admission.num_waiting:
+            self._admission.moved.clear()
+            if self._admission.serve(self._propose) is None:
+                await asyncio.sleep(RELEASE_GAP_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RELEASE_POLL_S):
+                    await self._admission.moved.wait()
+
+    def _propose(self, ticket: Ticket) -> Proposal | None:
+        """What the policy would do with a request that waits; None: no worker can take it."""
+        continuation, view = self._flights[ticket.request.request_id].continuations[0], self._membership.view()
+        request = self._route_request(continuation, view)
+        try:
+            route = self._policy.route(request, view)
+        except NoRoute:
+            return None
+        return Proposal(route, request.num_tokens - request.cached_tokens(route.prefill or route.decode), view)
 
     def _stream(self, flight: _Flight) -> AsyncGenerator[OutputChunk, None]:
         if len(flight.continuations) == 1:
@@ -276,6 +324,8 @@ class Router:
                     self._survive(continuation, attempt, stage, event)
                     continue
                 for source, chunk in attempt.take(stage, event):
+                    if not continuation.num_tokens:
+                        self._admission.first_token(flight.ticket)
                     if chunk.finish_reason is None:
                         yield continuation.next_chunk(self._clock.now(), chunk)
                         continue
@@ -327,6 +377,7 @@ class Router:
         continuation.started(attempt, self._clock.now())
         if continuation.index == 0:
             flight.route = route
+            self._admission.begun(flight.ticket, route)
         decode.open_sequence(spec.sequence_id, partial(continuation.inbox.put, Role.DECODE))
         if prefill is not None:
             prefill.open_sequence(spec.sequence_id, partial(continuation.inbox.put, Role.PREFILL))
@@ -341,7 +392,11 @@ class Router:
         while not continuation.inbox.stopped:
             view = self._membership.view()
             try:
-                route = self._sibling_route(flight, continuation, view) or self._ask_policy(continuation, view)
+                route = (
+                    self._sibling_route(flight, continuation, view)
+                    or self._proposed_route(flight, continuation, view)
+                    or self._policy.route(self._route_request(continuation, view), view)
+                )
             except NoRoute:
                 wait_until = give_up_at
                 if self._draining or self._clock.now() >= give_up_at:
@@ -354,14 +409,26 @@ class Router:
             await continuation.inbox.guard(change)
         return None
 
-    def _ask_policy(self, continuation: _Continuation, view: ClusterView) -> Route:
+    def _route_request(self, continuation: _Continuation, view: ClusterView) -> RouteRequest:
         matches = {}
         if self._policy.uses_prefixes:
             for page_size in {worker.model.fingerprint.page_size for worker in view.workers}:
                 matches[page_size] = self._membership.match_prefix(continuation.page_hashes(page_size))
-        route = self._policy.route(continuation.route_request(self._num_routes, matches), view)
+        request = continuation.route_request(self._num_routes, matches)
         self._num_routes += 1
-        return route
+        return request
+
+    def _proposed_route(self, flight: _Flight, continuation: _Continuation, view: ClusterView) -> Route | None:
+        """What the policy said when the request was released, for its first attempt, while the workers are ready."""
+        proposal = flight.ticket.proposal
+        if proposal is None or continuation.index or continuation.num_attempts:
+            return None
+        if proposal.view is view:
+            return proposal.route
+        ready = {(w.engine_id, w.role) for role in Role for w in view.ready(role)}
+        route = proposal.route
+        wanted = {(w.engine_id, w.role) for w in (route.prefill, route.decode) if w is not None}
+        return route if wanted <= ready else None
 
     def _sibling_route(self, flight: _Flight, continuation: _Continuation, view: ClusterView) -> Route | None:
         """The first continuation's workers, for a sibling's first attempt, while they are ready."""
@@ -480,10 +547,11 @@ def _is_not(view: ClusterView) -> Callable[[ClusterView], bool]:
 class _Flight:
     """One request in flight."""
 
-    def __init__(self, request: GenerateRequest, name: RequestId) -> None:
+    def __init__(self, request: GenerateRequest, name: RequestId, ticket: Ticket) -> None:
         self.request = request
         self.name = name  # unique over gateways and time
-        self.continuations = tuple(_Continuation(request, index) for index in range(request.sampling.n))
+        self.ticket = ticket
+        self.continuations = tuple(_Continuation(request, index, ticket) for index in range(request.sampling.n))
         self.route: Route | None = None  # of continuation 0's last attempt
         self.timer: asyncio.TimerHandle | None = None
 
@@ -496,23 +564,31 @@ class _Flight:
 class _Continuation:
     """One of n: the tokens that the client has, and the attempt under way."""
 
-    def __init__(self, request: GenerateRequest, index: int) -> None:
+    def __init__(self, request: GenerateRequest, index: int, ticket: Ticket) -> None:
         self.index = index
         self.inbox = _Inbox()
         self.attempt: _Attempt | None = None
         self.excluded: set[EngineId] = set()
         self._request = request
+        self._ticket = ticket
+        self._finished = False
         self._sampling = request.sampling.for_index(index)
         self._token_ids: list[int] = []
         self._attempts: list[_Attempt] = []
         self._page_hashes: dict[int, list[PageHash]] = {}  # page size |-> digests so far
         self._routed_at = 0.0
         self._first_token_at: float | None = None
+        self._last_token_at = 0.0
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the client has."""
         return len(self._token_ids)
+
+    @property
+    def num_finished_tokens(self) -> int | None:
+        """``num_tokens`` if those are all; None: it has not finished."""
+        return self.num_tokens if self._finished else None
 
     @property
     def num_attempts(self) -> int:
@@ -566,8 +642,10 @@ class _Continuation:
     def next_chunk(self, now: float, chunk: TokenChunk) -> OutputChunk:
         """Tokens for the client, who has them from here on."""
         self._token_ids += chunk.token_ids
-        if self._first_token_at is None and chunk.token_ids:
-            self._first_token_at = now
+        if chunk.token_ids:
+            self._last_token_at = now
+            if self._first_token_at is None:
+                self._first_token_at = now
         return OutputChunk(
             index=self.index,
             token_ids=chunk.token_ids,
@@ -578,6 +656,7 @@ class _Continuation:
     def last_chunk(self, now: float, reason: FinishReason | None, chunk: TokenChunk | None = None) -> OutputChunk:
         """The end; ``chunk`` brings the last tokens, if there are any."""
         last = self.next_chunk(now, chunk) if chunk is not None else OutputChunk(self.index)
+        self._finished = True
         return replace(
             last,
             finish_reason=reason,
@@ -602,11 +681,14 @@ class _Continuation:
         pulls = [stats.pull for stats in (*prefills, *decodes) if stats.pull is not None]
         arrived_at = self._request.arrived_at
         first_token_at = now if self._first_token_at is None else self._first_token_at
+        slo, admission_s = self._request.slo, self._ticket.waited_s
+        tpot_s = max(0.0, self._last_token_at - first_token_at) / max(1, self.num_tokens - 1)
         return RequestTiming(
             prefill_worker=last.route.prefill.worker_id if last.route.prefill is not None else None,
             decode_worker=None if last.finished_by_prefill else last.route.decode.worker_id,
             route_reason=last.route.reason,
-            route_s=self._routed_at - arrived_at,
+            admission_s=admission_s,
+            route_s=self._routed_at - arrived_at - admission_s,
             prefill_queue_s=sum(s.queue_s for s in prefills),
             prefill_s=sum(s.compute_s for s in prefills),
             transfer_s=sum(s.transfer_s for s in prefills),
@@ -624,6 +706,9 @@ class _Continuation:
             pulled_tokens=sum(pull.num_tokens for pull in pulls),
             bytes_pulled=sum(pull.num_bytes for pull in pulls),
             pull_s=sum(pull.seconds for pull in pulls),
+            slo_ttft_met=None if slo.ttft_s is None else first_token_at - arrived_at <= slo.ttft_s,
+            slo_tpot_met=None if slo.tpot_s is None else tpot_s <= slo.tpot_s,
+            slo_miss_expected=self._ticket.slo_miss_expected,
         )
 
 

@@ -21,12 +21,13 @@ def timing_table(complete: pb.GenerateComplete) -> Table:
         ("generated tokens", str(usage.completion_tokens)),
         *_pull_rows(timing),
         ("shipped", _bytes(timing.bytes_shipped)),
-        ("tokenise, route", f"{timing.tokenize_s:.3f} s, {timing.route_s:.3f} s"),
+        ("tokenise, turn, route", f"{timing.tokenize_s:.3f} s, {timing.admission_s:.3f} s, {timing.route_s:.3f} s"),
         ("prefill", f"{timing.prefill_s:.3f} s after {timing.prefill_queue_s:.3f} s in the queue"),
         ("transfer", f"{timing.transfer_s:.3f} s, of which {timing.exposed_transfer_s:.3f} s after the first token"),
         ("decode", f"{timing.decode_s:.3f} s after {timing.decode_queue_s:.3f} s in the queue"),
         ("first token, all", f"{timing.ttft_s:.3f} s, {timing.total_s:.3f} s"),
         ("tries", str(timing.num_attempts)),
+        *_objectives(timing),
     )
     for name, value in rows:
         table.add_row(name, value)
@@ -37,6 +38,15 @@ def _pull_rows(timing: pb.TimingBreakdown) -> Iterator[tuple[str, str]]:
     if timing.pull_outcome:
         pulled = f"{timing.pulled_tokens} tokens, {_bytes(timing.bytes_pulled)} in {timing.pull_s:.3f} s"
         yield "pulled", f"{pulled} ({timing.pull_outcome})"
+
+
+def _objectives(timing: pb.TimingBreakdown) -> Iterable[tuple[str, str]]:
+    """Rows of the objectives that the request had."""
+    for name, field in (("TTFT objective", "slo_ttft_met"), ("TPOT objective", "slo_tpot_met")):
+        if timing.HasField(field):
+            yield name, "met" if getattr(timing, field) else "missed"
+    if timing.slo_miss_expected:
+        yield "a miss was expected", timing.slo_miss_expected
 
 
 def worker_table(workers: Iterable[pb.WorkerInfo]) -> Table:

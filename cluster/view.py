@@ -66,6 +66,7 @@ class WorkerView:
     pages_total: int
     load: WorkerLoad
     num_assigned: int = 0  # sequences this gateway has sent there and not seen end; fresher than ``load``
+    max_batch_size: int | None = None  # sequences of one step; None: it did not say
     profile: str = ""  # of its costs, a key of ``CostView.profiles``: workers alike in model and device share one
 
 

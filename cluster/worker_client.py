@@ -73,6 +73,7 @@ class WorkerDescription:
     model: ModelInfo
     transport: str
     pages_total: int
+    max_batch_size: int | None  # None: it did not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +321,7 @@ def _description_from_message(message: pb.WorkerDescription) -> WorkerDescriptio
         ),
         transport=message.transport,
         pages_total=message.pages_total,
+        max_batch_size=message.max_batch_size or None,
     )
 
 

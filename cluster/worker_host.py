@@ -472,6 +472,7 @@ class _Parts(rpc.WorkerServicer):
             kv_bytes_per_token=self._layout.bytes_per_token,
             transport=self._config.kv_transfer.transport,
             pages_total=self._load.pages_total,
+            max_batch_size=self._config.engine.max_batch_size,
             pid=os.getpid(),
         )
 

@@ -62,11 +62,27 @@ class UnsupportedModel(PrfaasError):
 
 
 class Overloaded(PrfaasError):
-    """A bound was reached. ``retry_after_s`` is a hint for the client."""
+    """A bound was reached.
 
-    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+    ``reason`` names the bound in a word (``max_queued``, ``slo_ttft``, ...); ``predicted`` is what would have been and
+    ``allowed`` what may be, in the bound's own unit. ``retry_after_s`` is a hint for the client: when the bound should
+    hold again.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        retry_after_s: float = 1.0,
+        *,
+        reason: str = "overloaded",
+        predicted: float | None = None,
+        allowed: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.reason = reason
+        self.predicted = predicted
+        self.allowed = allowed
 
 
 class NoRoute(PrfaasError):

@@ -22,6 +22,7 @@ GatewayId = NewType("GatewayId", str)
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_N = 128
+MAX_PRIORITY = 100
 
 
 class Role(StrEnum):
@@ -137,8 +138,8 @@ class Slo:
     tpot_s: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("slo_ttft", self.ttft_s), ("slo_tpot", self.tpot_s)):
-            _check(value is None or 0 < value < math.inf, name, "must be above 0", value)
+        for name, value in (("slo_ttft_s", self.ttft_s), ("slo_tpot_s", self.tpot_s)):
+            _check(value is None or 0 < value < math.inf, name, "must be a number of seconds above 0", value)
 
 
 NO_SLO = Slo()
@@ -163,6 +164,12 @@ class GenerateRequest:
 
     def __post_init__(self) -> None:
         _check(len(self.prompt_token_ids) > 0, "prompt", "must hold at least one token", self.prompt_token_ids)
+        _check(
+            -MAX_PRIORITY <= self.priority <= MAX_PRIORITY,
+            "priority",
+            f"must be between {-MAX_PRIORITY} and {MAX_PRIORITY}",
+            self.priority,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,11 +295,15 @@ def sequence_id(request_id: RequestId, index: int, attempt: int) -> SequenceId:
 
 @dataclass(frozen=True, slots=True)
 class RequestTiming:
-    """Where the seconds of one continuation went, put together by the router from what each stage reported."""
+    """Where the seconds of one continuation went, put together by the router from what each stage reported.
+
+    ``slo_ttft_met`` and ``slo_tpot_met`` say whether the request's objectives were met; None: it had none.
+    """
 
     prefill_worker: WorkerId | None  # None: the decode worker prefilled it itself
     decode_worker: WorkerId | None  # None: the first token was the last
     route_reason: str
+    admission_s: float = 0.0  # waited in the gateway for its turn
     route_s: float = 0.0
     prefill_queue_s: float = 0.0
     prefill_s: float = 0.0
@@ -311,6 +322,9 @@ class RequestTiming:
     pulled_tokens: int = 0
     bytes_pulled: int = 0
     pull_s: float = 0.0
+    slo_ttft_met: bool | None = None
+    slo_tpot_met: bool | None = None
+    slo_miss_expected: str = ""  # why it was served although a miss was predicted; empty: none was
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., include_stop_str_in_output: _Optional[bool] = ..., ignore_eos: _Optional[bool] = ..., skip_special_tokens: _Optional[bool] = ..., logprobs: _Optional[int] = ..., n: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "tokenized", "chat", "sampling_params", "model", "cache_salt")
+    __slots__ = ("request_id", "text", "tokenized", "chat", "sampling_params", "model", "cache_salt", "slo_ttft_s", "slo_tpot_s", "priority")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKENIZED_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +84,9 @@ class GenerateRequest(_message.Message):
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    SLO_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    SLO_TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     tokenized: TokenizedInput
@@ -91,7 +94,10 @@ class GenerateRequest(_message.Message):
     sampling_params: SamplingParams
     model: str
     cache_salt: str
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., tokenized: _Optional[_Union[TokenizedInput, _Mapping]] = ..., chat: _Optional[_Union[ChatInput, _Mapping]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    slo_ttft_s: float
+    slo_tpot_s: float
+    priority: int
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., tokenized: _Optional[_Union[TokenizedInput, _Mapping]] = ..., chat: _Optional[_Union[ChatInput, _Mapping]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., model: _Optional[str] = ..., cache_salt: _Optional[str] = ..., slo_ttft_s: _Optional[float] = ..., slo_tpot_s: _Optional[float] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class TopLogprob(_message.Message):
     __slots__ = ("token_id", "logprob", "token")
@@ -134,7 +140,7 @@ class GenerateStreamChunk(_message.Message):
     def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[OutputLogprob, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class TimingBreakdown(_message.Message):
-    __slots__ = ("prefill_worker", "decode_worker", "tokenize_s", "route_s", "prefill_queue_s", "prefill_s", "transfer_s", "exposed_transfer_s", "decode_queue_s", "decode_s", "ttft_s", "total_s", "bytes_shipped", "num_attempts", "route_reason", "decode_cached_tokens", "num_preemptions", "pull_outcome", "pulled_tokens", "bytes_pulled", "pull_s")
+    __slots__ = ("prefill_worker", "decode_worker", "tokenize_s", "route_s", "prefill_queue_s", "prefill_s", "transfer_s", "exposed_transfer_s", "decode_queue_s", "decode_s", "ttft_s", "total_s", "bytes_shipped", "num_attempts", "route_reason", "decode_cached_tokens", "num_preemptions", "pull_outcome", "pulled_tokens", "bytes_pulled", "pull_s", "admission_s", "slo_ttft_met", "slo_tpot_met", "slo_miss_expected")
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     TOKENIZE_S_FIELD_NUMBER: _ClassVar[int]
@@ -156,6 +162,10 @@ class TimingBreakdown(_message.Message):
     PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BYTES_PULLED_FIELD_NUMBER: _ClassVar[int]
     PULL_S_FIELD_NUMBER: _ClassVar[int]
+    ADMISSION_S_FIELD_NUMBER: _ClassVar[int]
+    SLO_TTFT_MET_FIELD_NUMBER: _ClassVar[int]
+    SLO_TPOT_MET_FIELD_NUMBER: _ClassVar[int]
+    SLO_MISS_EXPECTED_FIELD_NUMBER: _ClassVar[int]
     prefill_worker: str
     decode_worker: str
     tokenize_s: float
@@ -177,7 +187,11 @@ class TimingBreakdown(_message.Message):
     pulled_tokens: int
     bytes_pulled: int
     pull_s: float
-    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., tokenize_s: _Optional[float] = ..., route_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., decode_queue_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., bytes_shipped: _Optional[int] = ..., num_attempts: _Optional[int] = ..., route_reason: _Optional[str] = ..., decode_cached_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., pull_outcome: _Optional[str] = ..., pulled_tokens: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., pull_s: _Optional[float] = ...) -> None: ...
+    admission_s: float
+    slo_ttft_met: bool
+    slo_tpot_met: bool
+    slo_miss_expected: str
+    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., tokenize_s: _Optional[float] = ..., route_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., decode_queue_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., bytes_shipped: _Optional[int] = ..., num_attempts: _Optional[int] = ..., route_reason: _Optional[str] = ..., decode_cached_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., pull_outcome: _Optional[str] = ..., pulled_tokens: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., pull_s: _Optional[float] = ..., admission_s: _Optional[float] = ..., slo_ttft_met: _Optional[bool] = ..., slo_tpot_met: _Optional[bool] = ..., slo_miss_expected: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens")
@@ -430,7 +444,21 @@ class ClusterLinkInfo(_message.Message):
     def __init__(self, from_cluster: _Optional[str] = ..., to_cluster: _Optional[str] = ..., num_links: _Optional[int] = ..., num_usable: _Optional[int] = ..., paths: _Optional[_Iterable[str]] = ..., connections: _Optional[int] = ..., capacity: _Optional[float] = ..., measured: _Optional[float] = ..., throughput: _Optional[float] = ..., utilisation: _Optional[float] = ..., rtt_s: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_queued: _Optional[int] = ..., retransmits: _Optional[int] = ..., reconnects: _Optional[int] = ..., falls: _Optional[int] = ..., codec_changes: _Optional[int] = ...) -> None: ...
 
 class GetClusterInfoResponse(_message.Message):
-    __slots__ = ("workers", "num_inflight", "policy", "uptime_s", "version", "model", "num_requests", "num_retries", "num_resumes", "internal_tls", "links", "cluster_links")
+    __slots__ = ("workers", "num_inflight", "policy", "uptime_s", "version", "model", "num_requests", "num_retries", "num_resumes", "internal_tls", "links", "cluster_links", "num_queued", "refusals", "misses_served")
+    class RefusalsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class MissesServedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     NUM_INFLIGHT_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -443,6 +471,9 @@ class GetClusterInfoResponse(_message.Message):
     INTERNAL_TLS_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_LINKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    MISSES_SERVED_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerInfo]
     num_inflight: int
     policy: str
@@ -455,7 +486,10 @@ class GetClusterInfoResponse(_message.Message):
     internal_tls: str
     links: _containers.RepeatedCompositeFieldContainer[LinkInfo]
     cluster_links: _containers.RepeatedCompositeFieldContainer[ClusterLinkInfo]
-    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., num_inflight: _Optional[int] = ..., policy: _Optional[str] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_retries: _Optional[int] = ..., num_resumes: _Optional[int] = ..., internal_tls: _Optional[str] = ..., links: _Optional[_Iterable[_Union[LinkInfo, _Mapping]]] = ..., cluster_links: _Optional[_Iterable[_Union[ClusterLinkInfo, _Mapping]]] = ...) -> None: ...
+    num_queued: int
+    refusals: _containers.ScalarMap[str, int]
+    misses_served: _containers.ScalarMap[str, int]
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., num_inflight: _Optional[int] = ..., policy: _Optional[str] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_retries: _Optional[int] = ..., num_resumes: _Optional[int] = ..., internal_tls: _Optional[str] = ..., links: _Optional[_Iterable[_Union[LinkInfo, _Mapping]]] = ..., cluster_links: _Optional[_Iterable[_Union[ClusterLinkInfo, _Mapping]]] = ..., num_queued: _Optional[int] = ..., refusals: _Optional[_Mapping[str, int]] = ..., misses_served: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class LinkCheck(_message.Message):
     __slots__ = ("from_worker", "to_worker", "path", "num_bytes", "exact", "rate", "rtt_s", "passed", "error", "reason", "num_pairs")

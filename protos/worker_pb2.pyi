@@ -25,7 +25,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("worker_id", "engine_id", "cluster_id", "address", "fingerprint", "architecture", "max_model_len", "vocab_size", "eos_token_ids", "kv_bytes_per_token", "transport", "pages_total", "pid")
+    __slots__ = ("worker_id", "engine_id", "cluster_id", "address", "fingerprint", "architecture", "max_model_len", "vocab_size", "eos_token_ids", "kv_bytes_per_token", "transport", "pages_total", "pid", "max_batch_size")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class WorkerDescription(_message.Message):
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     engine_id: str
     cluster_id: str
@@ -52,7 +53,8 @@ class WorkerDescription(_message.Message):
     transport: str
     pages_total: int
     pid: int
-    def __init__(self, worker_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., address: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., architecture: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., kv_bytes_per_token: _Optional[int] = ..., transport: _Optional[str] = ..., pages_total: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
+    max_batch_size: int
+    def __init__(self, worker_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., address: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., architecture: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., kv_bytes_per_token: _Optional[int] = ..., transport: _Optional[str] = ..., pages_total: _Optional[int] = ..., pid: _Optional[int] = ..., max_batch_size: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ("interval_s",)

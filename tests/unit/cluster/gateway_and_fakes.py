@@ -7,12 +7,22 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from cluster.config import RouterConfig
+from cluster.config import AdmissionConfig, RouterConfig
 from cluster.membership import Membership
 from cluster.router import Router
 from cluster.routing_policy import RoundRobin, RoutingPolicy
 from core.clock import WallClock
-from core.request import GatewayId, GenerateRequest, OutputChunk, RequestId, RequestTiming, Role, SamplingParams
+from core.request import (
+    NO_SLO,
+    GatewayId,
+    GenerateRequest,
+    OutputChunk,
+    RequestId,
+    RequestTiming,
+    Role,
+    SamplingParams,
+    Slo,
+)
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
 from protos.channels import InternalGrpc
@@ -54,6 +64,9 @@ class Gateway:
         prompt: Sequence[int] = PROMPT,
         request_id: str | None = None,
         deadline_s: float | None = None,
+        salt: bytes = b"",
+        slo: Slo = NO_SLO,
+        priority: int = 0,
     ) -> GenerateRequest:
         self.num_requests += 1
         now = self.clock.now()
@@ -63,6 +76,9 @@ class Gateway:
             sampling=SamplingParams(max_tokens=num_tokens, seed=3, n=n),
             arrived_at=now,
             deadline_at=now + deadline_s if deadline_s is not None else None,
+            salt=salt,
+            slo=slo,
+            priority=priority,
         )
 
     async def generate(self, request: GenerateRequest) -> Answer:
@@ -125,12 +141,13 @@ async def gateway(
     config: RouterConfig = CONFIG,
     policy: RoutingPolicy | None = None,
     self_test: bool = False,
+    admission: AdmissionConfig | None = None,
 ) -> AsyncIterator[Gateway]:
     """A gateway with so many fake workers, ``prefill-0``, ``decode-0``, ...; whatever happens, nothing is left."""
     clock = WallClock()
     membership = Membership(config, GATEWAY, clock, InternalGrpc(None), self_test=self_test)
     registry = await membership.start("127.0.0.1")
-    router = Router(membership, policy or RoundRobin(), config, clock, GATEWAY)
+    router = Router(membership, policy or RoundRobin(), config, clock, GATEWAY, admission)
     running = Gateway(membership, router, registry, clock)
     try:
         for index in range(num_prefill):

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from cluster.admission import AdmissionCounters
 from cluster.config import ServiceConfig
 from cluster.generation import Generation
 from cluster.link_tester import Pair, PairResult
@@ -47,6 +48,9 @@ TIMING = RequestTiming(
     pulled_tokens=2,
     bytes_pulled=256,
     pull_s=0.125,
+    admission_s=0.125,
+    slo_ttft_met=True,
+    slo_miss_expected="slo_ttft: late",
 )
 
 
@@ -102,6 +106,7 @@ class Counters:
     num_resumes: int = 1
     retries_by_reason: Mapping[str, int] = field(default_factory=lambda: {"prefill worker lost": 2})
     resumes_by_reason: Mapping[str, int] = field(default_factory=lambda: {"decode worker lost": 1})
+    admission: AdmissionCounters = field(default_factory=AdmissionCounters)
 
 
 class ScriptedRouter:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import cluster.launch
 from cluster import cli
+from cluster.admission import AdmissionCounters
 from cluster.certificates import Authority, write_files
 from cluster.config import ServiceConfig, service_document
 from cluster.grpc_gateway import GrpcGateway
@@ -25,6 +26,7 @@ from cluster.view import LinkView
 from core.credentials import Credentials
 from core.errors import NoRoute, Overloaded, UnsupportedModel
 from core.link import LinkEstimate, ProbeReport
+from core.prefix_hash import tenant_of
 from core.request import ClusterId, EngineId, Role, WorkerId
 from tests.unit.cluster.conftest import ANSWER
 from tests.unit.cluster.scripted_router import MODEL, Gateway, worker
@@ -60,6 +62,15 @@ def run(door: GrpcGateway) -> Run:
 
 def invoke(*args: str) -> object:
     return CliRunner().invoke(cli.app, list(args))
+
+
+# ---- tenants ----
+
+
+def test_a_tenants_name_is_what_the_router_calls_it_and_not_its_salt():
+    assert invoke("tenant", "team-a").stdout == f"{tenant_of(b'team-a')}\n"
+    assert CliRunner().invoke(cli.app, ["tenant", "-"], input="team-a\n").stdout == f"{tenant_of(b'team-a')}\n"
+    assert invoke("tenant", "").stdout == "unsalted\n"
 
 
 # ---- generate ----
@@ -185,6 +196,14 @@ async def test_status_json_has_numbers_as_numbers(run):
     first = info["workers"][0]
     assert (first["worker_id"], first["bytes_sent"], first["num_running"]) == ("decode-0", 1024, 0)
     assert info["num_retries"] == 2
+    assert (info["num_queued"], info["refusals"]) == (0, {})
+
+
+async def test_status_says_who_waits_and_what_was_refused(service, run):
+    admission = AdmissionCounters(num_queued=3, refusals_by_reason={"slo_ttft": 4, "max_queued": 1})
+    service.router.counters = replace(service.router.counters, admission=admission)
+    assert "3 queued, 5 refused (max_queued 1, slo_ttft 4)" in (await run("status")).stdout
+    assert json.loads((await run("status", "--json")).stdout)["refusals"] == {"slo_ttft": 4, "max_queued": 1}
 
 
 async def test_status_shows_links(service, run):

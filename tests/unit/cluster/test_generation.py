@@ -10,7 +10,7 @@ from cluster.front_door import Door
 from cluster.generation import ChatPrompt, Prompt, TextChunk, TextPrompt, TextRequest, TokenPrompt
 from cluster.tokenizer import ChatMessage
 from core.errors import InvalidRequest, NoRoute, Overloaded, UnknownModel
-from core.request import FinishReason, RequestId, SamplingParams
+from core.request import FinishReason, RequestId, SamplingParams, Slo
 from tests.unit.cluster.conftest import ANSWER
 from tests.unit.cluster.scripted_router import MODEL, TIMING, Gateway
 
@@ -232,6 +232,18 @@ async def test_what_the_router_raises_reaches_the_door_and_is_counted(service):
     with pytest.raises(Overloaded):
         await run(service, request())
     assert sample(service, "prfaas_requests_total", door="http", outcome="overloaded") == 1
+
+
+async def test_requests_with_an_objective_are_counted_by_what_became_of_them(service):
+    await run(service, replace(request(), slo=Slo(ttft_s=1.0), priority=3))
+    await run(service, request())
+    service.router.error = Overloaded("late", reason="slo_ttft")
+    with pytest.raises(Overloaded):
+        await run(service, replace(request(), slo=Slo(tpot_s=1.0)))
+
+    assert next((r.slo, r.priority) for r in service.router.requests) == (Slo(ttft_s=1.0), 3)
+    assert sample(service, "prfaas_slo_requests_total", result="met") == 1
+    assert sample(service, "prfaas_slo_requests_total", result="refused") == 1
 
 
 async def test_a_request_that_ended_well_is_measured(service):

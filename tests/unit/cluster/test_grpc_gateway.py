@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -10,6 +11,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.admission import AdmissionCounters
 from cluster.config import GrpcConfig, ServiceConfig
 from cluster.front_door import Door
 from cluster.grpc_gateway import GrpcGateway, _shortest
@@ -23,7 +25,7 @@ from core.errors import (
     PrfaasError,
     SequenceFailed,
 )
-from core.request import Role, SamplingParams
+from core.request import Role, SamplingParams, Slo
 from protos import serving_pb2 as pb
 from protos import serving_pb2_grpc as rpc
 from tests.unit.cluster.conftest import ANSWER
@@ -230,6 +232,44 @@ async def test_the_error_tree_becomes_statuses(service, stub, error, code):
     assert pushback == ("2500" if isinstance(error, Overloaded) else None)
 
 
+async def test_a_refusal_carries_when_to_come_again_and_which_bound_it_was(service, stub):
+    service.router.error = Overloaded("late", retry_after_s=2.5, reason="slo_tpot", predicted=4.0, allowed=1.5)
+
+    metadata = dict((await refusal(stub.Generate(ask()))).trailing_metadata())
+
+    assert (metadata["retry-after"], metadata["x-prfaas-rejection"]) == ("3", "slo_tpot")
+
+
+async def test_objectives_and_priority_are_fields(service, stub):
+    await read(stub.Generate(pb.GenerateRequest(text="x", slo_ttft_s=1.5, slo_tpot_s=0.02, priority=-7)))
+    await read(stub.Generate(pb.GenerateRequest(text="x")))
+
+    assert [(r.slo, r.priority) for r in service.router.requests] == [(Slo(1.5, 0.02), -7), (Slo(), 0)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"slo_ttft_s": 0.0}, "slo_ttft_s: must be a number of seconds above 0, got 0.0"),
+        ({"slo_tpot_s": float("nan")}, "slo_tpot_s: must be a number of seconds above 0, got nan"),
+        ({"priority": 101}, "priority: must be between -100 and 100, got 101"),
+    ],
+)
+async def test_a_wrong_objective_names_its_field(service, stub, fields, said):
+    error = await refusal(stub.Generate(pb.GenerateRequest(text="x", **fields)))
+
+    assert (error.code(), error.details()) == (grpc.StatusCode.INVALID_ARGUMENT, said)
+    assert service.router.requests == []
+
+
+async def test_the_final_message_says_which_objectives_were_met(stub):
+    _, (complete,) = await read(stub.Generate(ask()))
+
+    timing = complete.timing
+    assert (timing.admission_s, timing.slo_ttft_met, timing.HasField("slo_tpot_met")) == (0.125, True, False)
+    assert timing.slo_miss_expected == "slo_ttft: late"
+
+
 async def test_an_error_of_ours_is_internal_and_tells_nothing(service, stub, caplog):
     service.membership.model = lambda: 1 / 0
     error = await refusal(stub.Generate(ask()))
@@ -341,6 +381,15 @@ async def test_cluster_info_lists_workers_and_counters(service, stub):
     assert (info.num_requests, info.num_retries, info.num_resumes) == (5, 2, 1)
     assert (info.model, info.policy) == ("tiny", "cache_aware")
     assert info.internal_tls == "on: workers listen on 10.0.0.5"
+
+
+async def test_cluster_info_says_who_waits_and_who_was_refused(service, stub):
+    admission = AdmissionCounters(3, {}, {"max_queued": 2}, {"slo_ttft": 1})
+    service.router.counters = replace(service.router.counters, admission=admission)
+
+    info = await stub.GetClusterInfo(pb.GetClusterInfoRequest())
+
+    assert (info.num_queued, dict(info.refusals), dict(info.misses_served)) == (3, {"max_queued": 2}, {"slo_ttft": 1})
 
 
 async def test_health_follows_the_cluster(service, channel):

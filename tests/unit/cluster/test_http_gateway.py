@@ -9,7 +9,8 @@ import httpx
 import openai
 import pytest
 
-from cluster.config import HttpConfig, ServiceConfig
+from cluster.config import AdmissionConfig, HttpConfig, ServiceConfig
+from cluster.generation import Generation
 from cluster.http_gateway import HttpGateway
 from core.errors import (
     Cancelled,
@@ -22,7 +23,7 @@ from core.errors import (
     PrfaasError,
     SequenceFailed,
 )
-from core.request import SamplingParams
+from core.request import SamplingParams, Slo
 from tests.unit.cluster.conftest import ANSWER
 from tests.unit.cluster.scripted_router import MODEL, Gateway
 
@@ -453,6 +454,93 @@ async def test_what_happens_before_the_first_token_has_its_own_status(service, c
     assert response.json()["error"]["message"] == str(error)
     retry_after = {Overloaded: "3", NoRoute: "1"}.get(type(error))
     assert response.headers.get("retry-after") == retry_after
+
+
+async def test_a_refusal_names_the_bound_what_was_predicted_what_is_allowed_and_when_to_come_again(service, client):
+    service.router.error = Overloaded("late", retry_after_s=2.5, reason="slo_ttft", predicted=4.0, allowed=1.5)
+
+    response = await client.post(CHAT, json={"messages": HELLO})
+
+    assert (response.status_code, response.headers["retry-after"]) == (429, "3")
+    assert response.headers["x-prfaas-rejection"] == "slo_ttft"
+    assert response.json()["error"] == {
+        "message": "late",
+        "type": "rate_limit_error",
+        "param": None,
+        "code": "overloaded",
+    }
+    said = {"reason": "slo_ttft", "predicted": 4.0, "allowed": 1.5, "retry_after_s": 2.5}
+    assert response.json()["prfaas"] == {"rejection": said}
+
+
+# ---- objectives and priority ----
+
+
+async def test_objectives_and_priority_come_by_header(service, client):
+    headers = {"x-slo-ttft-ms": "1500", "x-slo-tpot-ms": "12.5", "x-priority": "7"}
+
+    await client.post(COMPLETION, json={"prompt": ["a", "b"]}, headers=headers)
+
+    assert [(r.slo, r.priority) for r in service.router.requests] == [(Slo(1.5, 0.0125), 7)] * 2
+
+
+async def test_the_bodys_priority_is_vllms_and_the_header_goes_before_it(service, client):
+    await client.post(CHAT, json={"messages": HELLO, "priority": -4})
+    await client.post(CHAT, json={"messages": HELLO, "priority": -4}, headers={"x-priority": "-9"})
+    await client.post(CHAT, json={"messages": HELLO, "priority": None})
+
+    assert [r.priority for r in service.router.requests] == [4, -9, 0]
+
+
+async def test_what_a_request_leaves_open_is_promised_by_the_configuration(service, tiny_tokenizer):
+    config = replace(service.config, admission=AdmissionConfig(ttft_slo_s=3.0, tpot_slo_s=0.1))
+    generation = Generation(
+        service.router, service.membership, tiny_tokenizer, service.metrics, config, service.clock, lambda: 7
+    )
+    door = make_door(replace(service, generation=generation), config)
+    await door.start()
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{door.port}", timeout=20) as client:
+        await client.post(CHAT, json={"messages": HELLO}, headers={"x-slo-ttft-ms": "500"})
+    await door.stop(0)
+
+    assert service.router.requests[0].slo == Slo(0.5, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("header", "given", "said"),
+    [
+        ("x-slo-ttft-ms", "0", "must be a number of milliseconds above 0, got '0'"),
+        ("x-slo-ttft-ms", "soon", "must be a number of milliseconds above 0, got 'soon'"),
+        ("x-slo-tpot-ms", "nan", "must be a number of milliseconds above 0, got 'nan'"),
+        ("x-slo-tpot-ms", "inf", "must be a number of milliseconds above 0, got 'inf'"),
+        ("x-priority", "1.5", "must be an integer between -100 and 100, got '1.5'"),
+        ("x-priority", "101", "must be an integer between -100 and 100, got '101'"),
+    ],
+)
+async def test_a_wrong_header_is_named_with_what_is_allowed(service, client, header, given, said):
+    response = await client.post(CHAT, json={"messages": HELLO}, headers={header: given})
+
+    assert response.status_code == 400
+    assert (response.json()["error"]["param"], response.json()["error"]["message"]) == (header, f"{header}: {said}")
+    assert service.router.requests == []
+
+
+@pytest.mark.parametrize("given", [101, -101, 1.5, "1", True])
+async def test_a_wrong_priority_in_the_body_is_named(service, client, given):
+    response = await client.post(CHAT, json={"messages": HELLO, "priority": given})
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "priority")
+
+
+async def test_the_answer_says_which_objectives_were_met(client):
+    body = (await client.post(CHAT, json={"messages": HELLO})).json()
+    (timing,) = body["prfaas"]["timing"]
+    assert {k: timing[k] for k in ("admission_s", "slo_ttft_met", "slo_tpot_met", "slo_miss_expected")} == {
+        "admission_s": 0.125,
+        "slo_ttft_met": True,
+        "slo_tpot_met": None,
+        "slo_miss_expected": "slo_ttft: late",
+    }
 
 
 async def test_an_error_in_the_middle_is_an_event(service, client, official):

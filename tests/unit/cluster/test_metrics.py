@@ -1,11 +1,13 @@
 """What Prometheus reads."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
+from cluster.admission import WAIT_BUCKETS_S, AdmissionCounters
 from cluster.front_door import Door
-from cluster.metrics import Metrics, Outcome, RequestRecord
+from cluster.metrics import Metrics, Outcome, RequestRecord, SloResult
 from cluster.view import LinkView, WorkerLoad
 from core.errors import (
     Cancelled,
@@ -91,6 +93,43 @@ def test_retries_and_resumes_come_from_the_router(metrics):
     assert value("prfaas_retries_total", {"reason": "prefill worker lost"}) == 2
     assert value("prfaas_resumes_total", {"reason": "decode worker lost"}) == 1
     assert value("prfaas_requests_inflight") == 0
+
+
+def test_admission_is_read_when_prometheus_asks(membership):
+    router = ScriptedRouter(())
+    waits = tuple(range(1, len(WAIT_BUCKETS_S) + 2))
+    admission = AdmissionCounters(3, {"other": 2, "unsalted": 1}, {"slo_ttft": 4}, {"slo_tpot": 5}, waits, 6.5)
+    router.counters = replace(router.counters, admission=admission)
+
+    value = Metrics(membership, router, lambda *_: None).registry.get_sample_value
+
+    assert value("prfaas_rejections_total", {"reason": "slo_ttft"}) == 4
+    assert value("prfaas_slo_misses_served_total", {"reason": "slo_tpot"}) == 5
+    assert value("prfaas_queued_continuations", {"tenant": "other"}) == 2
+    assert value("prfaas_admission_wait_seconds_bucket", {"le": "0.001"}) == 1
+    assert value("prfaas_admission_wait_seconds_bucket", {"le": "+Inf"}) == waits[-1]
+    assert value("prfaas_admission_wait_seconds_count") == waits[-1]
+    assert value("prfaas_admission_wait_seconds_sum") == 6.5
+
+
+@pytest.mark.parametrize(
+    ("outcome", "missed", "result"),
+    [
+        (Outcome.OK, (False, False), "met"),
+        (Outcome.OK, (True, False), "ttft_missed"),
+        (Outcome.OK, (False, True), "tpot_missed"),
+        (Outcome.OK, (True, True), "both_missed"),
+        (Outcome.OVERLOADED, (False, False), "refused"),
+        (Outcome.DEADLINE, (False, False), "failed"),
+        (Outcome.CANCELLED, (False, False), "cancelled"),
+    ],
+)
+def test_requests_with_objectives_are_counted_by_what_became_of_them(metrics, outcome, missed, result):
+    metrics.observe(record(outcome=outcome, slo_result=SloResult.of(outcome, *missed)))
+    metrics.observe(record())
+
+    samples = [s for m in metrics.registry.collect() if m.name == "prfaas_slo_requests" for s in m.samples]
+    assert {s.labels["result"]: s.value for s in samples if s.name.endswith("_total")} == {result: 1}
 
 
 def test_workers_are_read_when_prometheus_asks(metrics, membership):

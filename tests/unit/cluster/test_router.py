@@ -6,11 +6,14 @@ import asyncio
 from collections import Counter
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
 
-from cluster.routing_policy import RoundRobin
+from cluster.config import AdmissionConfig
+from cluster.routing_policy import RoundRobin, RouteRequest
+from cluster.view import ClusterView, Forecast, Route
 from core.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -20,7 +23,7 @@ from core.errors import (
     SequenceFailed,
 )
 from core.prefix_hash import PageEvents, page_hashes, page_key, tenant_of
-from core.request import FinishReason, PullOutcome, PullReport, RequestId, Role, SequenceFailure
+from core.request import FinishReason, PullOutcome, PullReport, RequestId, Role, SequenceFailure, Slo
 from tests.pulling_policy import PullFromTheBest
 from tests.unit.cluster.fake_worker import (
     ANNOUNCED,
@@ -35,7 +38,7 @@ from tests.unit.cluster.fake_worker import (
     Visit,
     expected_tokens,
 )
-from tests.unit.cluster.gateway_and_fakes import CONFIG, PROMPT, Gateway, collect, gateway, until
+from tests.unit.cluster.gateway_and_fakes import CONFIG, PROMPT, Answer, Gateway, collect, gateway, until
 
 EXPECTED = expected_tokens(PROMPT, 3, 8)
 
@@ -610,6 +613,131 @@ async def test_requests_beyond_the_bound_are_refused_and_the_bound_is_freed_agai
         await stream.aclose()
 
         assert (await g.generate(g.request())).tokens == {0: EXPECTED}
+
+
+ONE_AT_A_TIME = AdmissionConfig(decode_slots=1)
+
+
+async def waiting(g: Gateway, **asked: Any) -> asyncio.Task[Answer]:
+    """A request that waits for its turn behind those that run."""
+    queued = g.router.counters.admission.num_queued
+    task = asyncio.create_task(g.generate(g.request(**asked)))
+    await until(lambda: g.router.counters.admission.num_queued > queued)
+    return task
+
+
+async def test_a_request_waits_for_its_turn_and_says_how_long() -> None:
+    async with gateway(admission=ONE_AT_A_TIME) as g:
+        stream = g.router.generate(g.request())
+        await anext(stream)
+        second = await waiting(g)
+        assert len(g["decode-0"].decodes) == 1
+
+        await stream.aclose()
+
+        answer = await second
+        assert answer.tokens == {0: EXPECTED}
+        assert answer.timing.admission_s > 0
+        assert answer.timing.route_s >= 0
+        assert answer.timing.ttft_s >= answer.timing.admission_s + answer.timing.route_s
+        assert g.router.counters.admission.num_queued == g.router.num_inflight == 0
+
+
+async def test_those_that_wait_start_in_the_order_of_their_priority() -> None:
+    async with gateway(admission=ONE_AT_A_TIME) as g:
+        stream = g.router.generate(g.request())
+        await anext(stream)
+        tasks = [await waiting(g, prompt=(priority + 10,), priority=priority) for priority in (0, 3, -2, 1)]
+
+        await stream.aclose()
+        await asyncio.gather(*tasks)
+
+        assert [spec.prompt_token_ids[0] - 10 for spec in g["decode-0"].decodes[1:]] == [3, 1, 0, -2]
+
+
+@pytest.mark.parametrize("end", ["abort", "deadline", "disconnect"])
+async def test_whatever_ends_a_request_that_waits_ends_it_at_once_and_no_worker_hears_of_it(end: str) -> None:
+    async with gateway(admission=ONE_AT_A_TIME) as g:
+        stream = g.router.generate(g.request())
+        await anext(stream)
+        task = await waiting(g, request_id="mine", deadline_s=0.05 if end == "deadline" else None)
+
+        if end == "abort":
+            g.router.abort(RequestId("mine"))
+        elif end == "disconnect":
+            task.cancel()
+        with pytest.raises({"abort": Cancelled, "deadline": DeadlineExceeded}.get(end, asyncio.CancelledError)):
+            await task
+
+        assert g.router.counters.admission.num_queued == 0
+        assert g.router.num_inflight == 1
+        assert len(g["prefill-0"].prefills) == len(g["decode-0"].decodes) == 1
+        await stream.aclose()
+        assert (await g.generate(g.request(request_id="mine"))).tokens == {0: EXPECTED}
+
+
+async def test_a_drain_refuses_those_that_wait_and_lets_the_others_end() -> None:
+    async with gateway(admission=ONE_AT_A_TIME) as g:
+        g["decode-0"].step_s = 0.005
+        stream = g.router.generate(g.request())
+        first = await anext(stream)
+        task = await waiting(g)
+
+        draining = asyncio.create_task(g.router.drain(5.0))
+        with pytest.raises(NoRoute, match="the gateway is stopping"):
+            await task
+        rest = await collect(stream)
+
+        assert [*first.token_ids, *rest.tokens[0]] == EXPECTED
+        assert await draining
+
+
+async def test_more_than_may_wait_are_refused_with_the_bound_and_counted() -> None:
+    async with gateway(admission=replace(ONE_AT_A_TIME, max_queued=1)) as g:
+        stream = g.router.generate(g.request())
+        await anext(stream)
+        first = await waiting(g)
+
+        with pytest.raises(Overloaded) as caught:
+            await g.generate(g.request())
+
+        assert (caught.value.reason, caught.value.allowed) == ("max_queued", 1)
+        assert g.router.counters.admission.refusals_by_reason == {"max_queued": 1}
+        await stream.aclose()
+        assert (await first).tokens == {0: EXPECTED}
+
+
+async def test_an_objective_that_the_policy_expects_to_be_missed_is_refused_and_no_worker_hears_of_it() -> None:
+    class Pessimist(RoundRobin):
+        def route(self, request: RouteRequest, view: ClusterView) -> Route:
+            return replace(super().route(request, view), expected=Forecast(ttft_s=9.0, tpot_s=0.5, bytes_shipped=0))
+
+    async with gateway(policy=Pessimist()) as g:
+        with pytest.raises(Overloaded) as caught:
+            await g.generate(g.request(slo=Slo(ttft_s=2.0)))
+
+        assert (caught.value.reason, caught.value.allowed) == ("slo_ttft", 2.0)
+        assert caught.value.predicted == pytest.approx(9.0, abs=0.5)
+        assert (g["prefill-0"].prefills, g["decode-0"].decodes, g.router.num_inflight) == ([], [], 0)
+
+
+async def test_the_answer_says_which_objectives_were_met() -> None:
+    async with gateway() as g:
+        g["decode-0"].step_s = 0.005
+
+        timing = (await g.generate(g.request(slo=Slo(ttft_s=60.0, tpot_s=0.001)))).timing
+        without = (await g.generate(g.request())).timing
+
+        assert (timing.slo_ttft_met, timing.slo_tpot_met) == (True, False)
+        assert (without.slo_ttft_met, without.slo_tpot_met, without.slo_miss_expected) == (None, None, "")
+
+
+async def test_the_policy_is_asked_once_for_a_request_that_starts_at_once() -> None:
+    async with gateway(2, 1) as g:
+        for _ in range(4):
+            await g.generate(g.request())
+
+        assert (len(g["prefill-0"].prefills), len(g["prefill-1"].prefills)) == (2, 2)
 
 
 async def test_a_request_id_in_flight_is_refused_and_may_be_used_again_later() -> None:
