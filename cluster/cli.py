@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +37,7 @@ from cluster.config import ServiceConfig, load_config, service_document, service
 from cluster.plan_command import EPILOG as PLAN_EPILOG
 from cluster.plan_command import plan
 from cluster.plan_document import check_section
-from cluster.tables import check_table, cluster_link_table, link_table, timing_table, worker_table
+from cluster.tables import check_table, cluster_link_table, cost_table, link_table, timing_table, worker_table
 from cluster.version import version
 from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
 from protos import serving_pb2 as pb
@@ -177,7 +177,9 @@ def status(
     address: Address = DEFAULT_ADDRESS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show the workers of a service: roles, pages, queues, bytes shipped; and the links between them."""
+    """Show the workers of a service: roles, pages, queues, bytes shipped; the links between them; and what work is
+    predicted to cost, with the error of that.
+    """
     with _service(address) as stub:
         info = stub.GetClusterInfo(pb.GetClusterInfoRequest(), timeout=_INFO_TIMEOUT_S)
     if as_json:
@@ -199,6 +201,22 @@ def status(
     if info.cluster_links:
         console.print()
         console.print(cluster_link_table(info.cluster_links))
+    if info.costs:
+        console.print()
+        console.print(cost_table(info.costs))
+    console.print()
+    for line in _routing_lines(info):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _routing_lines(info: pb.GetClusterInfoResponse) -> Iterator[str]:
+    """Where prompts go, and by which threshold."""
+    offload = info.offload
+    threshold = f"{offload.threshold_tokens:,.0f} tokens" if offload.HasField("threshold_tokens") else "none goes"
+    yield f"offload to PrfaaS clusters beyond: {threshold}, bandwidth {offload.mode}: {offload.reason}"
+    for what, counts in (("routes", info.routes_by_place), ("fallbacks", info.fallbacks_by_reason)):
+        if counts:
+            yield f"{what}: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}"
 
 
 @app.command(
@@ -413,6 +431,8 @@ def _as_dict(message: Message) -> dict[str, Any]:
     def plain(value: object) -> object:
         if isinstance(value, Message):
             return _as_dict(value)
+        if isinstance(value, Mapping):
+            return dict(value)
         return value if isinstance(value, str | int | float) else [plain(item) for item in value]  # type: ignore[attr-defined]
 
     return {

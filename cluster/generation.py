@@ -282,6 +282,7 @@ class _Progress:
             generated_tokens=sum(len(c.output_token_ids) for c in self.continuations),
             ttft_s=None if first_at is None else first_at - request.arrived_at,
             tpot_s=tuple(c.tpot_s for c in self.continuations if c.tpot_s is not None),
+            timings=tuple(c.timing for c in self.continuations if c.timing is not None),
         )
 
 
@@ -308,6 +309,7 @@ class _Continuation:
         self.first_token_at: float | None = None
         self._last_token_at = 0.0
         self.finished = False
+        self.timing: RequestTiming | None = None
 
     @property
     def stopped(self) -> bool:
@@ -380,6 +382,7 @@ class _Continuation:
         assert chunk.finish_reason is not None
         assert not self.finished, "a continuation ends once"
         self.finished = True
+        self.timing = chunk.timing
         return Finish(
             reason=FinishReason.STOP if self.stopped else chunk.finish_reason,
             text="".join(self._text),

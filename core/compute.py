@@ -24,6 +24,9 @@ class ComputeProfile:
     step_tokens: int = 0  # prompt tokens that one step computes at most; 0: no limit is known
 
 
+UNKNOWN_PROFILE = ComputeProfile()
+
+
 @dataclass(frozen=True, slots=True)
 class StepSample:
     """One engine step: what it held, and how long it took. Sequences that computed one token each are decoding."""

@@ -264,6 +264,15 @@ class RequestTiming:
     decode_cached_tokens: int = 0
     num_attempts: int = 1
     num_preemptions: int = 0
+    tpot_s: float | None = None  # mean time between its tokens at the router; None for fewer than two
+    fallback: str = ""  # a word for why the route is not what an intact cluster would take; empty: it is
+    # What the route was expected to take when it was chosen; None: the policy predicts nothing. ``expected_ttft_s``
+    # begins at the routing, ``ttft_s`` at the arrival, ``route_s`` earlier.
+    expected_ttft_s: float | None = None
+    expected_tpot_s: float | None = None
+    expected_bytes_shipped: int | None = None
+    colocated_ttft_s: float | None = None  # of the best route on which one worker does both
+    colocated_tpot_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

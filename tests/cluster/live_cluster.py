@@ -25,7 +25,7 @@ from cluster.internal_tls import InternalTls, Proof
 from cluster.link_tester import LinkTester
 from cluster.membership import Membership
 from cluster.router import Router
-from cluster.routing_policy import POLICIES
+from cluster.routing_policy import make_policy
 from cluster.view import ClusterView
 from cluster.worker_host import WorkerHost
 from core.clock import WallClock
@@ -226,7 +226,10 @@ async def live_cluster(
     tester.start()
     registry = await membership.start("127.0.0.1")
     cluster = LiveCluster(
-        membership, Router(membership, POLICIES[policy](), router, clock, gateway_id), internal, registry
+        membership,
+        Router(membership, make_policy(policy, router.routing), router, clock, gateway_id),
+        internal,
+        registry,
     )
     files = ExitStack()
     roles = [(Role.PREFILL, i) for i in range(num_prefill)] + [(Role.DECODE, i) for i in range(num_decode)]
