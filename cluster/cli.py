@@ -37,7 +37,7 @@ from cluster.config import UNSALTED, ServiceConfig, load_config, service_documen
 from cluster.plan_command import EPILOG as PLAN_EPILOG
 from cluster.plan_command import plan
 from cluster.plan_document import check_section
-from cluster.tables import check_table, cluster_link_table, link_table, timing_table, worker_table
+from cluster.tables import check_table, cluster_link_table, cost_table, link_table, timing_table, worker_table
 from cluster.version import version
 from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
 from core.prefix_hash import tenant_of
@@ -178,7 +178,9 @@ def status(
     address: Address = DEFAULT_ADDRESS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show the workers of a service: roles, pages, queues, bytes shipped; and the links between them."""
+    """Show the workers of a service: roles, pages, queues, bytes shipped; the links between them; and what work is
+    predicted to cost, with the error of that.
+    """
     with _service(address) as stub:
         info = stub.GetClusterInfo(pb.GetClusterInfoRequest(), timeout=_INFO_TIMEOUT_S)
     if as_json:
@@ -201,6 +203,22 @@ def status(
     if info.cluster_links:
         console.print()
         console.print(cluster_link_table(info.cluster_links))
+    if info.costs:
+        console.print()
+        console.print(cost_table(info.costs))
+    console.print()
+    for line in _routing_lines(info):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _routing_lines(info: pb.GetClusterInfoResponse) -> Iterator[str]:
+    """Where prompts go, and by which threshold."""
+    offload = info.offload
+    threshold = f"{offload.threshold_tokens:,.0f} tokens" if offload.HasField("threshold_tokens") else "none goes"
+    yield f"offload to PrfaaS clusters beyond: {threshold}, bandwidth {offload.mode}: {offload.reason}"
+    for what, counts in (("routes", info.routes_by_place), ("fallbacks", info.fallbacks_by_reason)):
+        if counts:
+            yield f"{what}: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}"
 
 
 @app.command(

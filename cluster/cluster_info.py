@@ -1,10 +1,13 @@
-"""What does the service tell people of its workers and links? Views as messages of its public API."""
+"""What does the service tell people of its workers, links and costs? Views as messages of its public API."""
 
 from __future__ import annotations
 
+import math
+
 from cluster.cluster_links import ClusterPair
+from cluster.cost_model import CostLine
 from cluster.link_tester import PairResult
-from cluster.view import LinkView, WorkerView
+from cluster.view import LinkView, Offload, WorkerView
 from core.link import LinkEstimate
 from protos import serving_pb2 as pb
 
@@ -110,4 +113,28 @@ def cluster_link_info(pair: ClusterPair) -> pb.ClusterLinkInfo:
         reconnects=pair.reconnects,
         falls=pair.falls,
         codec_changes=pair.codec_changes,
+    )
+
+
+def cost_info(line: CostLine) -> pb.CostInfo:
+    """One kind of work."""
+    cost = line.cost
+    return pb.CostInfo(
+        work=line.work,
+        of=line.of,
+        coefficients=cost.coefficients,
+        samples=cost.samples,
+        error_p50=cost.error.p50,
+        error_p90=cost.error.p90,
+        bias=cost.error.bias,
+    )
+
+
+def offload_info(offload: Offload) -> pb.OffloadInfo:
+    """The planner's word."""
+    threshold = offload.threshold_tokens
+    return pb.OffloadInfo(
+        threshold_tokens=threshold if threshold < math.inf else None,
+        mode="abundant" if offload.abundant else "scarce",
+        reason=offload.reason,
     )

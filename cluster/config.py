@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster import config_schema
-from cluster.routing_policy import POLICIES
+from cluster.routing_policy import COLOCATE, POLICIES, RoutingSettings
 from cluster.yaml_source import overridden, read_yaml
 from core.credentials import Credentials
 from core.errors import InvalidConfig
@@ -21,6 +21,7 @@ from engine.config import DEVICES, DTYPES, EngineConfig
 from kv_transfer.config import CHECKSUMS, CODECS, DIALS, KvTransferConfig, LinkConfig
 
 PLACEMENTS = ("PACK", "SPREAD")
+WITHOUT_PREFILL = ("local", "wait", "fail")
 TLS_MODES = ("auto", "on", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ON_MISS = ("reject", "serve")
@@ -59,7 +60,14 @@ class PoolConfig:
 class RouterConfig:
     """How requests find workers.
 
-    policy: how a prefill and a decode worker are chosen.
+    policy: how a prefill and a decode worker are chosen; all but ``prfaas`` know nothing of PrfaaS clusters and costs.
+    colocate: whether the decode worker may prefill a prompt itself although a prefill worker could: ``auto``, when that
+        is predicted to be better for all; ``never``; ``always``. Of ``prfaas`` alone.
+    without_prefill: what to do when no prefill worker is there or none can be reached: ``local``, the decode worker
+        prefills; ``wait`` for one, up to ``no_route_wait_s``; ``fail`` at once. Counted, and named in the response.
+    pulls: whether cached pages may be fetched from other workers instead of being computed. Of ``prfaas`` alone.
+    fetch_ratio: pages are fetched only if the other worker caches more than so many times the tokens.
+    costs_file: where measured costs are kept, so that a restart does not forget; null: nowhere.
     max_inflight: requests beyond it, those that wait for their turn included, are refused with 429 /
         RESOURCE_EXHAUSTED.
     max_attempts: tries of one continuation before its failure is given to the client.
@@ -67,7 +75,12 @@ class RouterConfig:
     no_route_wait_s: how many seconds a request waits for a worker to appear (one may be restarting).
     """
 
-    policy: str = "cache_aware"
+    policy: str = "prfaas"
+    colocate: str = "auto"
+    without_prefill: str = "local"
+    pulls: bool = True
+    fetch_ratio: float = 1.5
+    costs_file: str | None = "~/.cache/prfaas/costs.json"
     max_inflight: int = 512
     max_attempts: int = 4
     lease_s: float = 5.0
@@ -75,10 +88,25 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         _require_word(self.policy in POLICIES, "router.policy", tuple(POLICIES), self.policy)
+        _require_word(self.colocate in COLOCATE, "router.colocate", COLOCATE, self.colocate)
+        known = self.without_prefill in WITHOUT_PREFILL
+        _require_word(known, "router.without_prefill", WITHOUT_PREFILL, self.without_prefill)
+        _require(self.fetch_ratio >= 1, "router.fetch_ratio", "must be at least 1", self.fetch_ratio)
+        _require(self.costs_file != "", "router.costs_file", "must be null or a path", self.costs_file)
         _require(self.max_inflight >= 1, "router.max_inflight", "must be at least 1", self.max_inflight)
         _require(self.max_attempts >= 1, "router.max_attempts", "must be at least 1", self.max_attempts)
         _require(self.lease_s > 0, "router.lease_s", "must be above 0 s", self.lease_s)
         _require(self.no_route_wait_s >= 0, "router.no_route_wait_s", "must be at least 0 s", self.no_route_wait_s)
+
+    @property
+    def routing(self) -> RoutingSettings:
+        """What the policy is told."""
+        return RoutingSettings(self.colocate, self.pulls, self.fetch_ratio)
+
+    @property
+    def costs_path(self) -> Path | None:
+        """``costs_file`` with the user's home in it."""
+        return None if self.costs_file is None else Path(self.costs_file).expanduser()
 
 
 @dataclass(frozen=True)
@@ -340,6 +368,8 @@ CHOICES: config_schema.Choices = {
     (EngineConfig, "dtype"): DTYPES,
     (PoolConfig, "placement"): PLACEMENTS,
     (RouterConfig, "policy"): tuple(POLICIES),
+    (RouterConfig, "colocate"): COLOCATE,
+    (RouterConfig, "without_prefill"): WITHOUT_PREFILL,
     (ServiceConfig, "log_level"): LOG_LEVELS,
 }
 

@@ -1,6 +1,7 @@
 """How many seconds will it take? Prefill, a decode step and a transfer, predicted from what was measured.
 
-    prefill     a + b n + c n (cached + n/2)            n uncached tokens; the last term counts the attended pairs
+    prefill     a k + b n + c n (cached + n/2)          n uncached tokens in k engine steps; the last term counts the
+                                                        attended pairs
     decode step a + b batch + c (tokens of context)     of all sequences of the batch
     transfer    t0 + (queued + bytes) / beta            between two clusters, unless the link itself is known
 
@@ -25,13 +26,14 @@ import math
 import os
 import tempfile
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from cluster.cost_fit import Sample, Samples, fit
+from core.compute import StepSample
 from core.link import LinkEstimate
 from core.request import ClusterId
 
@@ -96,7 +98,11 @@ class LinearCost:
     error: CostError = CostError()
 
     def seconds(self, features: tuple[float, ...]) -> float:
-        return sum(c * max(0.0, x) for c, x in zip(self.coefficients, features, strict=True))
+        seconds = 0.0
+        for coefficient, feature in zip(self.coefficients, features, strict=True):
+            if feature > 0:
+                seconds += coefficient * feature
+        return seconds
 
 
 def prefill_features(uncached: float, cached: float) -> tuple[float, float, float]:
@@ -114,18 +120,27 @@ def transfer_features(num_bytes: float) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class ComputeCost:
-    """Predictions for the workers of one profile."""
+    """Predictions for the workers of one profile. ``step_tokens``: of prompts that one engine step computes at most."""
 
     prefill_cost: LinearCost
     decode_cost: LinearCost
+    step_tokens: float = math.inf
 
     def prefill(self, uncached: float, cached: float = 0) -> float:
         """Seconds to compute ``uncached`` tokens behind ``cached`` ones; 0 if there is nothing to compute."""
-        return self.prefill_cost.seconds(prefill_features(uncached, cached)) if uncached > 0 else 0.0
+        if uncached <= 0:
+            return 0.0
+        further_steps = math.ceil(uncached / self.step_tokens) - 1 if self.step_tokens < math.inf else 0
+        of_one_step = self.prefill_cost.seconds(prefill_features(uncached, cached))
+        return of_one_step + further_steps * self.prefill_cost.coefficients[0]
 
     def decode_step(self, batch: float, context_tokens: float) -> float:
         """Seconds of a step that makes one token for each of ``batch`` sequences of so many tokens together."""
         return self.decode_cost.seconds(decode_features(batch, context_tokens)) if batch > 0 else 0.0
+
+
+# What is taken where nothing is known of a worker: about an 8B Llama in bfloat16 on an H100 (ARCHITECTURE.md, 8).
+UNKNOWN_COMPUTE = ComputeCost(LinearCost((8e-3, 2.7e-5, 9e-10)), LinearCost((6.7e-3, 5.5e-5, 1e-7)), 2048)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +149,10 @@ class CostView:
 
     profiles: Mapping[str, ComputeCost]
     transfers: Mapping[ClusterPair, LinearCost]
+
+    def compute(self, profile: str) -> ComputeCost:
+        """Of the workers of a profile; ``UNKNOWN_COMPUTE`` if it was never named."""
+        return self.profiles.get(profile, UNKNOWN_COMPUTE)
 
     def transfer(
         self, pair: ClusterPair, num_bytes: float, queued_bytes: float = 0, link: LinkEstimate | None = None
@@ -152,6 +171,24 @@ class CostView:
         return cost.seconds(transfer_features(queued_bytes + num_bytes))
 
 
+@dataclass(frozen=True, slots=True)
+class CostLine:
+    """One fit, by name. ``work``: prefill, decode or transfer; ``of``: a profile, or two clusters."""
+
+    work: str
+    of: str
+    cost: LinearCost
+
+
+def cost_lines(costs: CostView) -> Iterator[CostLine]:
+    """Everything that a view knows, in order of names."""
+    for profile, compute in sorted(costs.profiles.items()):
+        yield CostLine("prefill", profile, compute.prefill_cost)
+        yield CostLine("decode", profile, compute.decode_cost)
+    for (source, target), transfer in sorted(costs.transfers.items()):
+        yield CostLine("transfer", f"{source} to {target}", transfer)
+
+
 NO_COSTS = CostView(MappingProxyType({}), MappingProxyType({}))  # nothing is known
 
 
@@ -166,12 +203,14 @@ class CostModel:
         """``path``: where ``save`` puts it and what is read now, if it is there; None: nothing is kept."""
         self._path = path
         self._compute: dict[str, tuple[_Line, _Line]] = {}  # profile |-> prefill, decode
+        self._step_tokens: dict[str, float] = {}
         self._transfers: dict[ClusterPair, _Line] = {}
         self._remembered = _read(path) if path is not None else {}
         self._view: CostView | None = None  # None: something was learnt since it was made
 
-    def add_profile(self, profile: str, roofline: Roofline) -> None:
+    def add_profile(self, profile: str, roofline: Roofline, step_tokens: float = math.inf) -> None:
         """Name what workers may be, and where its costs begin. Again with another roofline: samples are kept."""
+        self._step_tokens[profile] = step_tokens
         prefill, decode = self._compute.get(profile, (None, None))
         self._compute[profile] = (
             self._line(f"prefill {profile}", roofline.prefill(), prefill),
@@ -195,6 +234,15 @@ class CostModel:
         if batch > 0 and context_tokens >= 0:
             self._observe(self._compute[profile][1], decode_features(batch, context_tokens), seconds)
 
+    def observe_step(self, profile: str, step: StepSample) -> None:
+        """A worker computed a step. One that held prompts and decoding sequences alike tells nothing: whose its seconds
+        are is not known."""
+        if step.is_prefill:
+            features = (1.0, float(step.prefill_tokens), step.prefill_pairs)
+            self._observe(self._compute[profile][0], features, step.seconds)
+        elif step.is_decode:
+            self.observe_decode_step(profile, step.decode_batch, step.decode_context, step.seconds)
+
     def observe_transfer(self, pair: ClusterPair, num_bytes: int, seconds: float) -> None:
         """A transfer that had the link's full speed took so long; ``pair`` was added before."""
         if num_bytes > 0:
@@ -204,19 +252,29 @@ class CostModel:
         """What is known now. The same object until something is learnt."""
         if self._view is None:
             self._view = CostView(
-                MappingProxyType({name: ComputeCost(p.cost(), d.cost()) for name, (p, d) in self._compute.items()}),
+                MappingProxyType(
+                    {
+                        name: ComputeCost(prefill.cost(), decode.cost(), self._step_tokens[name])
+                        for name, (prefill, decode) in self._compute.items()
+                    }
+                ),
                 MappingProxyType({pair: line.cost() for pair, line in self._transfers.items()}),
             )
         return self._view
 
     def save(self) -> None:
         """Put everything into the file, whole or not at all. Nothing is done without a path. Raises OSError."""
-        if self._path is None:
-            return
+        self.saving()()
+
+    def saving(self) -> Callable[[], None]:
+        """What ``save`` would write now, to be called on any thread: it waits for the disk. Raises OSError there."""
+        path = self._path
+        if path is None:
+            return lambda: None
         lines = dict(self._remembered)
         for name, line in self._lines():
             lines[name] = line.to_json()
-        _write(self._path, {"format": FORMAT, "version": VERSION, "lines": lines})
+        return lambda: _write(path, {"format": FORMAT, "version": VERSION, "lines": lines})
 
     def _lines(self) -> list[tuple[str, _Line]]:
         compute = [

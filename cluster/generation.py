@@ -290,6 +290,7 @@ class _Progress:
             ttft_s=None if first_at is None else first_at - request.arrived_at,
             tpot_s=tuple(c.tpot_s for c in self.continuations if c.tpot_s is not None),
             slo_result=self._slo_result(outcome),
+            timings=tuple(c.timing for c in self.continuations if c.timing is not None),
         )
 
     def _slo_result(self, outcome: Outcome) -> SloResult | None:

@@ -22,9 +22,10 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.cluster_info import cluster_link_info, link_check, link_info, worker_info
+from cluster.cluster_info import cluster_link_info, cost_info, link_check, link_info, offload_info, worker_info
 from cluster.cluster_links import by_cluster_pair
 from cluster.config import ServiceConfig
+from cluster.cost_model import cost_lines
 from cluster.front_door import ClusterMembership, Door, LinkTests, RequestRouter, not_ready_reason, retry_after
 from cluster.generation import (
     ChatPrompt,
@@ -245,6 +246,10 @@ class GenerationServicer(rpc.GenerationServicer):
                 misses_served=counters.admission.misses_served_by_reason,
                 links=[link_info(link, now) for link in view.links.values()],
                 cluster_links=[cluster_link_info(pair) for pair in pairs],
+                costs=[cost_info(line) for line in cost_lines(view.costs)],
+                offload=offload_info(view.offload),
+                routes_by_place=counters.routes_by_place,
+                fallbacks_by_reason=counters.fallbacks_by_reason,
             )
 
     async def CheckLinks(self, _: pb.CheckLinksRequest, context: _Context) -> None:  # noqa: N802
@@ -431,4 +436,11 @@ def _timing(timing: RequestTiming | None, tokenize_s: float) -> pb.TimingBreakdo
         slo_ttft_met=timing.slo_ttft_met,
         slo_tpot_met=timing.slo_tpot_met,
         slo_miss_expected=timing.slo_miss_expected,
+        tpot_s=timing.tpot_s,
+        fallback=timing.fallback,
+        expected_ttft_s=timing.expected_ttft_s,
+        expected_tpot_s=timing.expected_tpot_s,
+        expected_bytes_shipped=timing.expected_bytes_shipped,
+        colocated_ttft_s=timing.colocated_ttft_s,
+        colocated_tpot_s=timing.colocated_tpot_s,
     )

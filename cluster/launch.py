@@ -27,7 +27,9 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
+from cluster.catalogue import load_catalogue
 from cluster.config import ServiceConfig
+from cluster.cost_recorder import CostRecorder
 from cluster.front_door import no_usable_link_reason
 from cluster.generation import Generation
 from cluster.grpc_gateway import GrpcGateway
@@ -202,8 +204,11 @@ class _Service:
         _say(f"internal TLS {tls.decision}")
         internal = InternalGrpc(tls.open(gateway_id))
         self_test = config.kv_transfer.self_test
-        membership = Membership(config.router, gateway_id, self._clock, internal, self_test=self_test)
+        costs = CostRecorder(load_catalogue(), config.kv_transfer.capacity, config.router.costs_path)
+        self._opened.push_async_callback(costs.close)
+        membership = Membership(config.router, gateway_id, self._clock, internal, self_test=self_test, listener=costs)
         self._opened.push_async_callback(membership.close)
+        costs.start(membership)
         tester = LinkTester(membership, self._clock, unasked=self_test)
         self._opened.push_async_callback(tester.close)
         tester.start()
@@ -215,7 +220,7 @@ class _Service:
 
     async def _open_doors(self, cluster: _Cluster) -> None:
         config, membership = self._config, cluster.membership
-        policy = make_policy(config.router.policy)
+        policy = make_policy(config.router.policy, config.router.routing)
         router = Router(membership, policy, config.router, self._clock, cluster.gateway_id, config.admission)
         self._router = router
         self._opened.push_async_callback(router.drain, 0.0)

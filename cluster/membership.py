@@ -24,6 +24,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import grpc
 
@@ -31,8 +32,9 @@ from cluster.config import RouterConfig
 from cluster.cost_model import NO_COSTS, CostView
 from cluster.prefix_index import PrefixIndex, PrefixMatch
 from cluster.view import NO_OFFLOAD, ClusterView, Links, LinkView, ModelInfo, Offload, WorkerView
-from cluster.worker_client import CALL_TIMEOUT_S, WorkerClient, WorkerState
+from cluster.worker_client import CALL_TIMEOUT_S, WorkerClient, WorkerDescription, WorkerState
 from core.clock import Clock
+from core.compute import StepSample
 from core.errors import Incompatible, PeerLost, PrfaasError, ProtocolViolation
 from core.link import LinkEstimate, ProbeReport
 from core.prefix_hash import PageHash
@@ -52,6 +54,22 @@ _SHIPS = (Role.PREFILL, Role.DECODE)  # roles of a sending and a receiving worke
 _MAX_WATCH_INTERVAL_S = 0.25  # routing by load wants it fresh, whatever the lease
 
 
+class WorkerListener(Protocol):
+    """Hears of workers and of what they measure, on the event loop; is quick and does not raise."""
+
+    def worker_joined(self, worker: WorkerDescription) -> None:
+        """It is in the view from now on."""
+        ...
+
+    def steps_measured(self, worker: WorkerDescription, steps: Sequence[StepSample]) -> None:
+        """It has computed these steps, among others."""
+        ...
+
+    def link_tested(self, sender: WorkerDescription, receiver: WorkerDescription, report: ProbeReport) -> None:
+        """A self-test has ended."""
+        ...
+
+
 class Membership:
     """The workers that this gateway holds a lease of. Everything happens on one event loop."""
 
@@ -63,9 +81,11 @@ class Membership:
         internal: InternalGrpc,
         *,
         self_test: bool = False,
+        listener: WorkerListener | None = None,
     ) -> None:
         """``self_test``: links are used only after their self-test has passed (``note_probe``)."""
         self._self_test = self_test
+        self._listener = listener
         self._lease_s = config.lease_s
         self._gateway_id = gateway_id
         self._clock = clock
@@ -195,6 +215,9 @@ class Membership:
         self._probes[sender, receiver] = report
         self._probes_by_outcome["passed" if report.passed else report.error] += 1
         members[sender].links = None
+        if self._listener is not None:
+            ends = (members[sender].client.description, members[receiver].client.description)
+            self._listener.link_tested(*ends, report)
         self._notify()
 
     def note_costs(self, costs: CostView) -> None:
@@ -270,7 +293,9 @@ class Membership:
         self._prefixes.add_worker(member.engine_id)
         self._note_pages(member)
         self._forget_links()
-        member.client.on_change = self._forget_view
+        member.client.on_change = lambda: self._forget_member(member)
+        if self._listener is not None:
+            self._listener.worker_joined(description)
         member.task = self._spawn(self._follow(member, states))
         logger.info(
             "worker %s joined as %s at %s (engine %s, %d pages)",
@@ -300,8 +325,11 @@ class Membership:
         async for state in states:
             before, member.state = member.state, state
             member.links, member.heard_at = None, self._clock.now()
+            member.client.note_report(state.load_age_s)
             self._note_pages(member)
             self._renew(member)
+            if state.steps and self._listener is not None:
+                self._listener.steps_measured(member.client.description, state.steps)
             if (before.role, before.draining) != (state.role, state.draining):
                 logger.info(
                     "worker %s is now %s%s",
@@ -326,7 +354,7 @@ class Membership:
 
     def _renew(self, member: _Member) -> None:
         member.lease_expires_at = self._clock.now() + self._lease_s
-        self._forget_view()
+        self._forget_member(member)
 
     def _drop(self, member: _Member, reason: str, level: int = logging.WARNING) -> None:
         """Out of the view and told to its sequences, in one step; nothing happens the second time."""
@@ -382,6 +410,11 @@ class Membership:
                 waiter.set_result(None)
 
     def _forget_view(self) -> None:
+        self._view = None
+
+    def _forget_member(self, member: _Member) -> None:
+        """What is known of one worker has changed."""
+        member.seen = None
         self._view = None
 
     def _forget_links(self) -> None:
@@ -443,6 +476,7 @@ class _Member:
         self.links: Links | None = None  # that it sends on; None: something changed since
         self.task: asyncio.Task[None] | None = None
         self.page_events_number: int | None = None  # of the last report that the prefix index knows
+        self.seen: WorkerView | None = None  # as the last view has it; None: something changed since
 
     @property
     def worker_id(self) -> WorkerId:
@@ -453,7 +487,13 @@ class _Member:
         return self.client.description.engine_id
 
     def view(self) -> WorkerView:
-        description = self.client.description
+        """The same object until something changes: who keeps what follows from it need not look again."""
+        if self.seen is None:
+            self.seen = self._view()
+        return self.seen
+
+    def _view(self) -> WorkerView:
+        description, unreported = self.client.description, self.client.unreported
         return WorkerView(
             worker_id=description.worker_id,
             engine_id=description.engine_id,
@@ -468,6 +508,10 @@ class _Member:
             load=self.state.load,
             num_assigned=self.client.num_open,
             max_batch_size=description.max_batch_size,
+            profile=description.profile,
+            num_unreported=len(unreported),
+            unreported_tokens=sum(sent.tokens for sent in unreported),
+            unreported_kv_tokens=sum(sent.kv_tokens for sent in unreported),
         )
 
 

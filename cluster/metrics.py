@@ -21,13 +21,19 @@ from prometheus_client.utils import floatToGoString
 
 from cluster.admission import WAIT_BUCKETS_S, AdmissionCounters
 from cluster.cluster_links import Capacity, ClusterPair, by_cluster_pair
+from cluster.cost_model import CostView, cost_lines
 from cluster.front_door import ClusterMembership, Door, RequestRouter
 from cluster.view import WorkerView
 from core.errors import Cancelled, DeadlineExceeded, InvalidRequest, NoRoute, Overloaded
+from core.request import RequestTiming
 
 _TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 _TPOT_BUCKETS_S = (0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 _E2E_BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 240.0, 480.0, 960.0)
+
+
+# Relative: -0.5 is half of what it took, 1 is twice that.
+_ERROR_BUCKETS = (-0.9, -0.75, -0.5, -0.25, -0.1, -0.05, 0.0, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 9.0)
 
 
 class Outcome(StrEnum):
@@ -101,6 +107,25 @@ class RequestRecord:
     ttft_s: float | None
     tpot_s: tuple[float, ...]
     slo_result: SloResult | None = None  # None: it had no objective
+    timings: tuple[RequestTiming, ...] = ()  # of continuations that ended well
+
+
+def forecast_errors(timing: RequestTiming) -> dict[str, float]:
+    """What a route's forecast was off by, relative to what was measured; of what was measured and expected. A sequence
+    that was tried again tells nothing: its seconds are those of all tries."""
+    if timing.num_attempts != 1:
+        return {}
+    shipped = None if timing.prefill_worker is None else timing.bytes_shipped
+    both = {
+        "ttft": (timing.expected_ttft_s, timing.ttft_s - timing.admission_s - timing.route_s),
+        "tpot": (timing.expected_tpot_s, timing.tpot_s),
+        "bytes_shipped": (timing.expected_bytes_shipped, shipped),
+    }
+    return {
+        of: (expected - measured) / measured
+        for of, (expected, measured) in both.items()
+        if expected is not None and measured is not None and measured > 0
+    }
 
 
 class Metrics:
@@ -143,6 +168,13 @@ class Metrics:
             registry=self.registry,
         )
         self._generated_tokens = Counter("prfaas_generated_tokens", "Tokens sent to clients.", registry=self.registry)
+        self._forecast_error = Histogram(
+            "prfaas_forecast_relative_error",
+            "How far off a route's forecast was, (expected - measured) / measured, of sequences that needed one try.",
+            ("of",),
+            buckets=_ERROR_BUCKETS,
+            registry=self.registry,
+        )
         self.registry.register(_AtScrape(membership, router, capacity))
 
     def refuse(self, door: Door, error: BaseException) -> None:
@@ -163,6 +195,9 @@ class Metrics:
             self._slo.labels(record.slo_result).inc()
         if record.outcome is Outcome.OK:
             self._e2e.observe(record.e2e_s)
+        for timing in record.timings:
+            for of, error in forecast_errors(timing).items():
+                self._forecast_error.labels(of).observe(error)
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""
@@ -195,6 +230,17 @@ class _AtScrape(Collector):
         )
         yield from _of_admission(counters.admission)
         yield _by_reason(
+            "prfaas_fallbacks",
+            "Routes that an intact cluster would not have taken, or that were refused for that, by reason.",
+            counters.fallbacks_by_reason.items(),
+        )
+        yield _by_reason(
+            "prfaas_routes",
+            "Routes by where the prompt is prefilled: local, offloaded to another cluster, or colocated with decoding.",
+            counters.routes_by_place.items(),
+            label="place",
+        )
+        yield _by_reason(
             "prfaas_link_self_tests",
             "Self-tests of a pair of workers: passed, or the kind of the error.",
             self._membership.probes_by_outcome.items(),
@@ -203,6 +249,7 @@ class _AtScrape(Collector):
         view = self._membership.view()
         yield from _of_workers(view.workers)
         yield from _of_links(by_cluster_pair(view, self._capacity))
+        yield from _of_costs(view.costs)
 
 
 def _of_admission(admission: AdmissionCounters) -> Iterator[Metric]:
@@ -245,6 +292,22 @@ def _of_links(pairs: tuple[ClusterPair, ...]) -> Iterator[Metric]:
                 if (value := value_of(pair)) is not None:
                     family.add_metric((pair.from_cluster, pair.to_cluster, ",".join(pair.paths)), value)
             yield family
+
+
+def _of_costs(costs: CostView) -> Iterator[Metric]:
+    """How good the cost model is: one sample for each kind of work of each kind of worker, or pair of clusters."""
+    errors = GaugeMetricFamily(
+        "prfaas_cost_relative_error",
+        "Of the latest predictions of single steps and transfers: p50 and p90 of |error|, and the bias.",
+        labels=("work", "of", "statistic"),
+    )
+    samples = CounterMetricFamily("prfaas_cost_samples", "Measurements that were learnt from.", labels=("work", "of"))
+    for line in cost_lines(costs):
+        samples.add_metric((line.work, line.of), line.cost.samples)
+        for statistic in ("p50", "p90", "bias"):
+            errors.add_metric((line.work, line.of, statistic), getattr(line.cost.error, statistic))
+    yield errors
+    yield samples
 
 
 def _of_workers(workers: tuple[WorkerView, ...]) -> Iterator[Metric]:

@@ -11,12 +11,16 @@ and cost_model.py fits one to a live service.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from cluster import cost_model
-from cluster.catalogue import DeviceSpec, ModelShape, Numbers
+from cluster.catalogue import Catalogue, DeviceSpec, ModelShape, Numbers
+from core.compute import ComputeProfile
 from core.errors import InvalidConfig
 
 
@@ -106,3 +110,43 @@ class Instance:
         sent = 2 * (self.num_gpus - 1) / self.num_gpus * num_bytes
         rate = self.device.interconnect_gb_s * 1e9 * self.efficiency.interconnect
         return np.asarray(2 * self.model.num_layers * sent / rate)
+
+
+# Where the catalogue does not know a live device, its sustained rates are taken to be these. CPU: what SmolLM2-135M
+# reached on two cores with AMX (ARCHITECTURE.md section 8: prefill of 2,700 tokens/s in bfloat16 and 1,000 in float32,
+# 270 MB of weights read in 30 ms). Any other: about a third of an A100.
+CPU_FLOPS_PER_THREAD: Mapping[str, float] = MappingProxyType({"bfloat16": 2.5e11})
+CPU_FLOPS_PER_THREAD_OTHERWISE = 1e11
+CPU_BYTES_PER_S = 1e10
+UNKNOWN_FLOPS_PER_S = 1e14
+UNKNOWN_BYTES_PER_S = 7e11
+
+
+def of_engine(
+    compute: ComputeProfile, dtype: str, kv_bytes_per_token: float, catalogue: Catalogue, efficiency: Efficiency
+) -> cost_model.Roofline:
+    """Where the costs of a live engine begin, before anything was measured: what it says of its model, on its device
+    as the catalogue knows it, or else on the rates above."""
+    device = _known_device(compute.device, catalogue)
+    if device is not None:
+        flops_per_s = compute.num_devices * device.flops_per_s(dtype) * efficiency.compute
+        bytes_per_s = compute.num_devices * device.memory_bandwidth_gb_s * 1e9 * efficiency.memory
+    elif compute.device.startswith("cpu"):
+        flops_per_s = compute.num_devices * CPU_FLOPS_PER_THREAD.get(dtype, CPU_FLOPS_PER_THREAD_OTHERWISE)
+        bytes_per_s = CPU_BYTES_PER_S
+    else:
+        flops_per_s, bytes_per_s = UNKNOWN_FLOPS_PER_S, UNKNOWN_BYTES_PER_S
+    return cost_model.Roofline(
+        weight_flops=compute.weight_flops,
+        attention_flops=compute.attention_flops,
+        weight_bytes=compute.weight_bytes,
+        kv_bytes_per_token=kv_bytes_per_token,
+        flops_per_s=flops_per_s,
+        bytes_per_s=bytes_per_s,
+    )
+
+
+def _known_device(name: str, catalogue: Catalogue) -> DeviceSpec | None:
+    """The catalogue's entry whose name is a word of what the driver says: ``NVIDIA H100 80GB HBM3`` is ``h100``."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    return next((spec for known, spec in sorted(catalogue.devices.items()) if known.lower() in words), None)

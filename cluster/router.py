@@ -6,7 +6,8 @@ The life of a request, and who owns what at each step:
    its turn (admission.py), or raises ``Overloaded``. The router owns the request from here to the end of the generator;
    nothing else remembers it.
 2. A continuation makes an *attempt*: ``policy.route(request, membership.view())`` chooses a prefill worker P and a
-   decode worker D. No worker: it waits for one, up to ``no_route_wait_s``.
+   decode worker D. No worker: it waits for one, up to ``no_route_wait_s``. No prefill worker that could be used:
+   D prefills, or it waits, or fails, as ``without_prefill`` says.
 3. The attempt is announced to D (``Decode``; D owns a name, no pages), then queued at P (``Prefill``; P owns the
    prompt's pages). If the route says so (``Route.pull``), whoever prefills first fetches cached pages from a third
    worker; that may fail, the request does not. Both answer on their Outputs streams, into the continuation's one inbox.
@@ -41,10 +42,11 @@ from functools import partial
 from cluster.admission import Admission, AdmissionCounters, Bound, Proposal, Ticket
 from cluster.config import AdmissionConfig, RouterConfig
 from cluster.membership import Membership
+from cluster.output_lengths import OutputLengths
 from cluster.prefix_index import PrefixMatch
 from cluster.routing_policy import RouteRequest, RoutingPolicy
 from cluster.view import ClusterView, Route, WorkerView
-from cluster.worker_client import SequenceEvent, WorkerClient, WorkerLost
+from cluster.worker_client import Assignment, SequenceEvent, WorkerClient, WorkerLost
 from core.clock import Clock
 from core.errors import (
     Cancelled,
@@ -78,6 +80,7 @@ logger = logging.getLogger(__name__)
 HANDOVER_REPORT_WAIT_S = 0.1  # a finish waits so long for P's report of the hand-over, for the timing only
 SAME_WORKER_BACKOFF_S = 0.1  # before the first retry on a worker that failed the sequence; doubles with each attempt
 STOPPING = "the gateway is stopping and takes no new requests"
+FALLBACK_LOG_S = 10.0  # a fallback is logged when it begins, and so long after the last time while it lasts
 WIND_UP_S = 1.0  # after a drain: for generators to end and for workers to hear of aborts
 RELEASE_POLL_S = 0.05  # while requests wait for their turn: how often the workers' loads are looked at
 RELEASE_GAP_S = 0.01  # after nobody's turn came, whatever happens meanwhile: asking costs decisions of the policy
@@ -89,6 +92,9 @@ class RouterCounters:
 
     A retry is a repeated attempt before the continuation's first token, a resume one after it. Reasons:
     ``prefill_lost``, ``decode_lost`` (the process is gone), ``prefill_failed``, ``decode_failed`` (it gave up).
+    A fallback is a route that an intact cluster would not have taken (``routing_policy.Fallback``), or that was not
+    taken because ``without_prefill`` forbids it. Routes are counted by where prompts were prefilled: ``local`` (in the
+    decode worker's cluster), ``offloaded`` (in another) or ``colocated`` (on the decode worker).
     """
 
     num_requests: int
@@ -97,6 +103,8 @@ class RouterCounters:
     retries_by_reason: Mapping[str, int]
     resumes_by_reason: Mapping[str, int]
     admission: AdmissionCounters
+    fallbacks_by_reason: Mapping[str, int]
+    routes_by_place: Mapping[str, int]
 
 
 class Router:
@@ -127,6 +135,10 @@ class Router:
         self._num_routes = 0
         self._retries: Counter[str] = Counter()
         self._resumes: Counter[str] = Counter()
+        self._fallbacks: Counter[str] = Counter()
+        self._fallbacks_logged_at: dict[str, float] = {}
+        self._routes: Counter[str] = Counter()
+        self._output_lengths = OutputLengths()
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ---- what the front doors call ----
@@ -182,6 +194,8 @@ class Router:
             retries_by_reason=dict(self._retries),
             resumes_by_reason=dict(self._resumes),
             admission=self._admission.counters,
+            fallbacks_by_reason=dict(self._fallbacks),
+            routes_by_place=dict(self._routes),
         )
 
     async def drain(self, timeout_s: float) -> bool:
@@ -315,6 +329,7 @@ class Router:
                 received = await continuation.inbox.get()
                 if received is None:
                     self._end(continuation, "stopped by the gateway: stop string")
+                    self._output_lengths.note(continuation.num_tokens)
                     yield continuation.last_chunk(self._clock.now(), FinishReason.STOP)
                     return
                 stage, event = received
@@ -349,6 +364,7 @@ class Router:
             await self._hear_handover(continuation, attempt)
         attempt.finished = True
         self._end(continuation, "the first token was the last")
+        self._output_lengths.note(continuation.num_tokens + len(chunk.token_ids))
         yield continuation.last_chunk(self._clock.now(), chunk.finish_reason, chunk)
 
     async def _hear_handover(self, continuation: _Continuation, attempt: _Attempt) -> None:
@@ -378,9 +394,15 @@ class Router:
         if continuation.index == 0:
             flight.route = route
             self._admission.begun(flight.ticket, route)
-        decode.open_sequence(spec.sequence_id, partial(continuation.inbox.put, Role.DECODE))
+        self._count(route)
+        num_known = len(spec.prompt_token_ids) + len(spec.output_token_ids)
+        num_output = self._output_lengths.expected(continuation.num_tokens, continuation.max_tokens)
+        num_uncached = num_known - continuation.cached_tokens(route)
+        self_prefills = Assignment(num_uncached if prefill is None else 0, num_known + num_output)
+        decode.open_sequence(spec.sequence_id, partial(continuation.inbox.put, Role.DECODE), self_prefills)
         if prefill is not None:
-            prefill.open_sequence(spec.sequence_id, partial(continuation.inbox.put, Role.PREFILL))
+            deliver = partial(continuation.inbox.put, Role.PREFILL)
+            prefill.open_sequence(spec.sequence_id, deliver, Assignment(num_uncached))
         attempt.announcing = self._spawn(self._announce(continuation, attempt))
         if continuation.num_attempts > 1:
             logger.info("sequence %s: attempt %d: %s", spec.sequence_id, continuation.num_attempts, route.reason)
@@ -390,7 +412,9 @@ class Router:
         now = self._clock.now()
         give_up_at, patience_ends_at = now + self._config.no_route_wait_s, now + continuation.backoff_s
         while not continuation.inbox.stopped:
-            view = self._membership.view()
+            view, now = self._membership.view(), self._clock.now()
+            may_wait = not self._draining and now < give_up_at
+            wait_until = give_up_at
             try:
                 route = (
                     self._sibling_route(flight, continuation, view)
@@ -398,13 +422,17 @@ class Router:
                     or self._policy.route(self._route_request(continuation, view), view)
                 )
             except NoRoute:
-                wait_until = give_up_at
-                if self._draining or self._clock.now() >= give_up_at:
+                if not may_wait:
                     raise
             else:
-                if not continuation.was_failed_by(route) or self._clock.now() >= patience_ends_at:
+                refusal = self._refusal(route)
+                if refusal is None and (not continuation.was_failed_by(route) or now >= patience_ends_at):
                     return route
-                wait_until = patience_ends_at
+                if refusal is None:
+                    wait_until = patience_ends_at
+                elif not may_wait or self._config.without_prefill == "fail":
+                    self._note_fallback(route.fallback, str(refusal))
+                    raise refusal
             change = self._membership.wait_until(_is_not(view), wait_until - self._clock.now())
             await continuation.inbox.guard(change)
         return None
@@ -414,7 +442,8 @@ class Router:
         if self._policy.uses_prefixes:
             for page_size in {worker.model.fingerprint.page_size for worker in view.workers}:
                 matches[page_size] = self._membership.match_prefix(continuation.page_hashes(page_size))
-        request = continuation.route_request(self._num_routes, matches)
+        num_output = self._output_lengths.expected(continuation.num_tokens, continuation.max_tokens)
+        request = continuation.route_request(self._num_routes, matches, num_output, self._output_lengths.mean)
         self._num_routes += 1
         return request
 
@@ -430,6 +459,26 @@ class Router:
         wanted = {(w.engine_id, w.role) for w in (route.prefill, route.decode) if w is not None}
         return route if wanted <= ready else None
 
+    def _refusal(self, route: Route) -> NoRoute | None:
+        """Why the route is not to be taken: there should be a prefill worker, and ``without_prefill`` minds."""
+        mode = self._config.without_prefill
+        if route.prefill is not None or not route.fallback or mode == "local":
+            return None
+        return NoRoute(f"router.without_prefill is {mode}, and {route.reason}")
+
+    def _count(self, route: Route) -> None:
+        """A route is taken."""
+        self._routes[route.place] += 1
+        if route.fallback:
+            self._note_fallback(route.fallback, route.reason)
+
+    def _note_fallback(self, fallback: str, reason: str) -> None:
+        self._fallbacks[fallback] += 1
+        now = self._clock.now()
+        if now - self._fallbacks_logged_at.get(fallback, -FALLBACK_LOG_S) >= FALLBACK_LOG_S:
+            self._fallbacks_logged_at[fallback] = now
+            logger.warning("fallback %s, %d so far: %s", fallback, self._fallbacks[fallback], reason)
+
     def _sibling_route(self, flight: _Flight, continuation: _Continuation, view: ClusterView) -> Route | None:
         """The first continuation's workers, for a sibling's first attempt, while they are ready."""
         if continuation.index == 0 or continuation.num_attempts or flight.route is None:
@@ -439,7 +488,8 @@ class Router:
         decode = ready.get(flight.route.decode.engine_id)
         if decode is None or (prefill is None) != (flight.route.prefill is None):
             return None
-        return Route(prefill, decode, f"with continuation 0, whose prompt is cached there ({flight.route.reason})")
+        reason = f"with continuation 0, whose prompt is cached there ({flight.route.reason})"
+        return Route(prefill, decode, reason, fallback=flight.route.fallback)
 
     async def _announce(self, continuation: _Continuation, attempt: _Attempt) -> None:
         """Tell D, then P; what goes wrong is an event like any other."""
@@ -575,6 +625,7 @@ class _Continuation:
         self._sampling = request.sampling.for_index(index)
         self._token_ids: list[int] = []
         self._attempts: list[_Attempt] = []
+        self._matches: Mapping[int, PrefixMatch] = {}  # as the last route was decided by
         self._page_hashes: dict[int, list[PageHash]] = {}  # page size |-> digests so far
         self._routed_at = 0.0
         self._first_token_at: float | None = None
@@ -615,13 +666,30 @@ class _Continuation:
         tokens = (*self._request.prompt_token_ids, *self._token_ids)
         return extend_page_hashes(known, tokens, page_size, self._request.salt)
 
-    def route_request(self, ordinal: int, matches: Mapping[int, PrefixMatch]) -> RouteRequest:
+    @property
+    def max_tokens(self) -> int | None:
+        return self._sampling.max_tokens
+
+    def cached_tokens(self, route: Route) -> int:
+        """Tokens that the worker which prefills was thought to cache, or will have fetched, when it was chosen."""
+        worker = route.prefill or route.decode
+        match = self._matches.get(worker.model.fingerprint.page_size)
+        cached = 0 if match is None else match.pages_on(worker.engine_id) * worker.model.fingerprint.page_size
+        fetched = 0 if route.pull is None else route.pull.num_tokens
+        return min(max(cached, fetched), len(self._request.prompt_token_ids) + self.num_tokens - 1)
+
+    def route_request(
+        self, ordinal: int, matches: Mapping[int, PrefixMatch], num_output: int, mean_output: float
+    ) -> RouteRequest:
+        self._matches = matches
         return RouteRequest(
             request_id=self._request.request_id,
             num_tokens=len(self._request.prompt_token_ids) + self.num_tokens,
             ordinal=ordinal,
             excluded=frozenset(self.excluded),
             matches=matches,
+            num_output=num_output,
+            mean_output=mean_output,
         )
 
     def next_spec(self, flight: _Flight) -> SequenceSpec:
@@ -682,7 +750,8 @@ class _Continuation:
         arrived_at = self._request.arrived_at
         first_token_at = now if self._first_token_at is None else self._first_token_at
         slo, admission_s = self._request.slo, self._ticket.waited_s
-        tpot_s = max(0.0, self._last_token_at - first_token_at) / max(1, self.num_tokens - 1)
+        num_later, expected = self.num_tokens - 1, last.route.expected
+        tpot_s = (self._last_token_at - first_token_at) / num_later if num_later > 0 else None
         return RequestTiming(
             prefill_worker=last.route.prefill.worker_id if last.route.prefill is not None else None,
             decode_worker=None if last.finished_by_prefill else last.route.decode.worker_id,
@@ -707,8 +776,15 @@ class _Continuation:
             bytes_pulled=sum(pull.num_bytes for pull in pulls),
             pull_s=sum(pull.seconds for pull in pulls),
             slo_ttft_met=None if slo.ttft_s is None else first_token_at - arrived_at <= slo.ttft_s,
-            slo_tpot_met=None if slo.tpot_s is None else tpot_s <= slo.tpot_s,
+            slo_tpot_met=None if slo.tpot_s is None else (tpot_s or 0.0) <= slo.tpot_s,
             slo_miss_expected=self._ticket.slo_miss_expected,
+            tpot_s=tpot_s,
+            fallback=last.route.fallback,
+            expected_ttft_s=None if expected is None else expected.ttft_s,
+            expected_tpot_s=None if expected is None else expected.tpot_s,
+            expected_bytes_shipped=None if expected is None else expected.bytes_shipped,
+            colocated_ttft_s=None if expected is None else expected.colocated_ttft_s,
+            colocated_tpot_s=None if expected is None else expected.colocated_tpot_s,
         )
 
 

@@ -4,7 +4,8 @@ Invariants, of every policy:
 - only workers of ``view.ready(role)`` are chosen: live lease, not draining, advertising the role;
 - a prefill worker is paired only with a decode worker whose pool may take its K/V, on a link that may be used;
 - an engine that failed this sequence before (``excluded``) is chosen only when nothing else is left;
-- equal arguments give equal routes, and every route says why it was taken.
+- equal arguments give equal routes, and every route says why it was taken;
+- a route that an intact cluster would not take names its ``Fallback``.
 
 A worker is preferred in this order: not excluded, then what the policy looks at, then the smaller worker id.
 How to add a policy: implement ``RoutingPolicy`` and add a line to ``POLICIES``.
@@ -14,12 +15,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 from cluster.prefix_index import PrefixMatch
 from cluster.view import ClusterView, Route, WorkerView
 from core.errors import Incompatible, InvalidConfig, NoRoute
 from core.request import EngineId, RequestId, Role
+
+
+class Fallback(StrEnum):
+    """Why a route is not what an intact cluster would take: ``Route.fallback``."""
+
+    NO_PREFILL_WORKER = "no_prefill_worker"  # none is ready where the decode worker could be shipped to from
+    NO_PRFAAS_WORKER = "no_prfaas_worker"  # the prompt is long enough for a PrfaaS cluster, and none has one ready
+    INCOMPATIBLE = "incompatible"  # there is one, but its cache is not the decode worker's
+    LINK_DOWN = "link_down"  # there is one, but no link from it may be used
+
+
+COLOCATE = ("auto", "never", "always")
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingSettings:
+    """What an operator may say of routing; ``RouterConfig`` explains each."""
+
+    colocate: str = "auto"
+    pulls: bool = True
+    fetch_ratio: float = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +53,8 @@ class RouteRequest:
     ordinal: how many routes this gateway asked for before this one.
     excluded: engines that failed this sequence before. A restarted worker is a new engine, hence not excluded.
     matches: for each page size in the cluster, which workers cache how many of the leading pages of those tokens.
+    num_output: tokens that it is expected to generate yet.
+    mean_output: tokens that sequences generate, on average.
     """
 
     request_id: RequestId
@@ -37,6 +62,8 @@ class RouteRequest:
     ordinal: int
     excluded: frozenset[EngineId] = frozenset()
     matches: Mapping[int, PrefixMatch] = field(default_factory=dict)
+    num_output: int = 256
+    mean_output: float = 256.0
 
     def cached_tokens(self, worker: WorkerView) -> int:
         """Tokens at the sequence's beginning whose K/V ``worker`` holds, as far as is known; never all of them."""
@@ -64,11 +91,11 @@ class RoundRobin:
     uses_prefixes = False
 
     def route(self, request: RouteRequest, view: ClusterView) -> Route:
-        candidates = _candidates(request, view)
-        decode = candidates.decode[request.ordinal % len(candidates.decode)]
-        pool = candidates.prefill_for(decode)
+        found = candidates(request, view)
+        decode = found.decode[request.ordinal % len(found.decode)]
+        pool = found.prefill_for(decode)
         prefill = pool[request.ordinal % len(pool)] if pool else None
-        return candidates.route(prefill, decode, f"round robin, turn {request.ordinal}")
+        return found.route(prefill, decode, f"round robin, turn {request.ordinal}")
 
 
 class LeastLoaded:
@@ -82,11 +109,11 @@ class LeastLoaded:
     uses_prefixes = False
 
     def route(self, request: RouteRequest, view: ClusterView) -> Route:
-        candidates = _candidates(request, view)
-        decode = min(candidates.decode, key=lambda w: (not _fits(w, request), _num_sequences(w), w.worker_id))
-        pool = candidates.prefill_for(decode)
+        found = candidates(request, view)
+        decode = min(found.decode, key=lambda w: (not _fits(w, request), _num_sequences(w), w.worker_id))
+        pool = found.prefill_for(decode)
         prefill = min(pool, key=lambda w: (_tokens_ahead(w, request), w.worker_id)) if pool else None
-        return candidates.route(prefill, decode, f"least loaded: {_loads(prefill, decode, request)}")
+        return found.route(prefill, decode, f"least loaded: {_loads(prefill, decode, request)}")
 
 
 class CacheAware:
@@ -101,9 +128,9 @@ class CacheAware:
     uses_prefixes = True
 
     def route(self, request: RouteRequest, view: ClusterView) -> Route:
-        candidates = _candidates(request, view)
-        decode = self._decode(request, candidates.decode)
-        pool = candidates.prefill_for(decode)
+        found = candidates(request, view)
+        decode = self._decode(request, found.decode)
+        pool = found.prefill_for(decode)
         prefill = min(pool, key=lambda w: (_tokens_to_first(w, request), w.worker_id)) if pool else None
         missing = request.num_tokens - request.cached_tokens(decode)
         num_sequences = _num_sequences(decode)
@@ -111,7 +138,7 @@ class CacheAware:
         if prefill is not None:
             ahead, cached = _tokens_ahead(prefill, request), request.cached_tokens(prefill)
             said = f"{prefill.worker_id} caches {cached} tokens and has {ahead} ahead, {said}"
-        return candidates.route(prefill, decode, f"cache aware: {said}")
+        return found.route(prefill, decode, f"cache aware: {said}")
 
     def _decode(self, request: RouteRequest, workers: Sequence[WorkerView]) -> WorkerView:
         pool = [w for w in workers if _fits(w, request)] or list(workers)
@@ -122,29 +149,38 @@ class CacheAware:
         )
 
 
+_MAX_REASONS = 4  # of many links that fail alike, a few say it
 # A decode worker may have so many times the sequences of the idlest one, and a few more, and still be preferred for
 # what it caches: its steps are longer by less than the sequence's share of them.
 _CROWDED = 1.25
 _CROWDED_SLACK = 2
 
+
+def _prfaas(settings: RoutingSettings) -> RoutingPolicy:
+    from cluster.prfaas_routing import PrfaasRouting  # here, because that file needs this one's nouns
+
+    return PrfaasRouting(settings)
+
+
 # name |-> factory. Routers take the name from ``router.policy``.
-POLICIES: Mapping[str, Callable[[], RoutingPolicy]] = {
-    "round_robin": RoundRobin,
-    "least_loaded": LeastLoaded,
-    "cache_aware": CacheAware,
+POLICIES: Mapping[str, Callable[[RoutingSettings], RoutingPolicy]] = {
+    "round_robin": lambda _: RoundRobin(),
+    "least_loaded": lambda _: LeastLoaded(),
+    "cache_aware": lambda _: CacheAware(),
+    "prfaas": _prfaas,
 }
 
 
-def make_policy(name: str) -> RoutingPolicy:
+def make_policy(name: str, settings: RoutingSettings = RoutingSettings()) -> RoutingPolicy:
     """The policy of that name; ``InvalidConfig`` naming the known ones otherwise."""
     factory = POLICIES.get(name)
     if factory is None:
         raise InvalidConfig("router.policy", f"must be one of {', '.join(POLICIES)}, got {name!r}")
-    return factory()
+    return factory(settings)
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidates:
+class Candidates:
     """Workers that may be chosen. ``decode`` is never empty; ``prefill`` holds every ready one, excluded or not."""
 
     request: RouteRequest
@@ -158,32 +194,19 @@ class _Candidates:
 
     def route(self, prefill: WorkerView | None, decode: WorkerView, reason: str) -> Route:
         """The route, its reason completed with whatever was not as it should be."""
-        notes = [reason]
+        notes, fallback = [reason], ""
         if prefill is None:
-            notes.append(f"{decode.worker_id} prefills: {self._why_no_prefill(decode)}")
-        for worker in (prefill, decode):
-            if worker is not None and worker.engine_id in self.request.excluded:
-                notes.append(
-                    f"{worker.worker_id} failed this sequence before, but no other {worker.role} worker is left"
-                )
-        return Route(prefill=prefill, decode=decode, reason="; ".join(notes))
-
-    def _why_no_prefill(self, decode: WorkerView) -> str:
-        if not self.prefill:
-            return "no prefill worker is ready"
-        try:
-            self.prefill[0].model.fingerprint.require_compatible(decode.model.fingerprint)
-        except Incompatible as error:
-            return f"no prefill worker holds the same cache ({self.prefill[0].worker_id}: {error.field} differs)"
-        links = (self.view.link(w.worker_id, decode.worker_id) for w in self.prefill)
-        unusable = [f"{link.from_worker} to it: {link.reason}" for link in links if link is not None]
-        return f"no link from a prefill worker can be used ({'; '.join(unusable)})"
+            fallback, why = why_no_prefill(self.view, self.prefill, decode)
+            notes.append(f"{decode.worker_id} prefills: {why}")
+        notes += last_resorts(self.request, prefill, decode)
+        return Route(prefill=prefill, decode=decode, reason="; ".join(notes), fallback=fallback)
 
 
-def _candidates(request: RouteRequest, view: ClusterView) -> _Candidates:
+def candidates(request: RouteRequest, view: ClusterView) -> Candidates:
+    """The workers that a policy chooses among; ``NoRoute`` if no decode worker is ready."""
     decode, prefill = view.ready(Role.DECODE), view.ready(Role.PREFILL)
     if not decode:
-        raise NoRoute(f"no decode worker is ready ({_census(view)})")
+        raise NoRoute(f"no decode worker is ready ({census(view)})")
     fresh = tuple(w for w in decode if w.engine_id not in request.excluded)
     fresh_prefill = tuple(w for w in prefill if w.engine_id not in request.excluded)
     # A decode worker that some prefill worker can ship to is better than one that would have to prefill alone.
@@ -194,7 +217,35 @@ def _candidates(request: RouteRequest, view: ClusterView) -> _Candidates:
         or _shippable(view, decode, prefill)
         or decode
     )
-    return _Candidates(request=request, view=view, decode=pool, prefill=prefill)
+    return Candidates(request=request, view=view, decode=pool, prefill=prefill)
+
+
+def last_resorts(request: RouteRequest, prefill: WorkerView | None, decode: WorkerView) -> list[str]:
+    """What is to be said of workers that failed the sequence before."""
+    return [
+        f"{worker.worker_id} failed this sequence before, but no other {worker.role} worker is left"
+        for worker in (prefill, decode)
+        if worker is not None and worker.engine_id in request.excluded
+    ]
+
+
+def why_no_prefill(
+    view: ClusterView, workers: Sequence[WorkerView], decode: WorkerView, kind: str = "prefill"
+) -> tuple[Fallback, str]:
+    """Why none of ``workers``, which are ready, can ship to ``decode``: a word, and words. ``kind``: of workers."""
+    if not workers:
+        none = Fallback.NO_PRFAAS_WORKER if kind == "PrfaaS" else Fallback.NO_PREFILL_WORKER
+        return none, f"no {kind} worker is ready"
+    alike = [w for w in workers if w.model.fingerprint.compatible(decode.model.fingerprint)]
+    if not alike:
+        try:
+            workers[0].model.fingerprint.require_compatible(decode.model.fingerprint)
+        except Incompatible as error:
+            said = f"no {kind} worker holds the same cache ({workers[0].worker_id}: {error.field} differs)"
+            return Fallback.INCOMPATIBLE, said
+    links = (view.link(w.worker_id, decode.worker_id) for w in alike)
+    unusable = [f"{link.from_worker} to it: {link.reason}" for link in links if link is not None]
+    return Fallback.LINK_DOWN, f"no link from a {kind} worker can be used ({'; '.join(unusable[:_MAX_REASONS])})"
 
 
 def _shippable(
@@ -214,7 +265,7 @@ def _avoid(workers: tuple[WorkerView, ...], excluded: frozenset[EngineId]) -> tu
     return tuple(w for w in workers if w.engine_id not in excluded) or workers
 
 
-def _census(view: ClusterView) -> str:
+def census(view: ClusterView) -> str:
     """How many workers there are, for an error message."""
     if not view.workers:
         return "no worker is registered"

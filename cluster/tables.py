@@ -26,6 +26,9 @@ def timing_table(complete: pb.GenerateComplete) -> Table:
         ("transfer", f"{timing.transfer_s:.3f} s, of which {timing.exposed_transfer_s:.3f} s after the first token"),
         ("decode", f"{timing.decode_s:.3f} s after {timing.decode_queue_s:.3f} s in the queue"),
         ("first token, all", f"{timing.ttft_s:.3f} s, {timing.total_s:.3f} s"),
+        ("expected", _expected(timing)),
+        ("one worker alone", _alone(timing)),
+        ("fallback", timing.fallback or "-"),
         ("tries", str(timing.num_attempts)),
         *_objectives(timing),
     )
@@ -47,6 +50,35 @@ def _objectives(timing: pb.TimingBreakdown) -> Iterable[tuple[str, str]]:
             yield name, "met" if getattr(timing, field) else "missed"
     if timing.slo_miss_expected:
         yield "a miss was expected", timing.slo_miss_expected
+
+
+def _expected(timing: pb.TimingBreakdown) -> str:
+    """What was forecast, beside what came of it."""
+    if not timing.HasField("expected_ttft_s"):
+        return "-"
+    measured_s = timing.ttft_s - timing.admission_s - timing.route_s
+    said = [f"first token {timing.expected_ttft_s:.3f} s (was {measured_s:.3f})"]
+    if timing.HasField("tpot_s"):
+        said.append(f"{timing.expected_tpot_s * 1e3:.1f} ms a token (was {timing.tpot_s * 1e3:.1f})")
+    said.append(f"{_bytes(timing.expected_bytes_shipped)} shipped (was {_bytes(timing.bytes_shipped)})")
+    return ", ".join(said)
+
+
+def _alone(timing: pb.TimingBreakdown) -> str:
+    """The best route on which nothing is shipped."""
+    if not timing.HasField("colocated_ttft_s"):
+        return "-"
+    return f"first token {timing.colocated_ttft_s:.3f} s, {timing.colocated_tpot_s * 1e3:.1f} ms a token"
+
+
+def cost_table(costs: Iterable[pb.CostInfo]) -> Table:
+    """What steps and transfers are predicted to take, and how far off predictions are."""
+    table = _table(("work", "of"), ("a", "b", "c", "samples", "error p50", "p90", "bias"))
+    for cost in costs:
+        units = [_seconds(seconds) for seconds in cost.coefficients] + ["-"] * (3 - len(cost.coefficients))
+        known = [f"{cost.error_p50:.0%}", f"{cost.error_p90:.0%}", f"{cost.bias:+.0%}"] if cost.samples else ["-"] * 3
+        table.add_row(cost.work, cost.of, *units, str(cost.samples), *known)
+    return table
 
 
 def worker_table(workers: Iterable[pb.WorkerInfo]) -> Table:
@@ -141,6 +173,13 @@ def _table(words: Sequence[str], numbers: Sequence[str]) -> Table:
 
 def _rate(bytes_per_s: float | None) -> str:
     return "-" if bytes_per_s is None else f"{bytes_per_s / 1e9:.3g} GB/s"
+
+
+def _seconds(seconds: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6), ("ns", 1e9)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e12:.3g} ps"
 
 
 def _milliseconds(seconds: float | None) -> str:

@@ -26,6 +26,7 @@ class ModelInfo:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     kv_bytes_per_token: int
+    num_layers: int = 1  # that store K/V
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class WorkerLoad:
 
     num_running: int = 0
     num_waiting: int = 0
-    num_waiting_tokens: int = 0  # tokens of known prompts that are not computed yet
+    num_waiting_tokens: int = 0  # tokens of known prompts that must be computed yet
     pages_free: int = 0  # free, or cached and evictable
     pages_cached: int = 0
     num_sessions: int = 0  # KV hand-overs under way
@@ -48,11 +49,17 @@ class WorkerLoad:
     pulls: tuple[tuple[str, int], ...] = ()  # (PullOutcome, pulls of other workers' pages that ended so)
     pulled_tokens: int = 0
     pulled_bytes: int = 0
+    num_announced: int = 0  # sequences whose K/V is to come; they are in no batch yet
+    num_announced_tokens: int = 0  # of those of them that hold no page yet
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """One live worker."""
+    """One live worker.
+
+    ``load`` is as old as its last report. What this gateway has sent there since, hence is in no report yet, is
+    ``num_unreported`` and the two numbers of tokens; ``num_assigned`` counts all that it has there.
+    """
 
     worker_id: WorkerId
     engine_id: EngineId
@@ -65,9 +72,12 @@ class WorkerView:
     transport: str
     pages_total: int
     load: WorkerLoad
-    num_assigned: int = 0  # sequences this gateway has sent there and not seen end; fresher than ``load``
     max_batch_size: int | None = None  # sequences of one step; None: it did not say
+    num_assigned: int = 0  # sequences this gateway has sent there and not seen end, reported or not
     profile: str = ""  # of its costs, a key of ``CostView.profiles``: workers alike in model and device share one
+    num_unreported: int = 0  # sequences
+    unreported_tokens: int = 0  # that must be computed before their first token
+    unreported_kv_tokens: int = 0  # that must find room in its pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,3 +193,11 @@ class Route:
     pull: PagePull | None = None
     expected: Forecast | None = None  # None: the policy predicts nothing
     fallback: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where the prompt is prefilled: ``colocated``, on the decode worker; ``local``, in its cluster; or
+        ``offloaded``, in another cluster."""
+        if self.prefill is None:
+            return "colocated"
+        return "local" if self.prefill.cluster_id == self.decode.cluster_id else "offloaded"

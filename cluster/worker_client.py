@@ -12,13 +12,14 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
 import grpc
 
 from cluster.view import ModelInfo, WorkerLoad
+from core.compute import UNKNOWN_PROFILE, ComputeProfile, StepSample
 from core.errors import InvalidRequest, Overloaded, PeerLost, PrfaasError, SequenceFailed
 from core.link import LinkEstimate, ProbeReport
 from core.prefix_hash import PageEvents
@@ -40,6 +41,7 @@ from protos import worker_pb2_grpc as rpc
 from protos.channels import InternalGrpc
 from protos.wire import (
     chunk_from_message,
+    compute_from_message,
     failure_from_message,
     fingerprint_from_message,
     link_from_message,
@@ -48,6 +50,7 @@ from protos.wire import (
     pull_task_to_message,
     role_from_text,
     spec_to_message,
+    step_from_message,
 )
 
 PROBE_SLACK_S = 2.0  # a worker answers for a self-test within its time; this much more and it is taken for lost
@@ -73,7 +76,19 @@ class WorkerDescription:
     model: ModelInfo
     transport: str
     pages_total: int
-    max_batch_size: int | None  # None: it did not say
+    max_batch_size: int | None = None  # None: it did not say
+    compute: ComputeProfile = UNKNOWN_PROFILE
+
+    @property
+    def profile(self) -> str:
+        """Workers alike in model, device and step share one, and its costs; empty if the device is not known."""
+        compute, fingerprint = self.compute, self.model.fingerprint
+        if not compute.device:
+            return ""
+        return (
+            f"{fingerprint.model} {fingerprint.dtype} on {compute.num_devices} x {compute.device}, "
+            f"{compute.step_tokens} tokens a step"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +100,8 @@ class WorkerState:
     load: WorkerLoad
     links: tuple[LinkEstimate, ...] = ()  # that it sends on
     page_events: PageEvents | None = None  # None: its prefix cache is as it was
+    load_age_s: float = 0.0  # since the engine was asked for ``load``
+    steps: tuple[StepSample, ...] = ()  # that it computed since the last message
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +114,18 @@ class WorkerLost:
 
 SequenceEvent = TokenChunk | SequenceFailure | WorkerLost
 Deliver = Callable[[SequenceEvent], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a sequence asks of a worker: tokens to compute before its first one, and tokens to hold in pages.
+
+    ``accepted_at``: when the worker had it in its queue, on the event loop's clock; None: it has not said so yet.
+    """
+
+    tokens: int = 0
+    kv_tokens: int = 0
+    accepted_at: float | None = None
 
 
 class WorkerClient:
@@ -114,6 +143,8 @@ class WorkerClient:
         self._decode = rpc.DecodeStub(channel)
         self._probes = rpc.ProbeSenderStub(channel)
         self._deliver: dict[SequenceId, Deliver] = {}
+        self._unreported: dict[SequenceId, Assignment] = {}  # of open sequences that are in no report of its load yet
+        self._now = asyncio.get_running_loop().time
         self._lost: WorkerLost | None = None
         self.on_change: Callable[[], None] = lambda: None
 
@@ -142,18 +173,36 @@ class WorkerClient:
         """Sequences that were opened here and not closed yet."""
         return len(self._deliver)
 
-    def open_sequence(self, sequence_id: SequenceId, deliver: Deliver) -> None:
-        """From now on ``deliver`` gets the sequence's events, until ``close_sequence``."""
+    @property
+    def unreported(self) -> Sequence[Assignment]:
+        """What was sent there and is in no report of its load yet."""
+        return tuple(self._unreported.values())
+
+    def note_report(self, load_age_s: float) -> None:
+        """A report of its load has come, for which the engine was asked ``load_age_s`` ago: what it had in its queue
+        by then is in it. The message's own way is not known and taken for nothing."""
+        asked_at = self._now() - load_age_s
+        self._unreported = {
+            sequence_id: sent
+            for sequence_id, sent in self._unreported.items()
+            if sent.accepted_at is None or sent.accepted_at > asked_at
+        }
+
+    def open_sequence(self, sequence_id: SequenceId, deliver: Deliver, assignment: Assignment = Assignment()) -> None:
+        """From now on ``deliver`` gets the sequence's events, until ``close_sequence``. ``assignment``: what it asks of
+        the worker, counted until a report of the worker's load counts it."""
         assert sequence_id not in self._deliver, f"{sequence_id} is open already"
         if self._lost is not None:
             deliver(self._lost)
             return
         self._deliver[sequence_id] = deliver
+        self._unreported[sequence_id] = assignment
         self.on_change()
 
     def close_sequence(self, sequence_id: SequenceId) -> None:
         """No more events of it; nothing happens if it is not open."""
         if self._deliver.pop(sequence_id, None) is not None:
+            self._unreported.pop(sequence_id, None)
             self.on_change()
 
     async def prefill(
@@ -181,6 +230,7 @@ class WorkerClient:
             pull=None if pull is None else pull_task_to_message(pull),
         )
         await self._call(self._prefill.Prefill, request)
+        self._accepted(spec.sequence_id)
 
     async def decode(
         self,
@@ -201,6 +251,7 @@ class WorkerClient:
             pull=None if pull is None else pull_task_to_message(pull),
         )
         await self._call(self._decode.Decode, request)
+        self._accepted(spec.sequence_id)
 
     async def abort(self, sequence_id: SequenceId, stage: Role, reason: str) -> None:
         """Give the sequence up at the worker in that stage; a worker that does not know it says nothing."""
@@ -268,6 +319,7 @@ class WorkerClient:
             return
         self._lost = WorkerLost(worker_id=self.description.worker_id, reason=reason)
         listeners, self._deliver = list(self._deliver.values()), {}
+        self._unreported.clear()
         for deliver in listeners:
             deliver(self._lost)
 
@@ -275,6 +327,11 @@ class WorkerClient:
         """Close the channel; the worker then aborts whatever it still runs for this gateway."""
         self.fail("connection closed")
         await self._channel.close(grace=None)
+
+    def _accepted(self, sequence_id: SequenceId) -> None:
+        sent = self._unreported.get(sequence_id)
+        if sent is not None:
+            self._unreported[sequence_id] = replace(sent, accepted_at=self._now())
 
     async def _call(self, method: Callable[..., Awaitable[object]], request: object) -> None:
         if self._lost is not None:
@@ -318,10 +375,12 @@ def _description_from_message(message: pb.WorkerDescription) -> WorkerDescriptio
             vocab_size=message.vocab_size,
             eos_token_ids=tuple(message.eos_token_ids),
             kv_bytes_per_token=message.kv_bytes_per_token,
+            num_layers=message.num_layers or 1,
         ),
         transport=message.transport,
         pages_total=message.pages_total,
         max_batch_size=message.max_batch_size or None,
+        compute=compute_from_message(message.compute),
     )
 
 
@@ -346,7 +405,11 @@ def _state_from_message(message: pb.WorkerState) -> WorkerState:
             pulls=tuple(sorted(message.pulls.items())),
             pulled_tokens=message.pulled_tokens,
             pulled_bytes=message.pulled_bytes,
+            num_announced=message.num_announced,
+            num_announced_tokens=message.num_announced_tokens,
         ),
         links=tuple(map(link_from_message, message.links)),
         page_events=page_events_from_message(message.page_events) if message.HasField("page_events") else None,
+        load_age_s=message.load_age_s,
+        steps=tuple(map(step_from_message, message.steps)),
     )

@@ -32,7 +32,9 @@ from pydantic import TypeAdapter
 from cluster.config import WorkerConfig
 from cluster.output_streams import OutputStreams
 from cluster.page_events import PageEventLog
+from cluster.step_log import StepLog
 from core.clock import Clock, WallClock
+from core.compute import StepSample
 from core.errors import ProtocolViolation, TransferError
 from core.link import LinkEstimate
 from core.request import EngineId, GatewayId, SequenceId, SessionId
@@ -41,7 +43,7 @@ from decode_worker.page_client import PageClient
 from decode_worker.page_pull import PagePuller
 from decode_worker.probe_service import ProbeReceiverService
 from decode_worker.service import DecodeService
-from decode_worker.worker import DecodeWorker
+from decode_worker.worker import Announced, DecodeWorker
 from engine.engine import Engine, EngineLoad, StepOutput
 from engine.engine_thread import EngineThread
 from engine.page_allocator import CacheChanges
@@ -215,8 +217,11 @@ class _Parts(rpc.WorkerServicer):
         self._fingerprint = engine.fingerprint
         self._layout = engine.layout
         self._load: EngineLoad = engine.load()
+        self._load_at = clock.now()  # when the engine was asked for it; ``_announced`` is of that moment too
+        self._announced = Announced()
         self._load_asked = False
         self._page_events = PageEventLog()
+        self._steps = StepLog()
 
         self._outputs = OutputStreams(self._loop, self._gateway_gone)
         self._engine = thread
@@ -474,6 +479,8 @@ class _Parts(rpc.WorkerServicer):
             pages_total=self._load.pages_total,
             max_batch_size=self._config.engine.max_batch_size,
             pid=os.getpid(),
+            compute=wire.compute_to_message(self._model.compute),
+            num_layers=self._layout.num_layers,
         )
 
     async def Watch(  # noqa: N802
@@ -481,6 +488,7 @@ class _Parts(rpc.WorkerServicer):
     ) -> AsyncIterator[pb.WorkerState]:
         interval_s = request.interval_s if request.interval_s > 0 else 1.0
         told: int | None = None  # number of the page events that this reader has
+        num_steps = self._steps.number  # that it has, or that were before its time
         while True:
             self._ask_load()
             changed = self._state_changed
@@ -489,6 +497,8 @@ class _Parts(rpc.WorkerServicer):
             if events is not None:
                 told = events.number
                 state.page_events.CopyFrom(wire.page_events_to_message(events))
+            state.steps.extend(map(wire.step_to_message, self._steps.since(num_steps)))
+            num_steps = self._steps.number
             yield state
             with suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), interval_s)
@@ -524,14 +534,19 @@ class _Parts(rpc.WorkerServicer):
         if self._load_asked:
             return
         self._load_asked = True
-        report = self._engine.submit(lambda engine: (engine.load(), engine.take_cache_changes()))
-        report.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._note_report, done))
+        asked_at, announced = self._clock.now(), self._decode.announced()
+        report = self._engine.submit(_report)
+        report.add_done_callback(
+            lambda done: self._loop.call_soon_threadsafe(self._note_report, done, asked_at, announced)
+        )
 
-    def _note_report(self, done: Future[tuple[EngineLoad, CacheChanges]]) -> None:
+    def _note_report(self, done: Future[_Report], asked_at: float, announced: Announced) -> None:
         self._load_asked = False
         if not done.cancelled() and done.exception() is None:
-            self._load, changes = done.result()
+            self._load, changes, steps = done.result()
+            self._load_at, self._announced = asked_at, announced
             self._page_events.record(changes.stored, changes.removed)
+            self._steps.record(steps)
 
     def _link_estimates(self) -> Iterator[LinkEstimate]:
         codecs = {state.worker_id: state for state in self._codecs.states()}
@@ -567,11 +582,21 @@ class _Parts(rpc.WorkerServicer):
             pulls={outcome.value: count for outcome, count in self._puller.outcomes.items()},
             pulled_tokens=self._puller.num_tokens,
             pulled_bytes=self._puller.num_bytes,
+            load_age_s=max(0.0, self._clock.now() - self._load_at),
+            num_announced=self._announced.num_sequences,
+            num_announced_tokens=self._announced.num_tokens,
         )
 
     def _num_sessions(self) -> int:
         handovers = self._prefill.num_sessions + self._decode.num_sessions
         return handovers + self._source.num_sessions + self._puller.num_sessions
+
+
+_Report = tuple[EngineLoad, CacheChanges, tuple[StepSample, ...]]
+
+
+def _report(engine: Engine) -> _Report:
+    return engine.load(), engine.take_cache_changes(), engine.take_step_samples()
 
 
 def _region(engine: Engine) -> Region:

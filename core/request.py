@@ -325,6 +325,15 @@ class RequestTiming:
     slo_ttft_met: bool | None = None
     slo_tpot_met: bool | None = None
     slo_miss_expected: str = ""  # why it was served although a miss was predicted; empty: none was
+    tpot_s: float | None = None  # mean time between its tokens at the router; None for fewer than two
+    fallback: str = ""  # a word for why the route is not what an intact cluster would take; empty: it is
+    # What the route was expected to take when it was chosen; None: the policy predicts nothing. ``expected_ttft_s``
+    # begins at the routing, ``ttft_s`` at the arrival, ``admission_s + route_s`` earlier.
+    expected_ttft_s: float | None = None
+    expected_tpot_s: float | None = None
+    expected_bytes_shipped: int | None = None
+    colocated_ttft_s: float | None = None  # of the best route on which one worker does both
+    colocated_tpot_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

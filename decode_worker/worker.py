@@ -67,6 +67,14 @@ class _Arrival:
     aborted: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """Sequences between their announcement and their admission. ``num_tokens``: of those that hold no pages yet."""
+
+    num_sequences: int = 0
+    num_tokens: int = 0
+
+
 class DecodeWorker:
     """The decode half of a worker process.
 
@@ -114,6 +122,15 @@ class DecodeWorker:
     def num_sessions(self) -> int:
         """Hand-overs announced or under way."""
         return len(self._by_session)
+
+    def announced(self) -> Announced:
+        """The sequences whose K/V is to come: the engine knows nothing of them yet."""
+        with self._lock:
+            coming = [a for a in self._arrivals.values() if a.session_id is not None and not a.admitted]
+        return Announced(
+            len(coming),
+            sum(len(a.spec.prompt_token_ids) + len(a.spec.output_token_ids) for a in coming if a.reservation is None),
+        )
 
     # ---- event loop ----
 

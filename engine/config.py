@@ -47,6 +47,11 @@ class EngineConfig:
     turns_file: str | None = None
     dummy_seed: int = 0
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one prompt that one step computes at most."""
+        return min(self.max_batch_tokens, self.max_prefill_chunk or self.max_batch_tokens)
+
     def __post_init__(self) -> None:
         _require(self.device in DEVICES, "engine.device", f"must be one of {', '.join(DEVICES)}", self.device)
         _require(self.dtype in DTYPES, "engine.dtype", f"must be one of {', '.join(DTYPES)}", self.dtype)

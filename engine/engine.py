@@ -17,6 +17,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Protocol
 import torch
 
 from core.clock import Clock
+from core.compute import StepSample
 from core.errors import InvalidRequest
 from core.fingerprint import CacheFingerprint
 from core.prefix_hash import PageHash
@@ -50,6 +52,8 @@ from engine.scheduler import (
 
 logger = logging.getLogger(__name__)
 
+_MAX_SAMPLES = 64  # steps that wait to be reported; of more the latest are
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
@@ -65,7 +69,7 @@ class EngineLoad:
 
     num_running: int
     num_waiting: int
-    num_waiting_tokens: int  # known tokens not computed yet, of waiting and running sequences
+    num_waiting_tokens: int  # known tokens that have to be computed yet, of waiting and running sequences
     pages_free: int  # free, or cached and evictable
     pages_cached: int
     pages_total: int
@@ -114,6 +118,7 @@ class Engine:
         self._sampler = sampler
         self._clock = clock
         self._books = Lock()
+        self._samples: deque[StepSample] = deque(maxlen=_MAX_SAMPLES)
         self.model = model
         self.fingerprint = fingerprint
         self.listener: StepListener | None = None
@@ -237,8 +242,9 @@ class Engine:
 
     def step(self) -> StepOutput:
         """Compute one step."""
+        began_at = self._clock.now()
         with self._books:
-            plan = self._scheduler.plan_step(self._clock.now())
+            plan = self._scheduler.plan_step(began_at)
         if plan is None:
             return StepOutput()
         try:
@@ -246,7 +252,9 @@ class Engine:
         except Exception as error:  # a model may fail in any way; others' sequences must not suffer for it
             return self._fail(plan, error)
         with self._books:
-            return StepOutput(tuple(self._scheduler.commit_step(plan, sampled, self._clock.now())))
+            chunks = tuple(self._scheduler.commit_step(plan, sampled, self._clock.now()))
+        self._samples.append(_sample(plan, self._clock.now() - began_at))
+        return StepOutput(chunks)
 
     @torch.inference_mode()
     def _execute(self, plan: StepPlan) -> dict[SequenceId, SampledToken]:
@@ -277,6 +285,12 @@ class Engine:
         with self._books:
             return self._allocator.take_changes()
 
+    def take_step_samples(self) -> tuple[StepSample, ...]:
+        """The latest steps since this was called last, and what each took; one caller."""
+        samples = tuple(self._samples)
+        self._samples.clear()
+        return samples
+
     def load(self) -> EngineLoad:
         """What is queued, running and done."""
         with self._books:
@@ -303,6 +317,19 @@ class Engine:
         load = self._scheduler.load()
         if not (load.num_running or load.num_held or load.num_reserved or load.num_lent):
             assert self._allocator.whole(), "nothing runs, yet pages are in use"
+
+
+def _sample(plan: StepPlan, seconds: float) -> StepSample:
+    prefill_tokens, prefill_pairs, decode_batch, decode_context = 0, 0.0, 0, 0
+    for item in plan.items:
+        num_tokens = len(item.token_ids)
+        if num_tokens == 1:
+            decode_batch += 1
+            decode_context += item.start + 1
+        else:
+            prefill_tokens += num_tokens
+            prefill_pairs += num_tokens * (item.start + num_tokens / 2)
+    return StepSample(prefill_tokens, prefill_pairs, decode_batch, decode_context, seconds)
 
 
 def _check_vocabulary(field: str, token_ids: Sequence[int], vocab_size: int) -> None:

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from core.compute import ComputeProfile
 from core.errors import InvalidConfig, UnsupportedModel
 from core.fingerprint import CacheFingerprint
 from engine.cache_layout import CacheLayout
 from engine.config import EngineConfig
+from engine.model_costs import compute_profile
 from engine.model_runner import ATTENTION_NAME, probe_layers, register_attention
 from engine.model_source import ModelSource, SourceKind
 from engine.packed_linear import pack_linears
@@ -45,6 +47,7 @@ class ModelDescription:
     max_model_len: int  # tokens, prompt and output
     vocab_size: int
     eos_token_ids: tuple[int, ...]  # ascending; any of them ends a sequence
+    compute: ComputeProfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
         max_model_len=_max_model_len(config, _model_limit(text_config), num_pages * config.page_size),
         vocab_size=text_config.vocab_size,
         eos_token_ids=_eos_token_ids(model, source.folder),
+        compute=compute_profile(model, layout, device, config.step_tokens),
     )
     fingerprint = CacheFingerprint(
         model=f"{description.architecture}-{_config_digest(text_config)}",

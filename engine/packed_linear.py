@@ -29,6 +29,16 @@ class PackedLinear(nn.Module):
         self._packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
 
     @property
+    def num_weights(self) -> int:
+        """Elements of the weight."""
+        return self.in_features * self.out_features
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one of them."""
+        return self._packed.element_size()
+
+    @property
     def weight(self) -> torch.Tensor:
         """A plain copy, [out_features, in_features], for model code that asks for it; made at every call."""
         return self._packed.to_dense()

@@ -13,6 +13,7 @@ contents of a page that has a hash never change: whoever holds it may only read,
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -57,10 +58,6 @@ class PageAllocator:
         """Pages that nobody uses and that hold a known prefix."""
         return len(self._cached)
 
-    def num_known(self, hashes: Sequence[PageHash]) -> int:
-        """Length of the longest known prefix of ``hashes``; takes nothing."""
-        return next((index for index, name in enumerate(hashes) if name not in self._page_of), len(hashes))
-
     def match_prefix(self, hashes: Sequence[PageHash]) -> list[int]:
         """Pages of the longest known prefix of ``hashes``; the caller holds one reference to each."""
         pages: list[int] = []
@@ -71,6 +68,11 @@ class PageAllocator:
             pages.append(page)
         self.retain(pages)
         return pages
+
+    def num_known(self, hashes: Sequence[PageHash]) -> int:
+        """Pages of the longest known prefix of ``hashes``, of which nobody holds a reference for having asked."""
+        # The end of a prefix is evicted first, so what is known is a prefix and can be halved for.
+        return bisect_left(hashes, True, key=lambda page_hash: page_hash not in self._page_of)
 
     def allocate(self, num_pages: int) -> list[int] | None:
         """``num_pages`` pages with unknown contents, ascending, one reference each; None (and nothing taken) if there

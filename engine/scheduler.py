@@ -147,7 +147,7 @@ class SchedulerLoad:
     num_held: int
     num_reserved: int
     num_lent: int  # pages, those of rooms included
-    num_waiting_tokens: int  # known tokens not computed yet, of waiting and running sequences
+    num_waiting_tokens: int  # known tokens that have to be computed yet: neither stored nor found in the prefix cache
     prompt_tokens: int  # of sequences that this engine prefilled, tokens found in the prefix cache included
     cached_tokens: int  # found in the prefix cache, by prefilled and by reserved sequences
     generated_tokens: int
@@ -441,7 +441,7 @@ class ChunkedPrefillScheduler:
             num_held=len(self._sequences) - len(self._running) - len(self._waiting),
             num_reserved=len(self._reserved),
             num_lent=self._num_lent,
-            num_waiting_tokens=sum(s.num_tokens for s in self._waiting) + sum(prefilling),
+            num_waiting_tokens=sum(map(self._num_uncached, self._waiting)) + sum(prefilling),
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             generated_tokens=self._generated_tokens,
@@ -514,6 +514,12 @@ class ChunkedPrefillScheduler:
             self._prompt_tokens += sequence.num_tokens
             self._cached_tokens += sequence.num_computed
         return True
+
+    def _num_uncached(self, sequence: Sequence) -> int:
+        """Tokens that a waiting sequence would have to compute if it started now. What is hashed is kept for then."""
+        hashes = self._extend_hashes(sequence.page_hashes, sequence.token_ids, sequence.spec.salt)
+        findable = hashes[: (sequence.num_tokens - 1) // self._page_size]
+        return sequence.num_tokens - self._allocator.num_known(findable) * self._page_size
 
     def _take_pages(
         self, num_tokens: int, findable: AbstractSequence[PageHash], spare: int

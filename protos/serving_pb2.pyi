@@ -140,7 +140,7 @@ class GenerateStreamChunk(_message.Message):
     def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[OutputLogprob, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class TimingBreakdown(_message.Message):
-    __slots__ = ("prefill_worker", "decode_worker", "tokenize_s", "route_s", "prefill_queue_s", "prefill_s", "transfer_s", "exposed_transfer_s", "decode_queue_s", "decode_s", "ttft_s", "total_s", "bytes_shipped", "num_attempts", "route_reason", "decode_cached_tokens", "num_preemptions", "pull_outcome", "pulled_tokens", "bytes_pulled", "pull_s", "admission_s", "slo_ttft_met", "slo_tpot_met", "slo_miss_expected")
+    __slots__ = ("prefill_worker", "decode_worker", "tokenize_s", "route_s", "prefill_queue_s", "prefill_s", "transfer_s", "exposed_transfer_s", "decode_queue_s", "decode_s", "ttft_s", "total_s", "bytes_shipped", "num_attempts", "route_reason", "decode_cached_tokens", "num_preemptions", "pull_outcome", "pulled_tokens", "bytes_pulled", "pull_s", "admission_s", "slo_ttft_met", "slo_tpot_met", "slo_miss_expected", "tpot_s", "fallback", "expected_ttft_s", "expected_tpot_s", "expected_bytes_shipped", "colocated_ttft_s", "colocated_tpot_s")
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     TOKENIZE_S_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +166,13 @@ class TimingBreakdown(_message.Message):
     SLO_TTFT_MET_FIELD_NUMBER: _ClassVar[int]
     SLO_TPOT_MET_FIELD_NUMBER: _ClassVar[int]
     SLO_MISS_EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_BYTES_SHIPPED_FIELD_NUMBER: _ClassVar[int]
+    COLOCATED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    COLOCATED_TPOT_S_FIELD_NUMBER: _ClassVar[int]
     prefill_worker: str
     decode_worker: str
     tokenize_s: float
@@ -191,7 +198,14 @@ class TimingBreakdown(_message.Message):
     slo_ttft_met: bool
     slo_tpot_met: bool
     slo_miss_expected: str
-    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., tokenize_s: _Optional[float] = ..., route_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., decode_queue_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., bytes_shipped: _Optional[int] = ..., num_attempts: _Optional[int] = ..., route_reason: _Optional[str] = ..., decode_cached_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., pull_outcome: _Optional[str] = ..., pulled_tokens: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., pull_s: _Optional[float] = ..., admission_s: _Optional[float] = ..., slo_ttft_met: _Optional[bool] = ..., slo_tpot_met: _Optional[bool] = ..., slo_miss_expected: _Optional[str] = ...) -> None: ...
+    tpot_s: float
+    fallback: str
+    expected_ttft_s: float
+    expected_tpot_s: float
+    expected_bytes_shipped: int
+    colocated_ttft_s: float
+    colocated_tpot_s: float
+    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., tokenize_s: _Optional[float] = ..., route_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., decode_queue_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., bytes_shipped: _Optional[int] = ..., num_attempts: _Optional[int] = ..., route_reason: _Optional[str] = ..., decode_cached_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., pull_outcome: _Optional[str] = ..., pulled_tokens: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., pull_s: _Optional[float] = ..., admission_s: _Optional[float] = ..., slo_ttft_met: _Optional[bool] = ..., slo_tpot_met: _Optional[bool] = ..., slo_miss_expected: _Optional[str] = ..., tpot_s: _Optional[float] = ..., fallback: _Optional[str] = ..., expected_ttft_s: _Optional[float] = ..., expected_tpot_s: _Optional[float] = ..., expected_bytes_shipped: _Optional[int] = ..., colocated_ttft_s: _Optional[float] = ..., colocated_tpot_s: _Optional[float] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens")
@@ -443,8 +457,36 @@ class ClusterLinkInfo(_message.Message):
     codec_changes: int
     def __init__(self, from_cluster: _Optional[str] = ..., to_cluster: _Optional[str] = ..., num_links: _Optional[int] = ..., num_usable: _Optional[int] = ..., paths: _Optional[_Iterable[str]] = ..., connections: _Optional[int] = ..., capacity: _Optional[float] = ..., measured: _Optional[float] = ..., throughput: _Optional[float] = ..., utilisation: _Optional[float] = ..., rtt_s: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_queued: _Optional[int] = ..., retransmits: _Optional[int] = ..., reconnects: _Optional[int] = ..., falls: _Optional[int] = ..., codec_changes: _Optional[int] = ...) -> None: ...
 
+class CostInfo(_message.Message):
+    __slots__ = ("work", "of", "coefficients", "samples", "error_p50", "error_p90", "bias")
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    OF_FIELD_NUMBER: _ClassVar[int]
+    COEFFICIENTS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    ERROR_P50_FIELD_NUMBER: _ClassVar[int]
+    ERROR_P90_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    work: str
+    of: str
+    coefficients: _containers.RepeatedScalarFieldContainer[float]
+    samples: int
+    error_p50: float
+    error_p90: float
+    bias: float
+    def __init__(self, work: _Optional[str] = ..., of: _Optional[str] = ..., coefficients: _Optional[_Iterable[float]] = ..., samples: _Optional[int] = ..., error_p50: _Optional[float] = ..., error_p90: _Optional[float] = ..., bias: _Optional[float] = ...) -> None: ...
+
+class OffloadInfo(_message.Message):
+    __slots__ = ("threshold_tokens", "mode", "reason")
+    THRESHOLD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    threshold_tokens: float
+    mode: str
+    reason: str
+    def __init__(self, threshold_tokens: _Optional[float] = ..., mode: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
 class GetClusterInfoResponse(_message.Message):
-    __slots__ = ("workers", "num_inflight", "policy", "uptime_s", "version", "model", "num_requests", "num_retries", "num_resumes", "internal_tls", "links", "cluster_links", "num_queued", "refusals", "misses_served")
+    __slots__ = ("workers", "num_inflight", "policy", "uptime_s", "version", "model", "num_requests", "num_retries", "num_resumes", "internal_tls", "links", "cluster_links", "num_queued", "refusals", "misses_served", "costs", "offload", "routes_by_place", "fallbacks_by_reason")
     class RefusalsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -453,6 +495,20 @@ class GetClusterInfoResponse(_message.Message):
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     class MissesServedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class RoutesByPlaceEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class FallbacksByReasonEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -474,6 +530,10 @@ class GetClusterInfoResponse(_message.Message):
     NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
     REFUSALS_FIELD_NUMBER: _ClassVar[int]
     MISSES_SERVED_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
+    OFFLOAD_FIELD_NUMBER: _ClassVar[int]
+    ROUTES_BY_PLACE_FIELD_NUMBER: _ClassVar[int]
+    FALLBACKS_BY_REASON_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerInfo]
     num_inflight: int
     policy: str
@@ -489,7 +549,11 @@ class GetClusterInfoResponse(_message.Message):
     num_queued: int
     refusals: _containers.ScalarMap[str, int]
     misses_served: _containers.ScalarMap[str, int]
-    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., num_inflight: _Optional[int] = ..., policy: _Optional[str] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_retries: _Optional[int] = ..., num_resumes: _Optional[int] = ..., internal_tls: _Optional[str] = ..., links: _Optional[_Iterable[_Union[LinkInfo, _Mapping]]] = ..., cluster_links: _Optional[_Iterable[_Union[ClusterLinkInfo, _Mapping]]] = ..., num_queued: _Optional[int] = ..., refusals: _Optional[_Mapping[str, int]] = ..., misses_served: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    costs: _containers.RepeatedCompositeFieldContainer[CostInfo]
+    offload: OffloadInfo
+    routes_by_place: _containers.ScalarMap[str, int]
+    fallbacks_by_reason: _containers.ScalarMap[str, int]
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., num_inflight: _Optional[int] = ..., policy: _Optional[str] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_retries: _Optional[int] = ..., num_resumes: _Optional[int] = ..., internal_tls: _Optional[str] = ..., links: _Optional[_Iterable[_Union[LinkInfo, _Mapping]]] = ..., cluster_links: _Optional[_Iterable[_Union[ClusterLinkInfo, _Mapping]]] = ..., num_queued: _Optional[int] = ..., refusals: _Optional[_Mapping[str, int]] = ..., misses_served: _Optional[_Mapping[str, int]] = ..., costs: _Optional[_Iterable[_Union[CostInfo, _Mapping]]] = ..., offload: _Optional[_Union[OffloadInfo, _Mapping]] = ..., routes_by_place: _Optional[_Mapping[str, int]] = ..., fallbacks_by_reason: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class LinkCheck(_message.Message):
     __slots__ = ("from_worker", "to_worker", "path", "num_bytes", "exact", "rate", "rtt_s", "passed", "error", "reason", "num_pairs")

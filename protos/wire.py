@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
+from core.compute import ComputeProfile, StepSample
 from core.errors import PrfaasError, ProtocolViolation
 from core.fingerprint import CacheFingerprint
 from core.kv_layout import KvLayer, KvLayout
@@ -343,6 +344,48 @@ def link_from_message(message: pb.LinkReport) -> LinkEstimate:
         codec=message.codec or "raw",
         codec_changes=message.codec_changes,
         age_s=message.age_s,
+    )
+
+
+def compute_to_message(compute: ComputeProfile) -> pb.ComputeProfile:
+    return pb.ComputeProfile(
+        device=compute.device,
+        num_devices=compute.num_devices,
+        weight_bytes=compute.weight_bytes,
+        weight_flops=compute.weight_flops,
+        attention_flops=compute.attention_flops,
+        step_tokens=compute.step_tokens,
+    )
+
+
+def compute_from_message(message: pb.ComputeProfile) -> ComputeProfile:
+    return ComputeProfile(
+        device=message.device,
+        num_devices=message.num_devices,
+        weight_bytes=message.weight_bytes,
+        weight_flops=message.weight_flops,
+        attention_flops=message.attention_flops,
+        step_tokens=message.step_tokens,
+    )
+
+
+def step_to_message(step: StepSample) -> pb.StepSample:
+    return pb.StepSample(
+        prefill_tokens=step.prefill_tokens,
+        prefill_pairs=step.prefill_pairs,
+        decode_batch=step.decode_batch,
+        decode_context=step.decode_context,
+        seconds=step.seconds,
+    )
+
+
+def step_from_message(message: pb.StepSample) -> StepSample:
+    return StepSample(
+        prefill_tokens=message.prefill_tokens,
+        prefill_pairs=message.prefill_pairs,
+        decode_batch=message.decode_batch,
+        decode_context=message.decode_context,
+        seconds=message.seconds,
     )
 
 

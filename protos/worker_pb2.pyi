@@ -25,7 +25,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("worker_id", "engine_id", "cluster_id", "address", "fingerprint", "architecture", "max_model_len", "vocab_size", "eos_token_ids", "kv_bytes_per_token", "transport", "pages_total", "pid", "max_batch_size")
+    __slots__ = ("worker_id", "engine_id", "cluster_id", "address", "fingerprint", "architecture", "max_model_len", "vocab_size", "eos_token_ids", "kv_bytes_per_token", "transport", "pages_total", "pid", "compute", "num_layers", "max_batch_size")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,8 @@ class WorkerDescription(_message.Message):
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     engine_id: str
@@ -53,8 +55,26 @@ class WorkerDescription(_message.Message):
     transport: str
     pages_total: int
     pid: int
+    compute: ComputeProfile
+    num_layers: int
     max_batch_size: int
-    def __init__(self, worker_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., address: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., architecture: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., kv_bytes_per_token: _Optional[int] = ..., transport: _Optional[str] = ..., pages_total: _Optional[int] = ..., pid: _Optional[int] = ..., max_batch_size: _Optional[int] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., address: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., architecture: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., kv_bytes_per_token: _Optional[int] = ..., transport: _Optional[str] = ..., pages_total: _Optional[int] = ..., pid: _Optional[int] = ..., compute: _Optional[_Union[ComputeProfile, _Mapping]] = ..., num_layers: _Optional[int] = ..., max_batch_size: _Optional[int] = ...) -> None: ...
+
+class ComputeProfile(_message.Message):
+    __slots__ = ("device", "num_devices", "weight_bytes", "weight_flops", "attention_flops", "step_tokens")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    NUM_DEVICES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FLOPS_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FLOPS_FIELD_NUMBER: _ClassVar[int]
+    STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    num_devices: int
+    weight_bytes: int
+    weight_flops: float
+    attention_flops: float
+    step_tokens: int
+    def __init__(self, device: _Optional[str] = ..., num_devices: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., weight_flops: _Optional[float] = ..., attention_flops: _Optional[float] = ..., step_tokens: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ("interval_s",)
@@ -63,7 +83,7 @@ class WatchRequest(_message.Message):
     def __init__(self, interval_s: _Optional[float] = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("version", "engine_id", "role", "draining", "num_running", "num_waiting", "num_waiting_tokens", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "num_sessions", "pages_quarantined", "num_preemptions", "links", "page_events", "pulls", "pulled_tokens", "pulled_bytes")
+    __slots__ = ("version", "engine_id", "role", "draining", "num_running", "num_waiting", "num_waiting_tokens", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "num_sessions", "pages_quarantined", "num_preemptions", "links", "page_events", "pulls", "pulled_tokens", "pulled_bytes", "load_age_s", "num_announced", "num_announced_tokens", "steps")
     class PullsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +113,10 @@ class WorkerState(_message.Message):
     PULLS_FIELD_NUMBER: _ClassVar[int]
     PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_ANNOUNCED_FIELD_NUMBER: _ClassVar[int]
+    NUM_ANNOUNCED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     version: int
     engine_id: str
     role: str
@@ -115,7 +139,25 @@ class WorkerState(_message.Message):
     pulls: _containers.ScalarMap[str, int]
     pulled_tokens: int
     pulled_bytes: int
-    def __init__(self, version: _Optional[int] = ..., engine_id: _Optional[str] = ..., role: _Optional[str] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkReport, _Mapping]]] = ..., page_events: _Optional[_Union[PageEvents, _Mapping]] = ..., pulls: _Optional[_Mapping[str, int]] = ..., pulled_tokens: _Optional[int] = ..., pulled_bytes: _Optional[int] = ...) -> None: ...
+    load_age_s: float
+    num_announced: int
+    num_announced_tokens: int
+    steps: _containers.RepeatedCompositeFieldContainer[StepSample]
+    def __init__(self, version: _Optional[int] = ..., engine_id: _Optional[str] = ..., role: _Optional[str] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkReport, _Mapping]]] = ..., page_events: _Optional[_Union[PageEvents, _Mapping]] = ..., pulls: _Optional[_Mapping[str, int]] = ..., pulled_tokens: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., load_age_s: _Optional[float] = ..., num_announced: _Optional[int] = ..., num_announced_tokens: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ...) -> None: ...
+
+class StepSample(_message.Message):
+    __slots__ = ("prefill_tokens", "prefill_pairs", "decode_batch", "decode_context", "seconds")
+    PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_BATCH_FIELD_NUMBER: _ClassVar[int]
+    DECODE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    prefill_tokens: int
+    prefill_pairs: float
+    decode_batch: int
+    decode_context: int
+    seconds: float
+    def __init__(self, prefill_tokens: _Optional[int] = ..., prefill_pairs: _Optional[float] = ..., decode_batch: _Optional[int] = ..., decode_context: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class PageEvents(_message.Message):
     __slots__ = ("number", "after", "snapshot", "stored", "removed")

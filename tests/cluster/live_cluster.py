@@ -225,7 +225,7 @@ async def live_cluster(
     tester = LinkTester(membership, clock, unasked=self_test)
     tester.start()
     registry = await membership.start("127.0.0.1")
-    routing = make_policy(policy) if isinstance(policy, str) else policy
+    routing = make_policy(policy, router.routing) if isinstance(policy, str) else policy
     cluster = LiveCluster(membership, Router(membership, routing, router, clock, gateway_id), internal, registry)
     files = ExitStack()
     roles = [(Role.PREFILL, i) for i in range(num_prefill)] + [(Role.DECODE, i) for i in range(num_decode)]

@@ -107,6 +107,8 @@ class Counters:
     retries_by_reason: Mapping[str, int] = field(default_factory=lambda: {"prefill worker lost": 2})
     resumes_by_reason: Mapping[str, int] = field(default_factory=lambda: {"decode worker lost": 1})
     admission: AdmissionCounters = field(default_factory=AdmissionCounters)
+    fallbacks_by_reason: Mapping[str, int] = field(default_factory=dict)
+    routes_by_place: Mapping[str, int] = field(default_factory=lambda: {"local": 5})
 
 
 class ScriptedRouter:

@@ -379,7 +379,7 @@ async def test_cluster_info_lists_workers_and_counters(service, stub):
         ("prefill-1", "prefill", "draining"),
     ]
     assert (info.num_requests, info.num_retries, info.num_resumes) == (5, 2, 1)
-    assert (info.model, info.policy) == ("tiny", "cache_aware")
+    assert (info.model, info.policy) == ("tiny", "prfaas")
     assert info.internal_tls == "on: workers listen on 10.0.0.5"
 
 

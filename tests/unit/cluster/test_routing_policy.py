@@ -16,6 +16,7 @@ from cluster.routing_policy import (
     RoundRobin,
     RouteRequest,
     RoutingPolicy,
+    RoutingSettings,
     make_policy,
 )
 from cluster.view import ClusterView, LinkView, ModelInfo, WorkerLoad, WorkerView
@@ -32,6 +33,7 @@ MODEL = ModelInfo(
     kv_bytes_per_token=64,
 )
 NOW = 100.0
+APART = RoutingSettings(colocate="never")  # prefill workers prefill, whatever it costs
 
 
 def worker(worker_id: str, role: Role, **changes: object) -> WorkerView:
@@ -100,7 +102,7 @@ def requests(draw: st.DrawFn) -> RouteRequest:
 def test_a_route_is_made_of_ready_compatible_workers_and_has_a_reason(
     name: str, cluster: ClusterView, request: RouteRequest
 ) -> None:
-    policy: RoutingPolicy = make_policy(name)
+    policy: RoutingPolicy = make_policy(name, APART)
     if not cluster.ready(Role.DECODE):
         with pytest.raises(NoRoute):
             policy.route(request, cluster)
@@ -108,7 +110,7 @@ def test_a_route_is_made_of_ready_compatible_workers_and_has_a_reason(
     route = policy.route(request, cluster)
 
     assert route.reason
-    assert route == make_policy(name).route(request, cluster)
+    assert route == make_policy(name, APART).route(request, cluster)
     assert route.decode in cluster.ready(Role.DECODE)
     if route.prefill is not None:
         assert route.prefill in cluster.ready(Role.PREFILL)
@@ -126,7 +128,7 @@ def test_an_excluded_worker_is_taken_only_when_no_other_is_left(
 ) -> None:
     if not cluster.ready(Role.DECODE):
         return
-    route = make_policy(name).route(request, cluster)
+    route = make_policy(name, APART).route(request, cluster)
 
     if route.decode.engine_id in request.excluded:
         assert all(w.engine_id in request.excluded for w in cluster.ready(Role.DECODE))
@@ -174,7 +176,7 @@ def test_without_a_compatible_prefill_worker_the_reason_names_what_differs() -> 
 @pytest.mark.parametrize("name", POLICIES)
 def test_workers_with_pages_of_another_size_are_paired(name: str) -> None:
     prefill = other_page_size(worker("p0", Role.PREFILL))
-    assert make_policy(name).route(request(), view(worker("d0", Role.DECODE), prefill)).prefill == prefill
+    assert make_policy(name, APART).route(request(), view(worker("d0", Role.DECODE), prefill)).prefill == prefill
 
 
 def test_a_decode_worker_that_can_be_shipped_to_is_preferred() -> None:
@@ -248,7 +250,7 @@ def with_broken(view: ClusterView, *pairs: tuple[WorkerView, WorkerView]) -> Clu
     return replace(view, links={(p.worker_id, d.worker_id): broken(p, d) for p, d in pairs})
 
 
-@pytest.mark.parametrize("policy", [make() for make in POLICIES.values()], ids=list(POLICIES))
+@pytest.mark.parametrize("policy", [make_policy(name, APART) for name in POLICIES], ids=list(POLICIES))
 def test_a_pair_whose_link_is_broken_is_never_chosen(policy: RoutingPolicy) -> None:
     p0, p1 = worker("p0", Role.PREFILL), worker("p1", Role.PREFILL)
     d0, d1 = worker("d0", Role.DECODE), worker("d1", Role.DECODE)
@@ -262,7 +264,7 @@ def test_a_pair_whose_link_is_broken_is_never_chosen(policy: RoutingPolicy) -> N
     assert pairs <= {("p1", "d0"), ("p0", "d1")}
 
 
-@pytest.mark.parametrize("policy", [make() for make in POLICIES.values()], ids=list(POLICIES))
+@pytest.mark.parametrize("policy", [make_policy(name, APART) for name in POLICIES], ids=list(POLICIES))
 def test_a_decode_worker_that_nobody_can_ship_to_comes_last_and_says_why(policy: RoutingPolicy) -> None:
     p0, d0, d1 = worker("p0", Role.PREFILL), worker("d0", Role.DECODE), worker("d1", Role.DECODE)
     one_left = with_broken(view(p0, d0, d1), (p0, d0))

@@ -29,7 +29,7 @@ from core.request import (
     TokenChunk,
     WorkerId,
 )
-from decode_worker.worker import DecodeWorker
+from decode_worker.worker import Announced, DecodeWorker
 from engine.scheduler import Reservation
 from kv_transfer.session import Grant
 from kv_transfer.transport import SendOrder
@@ -148,6 +148,17 @@ async def test_a_grant_covers_the_pages_that_are_not_cached() -> None:
     grant = await bench.granted()
     assert bench.receiver.issued == [(SESSION, 1, (8, 9))]
     assert (grant.first_page, grant.pages) == (1, (8, 9))
+
+
+async def test_what_is_announced_counts_until_it_is_admitted_and_its_tokens_until_they_have_pages() -> None:
+    bench = Bench()
+    assert bench.worker.announced() == Announced()
+    bench.worker.decode(SPEC, GATEWAY, SESSION)
+    assert bench.worker.announced() == Announced(1, len(SPEC.token_ids))
+    await bench.worker.grant(SESSION, 1.0)
+    assert bench.worker.announced() == Announced(1, 0)
+    bench.worker.committed(SESSION, b"\x07")
+    assert bench.worker.announced() == Announced()
 
 
 async def test_the_grant_is_issued_for_the_sequences_tokens_and_the_senders_pool() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from core.clock import VirtualClock
+from core.compute import StepSample
 from core.errors import InvalidConfig, InvalidRequest, ProtocolViolation, UnsupportedModel
 from core.prefix_hash import page_hashes
 from core.request import FinishReason, SamplingParams, SequenceId, SequenceSpec, TokenChunk
@@ -115,6 +116,62 @@ def test_load_counts(engine: Engine) -> None:
     drain(engine)
     load = engine.load()
     assert (load.num_running, load.pages_free, load.generated_tokens, load.prompt_tokens) == (0, 32, 8, 22)
+
+
+def test_a_step_says_what_it_held_and_how_long_it_took(folder: Path) -> None:
+    clock = VirtualClock()
+    config = EngineConfig(
+        device="cpu", threads=1, dtype="float32", page_size=4, num_pages=32, max_batch_tokens=8, max_batch_size=8
+    )
+    engine = Engine.load_model(config, str(folder), clock)
+    engine.listener = Slow(clock)
+    engine.add(spec("a", max_tokens=3))
+    drain(engine)
+
+    samples = engine.take_step_samples()
+
+    assert samples == (
+        StepSample(8, 8 * 4.0, 0, 0, 2.0),
+        StepSample(3, 3 * (8 + 1.5), 0, 0, 2.0),
+        StepSample(0, 0.0, 1, 12, 2.0),
+        StepSample(0, 0.0, 1, 13, 2.0),
+    )
+    assert [(s.is_prefill, s.is_decode) for s in samples] == [(True, False)] * 2 + [(False, True)] * 2
+    assert engine.take_step_samples() == ()
+
+
+def test_no_more_steps_wait_to_be_reported_than_a_report_holds(engine: Engine) -> None:
+    engine.add(spec("a", max_tokens=100))
+    drain(engine)
+
+    assert len(engine.take_step_samples()) == 64
+
+
+def test_a_step_that_failed_is_no_sample(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(ModelRunner, "run", fail)
+    engine.add(spec("a"))
+    engine.step()
+
+    assert engine.take_step_samples() == ()
+
+
+class Slow:
+    """A listener that spends a second on each layer."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        self._clock = clock
+
+    def sequence_started(self, spec: SequenceSpec, num_cached_tokens: int, page_ids: Sequence[int]) -> None:
+        pass
+
+    def step_planned(self, plan: StepPlan) -> None:
+        pass
+
+    def layer_stored(self, layer: int) -> None:
+        self._clock.advance(1.0)
 
 
 def test_abort_ends_a_sequence_in_any_state(engine: Engine) -> None:

@@ -609,6 +609,16 @@ def test_the_first_and_the_last_chunk_say_where_the_seconds_went() -> None:
     assert [(s.queue_s, s.compute_s, s.role) for s in stats if s] == [(5.0, 1.0, Role.DECODE), (5.0, 3.0, Role.DECODE)]
 
 
+def test_load_does_not_count_what_a_waiting_sequence_would_find_in_the_prefix_cache() -> None:
+    bench = Bench()
+    size = bench.allocator.page_size
+    prompt = list(range(3 * size + 1))
+    bench.add(spec("a", prompt, max_tokens=1))
+    bench.drain()
+    bench.add(spec("b", [*prompt, 7], max_tokens=1), spec("c", prompt[:size], max_tokens=1))
+    assert bench.scheduler.load().num_waiting_tokens == 2 + size, "of the last page at least one token is computed"
+
+
 def test_load_counts_tokens_that_are_not_computed_yet() -> None:
     bench = Bench(max_batch_tokens=4)
     bench.add(spec("a", [1] * 6, max_tokens=3), spec("b", [2] * 5, max_tokens=3))

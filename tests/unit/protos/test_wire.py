@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.compute import ComputeProfile, StepSample
 from core.errors import ProtocolViolation
 from core.fingerprint import CacheFingerprint
 from core.kv_layout import KvLayer, KvLayout
@@ -105,6 +106,23 @@ PULL_TASKS = st.builds(
     num_tokens=COUNTS,
     timeout_s=st.none() | SECONDS,
 )
+PROFILES = st.builds(
+    ComputeProfile,
+    device=st.text(max_size=9),
+    num_devices=COUNTS,
+    weight_bytes=st.integers(0, 2**63),
+    weight_flops=SECONDS,
+    attention_flops=SECONDS,
+    step_tokens=COUNTS,
+)
+STEPS = st.builds(
+    StepSample,
+    prefill_tokens=COUNTS,
+    prefill_pairs=SECONDS,
+    decode_batch=COUNTS,
+    decode_context=st.integers(0, 2**63),
+    seconds=SECONDS,
+)
 STATS = st.builds(
     StageStats,
     worker_id=st.text(max_size=9).map(WorkerId),
@@ -154,6 +172,14 @@ def test_a_sequence_survives_the_wire(spec: SequenceSpec) -> None:
 def test_a_chunk_survives_the_wire(chunk: TokenChunk) -> None:
     data = wire.chunk_to_message(chunk).SerializeToString()
     assert wire.chunk_from_message(pb.TokenChunk.FromString(data)) == chunk
+
+
+@given(PROFILES, STEPS)
+def test_what_an_engine_costs_survives_the_wire(profile: ComputeProfile, step: StepSample) -> None:
+    data = wire.compute_to_message(profile).SerializeToString()
+    assert wire.compute_from_message(pb.ComputeProfile.FromString(data)) == profile
+    data = wire.step_to_message(step).SerializeToString()
+    assert wire.step_from_message(pb.StepSample.FromString(data)) == step
 
 
 @given(st.text(max_size=9), st.booleans(), st.sampled_from(Role))

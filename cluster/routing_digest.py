@@ -1,0 +1,295 @@
+"""What of a view does not depend on the request? Everything PrfaasRouting needs of it, as arrays with a place for each
+ready worker.
+
+    places   PD clusters first, then PrfaaS clusters (those that have prefill workers in the view and no decode worker
+             at all); in a cluster prefill workers, then decode workers; then those that are alike; then by id. So each
+             cluster, each of its two roles and each pool is a slice
+    pool     workers of one cluster and role that are alike in everything but their load: model, device, cache
+
+``RoutingDigest.follow`` is the one function that reads a view. What has not changed since the last view (the same
+``WorkerView`` objects, which Membership keeps for that) is not looked at again; a new worker, a changed role, a lease
+that ran out or new costs make everything anew. So a digest is a function of its view alone, whatever it followed.
+
+    queue_s       seconds until a worker could begin with one more prompt
+    step_s        a prefill step's constant part; of a decode worker with what the decoding batch adds to every step
+    token_s       a prompt token's part, and half of that of a pair of tokens that attend: a prompt of L tokens of which
+    half_pair_s   k are cached takes step_s * ceil((L - k) * per_step) + (L - k) * (token_s + half_pair_s * (L + k))
+    batch         sequences of a decode worker, those counted whose K/V is still to come
+    room          tokens that its pages can take, those taken off that were promised to somebody
+    tpot_base     a decode step with one sequence more, which has L tokens now and generates O, takes
+    tpot_context  tpot_base + tpot_context * L + tpot_growth * O: every sequence of the batch grows by a token a step,
+    tpot_growth   so by O / 2 on average over the time of this one
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.cost_model import ComputeCost
+from cluster.prefix_index import PrefixMatch
+from cluster.view import ClusterView, WorkerView
+from core.fingerprint import CacheFingerprint
+from core.request import ClusterId, EngineId, Role
+
+Floats = NDArray[np.float64]
+
+_MANY = 1e300  # tokens: finite, so that any number of them is one step at least
+_NOWHERE = -1  # the place of a slot whose worker is not ready
+_FEW_BITS = 12  # of a bitmap: up to so many are walked one by one, which is faster than unpacking all
+
+
+@dataclass(eq=False, slots=True)
+class Pool:
+    """Workers that differ in their load alone. ``bits``: their slots in the prefix index."""
+
+    fingerprint: CacheFingerprint
+    kv_bytes: int  # of a token
+    num_layers: int
+    step_tokens: float
+    costs: ComputeCost
+    bits: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class ClusterPlaces:
+    """One cluster's ready workers."""
+
+    cluster_id: ClusterId
+    prefill: slice
+    decode: slice
+    prefill_pools: tuple[Pool, ...]
+    decode_pools: tuple[Pool, ...]
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        return self.prefill_pools + self.decode_pools
+
+
+class RoutingDigest:
+    """The digest of one view, and then of the next."""
+
+    view: ClusterView
+    workers: list[WorkerView]  # place |-> worker
+    pool_of: list[Pool]  # place |-> its pool
+    pd: list[ClusterPlaces]
+    prfaas: list[ClusterPlaces]
+    clusters: dict[ClusterId, ClusterPlaces]  # both
+    pools_by_page_size: dict[int, list[Pool]]
+    _spare: tuple[float, Floats, float] | None  # for which mean output, what and the least; None: something changed
+    _slots: Mapping[EngineId, int] | None  # that ``Pool.bits`` are of
+
+    def __init__(self, view: ClusterView) -> None:
+        self._build(view)
+
+    @property
+    def num_decode(self) -> int:
+        """Ready decode workers."""
+        return sum(cluster.decode.stop - cluster.decode.start for cluster in self.pd)
+
+    def follow(self, view: ClusterView) -> None:
+        """Become the digest of ``view``."""
+        known = self.view
+        if view is known:
+            return
+        if view.costs is not known.costs or len(view.workers) != len(known.workers) or view.at < known.at:
+            self._build(view)
+            return
+        changed = [(new, old) for new, old in zip(view.workers, known.workers, strict=True) if new is not old]
+        if any(_shape(new) != _shape(old) or _alive(new, view) != _alive(old, known) for new, old in changed):
+            self._build(view)
+            return
+        for worker, _ in changed:
+            place = self._place_of.get(worker.engine_id)
+            if place is not None:
+                self.workers[place] = worker
+                self._fill(place, worker)
+        if changed:
+            self._spare = None
+        self.view = view
+        if (self._leases <= view.at).any():
+            self._build(view)
+
+    def place_of(self, engine_id: EngineId) -> int | None:
+        """The place of a ready engine."""
+        return self._place_of.get(engine_id)
+
+    def spare(self, mean_output: float) -> tuple[Floats, float]:
+        """place |-> tokens of room when the sequences that are there have grown by half of what one generates; and the
+        least of them. Prefill workers have no end of it."""
+        known = self._spare
+        if known is None or known[0] != mean_output:
+            spare = self.room - self.batch * (mean_output / 2)
+            known = self._spare = (mean_output, spare, float(spare.min(initial=math.inf)))
+        return known[1:]
+
+    def know_slots(self, slots: Mapping[EngineId, int]) -> None:
+        """Who has which slot in the prefix index: ``Pool.bits`` are of these from now on, and ``places``."""
+        if slots is self._slots:
+            return
+        self._slots = slots
+        self._place_of_slot = np.full(max(slots.values(), default=-1) + 1, _NOWHERE, dtype=np.intp)
+        for pool in self.pool_of:
+            pool.bits = 0
+        for engine_id, slot in slots.items():
+            place = self._place_of.get(engine_id)
+            if place is not None:
+                self._place_of_slot[slot] = place
+                self.pool_of[place].bits |= 1 << slot
+
+    def places(self, holders: int) -> NDArray[np.intp]:
+        """The places of some slots, all of ready workers: a bitmap that is part of pools' ``bits``."""
+        if holders.bit_count() <= _FEW_BITS:
+            return self._place_of_slot[list(_bits(holders))]
+        size = len(self._place_of_slot)
+        packed = np.frombuffer(holders.to_bytes(-(-size // 8), "little"), dtype=np.uint8)
+        return self._place_of_slot[np.unpackbits(packed, count=size, bitorder="little").view(np.bool_)]
+
+    # ---- inside ----
+
+    def _build(self, view: ClusterView) -> None:
+        decodes = {w.cluster_id for w in view.workers if w.role is Role.DECODE}
+        ready = sorted(
+            (w for w in view.workers if not w.draining and _alive(w, view)),
+            key=lambda w: (w.cluster_id not in decodes, w.cluster_id, *_kind(w), w.worker_id),
+        )
+        self.view = view
+        self.workers = ready
+        self.pool_of = []
+        self._place_of = {w.engine_id: place for place, w in enumerate(ready)}
+        self.clusters = {}
+        self.pools_by_page_size = {}
+        for cluster_id, members in groupby(ready, key=lambda w: w.cluster_id):
+            self.clusters[cluster_id] = self._add_cluster(cluster_id, list(members))
+        self.pd = [cluster for cluster_id, cluster in self.clusters.items() if cluster_id in decodes]
+        self.prfaas = [cluster for cluster_id, cluster in self.clusters.items() if cluster_id not in decodes]
+        self._leases, self.queue_s, self.step_s = _zeros(ready), _zeros(ready), _zeros(ready)
+        self.token_s, self.half_pair_s, self.per_step = _zeros(ready), _zeros(ready), _zeros(ready)
+        self.batch, self.room = _zeros(ready), _zeros(ready)
+        self.tpot_base, self.tpot_context, self.tpot_growth = _zeros(ready), _zeros(ready), _zeros(ready)
+        for place, worker in enumerate(ready):
+            self._fill(place, worker)
+        self._spare = None
+        self._slots = None
+        self._place_of_slot = np.empty(0, dtype=np.intp)
+
+    def _add_cluster(self, cluster_id: ClusterId, members: list[WorkerView]) -> ClusterPlaces:
+        """Workers of one cluster, in order, take the next places."""
+        start = len(self.pool_of)
+        middle = start + sum(w.role is Role.PREFILL for w in members)
+        pools: dict[Role, list[Pool]] = {role: [] for role in Role}
+        for _, alike in groupby(members, key=_kind):
+            first, *others = alike
+            costs = self.view.costs.compute(first.profile)
+            model = first.model
+            step_tokens = min(costs.step_tokens, _MANY)
+            pool = Pool(model.fingerprint, model.kv_bytes_per_token, model.num_layers, step_tokens, costs)
+            pools[first.role].append(pool)
+            self.pools_by_page_size.setdefault(model.fingerprint.page_size, []).append(pool)
+            self.pool_of += [pool] * (1 + len(others))
+        return ClusterPlaces(
+            cluster_id,
+            slice(start, middle),
+            slice(middle, len(self.pool_of)),
+            tuple(pools[Role.PREFILL]),
+            tuple(pools[Role.DECODE]),
+        )
+
+    def _fill(self, place: int, worker: WorkerView) -> None:
+        """What of a worker changes from report to report."""
+        load, pool = worker.load, self.pool_of[place]
+        step_s, token_s, pair_s = pool.costs.prefill_cost.coefficients
+        decode_s, sequence_s, context_s = pool.costs.decode_cost.coefficients
+        page_size = pool.fingerprint.page_size
+        self._leases[place] = worker.lease_expires_at
+        promised = load.num_announced_tokens + worker.unreported_kv_tokens
+        num_prompts = load.num_waiting + worker.num_unreported
+        if worker.role is Role.DECODE:
+            batch = load.num_running + load.num_waiting + load.num_announced + worker.num_unreported
+            context = max(0, worker.pages_total - load.pages_free) * page_size + promised
+            step_s += sequence_s * load.num_running + context_s * context
+            self.batch[place] = batch
+            self.room[place] = load.pages_free * page_size - promised
+            self.tpot_base[place] = decode_s + sequence_s * (batch + 1) + context_s * context
+            self.tpot_context[place] = context_s
+            self.tpot_growth[place] = context_s * (batch + 1) / 2
+        else:
+            num_prompts += load.num_running
+            self.room[place] = math.inf  # nobody asks for it, and it must not look full
+        self.step_s[place] = step_s
+        self.token_s[place] = token_s
+        self.half_pair_s[place] = pair_s / 2
+        self.per_step[place] = 1 / pool.step_tokens
+        queue_s, ahead = 0.0, load.num_waiting_tokens + worker.unreported_tokens
+        if ahead:
+            mean = ahead / max(1, num_prompts)  # lengths are not reported; equal ones attend least
+            queue_s = step_s * math.ceil(ahead / pool.step_tokens) + ahead * (token_s + pair_s / 2 * mean)
+        self.queue_s[place] = queue_s
+
+
+def cached_tokens(
+    digest: RoutingDigest, matches: Mapping[int, PrefixMatch], num_tokens: int
+) -> tuple[dict[Pool, list[tuple[int, int]]], Floats | None]:
+    """Who caches how much of a prompt of ``num_tokens``, of which at least one is always computed.
+
+    For each pool that caches any, (tokens, who: a bitmap of slots), most tokens first; and place |-> tokens, None if
+    nobody caches any.
+    """
+    levels: dict[Pool, list[tuple[int, int]]] = {}
+    array: Floats | None = None
+    for page_size, match in matches.items():
+        digest.know_slots(match.slots)  # the same of all: there is one prefix index
+        pools = digest.pools_by_page_size.get(page_size, ())
+        for level in match.levels:
+            tokens, in_all = min(level.num_pages * page_size, num_tokens - 1), 0
+            for pool in pools:
+                if holders := level.holders & pool.bits:
+                    in_all |= holders
+                    levels.setdefault(pool, []).append((tokens, holders))
+            if in_all:
+                if array is None:
+                    array = _zeros(digest.workers)
+                array[digest.places(in_all)] = tokens
+    return levels, array
+
+
+def _zeros(workers: list[WorkerView]) -> Floats:
+    return np.zeros(len(workers))
+
+
+def _kind(worker: WorkerView) -> tuple[object, ...]:
+    """Of workers in one pool all of this is equal; in an order that two workers can be compared by."""
+    model, fingerprint = worker.model, worker.model.fingerprint
+    return (
+        worker.role is Role.DECODE,
+        worker.profile,
+        fingerprint.model,
+        fingerprint.revision,
+        fingerprint.dtype,
+        fingerprint.layout,
+        fingerprint.page_size,
+        model.kv_bytes_per_token,
+        model.num_layers,
+    )
+
+
+def _shape(worker: WorkerView) -> tuple[object, ...]:
+    """What must not change if workers are to keep their places."""
+    return worker.engine_id, worker.draining, worker.cluster_id, _kind(worker)
+
+
+def _alive(worker: WorkerView, view: ClusterView) -> bool:
+    return worker.lease_expires_at > view.at
+
+
+def _bits(bitmap: int) -> Iterator[int]:
+    """Positions of the set bits, lowest first."""
+    while bitmap:
+        low = bitmap & -bitmap
+        yield low.bit_length() - 1
+        bitmap ^= low

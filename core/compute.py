@@ -1,0 +1,48 @@
+"""What does an engine cost to run, and what did its last steps take? The nouns that workers report and cost models fit.
+
+Counted where the model is (engine/), read where seconds are predicted (cluster/). No instants: these cross process
+borders.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeProfile:
+    """One loaded model on one device, as far as seconds are concerned. All 0 and empty: nothing is known.
+
+    ``device``: what it is, as the driver or the kernel calls it; begins with ``cpu`` if it is one.
+    """
+
+    device: str = ""
+    num_devices: int = 1  # that compute one step together; of a CPU: threads
+    weight_bytes: int = 0  # that a step reads
+    weight_flops: float = 0.0  # of one token outside attention: two for each weight that it meets
+    attention_flops: float = 0.0  # of one token that attends to one token, in all layers that see every token
+    step_tokens: int = 0  # prompt tokens that one step computes at most; 0: no limit is known
+
+
+UNKNOWN_PROFILE = ComputeProfile()
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """One engine step: what it held, and how long it took. Sequences that computed one token each are decoding."""
+
+    prefill_tokens: int
+    prefill_pairs: float  # pairs of tokens that attend: each to what was stored before and to half of its own chunk
+    decode_batch: int
+    decode_context: int  # tokens of all those sequences, the one that was computed included
+    seconds: float
+
+    @property
+    def is_prefill(self) -> bool:
+        """Prompts alone."""
+        return self.prefill_tokens > 0 and not self.decode_batch
+
+    @property
+    def is_decode(self) -> bool:
+        """Decoding sequences alone."""
+        return self.decode_batch > 0 and not self.prefill_tokens

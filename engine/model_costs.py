@@ -1,0 +1,96 @@
+"""What does one token cost on this model? Weights and attention, counted on the loaded model itself.
+
+Not read from a catalogue: whatever transformers loaded, its parameters are there to be counted. An input embedding is
+looked up and not multiplied; the output head is multiplied for sampled tokens only, so prefill pays it once a prompt
+and it is left out of the operations of a token. Of the experts of a mixture a token meets the share that the
+configuration says.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from core.compute import ComputeProfile
+from engine.cache_layout import CacheLayout
+from engine.packed_linear import PackedLinear
+
+_FLOPS = 2  # of one weight and one token: a product and a sum
+_NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "top_k_experts")
+
+
+def compute_profile(
+    model: PreTrainedModel, layout: CacheLayout, device: torch.device, step_tokens: int
+) -> ComputeProfile:
+    """Count ``model``, as it lies on ``device``. ``step_tokens``: prompt tokens that a step computes at most."""
+    head = model.get_output_embeddings()
+    share = _expert_share(model.config.get_text_config())
+    num_bytes, num_met = 0, 0.0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        for count, itemsize, is_matrix in _own_weights(module):
+            num_bytes += count * itemsize
+            if is_matrix and module is not head:
+                num_met += count * (share if "experts" in name.split(".") else 1.0)
+    full, windowed = _attention_flops(model, layout)
+    return ComputeProfile(
+        device=_device_name(device),
+        num_devices=torch.get_num_threads() if device.type == "cpu" else 1,
+        weight_bytes=num_bytes,
+        weight_flops=_FLOPS * num_met + windowed,
+        attention_flops=full,
+        step_tokens=step_tokens,
+    )
+
+
+def _own_weights(module: nn.Module) -> Iterator[tuple[int, int, bool]]:
+    """Elements, bytes of one, and whether tokens are multiplied by it, of what ``module`` itself holds."""
+    if isinstance(module, PackedLinear):  # keeps its weight where parameters() does not find it
+        yield module.num_weights, module.itemsize, True
+    for parameter in module.parameters(recurse=False):
+        yield parameter.numel(), parameter.element_size(), parameter.dim() >= 2
+
+
+def _expert_share(config: Any) -> float:
+    """The part of the routed experts that one token meets."""
+    total = next((value for key in _NUM_EXPERTS if isinstance(value := getattr(config, key, None), int)), 0)
+    met = next((value for key in _EXPERTS_PER_TOKEN if isinstance(value := getattr(config, key, None), int)), 0)
+    return met / total if 0 < met <= total else 1.0
+
+
+def _attention_flops(model: PreTrainedModel, layout: CacheLayout) -> tuple[float, float]:
+    """Of one token for each token that it sees, in layers without a window; of one token, in those with one."""
+    num_heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
+    full = windowed = 0.0
+    for layer in layout.layers:
+        heads = num_heads if isinstance(num_heads, int) else layer.num_kv_heads
+        pair = float(_FLOPS * heads * (layer.key_dim + layer.value_dim))
+        if layer.window is None:
+            full += pair
+        else:
+            windowed += pair * layer.window
+    return full, windowed
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{device.type} {_processor()}" if device.type == "cpu" else device.type
+
+
+def _processor() -> str:
+    """What the kernel calls this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
