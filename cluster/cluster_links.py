@@ -5,11 +5,16 @@ Ordered pairs: what ``east`` sends to ``west`` says nothing of the way back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from cluster.view import ClusterView, LinkView
 from core.request import ClusterId
+
+FRESH_S = 5.0  # bytes that moved so lately tell what a path carries
+RECOVER_S = 30.0  # time constant with which what was seen earlier is no longer believed
+_TOGETHER_S = 0.5  # links whose bytes moved within so much of each other were busy at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,7 @@ class ClusterPair:
     paths: tuple[str, ...]  # that are in use, in order
     capacity: float | None  # bytes/s, as configured; None: not configured
     measured: float | None  # bytes/s that were seen to fit: a lower bound of what the path carries
+    carries: float | None  # bytes/s, what is believed that it carries now; None: nothing is known
     throughput: float  # bytes/s, all workers together
     rtt_s: float | None  # mean of the links that know theirs
     retransmits: int
@@ -39,21 +45,64 @@ class ClusterPair:
         return None if capacity is None else self.throughput / capacity
 
 
+    @property
+    def queue_s(self) -> float:
+        """Seconds until what is queued has left, if nothing more comes."""
+        return self.bytes_queued / self.carries if self.carries else 0.0
+
+
 Capacity = Callable[[ClusterId, ClusterId], float | None]
 
 
-def by_cluster_pair(view: ClusterView, capacity: Capacity) -> tuple[ClusterPair, ...]:
-    """The view's links summed per ordered pair of clusters, in order of names.
+def by_cluster_pair(
+    view: ClusterView, capacity: Capacity, from_clusters: Collection[ClusterId] | None = None
+) -> tuple[ClusterPair, ...]:
+    """The view's links summed per ordered pair of clusters, in order of names; None: from all clusters.
 
     ``capacity``: configured bytes/s of a pair (from, to), or None.
     """
     pairs: dict[tuple[ClusterId, ClusterId], list[LinkView]] = {}
     for link in view.links.values():
-        pairs.setdefault((link.from_cluster, link.to_cluster), []).append(link)
-    return tuple(_sum(source, target, pairs[source, target], capacity) for source, target in sorted(pairs))
+        if from_clusters is None or link.from_cluster in from_clusters:
+            pairs.setdefault((link.from_cluster, link.to_cluster), []).append(link)
+    return tuple(_sum(view.at, *pair, pairs[pair], capacity) for pair in sorted(pairs))
 
 
-def _sum(source: ClusterId, target: ClusterId, views: list[LinkView], capacity: Capacity) -> ClusterPair:
+def believed_rate(links: Collection[LinkView], now: float, capacity: float | None) -> float | None:
+    """Bytes/s that the links of one pair of clusters carry together now; None: nothing is known of any.
+
+    Bytes that moved within ``FRESH_S`` tell it: of links that were busy together the sum of their rates, but no more
+    than went; of links that were not, the highest. Nothing of that is above the configured capacity. On a path on
+    which nothing goes any more, that was seen to be slow, belief returns to the capacity (or to the best that was ever
+    seen), with ``RECOVER_S``: the next hand-over then tells how it is. Without that, a path that was found too narrow
+    for anything would stay so for ever.
+    """
+    nominal = capacity or max((rate for link in links for rate in _earlier_rates(link)), default=None)
+    seen = [(link.age_s(now) or 0.0, rate, est.throughput) for link in links if (est := link.estimate) and (rate := est.rate)]
+    if not seen:
+        return nominal
+    age_s = min(age for age, _, _ in seen)
+    together = [(rate, throughput) for age, rate, throughput in seen if age <= age_s + _TOGETHER_S]
+    total, went = sum(rate for rate, _ in together), sum(throughput for _, throughput in together)
+    found = max(max(rate for rate, _ in together), min(total, went))
+    if capacity is not None:
+        found = min(found, capacity)
+    if age_s <= FRESH_S or nominal is None or nominal <= found:
+        return found
+    return nominal - (nominal - found) * math.exp(-(age_s - FRESH_S) / RECOVER_S)
+
+
+def _earlier_rates(link: LinkView) -> list[float]:
+    """What its self-test and its transfers have been, over a long time."""
+    tested = None if link.probe is None else link.probe.rate
+    fitted = None if link.estimate is None else link.estimate.fit_beta
+    return [rate for rate in (tested, fitted) if rate]
+
+
+def _sum(
+    now: float, source: ClusterId, target: ClusterId, views: list[LinkView], capacity_of: Capacity
+) -> ClusterPair:
+    capacity = capacity_of(source, target)
     links = [view.estimate for view in views if view.estimate is not None]
     throughput = sum(link.throughput for link in links)
     rtts = [link.rtt_s for link in links if link.rtt_s is not None]
@@ -65,8 +114,9 @@ def _sum(source: ClusterId, target: ClusterId, views: list[LinkView], capacity: 
         num_usable=sum(view.usable for view in views),
         connections=sum(link.connections for link in links),
         paths=tuple(sorted({link.path for link in links if link.path})),
-        capacity=capacity(source, target),
+        capacity=capacity,
         measured=measured or None,
+        carries=believed_rate(views, now, capacity),
         throughput=throughput,
         rtt_s=sum(rtts) / len(rtts) if rtts else None,
         retransmits=sum(link.retransmits for link in links),
