@@ -44,7 +44,6 @@ class ClusterPair:
         capacity = self.capacity or self.measured
         return None if capacity is None else self.throughput / capacity
 
-
     @property
     def queue_s(self) -> float:
         """Seconds until what is queued has left, if nothing more comes."""
@@ -78,7 +77,11 @@ def believed_rate(links: Collection[LinkView], now: float, capacity: float | Non
     for anything would stay so for ever.
     """
     nominal = capacity or max((rate for link in links for rate in _earlier_rates(link)), default=None)
-    seen = [(link.age_s(now) or 0.0, rate, est.throughput) for link in links if (est := link.estimate) and (rate := est.rate)]
+    seen = [
+        (link.age_s(now) or 0.0, rate, est.throughput)
+        for link in links
+        if (est := link.estimate) and (rate := est.rate)
+    ]
     if not seen:
         return nominal
     age_s = min(age for age, _, _ in seen)
@@ -99,9 +102,7 @@ def _earlier_rates(link: LinkView) -> list[float]:
     return [rate for rate in (tested, fitted) if rate]
 
 
-def _sum(
-    now: float, source: ClusterId, target: ClusterId, views: list[LinkView], capacity_of: Capacity
-) -> ClusterPair:
+def _sum(now: float, source: ClusterId, target: ClusterId, views: list[LinkView], capacity_of: Capacity) -> ClusterPair:
     capacity = capacity_of(source, target)
     links = [view.estimate for view in views if view.estimate is not None]
     throughput = sum(link.throughput for link in links)

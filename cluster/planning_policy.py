@@ -208,10 +208,9 @@ class PlannerSettings:
 
     def allows(self, roles: Roles) -> bool:
         """Are the roles within the least and the most of each?"""
-        return (
-            self.min_prefill <= roles.num_prefill <= (self.max_prefill or math.inf)
-            and self.min_decode <= roles.num_decode <= (self.max_decode or math.inf)
-        )  # fmt: skip
+        prefill, decode = roles.num_prefill, roles.num_decode
+        enough = prefill >= self.min_prefill and decode >= self.min_decode
+        return enough and prefill <= (self.max_prefill or math.inf) and decode <= (self.max_decode or math.inf)
 
 
 @dataclass(frozen=True)
@@ -369,7 +368,11 @@ class DualTimescale:
         what else is on the link is measured only. Scarce at once; abundant after a while well below.
         """
         if fleet is None or point is None or not fleet.prfaas:
-            return _Why("no_link", "bandwidth is not counted on"), 0.0, replace(memory, abundant=False, calm_since_s=None)
+            return (
+                _Why("no_link", "bandwidth is not counted on"),
+                0.0,
+                replace(memory, abundant=False, calm_since_s=None),
+            )
         chosen = self.settings
         kv_bytes = 0.0 if point.l_long_tokens is None else float(fleet.kv_bytes(np.asarray(point.l_long_tokens)))
         predicted = demand.rate_rps * point.offload_fraction * kv_bytes / view.link_bytes_per_s
@@ -432,7 +435,7 @@ class DualTimescale:
     def _verdict(
         self, view: PlanningView, demand: MeasuredDemand, now: Roles, memory: PlannerMemory
     ) -> tuple[int, _Why, PlannerMemory]:
-        """+1, -1 or 0, by what equations 3 to 6 say of one worker more on either side; and what disaggregation gains."""
+        """+1, -1 or 0, by what equations 3 to 6 say of one worker more on either side; and the gain of it all."""
         if view.unknown:
             return 0, _Why("no_costs", view.unknown), replace(memory, judged={}, gain=None, advice="")
         fleet = _fleet(view, demand, now)

@@ -45,6 +45,7 @@ class WorkerLoad:
     generated_tokens: int = 0
     cached_tokens: int = 0
     num_preemptions: int = 0
+    num_other_role: int = 0  # sequences of the role that it does not advertise: it had it, and they go on to their end
 
 
 @dataclass(frozen=True, slots=True)

@@ -323,6 +323,7 @@ def _state_from_message(message: pb.WorkerState) -> WorkerState:
             generated_tokens=message.generated_tokens,
             cached_tokens=message.cached_tokens,
             num_preemptions=message.num_preemptions,
+            num_other_role=message.num_other_role,
         ),
         links=tuple(map(link_from_message, message.links)),
         page_events=page_events_from_message(message.page_events) if message.HasField("page_events") else None,

@@ -34,7 +34,7 @@ from cluster.output_streams import OutputStreams
 from cluster.page_events import PageEventLog
 from core.clock import Clock, WallClock
 from core.errors import ProtocolViolation, TransferError
-from core.request import EngineId, GatewayId, SequenceId, SessionId
+from core.request import EngineId, GatewayId, Role, SequenceId, SessionId
 from decode_worker.link_probe import ProbeReceiver
 from decode_worker.probe_service import ProbeReceiverService
 from decode_worker.service import DecodeService
@@ -492,6 +492,7 @@ class _Parts(rpc.WorkerServicer):
             pages_quarantined=self._receiver.num_quarantined,
             num_preemptions=load.num_preemptions,
             links=map(wire.link_to_message, self._links.estimates()),
+            num_other_role=self._decode.num_sequences if self._role is Role.PREFILL else self._prefill.num_sessions,
         )
 
 

@@ -61,7 +61,7 @@ class WatchRequest(_message.Message):
     def __init__(self, interval_s: _Optional[float] = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("version", "engine_id", "role", "draining", "num_running", "num_waiting", "num_waiting_tokens", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "num_sessions", "pages_quarantined", "num_preemptions", "links", "page_events")
+    __slots__ = ("version", "engine_id", "role", "draining", "num_running", "num_waiting", "num_waiting_tokens", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "num_sessions", "pages_quarantined", "num_preemptions", "links", "page_events", "num_other_role")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +81,7 @@ class WorkerState(_message.Message):
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
     PAGE_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_OTHER_ROLE_FIELD_NUMBER: _ClassVar[int]
     version: int
     engine_id: str
     role: str
@@ -100,7 +101,8 @@ class WorkerState(_message.Message):
     num_preemptions: int
     links: _containers.RepeatedCompositeFieldContainer[LinkReport]
     page_events: PageEvents
-    def __init__(self, version: _Optional[int] = ..., engine_id: _Optional[str] = ..., role: _Optional[str] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkReport, _Mapping]]] = ..., page_events: _Optional[_Union[PageEvents, _Mapping]] = ...) -> None: ...
+    num_other_role: int
+    def __init__(self, version: _Optional[int] = ..., engine_id: _Optional[str] = ..., role: _Optional[str] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkReport, _Mapping]]] = ..., page_events: _Optional[_Union[PageEvents, _Mapping]] = ..., num_other_role: _Optional[int] = ...) -> None: ...
 
 class PageEvents(_message.Message):
     __slots__ = ("number", "after", "snapshot", "stored", "removed")
