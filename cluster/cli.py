@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast
+from typing import Annotated, NoReturn, cast
 
 import grpc
 import typer
-from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
@@ -34,10 +33,19 @@ from cluster.certificates import (
     write_files,
 )
 from cluster.config import ServiceConfig, load_config, service_document, service_schema
+from cluster.message_json import as_dict
 from cluster.plan_command import EPILOG as PLAN_EPILOG
 from cluster.plan_command import plan
 from cluster.plan_document import check_section
-from cluster.tables import check_table, cluster_link_table, link_table, timing_table, worker_table
+from cluster.tables import (
+    check_table,
+    cluster_link_table,
+    link_table,
+    plan_history_table,
+    plan_table,
+    timing_table,
+    worker_table,
+)
 from cluster.version import version
 from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
 from protos import serving_pb2 as pb
@@ -134,7 +142,7 @@ def generate(
             request.chat.CopyFrom(pb.ChatInput(messages=[*_system(system), _message("user", text)]))
         complete = _stream(stub, request, show=not as_json)
     if as_json:
-        typer.echo(json.dumps(_as_dict(complete), ensure_ascii=False))
+        typer.echo(json.dumps(as_dict(complete), ensure_ascii=False))
     if timing:
         Console(stderr=True).print(timing_table(complete))
 
@@ -177,11 +185,11 @@ def status(
     address: Address = DEFAULT_ADDRESS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show the workers of a service: roles, pages, queues, bytes shipped; and the links between them."""
+    """Show the workers of a service: roles, pages, queues, bytes shipped; the links between them; and the plan."""
     with _service(address) as stub:
         info = stub.GetClusterInfo(pb.GetClusterInfoRequest(), timeout=_INFO_TIMEOUT_S)
     if as_json:
-        typer.echo(json.dumps(_as_dict(info), ensure_ascii=False))
+        typer.echo(json.dumps(as_dict(info), ensure_ascii=False))
         return
     console = Console() if sys.stdout.isatty() else Console(width=_PIPE_COLUMNS)
     console.print(
@@ -199,6 +207,12 @@ def status(
     if info.cluster_links:
         console.print()
         console.print(cluster_link_table(info.cluster_links))
+    if info.HasField("plan"):
+        console.print()
+        console.print(plan_table(info.plan))
+        if any(sample.change for sample in info.plan.history):
+            console.print()
+            console.print(plan_history_table(info.plan.history))
 
 
 @app.command(
@@ -246,7 +260,7 @@ def check(
     num_passed = sum(link.passed for link in checks)
     passed = bool(checks) and num_passed == len(checks)
     if as_json:
-        typer.echo(json.dumps({"passed": passed, "links": [_as_dict(link) for link in checks]}))
+        typer.echo(json.dumps({"passed": passed, "links": [as_dict(link) for link in checks]}))
     else:
         console = Console() if sys.stdout.isatty() else Console(width=_PIPE_COLUMNS)
         console.print(check_table(checks))
@@ -405,21 +419,6 @@ def _typed_lines() -> Iterator[str]:
 
 
 # ---- showing ----
-
-
-def _as_dict(message: Message) -> dict[str, Any]:
-    """Every field by its proto name, defaults included. protobuf's own JSON writes 64-bit integers as strings."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, Message):
-            return _as_dict(value)
-        return value if isinstance(value, str | int | float) else [plain(item) for item in value]  # type: ignore[attr-defined]
-
-    return {
-        field.name: plain(getattr(message, field.name))
-        for field in message.DESCRIPTOR.fields
-        if field.containing_oneof is None or message.HasField(field.name)
-    }
 
 
 @contextmanager

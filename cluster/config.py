@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster import config_schema
+from cluster.planning_policy import PlannerSettings
 from cluster.routing_policy import POLICIES
 from cluster.yaml_source import overridden, read_yaml
 from core.credentials import Credentials
@@ -22,6 +23,8 @@ from kv_transfer.config import CHECKSUMS, CODECS, DIALS, KvTransferConfig, LinkC
 
 PLACEMENTS = ("PACK", "SPREAD")
 TLS_MODES = ("auto", "on", "off")
+PLANNER_MODES = PLANNER_OFF, PLANNER_STATIC, PLANNER_DUAL = ("off", "static", "dual")
+INITIAL_ROLES = INITIAL_CONFIGURED, INITIAL_SEARCH = ("configured", "search")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -76,6 +79,39 @@ class RouterConfig:
         _require(self.max_attempts >= 1, "router.max_attempts", "must be at least 1", self.max_attempts)
         _require(self.lease_s > 0, "router.lease_s", "must be above 0 s", self.lease_s)
         _require(self.no_route_wait_s >= 0, "router.no_route_wait_s", "must be at least 0 s", self.no_route_wait_s)
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """Which prompts go to PrfaaS clusters, and which workers prefill and decode, while the service runs.
+
+    mode: ``dual`` plans for the measured demand, links and costs (docs/planning.md); ``static`` keeps one threshold and
+        the roles; ``off`` offloads nothing and keeps the roles.
+    threshold_tokens: of ``static``: prompts of which more must be computed go to PrfaaS clusters.
+    initial: who prefills and who decodes at the start: ``configured``, or ``search``: the best split of the workers of
+        both pools for the section ``plan``.
+    interval_s: between two looks at the fleet.
+    demand_window_s: what came so long ago counts e times less than what comes now.
+    tpot_s: objective for the time between tokens, to which decode batches are taken to be kept; null: there is none.
+    convert_timeout_s: a worker that has not changed its role by then is no longer waited for; it goes on changing.
+    """
+
+    mode: str = PLANNER_DUAL
+    threshold_tokens: int = 4096
+    initial: str = INITIAL_CONFIGURED
+    interval_s: float = 0.25
+    demand_window_s: float = 30.0
+    tpot_s: float | None = None
+    convert_timeout_s: float = 60.0
+    dual: PlannerSettings = field(default_factory=PlannerSettings)
+
+    def __post_init__(self) -> None:
+        _require_word(self.mode in PLANNER_MODES, "planner.mode", PLANNER_MODES, self.mode)
+        _require_word(self.initial in INITIAL_ROLES, "planner.initial", INITIAL_ROLES, self.initial)
+        _require(self.threshold_tokens >= 0, "planner.threshold_tokens", "must be at least 0", self.threshold_tokens)
+        _require(self.tpot_s is None or self.tpot_s > 0, "planner.tpot_s", "must be null or above 0 s", self.tpot_s)
+        for name in ("interval_s", "demand_window_s", "convert_timeout_s"):
+            _require(getattr(self, name) > 0, f"planner.{name}", "must be above 0 s", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -195,6 +231,7 @@ class ServiceConfig:
     kv_transfer: KvTransferConfig = field(default_factory=KvTransferConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
     grpc: GrpcConfig = field(default_factory=GrpcConfig)
     ray: RayConfig = field(default_factory=RayConfig)
@@ -268,6 +305,8 @@ CHOICES: config_schema.Choices = {
     (EngineConfig, "dtype"): DTYPES,
     (PoolConfig, "placement"): PLACEMENTS,
     (RouterConfig, "policy"): tuple(POLICIES),
+    (PlannerConfig, "mode"): PLANNER_MODES,
+    (PlannerConfig, "initial"): INITIAL_ROLES,
     (ServiceConfig, "log_level"): LOG_LEVELS,
 }
 

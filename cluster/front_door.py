@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from cluster.link_tester import PairResult
+from cluster.planner import PlannerStatus
 from cluster.view import ClusterView, ModelInfo
 from core.request import GenerateRequest, OutputChunk, RequestId, Role
 
@@ -71,6 +72,15 @@ class LinkTests(Protocol):
 
     def test_all(self) -> AsyncIterator[PairResult]:
         """Test every pair of a prefill and a decode worker now, and yield each when it has ended."""
+        ...
+
+
+class FleetPlanner(Protocol):
+    """Plans thresholds and roles."""
+
+    @property
+    def status(self) -> PlannerStatus:
+        """What it does now, as a frozen snapshot."""
         ...
 
 

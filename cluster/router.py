@@ -35,6 +35,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mappi
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 from cluster.config import RouterConfig
 from cluster.membership import Membership
@@ -78,6 +79,18 @@ SAME_WORKER_BACKOFF_S = 0.1  # before the first retry on a worker that failed th
 WIND_UP_S = 1.0  # after a drain: for generators to end and for workers to hear of aborts
 
 
+class RequestObserver(Protocol):
+    """Hears once of each request that was given a route, and once of its end. ``cluster.demand.DemandMeter`` is one."""
+
+    def routed(self, request: RouteRequest, route: Route) -> None:
+        """The first route of the request's first continuation."""
+        ...
+
+    def ended(self, output_tokens: int) -> None:
+        """A request that was routed has ended, in whatever way; tokens of all its continuations."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class RouterCounters:
     """What the router counted since its start.
@@ -103,7 +116,9 @@ class Router:
         config: RouterConfig,
         clock: Clock,
         gateway_id: GatewayId,
+        observer: RequestObserver | None = None,
     ) -> None:
+        self._observer = observer
         self._membership = membership
         self._policy = policy
         self._config = config
@@ -162,6 +177,11 @@ class Router:
         return len(self._flights)
 
     @property
+    def num_open_tokens(self) -> int:
+        """Tokens that the requests in flight have so far."""
+        return sum(flight.num_tokens for flight in self._flights.values())
+
+    @property
     def counters(self) -> RouterCounters:
         """A snapshot."""
         return RouterCounters(
@@ -217,6 +237,8 @@ class Router:
         if flight.timer is not None:
             flight.timer.cancel()
         del self._flights[flight.request.request_id]
+        if self._observer is not None and flight.route is not None:
+            self._observer.ended(flight.num_tokens)
         if not self._flights:
             self._idle.set()
 
@@ -358,8 +380,11 @@ class Router:
         if self._policy.uses_prefixes:
             for page_size in {worker.model.fingerprint.page_size for worker in view.workers}:
                 matches[page_size] = self._membership.match_prefix(continuation.page_hashes(page_size))
-        route = self._policy.route(continuation.route_request(self._num_routes, matches), view)
+        request = continuation.route_request(self._num_routes, matches)
+        route = self._policy.route(request, view)
         self._num_routes += 1
+        if self._observer is not None and continuation.index == 0 and continuation.num_attempts == 0:
+            self._observer.routed(request, route)
         return route
 
     def _sibling_route(self, flight: _Flight, continuation: _Continuation, view: ClusterView) -> Route | None:
@@ -483,6 +508,11 @@ class _Flight:
         self.continuations = tuple(_Continuation(request, index) for index in range(request.sampling.n))
         self.route: Route | None = None  # of continuation 0's last attempt
         self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the client has, of all continuations."""
+        return sum(continuation.num_tokens for continuation in self.continuations)
 
     def interrupt(self, error: PrfaasError) -> None:
         """Whatever its continuations wait for, they raise ``error``."""

@@ -40,7 +40,14 @@ Run = Callable[..., Coroutine[None, None, object]]
 @pytest.fixture
 async def door(service: Gateway) -> AsyncIterator[GrpcGateway]:
     gateway = GrpcGateway(
-        service.generation, service.router, service.membership, service.links, service.config, service.clock, TLS
+        service.generation,
+        service.router,
+        service.membership,
+        service.links,
+        service.planner,
+        service.config,
+        service.clock,
+        TLS,
     )
     await gateway.start()
     yield gateway

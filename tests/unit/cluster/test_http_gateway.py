@@ -32,7 +32,15 @@ COMPLETION = "/v1/completions"
 
 
 def make_door(service: Gateway, config: ServiceConfig) -> HttpGateway:
-    return HttpGateway(service.generation, service.router, service.membership, service.metrics, config, service.clock)
+    return HttpGateway(
+        service.generation,
+        service.router,
+        service.membership,
+        service.metrics,
+        config,
+        service.clock,
+        lambda: {"plan": {"mode": "dual"}},
+    )
 
 
 @pytest.fixture

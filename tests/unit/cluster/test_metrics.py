@@ -19,7 +19,7 @@ from core.errors import (
 )
 from core.link import LinkEstimate
 from core.request import ClusterId, Role, WorkerId
-from tests.unit.cluster.scripted_router import FixedMembership, ScriptedRouter, worker
+from tests.unit.cluster.scripted_router import FixedMembership, ScriptedPlanner, ScriptedRouter, worker
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def membership() -> FixedMembership:
 
 @pytest.fixture
 def metrics(membership: FixedMembership) -> Metrics:
-    return Metrics(membership, ScriptedRouter(()), lambda *_: None)
+    return Metrics(membership, ScriptedRouter(()), lambda *_: None, ScriptedPlanner())
 
 
 def record(**changes: object) -> RequestRecord:
@@ -107,7 +107,7 @@ def test_workers_are_read_when_prometheus_asks(metrics, membership):
 
 
 def test_two_gateways_in_one_process_do_not_share_a_registry(metrics, membership):
-    other = Metrics(membership, ScriptedRouter(()), lambda *_: None)
+    other = Metrics(membership, ScriptedRouter(()), lambda *_: None, ScriptedPlanner())
     metrics.refuse(Door.HTTP, Overloaded("full"))
     labels = {"door": "http", "outcome": "overloaded"}
     assert metrics.registry.get_sample_value("prfaas_requests_total", labels) == 1
@@ -126,7 +126,7 @@ def test_links_are_published_per_pair_of_clusters(membership):
     membership.links = {(sender, receiver): LinkView(sender, east, receiver, west, 0.0, estimate)}
     membership.probes_by_outcome = {"passed": 2, "PeerLost": 1}
 
-    value = Metrics(membership, ScriptedRouter(()), lambda *_: 4e9).registry.get_sample_value
+    value = Metrics(membership, ScriptedRouter(()), lambda *_: 4e9, ScriptedPlanner()).registry.get_sample_value
 
     labels = {"from_cluster": "east", "to_cluster": "west", "path": "tcp"}
     assert value("prfaas_link_goodput_bytes_per_second", labels) == 2e9
@@ -145,7 +145,7 @@ def test_what_is_not_known_of_a_link_has_no_sample(membership):
     east, sender, receiver = ClusterId("east"), WorkerId("p"), WorkerId("d")
     membership.links = {(sender, receiver): LinkView(sender, east, receiver, east, 0.0, usable=False)}
 
-    value = Metrics(membership, ScriptedRouter(()), lambda *_: None).registry.get_sample_value
+    value = Metrics(membership, ScriptedRouter(()), lambda *_: None, ScriptedPlanner()).registry.get_sample_value
 
     labels = {"from_cluster": "east", "to_cluster": "east", "path": ""}
     assert value("prfaas_link_pairs_usable", labels) == 0
