@@ -5,15 +5,12 @@ Ordered pairs: what ``east`` sends to ``west`` says nothing of the way back.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from cluster.view import ClusterView, LinkView
 from core.request import ClusterId
 
-FRESH_S = 5.0  # bytes that moved so lately tell what a path carries
-RECOVER_S = 30.0  # time constant with which what was seen earlier is no longer believed
 _TOGETHER_S = 0.5  # links whose bytes moved within so much of each other were busy at the same time
 
 
@@ -30,6 +27,7 @@ class ClusterPair:
     capacity: float | None  # bytes/s, as configured; None: not configured
     measured: float | None  # bytes/s that were seen to fit: a lower bound of what the path carries
     carries: float | None  # bytes/s, what is believed that it carries now; None: nothing is known
+    age_s: float | None  # since bytes last moved on it; None: none ever did
     throughput: float  # bytes/s, all workers together
     rtt_s: float | None  # mean of the links that know theirs
     retransmits: int
@@ -70,36 +68,34 @@ def by_cluster_pair(
 def believed_rate(links: Collection[LinkView], now: float, capacity: float | None) -> float | None:
     """Bytes/s that the links of one pair of clusters carry together now; None: nothing is known of any.
 
-    Bytes that moved within ``FRESH_S`` tell it: of links that were busy together the sum of their rates, but no more
-    than went; of links that were not, the highest. Nothing of that is above the configured capacity. On a path on
-    which nothing goes any more, that was seen to be slow, belief returns to the capacity (or to the best that was ever
-    seen), with ``RECOVER_S``: the next hand-over then tells how it is. Without that, a path that was found too narrow
-    for anything would stay so for ever.
+    What was seen last tells it: of links that were busy together the sum of their rates, but no more than went; of
+    links that were not, the highest; never more than the configured capacity. Before anything went, the capacity. A
+    path on which nothing goes is believed to be what it was; planner.py has it tested now and then.
     """
-    nominal = capacity or max((rate for link in links for rate in _earlier_rates(link)), default=None)
-    seen = [
-        (link.age_s(now) or 0.0, rate, est.throughput)
-        for link in links
-        if (est := link.estimate) and (rate := est.rate)
-    ]
+    seen = [(age, rate, throughput) for link in links for age, rate, throughput in _seen(link, now)]
     if not seen:
-        return nominal
-    age_s = min(age for age, _, _ in seen)
-    together = [(rate, throughput) for age, rate, throughput in seen if age <= age_s + _TOGETHER_S]
+        return capacity
+    newest_s = min(age for age, _, _ in seen)
+    together = [(rate, throughput) for age, rate, throughput in seen if age <= newest_s + _TOGETHER_S]
     total, went = sum(rate for rate, _ in together), sum(throughput for _, throughput in together)
     found = max(max(rate for rate, _ in together), min(total, went))
-    if capacity is not None:
-        found = min(found, capacity)
-    if age_s <= FRESH_S or nominal is None or nominal <= found:
-        return found
-    return nominal - (nominal - found) * math.exp(-(age_s - FRESH_S) / RECOVER_S)
+    return found if capacity is None else min(found, capacity)
 
 
-def _earlier_rates(link: LinkView) -> list[float]:
-    """What its self-test and its transfers have been, over a long time."""
+def _seen(link: LinkView, now: float) -> Iterator[tuple[float, float, float]]:
+    """(age, bytes/s, throughput) of the newest that the link has told, if it has told anything.
+
+    If nothing has gone since its self-test, that is the newest: it measured one transfer, while what the sender knows
+    is of all traffic up to half a second before.
+    """
+    probed_s = now - link.probed_at
+    age_s = link.age_s(now)
     tested = None if link.probe is None else link.probe.rate
-    fitted = None if link.estimate is None else link.estimate.fit_beta
-    return [rate for rate in (tested, fitted) if rate]
+    estimate = link.estimate
+    if tested is not None and (estimate is None or age_s is None or age_s > probed_s - _TOGETHER_S):
+        yield probed_s, tested, 0.0
+    elif estimate is not None and age_s is not None and (rate := estimate.rate) is not None:
+        yield age_s, rate, estimate.throughput
 
 
 def _sum(now: float, source: ClusterId, target: ClusterId, views: list[LinkView], capacity_of: Capacity) -> ClusterPair:
@@ -118,6 +114,7 @@ def _sum(now: float, source: ClusterId, target: ClusterId, views: list[LinkView]
         capacity=capacity,
         measured=measured or None,
         carries=believed_rate(views, now, capacity),
+        age_s=min((age for view in views if (age := view.age_s(now)) is not None), default=None),
         throughput=throughput,
         rtt_s=sum(rtts) / len(rtts) if rtts else None,
         retransmits=sum(link.retransmits for link in links),

@@ -135,7 +135,8 @@ class DemandMeter:
         kept = [(tokens / w, w) for tokens, w in zip(self._bin_tokens, self._bins, strict=True) if w > least]
         if not kept:
             return None
-        return LengthDistribution.from_counts([max(1.0, mean) for mean, _ in kept], [weight for _, weight in kept])
+        # Whole tokens: thresholds are, and a prompt as long as the threshold must not be one beyond it.
+        return LengthDistribution.from_counts([round(mean) for mean, _ in kept], [weight for _, weight in kept])
 
     def _mean_output_tokens(self) -> float:
         return self._made / max(self._answers.total, self._answers.unit)

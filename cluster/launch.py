@@ -224,7 +224,7 @@ class _Service:
         router = Router(membership, policy, config.router, self._clock, cluster.gateway_id, demand)
         self._router = router
         self._opened.push_async_callback(router.drain, 0.0)
-        planner = self._plan(membership, router, demand)
+        planner = self._plan(cluster, router, demand)
         metrics = Metrics(membership, router, config.kv_transfer.capacity, planner)
         generation = Generation(router, membership, cluster.tokenizer, metrics, config, self._clock)
         grpc = GrpcGateway(generation, router, membership, cluster.tester, planner, config, self._clock, cluster.tls)
@@ -239,11 +239,11 @@ class _Service:
             http=f"http://{_authority(config.http.host, http.port)}", grpc=_authority(config.grpc.host, grpc.port)
         )
 
-    def _plan(self, membership: Membership, router: Router, demand: DemandMeter) -> Planner:
+    def _plan(self, cluster: _Cluster, router: Router, demand: DemandMeter) -> Planner:
         """A planner at work; it ends before the workers do."""
         config = self._config
         planner = Planner(
-            membership,
+            cluster.membership,
             demand,
             lambda: router.num_open_tokens,
             config.planner,
@@ -251,6 +251,7 @@ class _Service:
             cluster_id=ClusterId(config.cluster_id),
             limits=PlanningLimits(config.engine_for(Role.DECODE).max_batch_size, config.planner.tpot_s),
             capacity=config.kv_transfer.capacity,
+            retest=cluster.tester.retest,
         )
         self._opened.push_async_callback(planner.close)
         planner.start()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ from cluster.planning_policy import (
     PlanningView,
     StaticPlan,
 )
-from cluster.planning_view import PlanningLimits, fleets, planning_view
+from cluster.planning_view import PlanningLimits, fleets, planning_view, silent_links
 from cluster.role_conversion import Conversion, Ending, Outcome, choose, ending
 from cluster.throughput_model import OFFLOAD_NOTHING
 from cluster.view import ClusterView, Offload
@@ -130,9 +131,11 @@ class Planner:
         cluster_id: ClusterId,
         limits: PlanningLimits,
         capacity: Capacity,
+        retest: Callable[[EngineId, EngineId], None],
     ) -> None:
         """``num_open_tokens``: that requests in flight have so far. ``cluster_id``: of this gateway. ``capacity``:
-        configured bytes/s between two clusters (``KvTransferConfig.capacity``)."""
+        configured bytes/s between two clusters (``KvTransferConfig.capacity``). ``retest``: of the link between two
+        engines (``LinkTester.retest``)."""
         self._membership = membership
         self._demand = demand
         self._num_open_tokens = num_open_tokens
@@ -141,6 +144,8 @@ class Planner:
         self._cluster_id = cluster_id
         self._limits = limits
         self._capacity = capacity
+        self._retest = retest
+        self._retested_at: dict[tuple[ClusterId, ClusterId], float] = {}
         self._policy = make_planning_policy(config)
         self._memory: PlannerMemory = FRESH
         self._target: FleetTarget | None = None
@@ -200,6 +205,7 @@ class Planner:
             self._convert(view, target, seen, now)
         self._target, self._seen = target, seen
         self._sample(now, target, seen, "; ".join(changes.values()))
+        self._ask_silent_links(view, now)
 
     # ---- inside ----
 
@@ -237,6 +243,18 @@ class Planner:
         plan = (target.threshold_tokens, target.abundant)
         if last is None or plan != (last.threshold_tokens, last.abundant) or causes != said:
             self._membership.note_offload(Offload(*plan, target.reason))
+
+    def _ask_silent_links(self, view: ClusterView, now: float) -> None:
+        """Have one link tested of each path from a PrfaaS cluster on which nothing goes, lest it be forgotten.
+
+        A path that has become too narrow for anything is known to be wide again only by sending something.
+        """
+        for pair in silent_links(view, self._cluster_id, self._config.retest_s):
+            clusters = pair.from_cluster, pair.to_cluster
+            if now - self._retested_at.get(clusters, -math.inf) >= self._config.retest_s:
+                self._retested_at[clusters] = now
+                engines = {worker.worker_id: worker.engine_id for worker in view.workers}
+                self._retest(engines[pair.from_worker], engines[pair.to_worker])
 
     def _convert(self, view: ClusterView, target: FleetTarget, seen: PlanningView, now: float) -> None:
         """Have one worker change its role, in the direction of the target."""

@@ -294,11 +294,15 @@ class DualTimescale:
             return OFFLOAD_NOTHING, _Why("no_demand", "no prompt has been measured: nothing is offloaded yet"), memory
         base, why, memory = self._base(view, fleet, roles, memory)
         memory, why_back_off = self._back_off(view, fleet, base, memory)
-        threshold = max(base, 1.0) * self.settings.back_off_factor**memory.back_off if memory.back_off else base
+        threshold = self._raised(base, memory.back_off)
         said = f"threshold {threshold:,.0f} tokens: {why.text}"
         if why_back_off is None:
             return threshold, _Why(why.word, said), memory
         return threshold, _Why(why_back_off.word, f"{said}, {why_back_off.text}"), memory
+
+    def _raised(self, base: float, back_off: int) -> float:
+        """The threshold that many steps up."""
+        return round(max(base, 1.0) * self.settings.back_off_factor**back_off) if back_off else base
 
     def _base(
         self, view: PlanningView, fleet: Fleet, roles: Roles, memory: PlannerMemory
@@ -326,7 +330,8 @@ class DualTimescale:
         since_s = view.at_s - memory.moved_at_s
         cause = self._pressure(view, fleet, base)
         if cause is not None:
-            if memory.back_off < chosen.max_back_off and since_s >= chosen.raise_after_s:
+            least = self._raised(base, memory.back_off) < float(fleet.lengths.tokens[-1])  # else none goes anyway
+            if least and memory.back_off < chosen.max_back_off and since_s >= chosen.raise_after_s:
                 raised = replace(memory, back_off=memory.back_off + 1, moved_at_s=view.at_s)
                 return raised, _Why(cause.word, f"raised to step {raised.back_off}: {cause.text}")
             return memory, _Why(cause.word, f"held at step {memory.back_off}: {cause.text}")
@@ -445,7 +450,6 @@ class DualTimescale:
             # Whoever runs the service left it empty, or its workers will be back: a planner does not guess which.
             return 0, _Why("empty_pool", "a pool is empty"), replace(memory, judged={}, gain=None, advice="")
         rates = {step: self._throughput_rps(view, demand, now, step) for step in (0, 1, -1)}
-        memory = self._advise(view, demand, fleet, now, memory)
         memory = replace(
             memory,
             judged={
@@ -456,6 +460,7 @@ class DualTimescale:
         )
         if demand.num_requests < self.settings.min_requests:
             return 0, _Why("few_requests", f"only {demand.num_requests:.0f} requests have been measured"), memory
+        memory = self._advise(view, demand, fleet, now, memory)
         best = max((1, -1), key=lambda step: rates[step])
         gain = rates[best] - rates[0]
         needed = self.settings.min_role_gain + demand.relative_error

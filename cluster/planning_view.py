@@ -11,6 +11,7 @@ to prefill tells their own. Without costs of a local worker nothing is predicted
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from cluster.cost_model import ASSUMED_LINK_BYTES_PER_S, ComputeCost, CostView
 from cluster.length_distribution import Curve, Numbers
 from cluster.planning_policy import MeasuredDemand, PlanningView
 from cluster.throughput_model import Polynomial
-from cluster.view import ClusterView, WorkerView
+from cluster.view import ClusterView, LinkView, WorkerView
 from core.request import ClusterId, EngineId, Role
 
 _UNKNOWN_CURVE = Polynomial((0.0,))
@@ -102,6 +103,25 @@ def planning_view(
 
 
 # ---- links ----
+
+
+def silent_links(view: ClusterView, own: ClusterId, silent_s: float) -> tuple[LinkView, ...]:
+    """One usable link of each path from a PrfaaS to a serving cluster on which nothing moved for ``silent_s``."""
+    found = fleets(view, own)
+    if not found.prfaas:
+        return ()
+    away, serving = ({worker.cluster_id for worker in group} for group in (found.prfaas, found.local))
+    paths: dict[tuple[ClusterId, ClusterId], list[LinkView]] = {}
+    for link in view.links.values():
+        if link.from_cluster in away and link.to_cluster in serving and link.usable:
+            paths.setdefault((link.from_cluster, link.to_cluster), []).append(link)
+    quiet = (links for links in paths.values() if min(_silent_s(link, view.at) for link in links) >= silent_s)
+    return tuple(links[0] for links in quiet)
+
+
+def _silent_s(link: LinkView, now: float) -> float:
+    age_s = link.age_s(now)
+    return math.inf if age_s is None else age_s
 
 
 def _links(view: ClusterView, found: Fleets, capacity: Capacity) -> tuple[ClusterPair, ...]:

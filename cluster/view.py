@@ -81,6 +81,7 @@ class LinkView:
     heard_at: float  # when the sending worker last reported
     estimate: LinkEstimate | None = None  # None: nothing was sent there yet
     probe: ProbeReport | None = None  # the last self-test; None: not tested
+    probed_at: float = -math.inf  # when that ended
     usable: bool = True
     reason: str = ""
 
