@@ -185,8 +185,8 @@ def _colocated_rate(fleet: Fleet, pool: Pool, tpot_s: float | None) -> tuple[flo
     """The highest rate of one instance, and its TPOT then."""
     assert pool.decode is not None, "the pool's decode is known"
     prefill_s = fleet.lengths.mean_of(pool.prefill_s) * pool.gpus_per_prefill / pool.gpus_per_decode
-    decode = pool.decode
-    return colocated_rate(prefill_s, fleet.mean_output_tokens, decode.step_of, decode.max_batch_size, tpot_s)
+    step_of = np.vectorize(pool.decode.step_of, otypes=[float])
+    return colocated_rate(prefill_s, fleet.mean_output_tokens, step_of, pool.decode.max_batch_size, tpot_s)
 
 
 # ---- what more would buy ----

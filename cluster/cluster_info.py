@@ -111,6 +111,7 @@ def cluster_link_info(pair: ClusterPair) -> pb.ClusterLinkInfo:
         retransmits=pair.retransmits,
         reconnects=pair.reconnects,
         falls=pair.falls,
+        carries=pair.carries,
     )
 
 

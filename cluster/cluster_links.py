@@ -42,11 +42,6 @@ class ClusterPair:
         capacity = self.capacity or self.measured
         return None if capacity is None else self.throughput / capacity
 
-    @property
-    def queue_s(self) -> float:
-        """Seconds until what is queued has left, if nothing more comes."""
-        return self.bytes_queued / self.carries if self.carries else 0.0
-
 
 Capacity = Callable[[ClusterId, ClusterId], float | None]
 

@@ -10,16 +10,14 @@ Latencies are means at one rate that both sustain, with queues as in latency_mod
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from cluster.latency_model import latency
+from cluster.length_distribution import Curve
 from cluster.queueing import mgc_wait
 from cluster.throughput_model import Fleet, OperatingPoint
-
-StepOf = Callable[[float], float]  # seconds of a decode step by batch size
 
 _SUSTAINED = 0.9  # of the smaller throughput: the highest rate at which latencies are compared
 _ROUNDS = 100
@@ -69,24 +67,25 @@ class Gain:
 
 
 def colocated_rate(
-    prefill_s: float, mean_output_tokens: float, step_of: StepOf, max_batch_size: float, tpot_s: float | None
+    prefill_s: float, mean_output_tokens: float, step_of: Curve, max_batch_size: float, tpot_s: float | None
 ) -> tuple[float, float]:
     """The highest rate of one colocated instance within ``tpot_s``, and its TPOT then; (0, inf) if it meets it at none.
 
-    ``prefill_s``: mean seconds of a prompt. The batch is tried from small to large.
+    ``prefill_s``: mean seconds of a prompt. ``step_of``: seconds of a decode step by batch size.
     """
-    best = (0.0, float("inf"))
-    for batch in np.unique(np.geomspace(1e-3, max_batch_size, 200)):
-        step_s = step_of(max(1.0, float(batch)))
-        rate = float(batch) / (mean_output_tokens * step_s + float(batch) * prefill_s)
-        tpot = step_s / (1 - rate * prefill_s)
-        if (tpot_s is None or tpot <= tpot_s * (1 + 1e-9)) and rate > best[0]:
-            best = rate, tpot
-    return best
+    batches = np.geomspace(1e-3, max_batch_size, 200)
+    steps_s = step_of(np.maximum(1.0, batches))
+    rates = batches / (mean_output_tokens * steps_s + batches * prefill_s)
+    tpots_s = steps_s / (1 - rates * prefill_s)
+    within = np.full_like(rates, True, dtype=bool) if tpot_s is None else tpots_s <= tpot_s * (1 + 1e-9)
+    if not within.any():
+        return 0.0, float("inf")
+    best = int(np.argmax(np.where(within, rates, -1.0)))
+    return float(rates[best]), float(tpots_s[best])
 
 
 def disaggregation_gain(
-    fleet: Fleet, point: OperatingPoint, step_of: StepOf, rate_rps: float, tpot_s: float | None
+    fleet: Fleet, point: OperatingPoint, step_of: Curve, rate_rps: float, tpot_s: float | None
 ) -> Gain | None:
     """The fleet at ``point`` beside its local workers colocated; None if either can serve nothing.
 
@@ -121,13 +120,13 @@ def disaggregation_gain(
     )
 
 
-def _tpot_s(rate_rps: float, fleet: Fleet, step_of: StepOf, prefill_s: float) -> float:
+def _tpot_s(rate_rps: float, fleet: Fleet, step_of: Curve, prefill_s: float) -> float:
     """Of one instance at that rate, beside its prompts."""
     left = 1 - rate_rps * prefill_s
-    batch = 0.0
+    batch, step_s = 0.0, float(step_of(np.asarray(1.0)))
     for _ in range(_ROUNDS):
-        more = min(fleet.max_batch_size, rate_rps * fleet.mean_output_tokens * step_of(max(1.0, batch)) / left)
+        more = min(fleet.max_batch_size, rate_rps * fleet.mean_output_tokens * step_s / left)
         if more - batch < 1e-3:
             break
-        batch = more
-    return step_of(max(1.0, batch)) / left
+        batch, step_s = more, float(step_of(np.asarray(max(1.0, more))))
+    return step_s / left

@@ -290,6 +290,7 @@ _LINK_GAUGES: _LinkFamilies = (
     ("connections", "Connections that live now.", lambda p: p.connections),
     ("capacity_bytes_per_second", "What the path is configured to carry.", lambda p: p.capacity),
     ("goodput_bytes_per_second", "What was seen to fit on the path: a lower bound.", lambda p: p.measured),
+    ("believed_bytes_per_second", "What the path is believed to carry now.", lambda p: p.carries),
     ("throughput_bytes_per_second", "What all workers send now.", lambda p: p.throughput),
     ("utilisation_ratio", "Throughput over capacity, or over goodput if none is configured.", lambda p: p.utilisation),
     ("rtt_seconds", "Mean smoothed round trip.", lambda p: p.rtt_s),

@@ -199,7 +199,8 @@ class Planner:
         changes = self._changes_of(target, seen)
         for kind, said in changes.items():
             self._changes[kind, target.causes.get(kind, "unnamed")] += 1
-            logger.info("plan: %s: %s", said, target.reason)
+            gain = target.gain
+            logger.info("plan: %s: %s", said, gain.reason if kind == ADVICE and gain is not None else target.reason)
         self._publish(target)
         if ROLES in changes:
             self._convert(view, target, seen, now)
@@ -231,8 +232,8 @@ class Planner:
         aimed, now = target.roles, (seen.num_prefill, seen.num_decode)
         if (aimed.num_prefill, aimed.num_decode) != now:
             found[ROLES] = f"roles {now[0]} + {now[1]} to {aimed.num_prefill} + {aimed.num_decode}"
-        if target.advice and (last is None or last.advice != target.advice) and target.gain is not None:
-            found[ADVICE] = f"advice {target.advice} ({target.gain.reason})"
+        if target.advice and (last is None or last.advice != target.advice):
+            found[ADVICE] = f"advice {target.advice}"
         return found
 
     def _publish(self, target: FleetTarget) -> None:
@@ -309,7 +310,8 @@ class Planner:
         )
 
     def _sample(self, now: float, target: FleetTarget, seen: PlanningView, change: str) -> None:
-        if not change and self._history and now - self._history[-1].at < SAMPLE_S:
+        soon = self._config.interval_s / 2  # the clock of a loop that sleeps is never exact
+        if not change and self._history and now - self._history[-1].at < SAMPLE_S - soon:
             return
         self._history.append(
             PlanSample(

@@ -31,6 +31,7 @@ from cluster.throughput_model import (
     OFFLOAD_NOTHING,
     Fleet,
     OperatingPoint,
+    Polynomial,
     PrfaasCluster,
     best_threshold_tokens,
     operating_point,
@@ -302,7 +303,7 @@ class DualTimescale:
 
     def _raised(self, base: float, back_off: int) -> float:
         """The threshold that many steps up."""
-        return round(max(base, 1.0) * self.settings.back_off_factor**back_off) if back_off else base
+        return max(base, 1.0) * self.settings.back_off_factor**back_off if back_off else base
 
     def _base(
         self, view: PlanningView, fleet: Fleet, roles: Roles, memory: PlannerMemory
@@ -488,11 +489,7 @@ class DualTimescale:
     ) -> PlannerMemory:
         """Colocation is advised once it would sustain ``min_role_gain`` more, and until it would not sustain more."""
         point = operating_point(fleet, now.num_prefill)
-        curve = view.decode_step_of
-
-        def step_of(batch: float) -> float:
-            return view.decode_step_s if curve is None else float(curve(np.asarray(batch)))
-
+        step_of = view.decode_step_of or Polynomial((view.decode_step_s,))
         gain = disaggregation_gain(fleet, point, step_of, demand.rate_rps, view.tpot_s)
         if gain is None:
             return replace(memory, gain=None, advice="")

@@ -94,7 +94,8 @@ def check_table(links: Iterable[pb.LinkCheck]) -> Table:
 
 def cluster_link_table(pairs: Iterable[pb.ClusterLinkInfo]) -> Table:
     """Every ordered pair of clusters."""
-    table = _table(("from cluster", "to cluster", "path"), ("usable", "now", "capacity", "in use", "RTT", "queued"))
+    numbers = ("usable", "now", "carries", "capacity", "in use", "RTT", "queued")
+    table = _table(("from cluster", "to cluster", "path"), numbers)
     for pair in pairs:
         table.add_row(
             pair.from_cluster,
@@ -102,6 +103,7 @@ def cluster_link_table(pairs: Iterable[pb.ClusterLinkInfo]) -> Table:
             ", ".join(pair.paths) or "-",
             f"{pair.num_usable} of {pair.num_links}",
             _rate(pair.throughput),
+            _rate(pair.carries if pair.HasField("carries") else None),
             _rate(pair.capacity if pair.HasField("capacity") else None),
             f"{pair.utilisation:.0%}" if pair.HasField("utilisation") else "-",
             _milliseconds(pair.rtt_s if pair.HasField("rtt_s") else None),

@@ -81,9 +81,9 @@ class LinkView:
     heard_at: float  # when the sending worker last reported
     estimate: LinkEstimate | None = None  # None: nothing was sent there yet
     probe: ProbeReport | None = None  # the last self-test; None: not tested
-    probed_at: float = -math.inf  # when that ended
     usable: bool = True
     reason: str = ""
+    probed_at: float = -math.inf  # when the last self-test ended
 
     def age_s(self, now: float) -> float | None:
         """Seconds since bytes last moved on it, as far as is known; None if none ever did."""

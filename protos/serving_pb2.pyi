@@ -380,7 +380,7 @@ class LinkInfo(_message.Message):
     def __init__(self, from_worker: _Optional[str] = ..., to_worker: _Optional[str] = ..., from_cluster: _Optional[str] = ..., to_cluster: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., path: _Optional[str] = ..., connections: _Optional[int] = ..., rate: _Optional[float] = ..., goodput: _Optional[float] = ..., delivery_rate: _Optional[float] = ..., rtt_s: _Optional[float] = ..., min_rtt_s: _Optional[float] = ..., fit_t0_s: _Optional[float] = ..., fit_beta: _Optional[float] = ..., fit_variance: _Optional[float] = ..., samples: _Optional[int] = ..., throughput: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_queued: _Optional[int] = ..., retransmits: _Optional[int] = ..., retransmits_per_mib: _Optional[float] = ..., reconnects: _Optional[int] = ..., falls: _Optional[int] = ..., age_s: _Optional[float] = ..., tested_rate: _Optional[float] = ...) -> None: ...
 
 class ClusterLinkInfo(_message.Message):
-    __slots__ = ("from_cluster", "to_cluster", "num_links", "num_usable", "paths", "connections", "capacity", "measured", "throughput", "utilisation", "rtt_s", "bytes_sent", "bytes_queued", "retransmits", "reconnects", "falls")
+    __slots__ = ("from_cluster", "to_cluster", "num_links", "num_usable", "paths", "connections", "capacity", "measured", "throughput", "utilisation", "rtt_s", "bytes_sent", "bytes_queued", "retransmits", "reconnects", "falls", "carries")
     FROM_CLUSTER_FIELD_NUMBER: _ClassVar[int]
     TO_CLUSTER_FIELD_NUMBER: _ClassVar[int]
     NUM_LINKS_FIELD_NUMBER: _ClassVar[int]
@@ -397,6 +397,7 @@ class ClusterLinkInfo(_message.Message):
     RETRANSMITS_FIELD_NUMBER: _ClassVar[int]
     RECONNECTS_FIELD_NUMBER: _ClassVar[int]
     FALLS_FIELD_NUMBER: _ClassVar[int]
+    CARRIES_FIELD_NUMBER: _ClassVar[int]
     from_cluster: str
     to_cluster: str
     num_links: int
@@ -413,7 +414,8 @@ class ClusterLinkInfo(_message.Message):
     retransmits: int
     reconnects: int
     falls: int
-    def __init__(self, from_cluster: _Optional[str] = ..., to_cluster: _Optional[str] = ..., num_links: _Optional[int] = ..., num_usable: _Optional[int] = ..., paths: _Optional[_Iterable[str]] = ..., connections: _Optional[int] = ..., capacity: _Optional[float] = ..., measured: _Optional[float] = ..., throughput: _Optional[float] = ..., utilisation: _Optional[float] = ..., rtt_s: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_queued: _Optional[int] = ..., retransmits: _Optional[int] = ..., reconnects: _Optional[int] = ..., falls: _Optional[int] = ...) -> None: ...
+    carries: float
+    def __init__(self, from_cluster: _Optional[str] = ..., to_cluster: _Optional[str] = ..., num_links: _Optional[int] = ..., num_usable: _Optional[int] = ..., paths: _Optional[_Iterable[str]] = ..., connections: _Optional[int] = ..., capacity: _Optional[float] = ..., measured: _Optional[float] = ..., throughput: _Optional[float] = ..., utilisation: _Optional[float] = ..., rtt_s: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_queued: _Optional[int] = ..., retransmits: _Optional[int] = ..., reconnects: _Optional[int] = ..., falls: _Optional[int] = ..., carries: _Optional[float] = ...) -> None: ...
 
 class PlanInfo(_message.Message):
     __slots__ = ("mode", "threshold_tokens", "abundant", "reason", "numbers", "num_prefill", "num_decode", "target_prefill", "target_decode", "changing", "advice", "gain", "history")

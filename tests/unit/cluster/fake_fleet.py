@@ -7,8 +7,8 @@ stream would tell: each ``WATCH_S``.
 
 from __future__ import annotations
 
+import heapq
 import math
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -28,7 +28,7 @@ from kv_transfer.link_monitor import TICK_S, LinkMonitor
 from kv_transfer.transport import LinkStats, PeerIdentity
 
 STEP_S = 0.05
-WATCH_S = 0.25
+WATCH_S = TICK_S
 TPOT_S = 0.02
 KV_BYTES_PER_TOKEN = 10_000
 HOME, AWAY = ClusterId("local"), ClusterId("east")
@@ -101,8 +101,15 @@ class Fleet:
     """Implements what a planner needs of ``Membership``, and moves time."""
 
     def __init__(
-        self, num_prefill: int, num_decode: int, *, num_away: int = 0, config: PlannerConfig | None = None
+        self,
+        num_prefill: int,
+        num_decode: int,
+        *,
+        num_away: int = 0,
+        config: PlannerConfig | None = None,
+        watch_s: float = WATCH_S,
     ) -> None:
+        self.watch_s = watch_s
         self.clock = VirtualClock(100.0)
         self.workers = {
             name: Worker(name, role, cluster)
@@ -135,14 +142,13 @@ class Fleet:
             capacity=lambda *_: 1e9,
             retest=self.retest,
         )
-        self._running: list[tuple[float, int]] = []  # (when it began to be answered, tokens)
+        self._running: list[tuple[float, int]] = []  # heap: (when it will have been answered, tokens)
         self._monitor = LinkMonitor(self.clock)
         self._watched: tuple[float, LinkEstimate | None] = (self.clock.now(), None)
         self._probe_due = False
         self._probe: tuple[ProbeReport | None, float] = (None, -math.inf)
         self._due = 0.0
         self._count = 0
-        self._draw = random.Random(1)
 
     # ---- what the planner asks ----
 
@@ -156,6 +162,7 @@ class Fleet:
                 if sender.role is Role.PREFILL and receiver.role is Role.DECODE:
                     pair = sender.worker_id, receiver.worker_id
                     first = sender.worker_id == "east/prefill-0" and not any(key[0] == pair[0] for key in links)
+                    probe, probed_at = self._probe if first else (None, -math.inf)
                     links[pair] = LinkView(
                         sender.worker_id,
                         sender.cluster_id,
@@ -163,7 +170,8 @@ class Fleet:
                         receiver.cluster_id,
                         heard_at,
                         estimate if first else None,
-                        *(self._probe if first else (None, -math.inf)),
+                        probe,
+                        probed_at=probed_at,
                     )
         return ClusterView(now, workers, links, self.costs)
 
@@ -184,7 +192,7 @@ class Fleet:
     @property
     def open_tokens(self) -> float:
         now = self.clock.now()
-        return sum(int(min(tokens, (now - began) / TPOT_S)) for began, tokens in self._running)
+        return sum(int(tokens - (end - now) / TPOT_S) for end, tokens in self._running)
 
     @property
     def threshold(self) -> float:
@@ -199,12 +207,11 @@ class Fleet:
         """Let so many seconds pass; yields after each look of the planner, when what it spawned may run."""
         end = self.clock.now() + seconds
         while self.clock.now() < end - 1e-9:
-            for _ in range(round(WATCH_S / STEP_S)):
+            for _ in range(round(self.watch_s / STEP_S)):
                 self.clock.advance(STEP_S)
                 self._arrive(stream)
                 self._send()
                 self._finish()
-            assert WATCH_S == TICK_S
             self._monitor.tick([self._stats()] if self.workers.get("east/prefill-0") else [])
             (estimate, *_) = self._monitor.estimates() or (None,)
             self._watched = self.clock.now(), estimate
@@ -226,7 +233,7 @@ class Fleet:
             worker = next(w for w in self.workers.values() if w.role is Role.DECODE).view(self.clock.now())
             request = RouteRequest(RequestId(f"r{self._count}"), tokens, self._count)
             self.demand.routed(request, Route(None, worker, "a test's"))
-            self._running.append((self.clock.now(), stream.output_tokens))
+            heapq.heappush(self._running, (self.clock.now() + stream.output_tokens * TPOT_S, stream.output_tokens))
             if tokens > self.threshold:
                 self.queued_bytes += tokens * KV_BYTES_PER_TOKEN
 
@@ -238,10 +245,8 @@ class Fleet:
 
     def _finish(self) -> None:
         now = self.clock.now()
-        ended = [item for item in self._running if now - item[0] >= item[1] * TPOT_S]
-        self._running = [item for item in self._running if item not in ended]
-        for _, tokens in ended:
-            self.demand.ended(tokens)
+        while self._running and self._running[0][0] <= now:
+            self.demand.ended(heapq.heappop(self._running)[1])
 
     def _stats(self) -> LinkStats:
         return LinkStats(

@@ -4,8 +4,13 @@ import asyncio
 
 import pytest
 
+from cluster.colocation import Gain, Served
 from cluster.front_door import Door
-from cluster.metrics import Metrics, Outcome, RequestRecord
+from cluster.metrics import Metrics, RequestRecord
+from cluster.metrics import Outcome as RequestOutcome
+from cluster.planner import PlannerStatus
+from cluster.planning_policy import FleetTarget, Roles
+from cluster.role_conversion import Outcome
 from cluster.view import LinkView, WorkerLoad
 from core.errors import (
     Cancelled,
@@ -35,7 +40,7 @@ def metrics(membership: FixedMembership) -> Metrics:
 def record(**changes: object) -> RequestRecord:
     values = {
         "door": Door.GRPC,
-        "outcome": Outcome.OK,
+        "outcome": RequestOutcome.OK,
         "e2e_s": 2.0,
         "prompt_tokens": 10,
         "cached_tokens": 4,
@@ -63,7 +68,7 @@ def record(**changes: object) -> RequestRecord:
     ],
 )
 def test_every_error_has_an_outcome(error, outcome):
-    assert Outcome.of(error) == outcome
+    assert RequestOutcome.of(error) == outcome
 
 
 def test_an_observed_request_is_in_every_series(metrics):
@@ -79,7 +84,7 @@ def test_an_observed_request_is_in_every_series(metrics):
 
 
 def test_latency_to_the_end_is_of_requests_that_ended_well_only(metrics):
-    metrics.observe(record(outcome=Outcome.CANCELLED, ttft_s=None, tpot_s=()))
+    metrics.observe(record(outcome=RequestOutcome.CANCELLED, ttft_s=None, tpot_s=()))
     value = metrics.registry.get_sample_value
     assert value("prfaas_requests_total", {"door": "grpc", "outcome": "cancelled"}) == 1
     assert value("prfaas_e2e_request_latency_seconds_count") == 0
@@ -151,3 +156,33 @@ def test_what_is_not_known_of_a_link_has_no_sample(membership):
     assert value("prfaas_link_pairs_usable", labels) == 0
     assert value("prfaas_link_goodput_bytes_per_second", labels) is None
     assert value("prfaas_link_utilisation_ratio", labels) is None
+
+
+def test_the_plan_is_published_with_its_reasons_and_numbers(membership):
+    gain = Gain(2.0, Served(5.0, 0.2, 0.01), Served(4.0, 0.3, 0.02))
+    target = FleetTarget(Roles(1, 3), 4321.0, "why", {"theta_decode_rps": 7.5}, True, "disaggregate", gain)
+    status = PlannerStatus(
+        "dual",
+        target,
+        changes={("threshold", "link_busy"): 3},
+        conversions={(Role.DECODE, Outcome.DONE): 2},
+        num_failures=1,
+    )
+
+    value = Metrics(membership, ScriptedRouter(()), lambda *_: None, ScriptedPlanner(status)).registry.get_sample_value
+
+    assert value("prfaas_plan_threshold_tokens") == 4321
+    assert value("prfaas_plan_bandwidth_abundant") == 1
+    assert value("prfaas_plan_workers", {"role": "decode"}) == 3
+    assert value("prfaas_plan_number", {"name": "theta_decode_rps"}) == 7.5
+    assert value("prfaas_plan_changes_total", {"kind": "threshold", "reason": "link_busy"}) == 3
+    assert value("prfaas_role_conversions_total", {"to": "decode", "outcome": "done"}) == 2
+    assert value("prfaas_planner_failures_total") == 1
+    assert value("prfaas_disaggregation_gain_ratio", {"of": "throughput"}) == 1.25
+    assert value("prfaas_disaggregation_gain_ratio", {"of": "tpot"}) == 2.0
+
+
+def test_before_the_first_look_there_is_no_plan_to_publish(metrics):
+    value = metrics.registry.get_sample_value
+    assert value("prfaas_plan_threshold_tokens") is None
+    assert value("prfaas_planner_failures_total") == 0
