@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cluster.catalogue import Catalogue
+from cluster.colocation import colocated_rate
 from cluster.latency_model import Latency, LatencySlo, goodput_rps, latency
 from cluster.planned_fleet import GBPS, Demand, PlannedFleet, Pool, plan_fleet
 from cluster.planning_config import PlanConfig
@@ -181,21 +182,11 @@ def _colocated(planned: PlannedFleet, tpot_s: float | None) -> Colocated:
 
 
 def _colocated_rate(fleet: Fleet, pool: Pool, tpot_s: float | None) -> tuple[float, float]:
-    """The highest rate of one instance, and its TPOT then.
-
-    Prefill takes the share s = rate * E[T_prefill] of the time, so a token takes step(b) / (1 - s), and by Little's law
-    b = rate * L_out * step(b) / (1 - s) sequences decode. The batch is tried from large to small.
-    """
+    """The highest rate of one instance, and its TPOT then."""
     assert pool.decode is not None, "the pool's decode is known"
     prefill_s = fleet.lengths.mean_of(pool.prefill_s) * pool.gpus_per_prefill / pool.gpus_per_decode
-    best = (0.0, float("inf"))
-    for batch in np.unique(np.geomspace(1e-3, pool.decode.max_batch_size, 200)):
-        step_s = pool.decode.step_of(max(1.0, float(batch)))
-        rate = float(batch) / (fleet.mean_output_tokens * step_s + float(batch) * prefill_s)
-        tpot = step_s / (1 - rate * prefill_s)
-        if (tpot_s is None or tpot <= tpot_s * (1 + 1e-9)) and rate > best[0]:
-            best = rate, tpot
-    return best
+    step_of = np.vectorize(pool.decode.step_of, otypes=[float])
+    return colocated_rate(prefill_s, fleet.mean_output_tokens, step_of, pool.decode.max_batch_size, tpot_s)
 
 
 # ---- what more would buy ----

@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast
+from typing import Annotated, NoReturn, cast
 
 import grpc
 import typer
-from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
@@ -34,10 +33,20 @@ from cluster.certificates import (
     write_files,
 )
 from cluster.config import UNSALTED, ServiceConfig, load_config, service_document, service_schema
+from cluster.message_json import as_dict
 from cluster.plan_command import EPILOG as PLAN_EPILOG
 from cluster.plan_command import plan
 from cluster.plan_document import check_section
-from cluster.tables import check_table, cluster_link_table, cost_table, link_table, timing_table, worker_table
+from cluster.tables import (
+    check_table,
+    cluster_link_table,
+    cost_table,
+    link_table,
+    plan_history_table,
+    plan_table,
+    timing_table,
+    worker_table,
+)
 from cluster.version import version
 from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
 from core.prefix_hash import tenant_of
@@ -135,7 +144,7 @@ def generate(
             request.chat.CopyFrom(pb.ChatInput(messages=[*_system(system), _message("user", text)]))
         complete = _stream(stub, request, show=not as_json)
     if as_json:
-        typer.echo(json.dumps(_as_dict(complete), ensure_ascii=False))
+        typer.echo(json.dumps(as_dict(complete), ensure_ascii=False))
     if timing:
         Console(stderr=True).print(timing_table(complete))
 
@@ -178,13 +187,13 @@ def status(
     address: Address = DEFAULT_ADDRESS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show the workers of a service: roles, pages, queues, bytes shipped; the links between them; and what work is
-    predicted to cost, with the error of that.
+    """Show the workers of a service: roles, pages, queues, bytes shipped; the links between them; what work is
+    predicted to cost, with the error of that; and the plan.
     """
     with _service(address) as stub:
         info = stub.GetClusterInfo(pb.GetClusterInfoRequest(), timeout=_INFO_TIMEOUT_S)
     if as_json:
-        typer.echo(json.dumps(_as_dict(info), ensure_ascii=False))
+        typer.echo(json.dumps(as_dict(info), ensure_ascii=False))
         return
     console = Console() if sys.stdout.isatty() else Console(width=_PIPE_COLUMNS)
     console.print(
@@ -209,6 +218,13 @@ def status(
     console.print()
     for line in _routing_lines(info):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    if info.HasField("plan"):
+        console.print()
+        console.print(plan_table(info.plan))
+        if any(sample.change for sample in info.plan.history):
+            console.print()
+            console.print(plan_history_table(info.plan.history))
 
 
 def _routing_lines(info: pb.GetClusterInfoResponse) -> Iterator[str]:
@@ -266,7 +282,7 @@ def check(
     num_passed = sum(link.passed for link in checks)
     passed = bool(checks) and num_passed == len(checks)
     if as_json:
-        typer.echo(json.dumps({"passed": passed, "links": [_as_dict(link) for link in checks]}))
+        typer.echo(json.dumps({"passed": passed, "links": [as_dict(link) for link in checks]}))
     else:
         console = Console() if sys.stdout.isatty() else Console(width=_PIPE_COLUMNS)
         console.print(check_table(checks))
@@ -439,23 +455,6 @@ def _typed_lines() -> Iterator[str]:
 
 def _by_reason(counts: Mapping[str, int]) -> str:
     return f" ({', '.join(f'{reason} {number}' for reason, number in sorted(counts.items()))})" if counts else ""
-
-
-def _as_dict(message: Message) -> dict[str, Any]:
-    """Every field by its proto name, defaults included. protobuf's own JSON writes 64-bit integers as strings."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, Message):
-            return _as_dict(value)
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        return value if isinstance(value, str | int | float) else [plain(item) for item in value]  # type: ignore[attr-defined]
-
-    return {
-        field.name: plain(getattr(message, field.name))
-        for field in message.DESCRIPTOR.fields
-        if field.containing_oneof is None or message.HasField(field.name)
-    }
 
 
 @contextmanager

@@ -1,12 +1,14 @@
-"""What does the service tell people of its workers, links and costs? Views as messages of its public API."""
+"""What does the service tell people of its workers, links, costs and plan? Views as messages of its public API."""
 
 from __future__ import annotations
 
 import math
 
 from cluster.cluster_links import ClusterPair
+from cluster.colocation import Gain
 from cluster.cost_model import CostLine
 from cluster.link_tester import PairResult
+from cluster.planner import PlannerStatus, PlanSample
 from cluster.view import LinkView, Offload, WorkerView
 from core.link import LinkEstimate
 from protos import serving_pb2 as pb
@@ -113,6 +115,7 @@ def cluster_link_info(pair: ClusterPair) -> pb.ClusterLinkInfo:
         reconnects=pair.reconnects,
         falls=pair.falls,
         codec_changes=pair.codec_changes,
+        carries=pair.carries,
     )
 
 
@@ -138,3 +141,76 @@ def offload_info(offload: Offload) -> pb.OffloadInfo:
         mode="abundant" if offload.abundant else "scarce",
         reason=offload.reason,
     )
+
+
+def plan_info(status: PlannerStatus, now: float) -> pb.PlanInfo:
+    """What the planner aims at; ``now`` on the gateway's Clock."""
+    info = pb.PlanInfo(
+        mode=status.mode,
+        num_prefill=status.num_prefill,
+        num_decode=status.num_decode,
+        changing=[
+            pb.RoleChange(worker_id=c.worker_id, to_role=c.role, age_s=max(0.0, now - c.began_at))
+            for c in status.changing
+        ],
+        history=[_plan_sample(sample, now) for sample in status.history],
+    )
+    target = status.target
+    if target is None:
+        return info
+    info.MergeFrom(
+        pb.PlanInfo(
+            threshold_tokens=_finite(target.threshold_tokens),
+            abundant=target.abundant,
+            reason=target.reason,
+            numbers={name: value for name, value in target.numbers.items() if math.isfinite(value)},
+            target_prefill=target.roles.num_prefill,
+            target_decode=target.roles.num_decode,
+            advice=target.advice,
+            gain=None if target.gain is None else _gain(target.gain),
+        )
+    )
+    return info
+
+
+def _gain(gain: Gain) -> pb.DisaggregationGain:
+    apart, together = gain.disaggregated, gain.colocated
+    return pb.DisaggregationGain(
+        rate=gain.rate_rps,
+        throughput=apart.throughput_rps,
+        ttft_s=apart.ttft_s,
+        tpot_s=apart.tpot_s,
+        colocated_throughput=together.throughput_rps,
+        colocated_ttft_s=together.ttft_s,
+        colocated_tpot_s=together.tpot_s,
+        throughput_ratio=gain.throughput_ratio,
+        ttft_ratio=gain.ttft_ratio,
+        tpot_ratio=gain.tpot_ratio,
+        reason=gain.reason,
+    )
+
+
+def _plan_sample(sample: PlanSample, now: float) -> pb.PlanSample:
+    return pb.PlanSample(
+        age_s=max(0.0, now - sample.at),
+        threshold_tokens=_finite(sample.threshold_tokens),
+        abundant=sample.abundant,
+        num_prefill=sample.num_prefill,
+        num_decode=sample.num_decode,
+        num_changing=sample.num_changing,
+        num_prfaas=sample.num_prfaas,
+        back_off=sample.back_off,
+        link_rate=sample.link_bytes_per_s,
+        link_utilisation=sample.link_utilisation,
+        link_queue_s=sample.link_queue_s,
+        prfaas_queue_s=sample.prfaas_queue_s,
+        local_queue_s=sample.local_queue_s,
+        decode_queue=sample.decode_queue,
+        rate=sample.rate_rps,
+        change=sample.change,
+    )
+
+
+def _finite(threshold: float) -> float | None:
+    """A threshold beyond every prompt is none: JSON knows no infinity."""
+    return threshold if math.isfinite(threshold) else None

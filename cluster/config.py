@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster import config_schema
+from cluster.planning_policy import PlannerSettings
 from cluster.routing_policy import COLOCATE, POLICIES, RoutingSettings
 from cluster.yaml_source import overridden, read_yaml
 from core.credentials import Credentials
@@ -23,6 +24,8 @@ from kv_transfer.config import CHECKSUMS, CODECS, DIALS, KvTransferConfig, LinkC
 PLACEMENTS = ("PACK", "SPREAD")
 WITHOUT_PREFILL = ("local", "wait", "fail")
 TLS_MODES = ("auto", "on", "off")
+PLANNER_MODES = PLANNER_OFF, PLANNER_STATIC, PLANNER_DUAL = ("off", "static", "dual")
+INITIAL_ROLES = INITIAL_CONFIGURED, INITIAL_SEARCH = ("configured", "search")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ON_MISS = ("reject", "serve")
 UNSALTED = "unsalted"  # what ``admission.tenant_weights`` calls requests without a cache_salt
@@ -177,6 +180,41 @@ class AdmissionConfig:
 
 
 @dataclass(frozen=True)
+class PlannerConfig:
+    """Which prompts go to PrfaaS clusters, and which workers prefill and decode, while the service runs.
+
+    mode: ``dual`` plans for the measured demand, links and costs (docs/planning.md); ``static`` keeps one threshold and
+        the roles; ``off`` offloads nothing and keeps the roles.
+    threshold_tokens: of ``static``: prompts of which more must be computed go to PrfaaS clusters.
+    initial: who prefills and who decodes at the start: ``configured``, or ``search``: the best split of the workers of
+        both pools for the section ``plan``.
+    interval_s: between two looks at the fleet.
+    demand_window_s: what came so long ago counts e times less than what comes now.
+    retest_s: a path from a PrfaaS cluster on which nothing went for so long is tested, to know what it carries.
+    tpot_s: objective for the time between tokens, to which decode batches are taken to be kept; null: there is none.
+    convert_timeout_s: a worker that has not changed its role by then is no longer waited for; it goes on changing.
+    """
+
+    mode: str = PLANNER_DUAL
+    threshold_tokens: int = 4096
+    initial: str = INITIAL_CONFIGURED
+    interval_s: float = 0.25
+    demand_window_s: float = 30.0
+    retest_s: float = 5.0
+    tpot_s: float | None = None
+    convert_timeout_s: float = 60.0
+    dual: PlannerSettings = field(default_factory=PlannerSettings)
+
+    def __post_init__(self) -> None:
+        _require_word(self.mode in PLANNER_MODES, "planner.mode", PLANNER_MODES, self.mode)
+        _require_word(self.initial in INITIAL_ROLES, "planner.initial", INITIAL_ROLES, self.initial)
+        _require(self.threshold_tokens >= 0, "planner.threshold_tokens", "must be at least 0", self.threshold_tokens)
+        _require(self.tpot_s is None or self.tpot_s > 0, "planner.tpot_s", "must be null or above 0 s", self.tpot_s)
+        for name in ("interval_s", "demand_window_s", "retest_s", "convert_timeout_s"):
+            _require(getattr(self, name) > 0, f"planner.{name}", "must be above 0 s", getattr(self, name))
+
+
+@dataclass(frozen=True)
 class TlsConfig:
     """Who may talk inside the service: mutual TLS on every KV link and every internal gRPC call.
 
@@ -294,6 +332,7 @@ class ServiceConfig:
     tls: TlsConfig = field(default_factory=TlsConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
     grpc: GrpcConfig = field(default_factory=GrpcConfig)
     ray: RayConfig = field(default_factory=RayConfig)
@@ -370,6 +409,8 @@ CHOICES: config_schema.Choices = {
     (RouterConfig, "policy"): tuple(POLICIES),
     (RouterConfig, "colocate"): COLOCATE,
     (RouterConfig, "without_prefill"): WITHOUT_PREFILL,
+    (PlannerConfig, "mode"): PLANNER_MODES,
+    (PlannerConfig, "initial"): INITIAL_ROLES,
     (ServiceConfig, "log_level"): LOG_LEVELS,
 }
 

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from cluster.admission import AdmissionCounters
 from cluster.link_tester import PairResult
+from cluster.planner import PlannerStatus
 from cluster.view import ClusterView, ModelInfo
 from core.errors import Overloaded
 from core.request import GenerateRequest, OutputChunk, RequestId, Role
@@ -80,6 +81,15 @@ class LinkTests(Protocol):
 
     def test_all(self) -> AsyncIterator[PairResult]:
         """Test every pair of a prefill and a decode worker now, and yield each when it has ended."""
+        ...
+
+
+class FleetPlanner(Protocol):
+    """Plans thresholds and roles."""
+
+    @property
+    def status(self) -> PlannerStatus:
+        """What it does now, as a frozen snapshot."""
         ...
 
 

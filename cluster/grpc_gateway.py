@@ -22,11 +22,27 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.cluster_info import cluster_link_info, cost_info, link_check, link_info, offload_info, worker_info
+from cluster.cluster_info import (
+    cluster_link_info,
+    cost_info,
+    link_check,
+    link_info,
+    offload_info,
+    plan_info,
+    worker_info,
+)
 from cluster.cluster_links import by_cluster_pair
 from cluster.config import ServiceConfig
 from cluster.cost_model import cost_lines
-from cluster.front_door import ClusterMembership, Door, LinkTests, RequestRouter, not_ready_reason, retry_after
+from cluster.front_door import (
+    ClusterMembership,
+    Door,
+    FleetPlanner,
+    LinkTests,
+    RequestRouter,
+    not_ready_reason,
+    retry_after,
+)
 from cluster.generation import (
     ChatPrompt,
     Generation,
@@ -93,13 +109,14 @@ class GrpcGateway:
         router: RequestRouter,
         membership: ClusterMembership,
         links: LinkTests,
+        planner: FleetPlanner,
         config: ServiceConfig,
         clock: Clock,
         internal_tls: TlsDecision,
     ) -> None:
         self._membership = membership
         self._config = config.grpc
-        self._servicer = GenerationServicer(generation, router, membership, links, config, clock, internal_tls)
+        self._servicer = GenerationServicer(generation, router, membership, links, planner, config, clock, internal_tls)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
         self._server: grpc.aio.Server | None = None
         self._health_task: asyncio.Task[None] | None = None
@@ -110,6 +127,10 @@ class GrpcGateway:
         """The bound port, which the configuration may have left open (0)."""
         assert self._port is not None, "started first"
         return self._port
+
+    def cluster_info(self) -> pb.GetClusterInfoResponse:
+        """What ``GetClusterInfo`` answers, for the other door."""
+        return self._servicer.cluster_info()
 
     async def start(self) -> None:
         """Bind and serve; ``InvalidConfig`` if the address cannot be had."""
@@ -163,10 +184,12 @@ class GenerationServicer(rpc.GenerationServicer):
         router: RequestRouter,
         membership: ClusterMembership,
         links: LinkTests,
+        planner: FleetPlanner,
         config: ServiceConfig,
         clock: Clock,
         internal_tls: TlsDecision,
     ) -> None:
+        self._planner = planner
         self._generation = generation
         self._router = router
         self._membership = membership
@@ -225,32 +248,37 @@ class GenerationServicer(rpc.GenerationServicer):
             )
 
     async def GetClusterInfo(self, _: pb.GetClusterInfoRequest, context: _Context) -> pb.GetClusterInfoResponse:  # noqa: N802
-        """Every live worker, every link between them, and what the router counts."""
+        """Every live worker, every link between them, what the router counts and what the planner aims at."""
         async with _errors_as_statuses(context):
-            counters = self._router.counters
-            now, view = self._clock.now(), self._membership.view()
-            pairs = by_cluster_pair(view, self._config.kv_transfer.capacity)
-            return pb.GetClusterInfoResponse(
-                workers=[worker_info(worker, now) for worker in view.workers],
-                num_inflight=self._router.num_inflight,
-                policy=self._config.router.policy,
-                internal_tls=str(self._internal_tls),
-                uptime_s=now - self._started_at,
-                version=version(),
-                model=self._config.model_name,
-                num_requests=counters.num_requests,
-                num_retries=counters.num_retries,
-                num_resumes=counters.num_resumes,
-                num_queued=counters.admission.num_queued,
-                refusals=counters.admission.refusals_by_reason,
-                misses_served=counters.admission.misses_served_by_reason,
-                links=[link_info(link, now) for link in view.links.values()],
-                cluster_links=[cluster_link_info(pair) for pair in pairs],
-                costs=[cost_info(line) for line in cost_lines(view.costs)],
-                offload=offload_info(view.offload),
-                routes_by_place=counters.routes_by_place,
-                fallbacks_by_reason=counters.fallbacks_by_reason,
-            )
+            return self.cluster_info()
+
+    def cluster_info(self) -> pb.GetClusterInfoResponse:
+        """The same, for whoever is in this process."""
+        counters = self._router.counters
+        now, view = self._clock.now(), self._membership.view()
+        pairs = by_cluster_pair(view, self._config.kv_transfer.capacity)
+        return pb.GetClusterInfoResponse(
+            workers=[worker_info(worker, now) for worker in view.workers],
+            num_inflight=self._router.num_inflight,
+            policy=self._config.router.policy,
+            internal_tls=str(self._internal_tls),
+            uptime_s=now - self._started_at,
+            version=version(),
+            model=self._config.model_name,
+            num_requests=counters.num_requests,
+            num_retries=counters.num_retries,
+            num_resumes=counters.num_resumes,
+            num_queued=counters.admission.num_queued,
+            refusals=counters.admission.refusals_by_reason,
+            misses_served=counters.admission.misses_served_by_reason,
+            links=[link_info(link, now) for link in view.links.values()],
+            cluster_links=[cluster_link_info(pair) for pair in pairs],
+            costs=[cost_info(line) for line in cost_lines(view.costs)],
+            offload=offload_info(view.offload),
+            routes_by_place=counters.routes_by_place,
+            fallbacks_by_reason=counters.fallbacks_by_reason,
+            plan=plan_info(self._planner.status, now),
+        )
 
     async def CheckLinks(self, _: pb.CheckLinksRequest, context: _Context) -> None:  # noqa: N802
         """Test every link now; one message for each, as its test ends."""

@@ -1,4 +1,5 @@
-"""The HTTP door: OpenAI's /v1/chat/completions, /v1/completions and /v1/models, and what operators ask for.
+"""The HTTP door: OpenAI's /v1/chat/completions, /v1/completions and /v1/models, and what operators ask for: /health,
+/live, /metrics, /version, and /status, which is the JSON of ``prfaas status --json``.
 
 The life of a generating request here:
 1. The body is read up to ``http.max_body_bytes`` and understood by ``openai_api``; every prompt is prepared.
@@ -62,6 +63,9 @@ _REQUEST_ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:+=@/")
 _MAX_REQUEST_ID_CHARS = 128
 
 
+Describe = Callable[[], dict[str, object]]  # the service's workers, links and plan, as JSON
+
+
 class BodyTooLarge(InvalidRequest):
     """The request's body is larger than ``http.max_body_bytes``."""
 
@@ -99,9 +103,11 @@ class HttpGateway:
         metrics: Metrics,
         config: ServiceConfig,
         clock: Clock,
+        describe: Describe,
     ) -> None:
+        """``describe``: what GET /status answers."""
         self._config = config.http
-        app = make_app(generation, router, membership, metrics, config, clock)
+        app = make_app(generation, router, membership, metrics, config, clock, describe)
         self._server = _Server(
             uvicorn.Config(
                 app,
@@ -166,6 +172,7 @@ def make_app(
     metrics: Metrics,
     config: ServiceConfig,
     clock: Clock,
+    describe: Describe,
 ) -> FastAPI:
     """The routes, without a server."""
     app = FastAPI(title="prfaas", version=version(), summary="OpenAI-compatible door of a prfaas service")
@@ -212,6 +219,10 @@ def make_app(
     @app.get("/metrics")
     async def prometheus() -> Response:
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/status")
+    async def status() -> Response:
+        return JSONResponse(describe())
 
     @app.get("/version")
     async def show_version() -> Response:

@@ -6,7 +6,7 @@
     3  start the workers                 they load the model and register; meanwhile the tokenizer is loaded here
     4  wait until every worker is ready  with a line whenever something changed; and until every link between a
                                          prefill and a decode worker was tested, and one of them works
-    5  open both doors, say where        ``on_ready``
+    5  open both doors, say where        ``on_ready``; from here on the planner plans
     6  wait for SIGINT or SIGTERM        a second one cuts every step below short
     7  drain                             no new requests; running ones get ``drain_timeout_s``, then are cancelled
     8  close the doors, drop the workers' connections, stop the fleet and Ray
@@ -30,6 +30,7 @@ from uuid import uuid4
 from cluster.catalogue import load_catalogue
 from cluster.config import ServiceConfig
 from cluster.cost_recorder import CostRecorder
+from cluster.demand import DemandMeter
 from cluster.front_door import no_usable_link_reason
 from cluster.generation import Generation
 from cluster.grpc_gateway import GrpcGateway
@@ -37,7 +38,10 @@ from cluster.http_gateway import HttpGateway
 from cluster.internal_tls import InternalTls, IssueProof, TlsDecision
 from cluster.link_tester import LinkTester, PairResult
 from cluster.membership import Membership
+from cluster.message_json import as_dict
 from cluster.metrics import Metrics
+from cluster.planner import Planner
+from cluster.planning_view import PlanningLimits
 from cluster.router import Router
 from cluster.routing_policy import make_policy
 from cluster.tokenizer import Tokenizer
@@ -220,21 +224,44 @@ class _Service:
 
     async def _open_doors(self, cluster: _Cluster) -> None:
         config, membership = self._config, cluster.membership
+        demand = DemandMeter(self._clock, config.planner.demand_window_s)
         policy = make_policy(config.router.policy, config.router.routing)
-        router = Router(membership, policy, config.router, self._clock, cluster.gateway_id, config.admission)
+        gateway_id, admission = cluster.gateway_id, config.admission
+        router = Router(membership, policy, config.router, self._clock, gateway_id, admission, demand)
         self._router = router
         self._opened.push_async_callback(router.drain, 0.0)
-        metrics = Metrics(membership, router, config.kv_transfer.capacity)
+        planner = self._plan(cluster, router, demand)
+        metrics = Metrics(membership, router, config.kv_transfer.capacity, planner)
         generation = Generation(router, membership, cluster.tokenizer, metrics, config, self._clock)
-        grpc = GrpcGateway(generation, router, membership, cluster.tester, config, self._clock, cluster.tls)
+        grpc = GrpcGateway(generation, router, membership, cluster.tester, planner, config, self._clock, cluster.tls)
         self._opened.push_async_callback(grpc.stop, _DOOR_GRACE_S)
         await grpc.start()
-        http = HttpGateway(generation, router, membership, metrics, config, self._clock)
+        http = HttpGateway(
+            generation, router, membership, metrics, config, self._clock, lambda: as_dict(grpc.cluster_info())
+        )
         self._opened.push_async_callback(http.stop, _DOOR_GRACE_S)
         await http.start()
         self._endpoints = Endpoints(
             http=f"http://{_authority(config.http.host, http.port)}", grpc=_authority(config.grpc.host, grpc.port)
         )
+
+    def _plan(self, cluster: _Cluster, router: Router, demand: DemandMeter) -> Planner:
+        """A planner at work; it ends before the workers do."""
+        config = self._config
+        planner = Planner(
+            cluster.membership,
+            demand,
+            lambda: router.num_open_tokens,
+            config.planner,
+            self._clock,
+            cluster_id=ClusterId(config.cluster_id),
+            limits=PlanningLimits(config.engine_for(Role.DECODE).max_batch_size, config.planner.tpot_s),
+            capacity=config.kv_transfer.capacity,
+            retest=cluster.tester.retest,
+        )
+        self._opened.push_async_callback(planner.close)
+        planner.start()
+        return planner
 
     async def drain(self) -> None:
         assert self._router is not None, "started first"

@@ -4,7 +4,8 @@ The gateway decides when, the prefill worker does it (``ProbeSender.Run``), Memb
 what may be used. ``due`` is the whole decision, pure:
 
     - a pair never tested is due at once, one that failed after a back-off of 1, 2, 4 ... ``MAX_BACK_OFF_S`` seconds,
-      one that passed not again, until one of its engines is another one or ``test_all`` is called;
+      one that passed not again, until one of its engines is another one, ``test_all`` is called, or the planner asks
+      what a link carries on which nothing has gone for a while (``retest``);
     - a worker takes part in one test at a time, so that pairs do not measure each other: N x M pairs take about
       max(N, M) rounds.
 
@@ -136,6 +137,14 @@ class LinkTester:
         self._changed.set()
         for ended in asyncio.as_completed(results):
             yield replace(await ended, num_pairs=len(results))
+
+    def retest(self, sender: EngineId, receiver: EngineId) -> None:
+        """Test that pair soon, to know what its link carries now; nothing happens if it is no pair of the view."""
+        for pair, state in self._states.items():
+            if (pair.sender, pair.receiver) == (sender, receiver) and pair not in self._running:
+                self._states[pair] = replace(state, due_at=self._clock.now() if state.due_at is None else state.due_at)
+                self._changed.set()
+                return
 
     async def _keep_testing(self) -> None:
         while True:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
@@ -100,7 +101,8 @@ class Membership:
         self._view: ClusterView | None = None  # None: something changed since
         self._costs: CostView = NO_COSTS
         self._offload: Offload = NO_OFFLOAD
-        self._probes: dict[tuple[EngineId, EngineId], ProbeReport] = {}  # the last of each pair of living engines
+        # Of each pair of living engines the last self-test, and when it ended.
+        self._probes: dict[tuple[EngineId, EngineId], tuple[ProbeReport, float]] = {}
         self._probes_by_outcome: Counter[str] = Counter()
         self._waiters: set[asyncio.Future[None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -212,7 +214,7 @@ class Membership:
         members = {member.engine_id: member for member in self._members.values()}
         if sender not in members or receiver not in members:
             return
-        self._probes[sender, receiver] = report
+        self._probes[sender, receiver] = report, self._clock.now()
         self._probes_by_outcome["passed" if report.passed else report.error] += 1
         members[sender].links = None
         if self._listener is not None:
@@ -363,7 +365,7 @@ class Membership:
             return
         del self._members[worker_id]
         self._prefixes.remove_worker(member.engine_id)
-        self._probes = {pair: report for pair, report in self._probes.items() if member.engine_id not in pair}
+        self._probes = {pair: probe for pair, probe in self._probes.items() if member.engine_id not in pair}
         self._forget_links()
         self._forget_view()
         num_open = member.client.num_open
@@ -434,7 +436,7 @@ class Membership:
         return sender.links
 
     def _link(self, sender: _Member, receiver: _Member, estimate: LinkEstimate | None) -> LinkView:
-        probe = self._probes.get((sender.engine_id, receiver.engine_id))
+        probe, probed_at = self._probes.get((sender.engine_id, receiver.engine_id), (None, -math.inf))
         usable, reason = True, ""
         # Links for pulls of cached pages are not tested before they are used: a pull that fails costs little.
         if self._self_test and probe is None and (sender.state.role, receiver.state.role) == _SHIPS:
@@ -449,6 +451,7 @@ class Membership:
             heard_at=sender.heard_at,
             estimate=estimate,
             probe=probe,
+            probed_at=probed_at,
             usable=usable,
             reason=reason,
         )

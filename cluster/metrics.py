@@ -22,7 +22,8 @@ from prometheus_client.utils import floatToGoString
 from cluster.admission import WAIT_BUCKETS_S, AdmissionCounters
 from cluster.cluster_links import Capacity, ClusterPair, by_cluster_pair
 from cluster.cost_model import CostView, cost_lines
-from cluster.front_door import ClusterMembership, Door, RequestRouter
+from cluster.front_door import ClusterMembership, Door, FleetPlanner, RequestRouter
+from cluster.planner import PlannerStatus
 from cluster.view import WorkerView
 from core.errors import Cancelled, DeadlineExceeded, InvalidRequest, NoRoute, Overloaded
 from core.request import RequestTiming
@@ -131,7 +132,9 @@ def forecast_errors(timing: RequestTiming) -> dict[str, float]:
 class Metrics:
     """The gateway's Prometheus registry; ``observe`` and ``refuse`` are its only writers."""
 
-    def __init__(self, membership: ClusterMembership, router: RequestRouter, capacity: Capacity) -> None:
+    def __init__(
+        self, membership: ClusterMembership, router: RequestRouter, capacity: Capacity, planner: FleetPlanner
+    ) -> None:
         """``capacity``: configured bytes/s between two clusters (``KvTransferConfig.capacity``)."""
         self.registry = CollectorRegistry()
         self._requests = Counter(
@@ -176,6 +179,7 @@ class Metrics:
             registry=self.registry,
         )
         self.registry.register(_AtScrape(membership, router, capacity))
+        self.registry.register(_PlanAtScrape(planner))
 
     def refuse(self, door: Door, error: BaseException) -> None:
         """Count a request that ended with ``error`` before anything was generated."""
@@ -276,6 +280,71 @@ def _of_admission(admission: AdmissionCounters) -> Iterator[Metric]:
     )
 
 
+class _PlanAtScrape(Collector):
+    """What the planner aims at, by what, and how often it changed its mind."""
+
+    def __init__(self, planner: FleetPlanner) -> None:
+        self._planner = planner
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._planner.status
+        changes = CounterMetricFamily(
+            "prfaas_plan_changes", "Changes of the plan: what changed, and why.", labels=("kind", "reason")
+        )
+        for (kind, reason), count in status.changes.items():
+            changes.add_metric((kind, reason), count)
+        yield changes
+        conversions = CounterMetricFamily(
+            "prfaas_role_conversions", "Workers told another role, by how it ended.", labels=("to", "outcome")
+        )
+        for (role, outcome), count in status.conversions.items():
+            conversions.add_metric((role, outcome), count)
+        yield conversions
+        yield CounterMetricFamily(
+            "prfaas_planner_failures", "Looks of the planner that failed.", value=status.num_failures
+        )
+        yield from _of_plan(status)
+
+
+def _of_plan(status: PlannerStatus) -> Iterator[Metric]:
+    """Gauges of the last target; none before there is one."""
+    target = status.target
+    if target is None:
+        return
+    yield GaugeMetricFamily(
+        "prfaas_plan_threshold_tokens",
+        "Prompts of which more must be computed go to PrfaaS clusters; +Inf: none.",
+        value=target.threshold_tokens,
+    )
+    yield GaugeMetricFamily(
+        "prfaas_plan_bandwidth_abundant", "1 when caches of other clusters may be fetched.", value=target.abundant
+    )
+    workers = GaugeMetricFamily("prfaas_plan_workers", "Local workers that should have a role.", labels=("role",))
+    workers.add_metric(("prefill",), target.roles.num_prefill)
+    workers.add_metric(("decode",), target.roles.num_decode)
+    yield workers
+    yield GaugeMetricFamily("prfaas_plan_changing_workers", "Workers that change.", value=len(status.changing))
+    numbers = GaugeMetricFamily(
+        "prfaas_plan_number", "What the plan rests on; docs/planning.md says each unit.", labels=("name",)
+    )
+    for name, value in target.numbers.items():
+        numbers.add_metric((name,), value)
+    yield numbers
+    gain = GaugeMetricFamily(
+        "prfaas_disaggregation_gain_ratio",
+        "The fleet over the same local workers colocated; above 1: disaggregation is better.",
+        labels=("of",),
+    )
+    if target.gain is not None:
+        gain.add_metric(("throughput",), target.gain.throughput_ratio)
+        gain.add_metric(("ttft",), target.gain.ttft_ratio)
+        gain.add_metric(("tpot",), target.gain.tpot_ratio)
+    yield gain
+
+
 def _by_reason(name: str, doc: str, counts: Iterable[tuple[str, int]], label: str = "reason") -> Metric:
     family = CounterMetricFamily(name, doc, labels=(label,))
     for reason, count in counts:
@@ -361,6 +430,7 @@ _LINK_GAUGES: _LinkFamilies = (
     ("connections", "Connections that live now.", lambda p: p.connections),
     ("capacity_bytes_per_second", "What the path is configured to carry.", lambda p: p.capacity),
     ("goodput_bytes_per_second", "What was seen to fit on the path: a lower bound.", lambda p: p.measured),
+    ("believed_bytes_per_second", "What the path is believed to carry now.", lambda p: p.carries),
     ("throughput_bytes_per_second", "What all workers send now.", lambda p: p.throughput),
     ("utilisation_ratio", "Throughput over capacity, or over goodput if none is configured.", lambda p: p.utilisation),
     ("rtt_seconds", "Mean smoothed round trip.", lambda p: p.rtt_s),

@@ -1,14 +1,16 @@
 """Which threshold and which roles should the fleet have now? PrfaaS's two loops (section 3.4.3), as one pure function.
 
     short loop   every call: the threshold. It is the best one for the current roles and the measured link (equation 7),
-                 times a back-off that grows while the link's utilisation or the PrfaaS queue is high and shrinks when
-                 both have been low for a while.
+                 times a back-off that grows while the link is full, its queue or the PrfaaS queue long, and shrinks
+                 when all of them have been low for a while. With it the bandwidth mode, scarce or abundant.
     long loop    every ``period_s``: the roles. One worker at a time, when the throughput that equations 3 to 6 predict
                  for one more prefill or one more decode worker has been better for long enough, and is worth the price.
+                 With it the advice whether to disaggregate at all.
 
-The paper gives no time constants; those here are ``PlannerSettings``. What keeps the fleet calm: a threshold moves only
-for a gain of ``min_threshold_gain``; between the low and the high mark the back-off stays; a conversion needs
-``patience`` equal verdicts in a row, none within ``cooldown_s`` of the last and none while a worker still changes.
+The paper gives no time constants and no marks; those here are ``PlannerSettings``. What keeps the fleet calm: a
+threshold moves only for a gain of ``min_threshold_gain``; between the low and the high mark the back-off stays, and so
+does the mode; a conversion needs a gain beyond what the measured demand may be wrong by, ``patience`` equal verdicts in
+a row, none within ``cooldown_s`` of the last and none while a worker still changes.
 
 Invariants: pure (equal arguments, equal results; the caller keeps the memory); every target has a reason; a target
 keeps at least one prefill and one decode worker, if there are two; on constant arguments it settles and stays.
@@ -23,16 +25,22 @@ from typing import Protocol
 
 import numpy as np
 
+from cluster.colocation import Gain, disaggregation_gain
 from cluster.length_distribution import Curve, LengthDistribution
 from cluster.throughput_model import (
     OFFLOAD_NOTHING,
     Fleet,
+    OperatingPoint,
+    Polynomial,
     PrfaasCluster,
     best_threshold_tokens,
     operating_point,
     prefill_capacity_rps,
 )
 from core.errors import InvalidConfig
+
+THRESHOLD, MODE, ROLES, ADVICE = "threshold", "mode", "roles", "advice"  # what a target says, and may change
+DISAGGREGATE, COLOCATE = "disaggregate", "colocate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,10 @@ class MeasuredDemand:
 
     lengths: LengthDistribution | None
     rate_rps: float
-    mean_output_tokens: float
+    mean_output_tokens: float  # of a request, all its continuations together
+    mean_cached_tokens: float = 0.0  # of a prompt, beside those of ``lengths``
+    num_requests: float = math.inf  # that all this was measured on; inf: it is known
+    relative_error: float = 0.0  # what chance may make of the two means, prompt and answer; 0: they are known
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +74,10 @@ class PlanningView:
     prfaas_queue_s: float  # seconds of prefill that wait before a PrfaaS worker, on average
     local_queue_s: float  # likewise before a local prefill worker
     decode_queue: int  # sequences that wait for a place in a decode batch
+    link_queue_s: float = 0.0  # until what is queued on the links has left
+    decode_step_of: Curve | None = None  # seconds by batch size; None: as for the largest batch
+    tpot_s: float | None = None  # the objective that ``max_batch_size`` keeps to; None: there is none
+    unknown: str = ""  # why the curves mean nothing yet; empty: they do
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +96,10 @@ class FleetTarget:
     threshold_tokens: float  # uncached tokens beyond which a prompt goes to PrfaaS; inf: none goes
     reason: str
     numbers: Mapping[str, float]
+    abundant: bool = False  # bandwidth mode: caches of other clusters may be fetched
+    advice: str = ""  # ``disaggregate``, ``colocate``, or empty: nothing is known of it
+    gain: Gain | None = None  # what the advice rests on
+    causes: Mapping[str, str] = field(default_factory=dict)  # threshold, mode, roles, advice |-> one word for why
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +113,12 @@ class PlannerMemory:
     verdict: int = 0  # +1 more prefill, -1 more decode, 0 as it is
     verdicts: int = 0  # equal ones in a row
     converted_at_s: float = -math.inf
+    said: str = ""  # of the last look
+    judged: Mapping[str, float] = field(default_factory=dict)  # its numbers
+    gain: Gain | None = None
+    advice: str = ""
+    abundant: bool = False
+    calm_since_s: float | None = None  # since when bandwidth has been plentiful; None: it is not
 
 
 FRESH = PlannerMemory()
@@ -111,22 +136,32 @@ class PlanningPolicy(Protocol):
 
 @dataclass(frozen=True)
 class PlannerSettings:
-    """Time constants and marks of the planner.
+    """Time constants and marks of the planner's two loops.
 
     high_utilisation: of the link; at or above it fewer prompts are sent over it.
     low_utilisation: at or below it more may be sent again.
-    high_queue_s: PrfaaS queue, beyond the local one, at or above which fewer prompts are sent there.
+    high_queue_s: PrfaaS queue, beyond the local one, or link queue, beyond one hand-over, at or above which fewer
+        prompts are sent there.
     back_off_factor: by how much the threshold grows in one step.
     max_back_off: steps at most.
     raise_after_s: shortest time between two steps up.
     lower_after_s: shortest time before a step down.
     min_threshold_gain: relative gain in prefill capacity for which the threshold moves.
+    scarce_utilisation: of the link, in use or predicted for the measured demand; from it on bandwidth is scarce.
+    abundant_utilisation: of the link, in use and predicted; up to it bandwidth is abundant again.
+    abundant_after_s: how long it must have been so.
     period_s: time between two looks at the roles.
-    min_role_gain: relative gain in throughput for which a worker changes its role.
+    min_role_gain: relative gain in throughput for which a worker changes its role; what chance may have made of the
+        measured demand is added.
+    min_requests: measured requests without which no worker changes its role.
     patience: equal verdicts in a row before a conversion while a queue grows; twice as many while none does.
     cooldown_s: shortest time between two conversions.
     conversion_s: time that a worker is lost for while it drains and changes: the price.
     horizon_s: time over which a conversion must pay for itself.
+    min_prefill: local prefill workers that are left at least.
+    min_decode: decode workers that are left at least.
+    max_prefill: local prefill workers at most; null: no limit.
+    max_decode: decode workers at most; null: no limit.
     """
 
     high_utilisation: float = 0.9
@@ -137,22 +172,46 @@ class PlannerSettings:
     raise_after_s: float = 0.5
     lower_after_s: float = 5.0
     min_threshold_gain: float = 0.03
+    scarce_utilisation: float = 0.6
+    abundant_utilisation: float = 0.3
+    abundant_after_s: float = 5.0
     period_s: float = 5.0
     min_role_gain: float = 0.1
+    min_requests: int = 16
     patience: int = 2
     cooldown_s: float = 30.0
     conversion_s: float = 10.0
     horizon_s: float = 300.0
+    min_prefill: int = 1
+    min_decode: int = 1
+    max_prefill: int | None = None
+    max_decode: int | None = None
 
     def __post_init__(self) -> None:
         _require(0 < self.low_utilisation < self.high_utilisation <= 1, "low_utilisation", "below high_utilisation")
+        _require(
+            0 < self.abundant_utilisation < self.scarce_utilisation <= 1,
+            "abundant_utilisation",
+            "below scarce_utilisation",
+        )
         _require(self.back_off_factor > 1, "back_off_factor", "above 1")
         _require(self.max_back_off >= 0, "max_back_off", "at least 0")
         _require(self.patience >= 1, "patience", "at least 1")
+        _require(self.min_requests >= 0, "min_requests", "at least 0")
         for name in ("min_threshold_gain", "min_role_gain", "high_queue_s", "period_s", "horizon_s"):
             _require(getattr(self, name) > 0, name, "above 0")
-        for name in ("raise_after_s", "lower_after_s", "cooldown_s", "conversion_s"):
+        for name in ("raise_after_s", "lower_after_s", "abundant_after_s", "cooldown_s", "conversion_s"):
             _require(getattr(self, name) >= 0, name, "at least 0 s")
+        for role in ("prefill", "decode"):
+            least, most = getattr(self, f"min_{role}"), getattr(self, f"max_{role}")
+            _require(least >= 1, f"min_{role}", "at least 1: no pool is left empty")
+            _require(most is None or most >= least, f"max_{role}", f"null or at least min_{role}")
+
+    def allows(self, roles: Roles) -> bool:
+        """Are the roles within the least and the most of each?"""
+        prefill, decode = roles.num_prefill, roles.num_decode
+        enough = prefill >= self.min_prefill and decode >= self.min_decode
+        return enough and prefill <= (self.max_prefill or math.inf) and decode <= (self.max_decode or math.inf)
 
 
 @dataclass(frozen=True)
@@ -166,7 +225,18 @@ class StaticPlan:
     ) -> tuple[FleetTarget, PlannerMemory]:
         """The configured threshold, whatever happens."""
         roles = Roles(view.num_prefill, view.num_decode)
-        return FleetTarget(roles, self.threshold_tokens, "configured: threshold and roles stay", {}), memory
+        numbers = _numbers(view, demand)
+        reason = "configured: threshold and roles stay"
+        causes = dict.fromkeys((THRESHOLD, MODE, ROLES, ADVICE), "configured")
+        return FleetTarget(roles, self.threshold_tokens, reason, numbers, causes=causes), memory
+
+
+@dataclass(frozen=True, slots=True)
+class _Why:
+    """A reason, as the one word that is counted and as the words that are read."""
+
+    word: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -179,138 +249,259 @@ class DualTimescale:
         self, view: PlanningView, demand: MeasuredDemand, memory: PlannerMemory
     ) -> tuple[FleetTarget, PlannerMemory]:
         """Roles first: the threshold is for the roles that are aimed at."""
-        roles, why_roles, memory, role_numbers = self._roles(view, demand, memory)
+        roles, why_roles, memory = self._roles(view, demand, memory)
         fleet = _fleet(view, demand, roles)
         threshold, why_threshold, memory = self._threshold(view, fleet, roles, memory)
+        point = None if fleet is None else operating_point(fleet, roles.num_prefill, threshold)
+        why_mode, predicted, memory = self._mode(view, demand, fleet, point, memory)
         numbers = {
-            "link_utilisation": view.link_utilisation,
-            "prfaas_queue_s": view.prfaas_queue_s,
-            "local_queue_s": view.local_queue_s,
-            "decode_queue": float(view.decode_queue),
-            "rate_rps": demand.rate_rps,
+            **_numbers(view, demand),
+            **_point_numbers(point),
+            "predicted_utilisation": predicted,
             "back_off": float(memory.back_off),
-            **role_numbers,
+            **memory.judged,
         }
-        return FleetTarget(roles, threshold, f"{why_threshold}; {why_roles}", numbers), memory
+        target = FleetTarget(
+            roles=roles,
+            threshold_tokens=threshold,
+            reason=f"{why_threshold.text}; {why_mode.text}; {why_roles.text}",
+            numbers=numbers,
+            abundant=memory.abundant,
+            advice=memory.advice,
+            gain=memory.gain,
+            causes={
+                THRESHOLD: why_threshold.word,
+                MODE: why_mode.word,
+                ROLES: why_roles.word,
+                ADVICE: "predicted_throughput" if memory.gain is not None else "nothing_known",
+            },
+        )
+        return target, memory
 
-    # ---- short loop ----
+    # ---- short loop: the threshold ----
 
     def _threshold(
         self, view: PlanningView, fleet: Fleet | None, roles: Roles, memory: PlannerMemory
-    ) -> tuple[float, str, PlannerMemory]:
+    ) -> tuple[float, _Why, PlannerMemory]:
         if not view.num_prfaas:
-            return OFFLOAD_NOTHING, "no PrfaaS worker: nothing is offloaded", replace(memory, back_off=0)
+            why = _Why("no_prfaas", "no PrfaaS worker: nothing is offloaded")
+            return OFFLOAD_NOTHING, why, replace(memory, back_off=0)
         if view.link_bytes_per_s <= 0:
-            return OFFLOAD_NOTHING, "the link to the PrfaaS workers is down: nothing is offloaded", memory
+            why = _Why("link_down", "the link to the PrfaaS workers is down: nothing is offloaded")
+            return OFFLOAD_NOTHING, why, memory
+        if view.unknown:
+            return OFFLOAD_NOTHING, _Why("no_costs", f"{view.unknown}: nothing is offloaded"), memory
         if fleet is None:
-            return OFFLOAD_NOTHING, "no prompt has been measured: nothing is offloaded yet", memory
-        base, why = self._base(fleet, roles, memory)
-        memory, why_back_off = self._back_off(view, replace(memory, base_tokens=base))
-        threshold = max(base, 1.0) * self.settings.back_off_factor**memory.back_off if memory.back_off else base
-        return threshold, f"threshold {threshold:,.0f} tokens: {why}{why_back_off}", memory
+            return OFFLOAD_NOTHING, _Why("no_demand", "no prompt has been measured: nothing is offloaded yet"), memory
+        base, why, memory = self._base(view, fleet, roles, memory)
+        memory, why_back_off = self._back_off(view, fleet, base, memory)
+        threshold = self._raised(base, memory.back_off)
+        said = f"threshold {threshold:,.0f} tokens: {why.text}"
+        if why_back_off is None:
+            return threshold, _Why(why.word, said), memory
+        return threshold, _Why(why_back_off.word, f"{said}, {why_back_off.text}"), memory
 
-    def _base(self, fleet: Fleet, roles: Roles, memory: PlannerMemory) -> tuple[float, str]:
+    def _raised(self, base: float, back_off: int) -> float:
+        """The threshold that many steps up."""
+        return max(base, 1.0) * self.settings.back_off_factor**back_off if back_off else base
+
+    def _base(
+        self, view: PlanningView, fleet: Fleet, roles: Roles, memory: PlannerMemory
+    ) -> tuple[float, _Why, PlannerMemory]:
+        """The best threshold, if it is better than the one that is by enough. A new one is a new beginning: what the
+        back-off knew was of another link, or another demand."""
         best = best_threshold_tokens(fleet, roles.num_prefill)
         if memory.base_tokens is None:
-            return best, "balances both prefill stages"
+            return best, _Why("balanced", "balances both prefill stages"), replace(memory, base_tokens=best)
         old, new = (
             float(rate) for rate in prefill_capacity_rps(fleet, roles.num_prefill, np.array([memory.base_tokens, best]))
         )
         if new > old * (1 + self.settings.min_threshold_gain):
-            return best, f"moved from {memory.base_tokens:,.0f}, prefill capacity {old:.3g} to {new:.3g} req/s"
-        return memory.base_tokens, f"kept, another would not give {self.settings.min_threshold_gain:.0%} more"
+            text = f"moved from {memory.base_tokens:,.0f}, prefill capacity {old:.3g} to {new:.3g} req/s"
+            moved = replace(memory, base_tokens=best, back_off=0, moved_at_s=view.at_s)
+            return best, _Why("capacity", text), moved
+        text = f"kept, another would not give {self.settings.min_threshold_gain:.0%} more"
+        return memory.base_tokens, _Why("balanced", text), memory
 
-    def _back_off(self, view: PlanningView, memory: PlannerMemory) -> tuple[PlannerMemory, str]:
+    def _back_off(
+        self, view: PlanningView, fleet: Fleet, base: float, memory: PlannerMemory
+    ) -> tuple[PlannerMemory, _Why | None]:
         """One step up or down, or none, and why."""
         chosen = self.settings
-        queue_s = view.prfaas_queue_s - view.local_queue_s
         since_s = view.at_s - memory.moved_at_s
-        busy = view.link_utilisation >= chosen.high_utilisation
-        if busy or queue_s >= chosen.high_queue_s:
-            cause = (
-                f"link {view.link_utilisation:.0%} in use"
-                if busy
-                else f"PrfaaS queue {queue_s:.1f} s longer than the local one"
-            )
-            if memory.back_off < chosen.max_back_off and since_s >= chosen.raise_after_s:
+        cause = self._pressure(view, fleet, base)
+        if cause is not None:
+            least = self._raised(base, memory.back_off) < float(fleet.lengths.tokens[-1])  # else none goes anyway
+            if least and memory.back_off < chosen.max_back_off and since_s >= chosen.raise_after_s:
                 raised = replace(memory, back_off=memory.back_off + 1, moved_at_s=view.at_s)
-                return raised, f", raised to step {raised.back_off}: {cause}"
-            return memory, f", held at step {memory.back_off}: {cause}"
+                return raised, _Why(cause.word, f"raised to step {raised.back_off}: {cause.text}")
+            return memory, _Why(cause.word, f"held at step {memory.back_off}: {cause.text}")
         if not memory.back_off:
-            return memory, ""
+            return memory, None
+        queue_s = max(view.prfaas_queue_s - view.local_queue_s, _link_wait_s(view, fleet, base))
         calm = view.link_utilisation <= chosen.low_utilisation and queue_s < chosen.high_queue_s / 2
+        said = f"link {view.link_utilisation:.0%} in use"
         if calm and since_s >= chosen.lower_after_s:
             lowered = replace(memory, back_off=memory.back_off - 1, moved_at_s=view.at_s)
-            return lowered, f", lowered to step {lowered.back_off}: link {view.link_utilisation:.0%} in use"
-        return memory, f", held at step {memory.back_off}: link {view.link_utilisation:.0%} in use"
+            return lowered, _Why("calm", f"lowered to step {lowered.back_off}: {said}")
+        return memory, _Why("held", f"held at step {memory.back_off}: {said}")
+
+    def _pressure(self, view: PlanningView, fleet: Fleet, base: float) -> _Why | None:
+        """What says that less should be offloaded; None: nothing does."""
+        chosen = self.settings
+        if view.link_utilisation >= chosen.high_utilisation:
+            return _Why("link_busy", f"link {view.link_utilisation:.0%} in use")
+        queue_s = view.prfaas_queue_s - view.local_queue_s
+        if queue_s >= chosen.high_queue_s:
+            return _Why("prfaas_queue", f"PrfaaS queue {queue_s:.1f} s longer than the local one")
+        if _link_wait_s(view, fleet, base) >= chosen.high_queue_s:
+            return _Why("link_queue", f"{view.link_queue_s:.1f} s are queued on the link")
+        return None
+
+    # ---- short loop: the bandwidth mode ----
+
+    def _mode(
+        self,
+        view: PlanningView,
+        demand: MeasuredDemand,
+        fleet: Fleet | None,
+        point: OperatingPoint | None,
+        memory: PlannerMemory,
+    ) -> tuple[_Why, float, PlannerMemory]:
+        """Scarce or abundant, and the share of the link that the measured demand would take at this threshold.
+
+        The larger of the measured and the predicted share counts: a surge is predicted before it is on the link, and
+        what else is on the link is measured only. Scarce at once; abundant after a while well below.
+        """
+        if fleet is None or point is None or not fleet.prfaas:
+            return (
+                _Why("no_link", "bandwidth is not counted on"),
+                0.0,
+                replace(memory, abundant=False, calm_since_s=None),
+            )
+        chosen = self.settings
+        kv_bytes = 0.0 if point.l_long_tokens is None else float(fleet.kv_bytes(np.asarray(point.l_long_tokens)))
+        predicted = demand.rate_rps * point.offload_fraction * kv_bytes / view.link_bytes_per_s
+        share = max(view.link_utilisation, predicted)
+        word = "link_busy" if share > predicted else "predicted_egress"
+        said = f"link {view.link_utilisation:.0%} in use, {predicted:.0%} predicted"
+        wait_s = _link_wait_s(view, fleet, point.threshold_tokens)
+        if share >= chosen.scarce_utilisation or wait_s >= chosen.high_queue_s:
+            word = word if share >= chosen.scarce_utilisation else "link_queue"
+            memory = replace(memory, abundant=False, calm_since_s=None)
+            return _Why(word, f"bandwidth is scarce: {said}"), predicted, memory
+        if share > chosen.abundant_utilisation:
+            memory = replace(memory, calm_since_s=None)
+            name = "abundant" if memory.abundant else "scarce"
+            return _Why("between_marks", f"bandwidth stays {name}: {said}"), predicted, memory
+        since_s = view.at_s if memory.calm_since_s is None else memory.calm_since_s
+        abundant = memory.abundant or view.at_s - since_s >= chosen.abundant_after_s
+        memory = replace(memory, abundant=abundant, calm_since_s=since_s)
+        name = "is abundant" if abundant else "stays scarce for a while"
+        return _Why("link_idle", f"bandwidth {name}: {said}"), predicted, memory
 
     # ---- long loop ----
 
     def _roles(
         self, view: PlanningView, demand: MeasuredDemand, memory: PlannerMemory
-    ) -> tuple[Roles, str, PlannerMemory, dict[str, float]]:
+    ) -> tuple[Roles, _Why, PlannerMemory]:
         now = Roles(view.num_prefill, view.num_decode)
         chosen = self.settings
         if view.num_changing:
-            return now, f"roles stay: {view.num_changing} worker(s) still change", memory, {}
+            return now, _Why("changing", f"roles stay: {view.num_changing} worker(s) still change"), memory
         if view.at_s - memory.judged_at_s < chosen.period_s:
-            return now, "roles stay: judged a moment ago", memory, {}
+            return now, _Why("judged", memory.said or "roles stay: judged a moment ago"), memory
         memory = replace(memory, judged_at_s=view.at_s)
-        verdict, why, numbers = self._verdict(view, demand, now)
+        verdict, why, memory = self._verdict(view, demand, now, memory)
         in_a_row = memory.verdicts + 1 if verdict == memory.verdict else 1
         memory = replace(memory, verdict=verdict, verdicts=in_a_row if verdict else 0)
         if not verdict:
-            return now, f"roles stay: {why}", memory, numbers
+            return self._stay(now, why, memory)
         pressed = view.decode_queue > 0 or max(view.local_queue_s, view.prfaas_queue_s) >= chosen.high_queue_s
         needed = chosen.patience if pressed else 2 * chosen.patience
         if memory.verdicts < needed:
-            return now, f"roles stay: {why}, seen {memory.verdicts} of {needed} times", memory, numbers
+            return self._stay(now, _Why("patience", f"{why.text}, seen {memory.verdicts} of {needed} times"), memory)
         if view.at_s - memory.converted_at_s < chosen.cooldown_s:
-            return now, f"roles stay: {why}, but the last conversion is recent", memory, numbers
+            return self._stay(now, _Why("cooldown", f"{why.text}, but the last conversion is recent"), memory)
         roles = Roles(now.num_prefill + verdict, now.num_decode - verdict)
         change = (
             "one decode worker becomes a prefill worker"
             if verdict > 0
             else "one prefill worker becomes a decode worker"
         )
-        memory = replace(memory, verdict=0, verdicts=0, converted_at_s=view.at_s)
-        return roles, f"{change}: {why}", memory, numbers
+        said = f"{change}: {why.text}"
+        memory = replace(memory, verdict=0, verdicts=0, converted_at_s=view.at_s, said=said)
+        return roles, _Why("more_prefill" if verdict > 0 else "more_decode", said), memory
 
-    def _verdict(self, view: PlanningView, demand: MeasuredDemand, now: Roles) -> tuple[int, str, dict[str, float]]:
-        """+1, -1 or 0, by what equations 3 to 6 say of one worker more on either side."""
-        if _fleet(view, demand, now) is None:
-            return 0, "no demand has been measured", {}
+    @staticmethod
+    def _stay(now: Roles, why: _Why, memory: PlannerMemory) -> tuple[Roles, _Why, PlannerMemory]:
+        said = f"roles stay: {why.text}"
+        return now, _Why(why.word, said), replace(memory, said=said)
+
+    def _verdict(
+        self, view: PlanningView, demand: MeasuredDemand, now: Roles, memory: PlannerMemory
+    ) -> tuple[int, _Why, PlannerMemory]:
+        """+1, -1 or 0, by what equations 3 to 6 say of one worker more on either side; and the gain of it all."""
+        if view.unknown:
+            return 0, _Why("no_costs", view.unknown), replace(memory, judged={}, gain=None, advice="")
+        fleet = _fleet(view, demand, now)
+        if fleet is None:
+            return 0, _Why("no_demand", "no demand has been measured"), replace(memory, judged={}, gain=None, advice="")
+        if min(now.num_prefill, now.num_decode) < 1:
+            # Whoever runs the service left it empty, or its workers will be back: a planner does not guess which.
+            return 0, _Why("empty_pool", "a pool is empty"), replace(memory, judged={}, gain=None, advice="")
         rates = {step: self._throughput_rps(view, demand, now, step) for step in (0, 1, -1)}
-        numbers = {
-            "throughput_rps": rates[0],
-            "throughput_more_prefill_rps": rates[1],
-            "throughput_more_decode_rps": rates[-1],
-        }
+        memory = replace(
+            memory,
+            judged={
+                "judged_throughput_rps": rates[0],
+                "throughput_more_prefill_rps": rates[1],
+                "throughput_more_decode_rps": rates[-1],
+            },
+        )
+        if demand.num_requests < self.settings.min_requests:
+            return 0, _Why("few_requests", f"only {demand.num_requests:.0f} requests have been measured"), memory
+        memory = self._advise(view, demand, fleet, now, memory)
         best = max((1, -1), key=lambda step: rates[step])
         gain = rates[best] - rates[0]
-        if gain <= self.settings.min_role_gain * rates[0]:
-            return 0, f"one worker either way gives at most {gain:+.3g} req/s", numbers
+        needed = self.settings.min_role_gain + demand.relative_error
+        if gain <= needed * rates[0]:
+            text = f"one worker either way gives at most {gain:+.3g} req/s, {needed:.0%} of {rates[0]:.3g} are needed"
+            return 0, _Why("balanced", text), memory
         # Until it has changed, the worker does nothing: the side that it leaves already has its later rate.
         price = self.settings.conversion_s * rates[0] / (now.num_prefill + now.num_decode)
         if gain * self.settings.horizon_s <= price:
-            return 0, f"{gain:+.3g} req/s over {self.settings.horizon_s:.0f} s do not pay the conversion", numbers
-        return best, f"throughput {rates[0]:.3g} to {rates[best]:.3g} req/s", numbers
+            text = f"{gain:+.3g} req/s over {self.settings.horizon_s:.0f} s do not pay the conversion"
+            return 0, _Why("price", text), memory
+        word = "more_prefill" if best > 0 else "more_decode"
+        return best, _Why(word, f"throughput {rates[0]:.3g} to {rates[best]:.3g} req/s"), memory
 
-    @staticmethod
-    def _throughput_rps(view: PlanningView, demand: MeasuredDemand, now: Roles, step: int) -> float:
+    def _throughput_rps(self, view: PlanningView, demand: MeasuredDemand, now: Roles, step: int) -> float:
         roles = Roles(now.num_prefill + step, now.num_decode - step)
-        if min(roles.num_prefill, roles.num_decode) < 1:
+        if min(roles.num_prefill, roles.num_decode) < 1 or (step and not self.settings.allows(roles)):
             return 0.0  # no pool is left empty
         fleet = _fleet(view, demand, roles)
         assert fleet is not None, "there is a demand"
         return operating_point(fleet, roles.num_prefill).throughput_rps
 
+    def _advise(
+        self, view: PlanningView, demand: MeasuredDemand, fleet: Fleet, now: Roles, memory: PlannerMemory
+    ) -> PlannerMemory:
+        """Colocation is advised once it would sustain ``min_role_gain`` more, and until it would not sustain more."""
+        point = operating_point(fleet, now.num_prefill)
+        step_of = view.decode_step_of or Polynomial((view.decode_step_s,))
+        gain = disaggregation_gain(fleet, point, step_of, demand.rate_rps, view.tpot_s)
+        if gain is None:
+            return replace(memory, gain=None, advice="")
+        enough = 1.0 if memory.advice == COLOCATE else 1 / (1 + self.settings.min_role_gain)
+        return replace(memory, gain=gain, advice=COLOCATE if gain.throughput_ratio < enough else DISAGGREGATE)
+
 
 def _fleet(view: PlanningView, demand: MeasuredDemand, roles: Roles) -> Fleet | None:
-    """The view as the throughput model takes it; None without a demand or without two local workers."""
-    if demand.lengths is None or demand.mean_output_tokens <= 0 or min(roles.num_prefill, roles.num_decode) < 0:
+    """The view as the throughput model takes it; None without costs, a demand or two local workers."""
+    if view.unknown or demand.lengths is None or demand.mean_output_tokens <= 0:
         return None
-    if roles.num_prefill + roles.num_decode < 2:
+    if min(roles.num_prefill, roles.num_decode) < 0 or roles.num_prefill + roles.num_decode < 2:
         return None
     linked = view.num_prfaas > 0 and view.link_bytes_per_s > 0
     cluster = PrfaasCluster("prfaas", view.num_prfaas, view.prfaas_prefill_s, view.link_bytes_per_s)
@@ -325,6 +516,45 @@ def _fleet(view: PlanningView, demand: MeasuredDemand, roles: Roles) -> Fleet | 
         max_batch_size=view.max_batch_size,
         decode_step_s=view.decode_step_s,
     )
+
+
+def _link_wait_s(view: PlanningView, fleet: Fleet, threshold_tokens: float) -> float:
+    """Seconds on the link beyond those of one mean hand-over: what one prompt alone may queue is no congestion."""
+    if not view.link_queue_s:
+        return 0.0
+    _, l_long, _ = fleet.lengths.split(min(threshold_tokens, float(fleet.lengths.tokens[-1])))
+    tokens = np.nan_to_num(l_long, nan=float(fleet.lengths.tokens[-1]))
+    return view.link_queue_s - float(fleet.kv_bytes(tokens)) / view.link_bytes_per_s
+
+
+def _numbers(view: PlanningView, demand: MeasuredDemand) -> dict[str, float]:
+    """What was measured; every name says its unit."""
+    return {
+        "num_prfaas": float(view.num_prfaas),
+        "link_bytes_per_s": view.link_bytes_per_s,
+        "link_utilisation": view.link_utilisation,
+        "link_queue_s": view.link_queue_s,
+        "prfaas_queue_s": view.prfaas_queue_s,
+        "local_queue_s": view.local_queue_s,
+        "decode_queue": float(view.decode_queue),
+        "rate_rps": demand.rate_rps,
+        "mean_uncached_tokens": 0.0 if demand.lengths is None else demand.lengths.mean_tokens,
+        "mean_cached_tokens": demand.mean_cached_tokens,
+        "mean_output_tokens": demand.mean_output_tokens,
+    }
+
+
+def _point_numbers(point: OperatingPoint | None) -> dict[str, float]:
+    """What equations 3 to 6 say of the target."""
+    if point is None:
+        return {}
+    return {
+        "offload_fraction": point.offload_fraction,
+        "theta_prfaas_rps": point.theta_prfaas_rps,
+        "theta_prefill_rps": point.theta_prefill_rps,
+        "theta_decode_rps": point.theta_decode_rps,
+        "throughput_rps": point.throughput_rps,
+    }
 
 
 def _require(ok: bool, key: str, allowed: str) -> None:

@@ -38,6 +38,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mappi
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 from cluster.admission import Admission, AdmissionCounters, Bound, Proposal, Ticket
 from cluster.config import AdmissionConfig, RouterConfig
@@ -86,6 +87,18 @@ RELEASE_POLL_S = 0.05  # while requests wait for their turn: how often the worke
 RELEASE_GAP_S = 0.01  # after nobody's turn came, whatever happens meanwhile: asking costs decisions of the policy
 
 
+class RequestObserver(Protocol):
+    """Hears once of each request that was given a route, and once of its end. ``cluster.demand.DemandMeter`` is one."""
+
+    def routed(self, request: RouteRequest, route: Route) -> None:
+        """The first route of the request's first continuation."""
+        ...
+
+    def ended(self, output_tokens: int) -> None:
+        """A request that was routed has ended, in whatever way; tokens of all its continuations."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class RouterCounters:
     """What the router counted since its start.
@@ -118,8 +131,10 @@ class Router:
         clock: Clock,
         gateway_id: GatewayId,
         admission: AdmissionConfig | None = None,
+        observer: RequestObserver | None = None,
     ) -> None:
         """``admission`` None: its defaults."""
+        self._observer = observer
         self._membership = membership
         self._policy = policy
         self._config = config
@@ -185,6 +200,11 @@ class Router:
         return len(self._flights)
 
     @property
+    def num_open_tokens(self) -> int:
+        """Tokens that the requests in flight have so far."""
+        return sum(flight.num_tokens for flight in self._flights.values())
+
+    @property
     def counters(self) -> RouterCounters:
         """A snapshot."""
         return RouterCounters(
@@ -248,6 +268,8 @@ class Router:
             flight.timer.cancel()
         self._admission.leave(flight.ticket, flight.continuations[0].num_finished_tokens)
         del self._flights[flight.request.request_id]
+        if self._observer is not None and flight.route is not None:
+            self._observer.ended(flight.num_tokens)
         if not self._flights:
             self._idle.set()
 
@@ -394,6 +416,8 @@ class Router:
         if continuation.index == 0:
             flight.route = route
             self._admission.begun(flight.ticket, route)
+            if self._observer is not None and continuation.num_attempts == 1 and continuation.asked is not None:
+                self._observer.routed(continuation.asked, route)
         self._count(route)
         num_known = len(spec.prompt_token_ids) + len(spec.output_token_ids)
         num_output = self._output_lengths.expected(continuation.num_tokens, continuation.max_tokens)
@@ -605,6 +629,11 @@ class _Flight:
         self.route: Route | None = None  # of continuation 0's last attempt
         self.timer: asyncio.TimerHandle | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the client has, of all continuations."""
+        return sum(continuation.num_tokens for continuation in self.continuations)
+
     def interrupt(self, error: PrfaasError) -> None:
         """Whatever its continuations wait for, they raise ``error``."""
         for continuation in self.continuations:
@@ -625,6 +654,7 @@ class _Continuation:
         self._sampling = request.sampling.for_index(index)
         self._token_ids: list[int] = []
         self._attempts: list[_Attempt] = []
+        self.asked: RouteRequest | None = None  # what the policy was asked last
         self._matches: Mapping[int, PrefixMatch] = {}  # as the last route was decided by
         self._page_hashes: dict[int, list[PageHash]] = {}  # page size |-> digests so far
         self._routed_at = 0.0
@@ -682,7 +712,7 @@ class _Continuation:
         self, ordinal: int, matches: Mapping[int, PrefixMatch], num_output: int, mean_output: float
     ) -> RouteRequest:
         self._matches = matches
-        return RouteRequest(
+        self.asked = RouteRequest(
             request_id=self._request.request_id,
             num_tokens=len(self._request.prompt_token_ids) + self.num_tokens,
             ordinal=ordinal,
@@ -691,6 +721,7 @@ class _Continuation:
             num_output=num_output,
             mean_output=mean_output,
         )
+        return self.asked
 
     def next_spec(self, flight: _Flight) -> SequenceSpec:
         return SequenceSpec(

@@ -146,7 +146,8 @@ def check_table(links: Iterable[pb.LinkCheck]) -> Table:
 
 def cluster_link_table(pairs: Iterable[pb.ClusterLinkInfo]) -> Table:
     """Every ordered pair of clusters."""
-    table = _table(("from cluster", "to cluster", "path"), ("usable", "now", "capacity", "in use", "RTT", "queued"))
+    numbers = ("usable", "now", "carries", "capacity", "in use", "RTT", "queued")
+    table = _table(("from cluster", "to cluster", "path"), numbers)
     for pair in pairs:
         table.add_row(
             pair.from_cluster,
@@ -154,12 +155,60 @@ def cluster_link_table(pairs: Iterable[pb.ClusterLinkInfo]) -> Table:
             ", ".join(pair.paths) or "-",
             f"{pair.num_usable} of {pair.num_links}",
             _rate(pair.throughput),
+            _rate(pair.carries if pair.HasField("carries") else None),
             _rate(pair.capacity if pair.HasField("capacity") else None),
             f"{pair.utilisation:.0%}" if pair.HasField("utilisation") else "-",
             _milliseconds(pair.rtt_s if pair.HasField("rtt_s") else None),
             _bytes(pair.bytes_queued),
         )
     return table
+
+
+def plan_table(plan: pb.PlanInfo) -> Table:
+    """What the planner aims at, why, and what disaggregation gains."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    roles = f"{plan.num_prefill} prefill + {plan.num_decode} decode"
+    if (plan.target_prefill, plan.target_decode) not in ((plan.num_prefill, plan.num_decode), (0, 0)):
+        roles += f", aims at {plan.target_prefill} + {plan.target_decode}"
+    rows = [
+        ("planner", plan.mode),
+        ("threshold", _threshold(plan)),
+        ("bandwidth", "abundant" if plan.abundant else "scarce"),
+        ("local roles", roles),
+        *((f"{c.worker_id}", f"turns to {c.to_role} since {c.age_s:.0f} s") for c in plan.changing),
+        ("because", plan.reason or "-"),
+        ("disaggregation", plan.gain.reason if plan.HasField("gain") else "not compared yet"),
+        ("advice", plan.advice or "-"),
+        ("numbers", ", ".join(f"{name} {plan.numbers[name]:.4g}" for name in sorted(plan.numbers)) or "-"),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def plan_history_table(history: Iterable[pb.PlanSample], last: int = 10) -> Table:
+    """The last changes of the plan."""
+    table = _table(
+        ("ago", "change"), ("threshold", "roles", "link in use", "link queue", "PrfaaS queue", "decode queue")
+    )
+    for sample in [sample for sample in history if sample.change][-last:]:
+        table.add_row(
+            f"{sample.age_s:.0f} s",
+            sample.change,
+            _threshold(sample),
+            f"{sample.num_prefill} + {sample.num_decode}",
+            f"{sample.link_utilisation:.0%}",
+            f"{sample.link_queue_s:.1f} s",
+            f"{sample.prfaas_queue_s:.1f} s",
+            str(sample.decode_queue),
+        )
+    return table
+
+
+def _threshold(plan: pb.PlanInfo | pb.PlanSample) -> str:
+    return f"{plan.threshold_tokens:,.0f} tokens" if plan.HasField("threshold_tokens") else "none: nothing is offloaded"
 
 
 def _table(words: Sequence[str], numbers: Sequence[str]) -> Table:

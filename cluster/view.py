@@ -51,6 +51,7 @@ class WorkerLoad:
     pulled_bytes: int = 0
     num_announced: int = 0  # sequences whose K/V is to come; they are in no batch yet
     num_announced_tokens: int = 0  # of those of them that hold no page yet
+    num_other_role: int = 0  # sequences of the role that it does not advertise: it had it, and they go on to their end
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ class LinkView:
     probe: ProbeReport | None = None  # the last self-test; None: not tested
     usable: bool = True
     reason: str = ""
+    probed_at: float = -math.inf  # when the last self-test ended
 
     def age_s(self, now: float) -> float | None:
         """Seconds since bytes last moved on it, as far as is known; None if none ever did."""

@@ -407,6 +407,7 @@ def _state_from_message(message: pb.WorkerState) -> WorkerState:
             pulled_bytes=message.pulled_bytes,
             num_announced=message.num_announced,
             num_announced_tokens=message.num_announced_tokens,
+            num_other_role=message.num_other_role,
         ),
         links=tuple(map(link_from_message, message.links)),
         page_events=page_events_from_message(message.page_events) if message.HasField("page_events") else None,

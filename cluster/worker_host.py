@@ -37,7 +37,7 @@ from core.clock import Clock, WallClock
 from core.compute import StepSample
 from core.errors import ProtocolViolation, TransferError
 from core.link import LinkEstimate
-from core.request import EngineId, GatewayId, SequenceId, SessionId
+from core.request import EngineId, GatewayId, Role, SequenceId, SessionId
 from decode_worker.link_probe import ProbeReceiver
 from decode_worker.page_client import PageClient
 from decode_worker.page_pull import PagePuller
@@ -585,6 +585,7 @@ class _Parts(rpc.WorkerServicer):
             load_age_s=max(0.0, self._clock.now() - self._load_at),
             num_announced=self._announced.num_sequences,
             num_announced_tokens=self._announced.num_tokens,
+            num_other_role=self._decode.num_sequences if self._role is Role.PREFILL else self._prefill.num_sessions,
         )
 
     def _num_sessions(self) -> int:

@@ -420,7 +420,7 @@ class LinkInfo(_message.Message):
     def __init__(self, from_worker: _Optional[str] = ..., to_worker: _Optional[str] = ..., from_cluster: _Optional[str] = ..., to_cluster: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., path: _Optional[str] = ..., connections: _Optional[int] = ..., rate: _Optional[float] = ..., goodput: _Optional[float] = ..., delivery_rate: _Optional[float] = ..., rtt_s: _Optional[float] = ..., min_rtt_s: _Optional[float] = ..., fit_t0_s: _Optional[float] = ..., fit_beta: _Optional[float] = ..., fit_variance: _Optional[float] = ..., samples: _Optional[int] = ..., throughput: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_queued: _Optional[int] = ..., retransmits: _Optional[int] = ..., retransmits_per_mib: _Optional[float] = ..., reconnects: _Optional[int] = ..., falls: _Optional[int] = ..., age_s: _Optional[float] = ..., tested_rate: _Optional[float] = ..., codec: _Optional[str] = ..., codec_changes: _Optional[int] = ...) -> None: ...
 
 class ClusterLinkInfo(_message.Message):
-    __slots__ = ("from_cluster", "to_cluster", "num_links", "num_usable", "paths", "connections", "capacity", "measured", "throughput", "utilisation", "rtt_s", "bytes_sent", "bytes_queued", "retransmits", "reconnects", "falls", "codec_changes")
+    __slots__ = ("from_cluster", "to_cluster", "num_links", "num_usable", "paths", "connections", "capacity", "measured", "throughput", "utilisation", "rtt_s", "bytes_sent", "bytes_queued", "retransmits", "reconnects", "falls", "codec_changes", "carries")
     FROM_CLUSTER_FIELD_NUMBER: _ClassVar[int]
     TO_CLUSTER_FIELD_NUMBER: _ClassVar[int]
     NUM_LINKS_FIELD_NUMBER: _ClassVar[int]
@@ -438,6 +438,7 @@ class ClusterLinkInfo(_message.Message):
     RECONNECTS_FIELD_NUMBER: _ClassVar[int]
     FALLS_FIELD_NUMBER: _ClassVar[int]
     CODEC_CHANGES_FIELD_NUMBER: _ClassVar[int]
+    CARRIES_FIELD_NUMBER: _ClassVar[int]
     from_cluster: str
     to_cluster: str
     num_links: int
@@ -455,7 +456,8 @@ class ClusterLinkInfo(_message.Message):
     reconnects: int
     falls: int
     codec_changes: int
-    def __init__(self, from_cluster: _Optional[str] = ..., to_cluster: _Optional[str] = ..., num_links: _Optional[int] = ..., num_usable: _Optional[int] = ..., paths: _Optional[_Iterable[str]] = ..., connections: _Optional[int] = ..., capacity: _Optional[float] = ..., measured: _Optional[float] = ..., throughput: _Optional[float] = ..., utilisation: _Optional[float] = ..., rtt_s: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_queued: _Optional[int] = ..., retransmits: _Optional[int] = ..., reconnects: _Optional[int] = ..., falls: _Optional[int] = ..., codec_changes: _Optional[int] = ...) -> None: ...
+    carries: float
+    def __init__(self, from_cluster: _Optional[str] = ..., to_cluster: _Optional[str] = ..., num_links: _Optional[int] = ..., num_usable: _Optional[int] = ..., paths: _Optional[_Iterable[str]] = ..., connections: _Optional[int] = ..., capacity: _Optional[float] = ..., measured: _Optional[float] = ..., throughput: _Optional[float] = ..., utilisation: _Optional[float] = ..., rtt_s: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_queued: _Optional[int] = ..., retransmits: _Optional[int] = ..., reconnects: _Optional[int] = ..., falls: _Optional[int] = ..., codec_changes: _Optional[int] = ..., carries: _Optional[float] = ...) -> None: ...
 
 class CostInfo(_message.Message):
     __slots__ = ("work", "of", "coefficients", "samples", "error_p50", "error_p90", "bias")
@@ -485,8 +487,117 @@ class OffloadInfo(_message.Message):
     reason: str
     def __init__(self, threshold_tokens: _Optional[float] = ..., mode: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class PlanInfo(_message.Message):
+    __slots__ = ("mode", "threshold_tokens", "abundant", "reason", "numbers", "num_prefill", "num_decode", "target_prefill", "target_decode", "changing", "advice", "gain", "history")
+    class NumbersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ABUNDANT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    TARGET_DECODE_FIELD_NUMBER: _ClassVar[int]
+    CHANGING_FIELD_NUMBER: _ClassVar[int]
+    ADVICE_FIELD_NUMBER: _ClassVar[int]
+    GAIN_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    mode: str
+    threshold_tokens: float
+    abundant: bool
+    reason: str
+    numbers: _containers.ScalarMap[str, float]
+    num_prefill: int
+    num_decode: int
+    target_prefill: int
+    target_decode: int
+    changing: _containers.RepeatedCompositeFieldContainer[RoleChange]
+    advice: str
+    gain: DisaggregationGain
+    history: _containers.RepeatedCompositeFieldContainer[PlanSample]
+    def __init__(self, mode: _Optional[str] = ..., threshold_tokens: _Optional[float] = ..., abundant: _Optional[bool] = ..., reason: _Optional[str] = ..., numbers: _Optional[_Mapping[str, float]] = ..., num_prefill: _Optional[int] = ..., num_decode: _Optional[int] = ..., target_prefill: _Optional[int] = ..., target_decode: _Optional[int] = ..., changing: _Optional[_Iterable[_Union[RoleChange, _Mapping]]] = ..., advice: _Optional[str] = ..., gain: _Optional[_Union[DisaggregationGain, _Mapping]] = ..., history: _Optional[_Iterable[_Union[PlanSample, _Mapping]]] = ...) -> None: ...
+
+class RoleChange(_message.Message):
+    __slots__ = ("worker_id", "to_role", "age_s")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    TO_ROLE_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    to_role: str
+    age_s: float
+    def __init__(self, worker_id: _Optional[str] = ..., to_role: _Optional[str] = ..., age_s: _Optional[float] = ...) -> None: ...
+
+class DisaggregationGain(_message.Message):
+    __slots__ = ("rate", "throughput", "ttft_s", "tpot_s", "colocated_throughput", "colocated_ttft_s", "colocated_tpot_s", "throughput_ratio", "ttft_ratio", "tpot_ratio", "reason")
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    THROUGHPUT_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    COLOCATED_THROUGHPUT_FIELD_NUMBER: _ClassVar[int]
+    COLOCATED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    COLOCATED_TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    THROUGHPUT_RATIO_FIELD_NUMBER: _ClassVar[int]
+    TTFT_RATIO_FIELD_NUMBER: _ClassVar[int]
+    TPOT_RATIO_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    rate: float
+    throughput: float
+    ttft_s: float
+    tpot_s: float
+    colocated_throughput: float
+    colocated_ttft_s: float
+    colocated_tpot_s: float
+    throughput_ratio: float
+    ttft_ratio: float
+    tpot_ratio: float
+    reason: str
+    def __init__(self, rate: _Optional[float] = ..., throughput: _Optional[float] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., colocated_throughput: _Optional[float] = ..., colocated_ttft_s: _Optional[float] = ..., colocated_tpot_s: _Optional[float] = ..., throughput_ratio: _Optional[float] = ..., ttft_ratio: _Optional[float] = ..., tpot_ratio: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class PlanSample(_message.Message):
+    __slots__ = ("age_s", "threshold_tokens", "abundant", "num_prefill", "num_decode", "num_changing", "num_prfaas", "back_off", "link_rate", "link_utilisation", "link_queue_s", "prfaas_queue_s", "local_queue_s", "decode_queue", "rate", "change")
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ABUNDANT_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODE_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHANGING_FIELD_NUMBER: _ClassVar[int]
+    NUM_PRFAAS_FIELD_NUMBER: _ClassVar[int]
+    BACK_OFF_FIELD_NUMBER: _ClassVar[int]
+    LINK_RATE_FIELD_NUMBER: _ClassVar[int]
+    LINK_UTILISATION_FIELD_NUMBER: _ClassVar[int]
+    LINK_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    PRFAAS_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_QUEUE_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    CHANGE_FIELD_NUMBER: _ClassVar[int]
+    age_s: float
+    threshold_tokens: float
+    abundant: bool
+    num_prefill: int
+    num_decode: int
+    num_changing: int
+    num_prfaas: int
+    back_off: int
+    link_rate: float
+    link_utilisation: float
+    link_queue_s: float
+    prfaas_queue_s: float
+    local_queue_s: float
+    decode_queue: int
+    rate: float
+    change: str
+    def __init__(self, age_s: _Optional[float] = ..., threshold_tokens: _Optional[float] = ..., abundant: _Optional[bool] = ..., num_prefill: _Optional[int] = ..., num_decode: _Optional[int] = ..., num_changing: _Optional[int] = ..., num_prfaas: _Optional[int] = ..., back_off: _Optional[int] = ..., link_rate: _Optional[float] = ..., link_utilisation: _Optional[float] = ..., link_queue_s: _Optional[float] = ..., prfaas_queue_s: _Optional[float] = ..., local_queue_s: _Optional[float] = ..., decode_queue: _Optional[int] = ..., rate: _Optional[float] = ..., change: _Optional[str] = ...) -> None: ...
+
 class GetClusterInfoResponse(_message.Message):
-    __slots__ = ("workers", "num_inflight", "policy", "uptime_s", "version", "model", "num_requests", "num_retries", "num_resumes", "internal_tls", "links", "cluster_links", "num_queued", "refusals", "misses_served", "costs", "offload", "routes_by_place", "fallbacks_by_reason")
+    __slots__ = ("workers", "num_inflight", "policy", "uptime_s", "version", "model", "num_requests", "num_retries", "num_resumes", "internal_tls", "links", "cluster_links", "num_queued", "refusals", "misses_served", "costs", "offload", "routes_by_place", "fallbacks_by_reason", "plan")
     class RefusalsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -534,6 +645,7 @@ class GetClusterInfoResponse(_message.Message):
     OFFLOAD_FIELD_NUMBER: _ClassVar[int]
     ROUTES_BY_PLACE_FIELD_NUMBER: _ClassVar[int]
     FALLBACKS_BY_REASON_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerInfo]
     num_inflight: int
     policy: str
@@ -553,7 +665,8 @@ class GetClusterInfoResponse(_message.Message):
     offload: OffloadInfo
     routes_by_place: _containers.ScalarMap[str, int]
     fallbacks_by_reason: _containers.ScalarMap[str, int]
-    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., num_inflight: _Optional[int] = ..., policy: _Optional[str] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_retries: _Optional[int] = ..., num_resumes: _Optional[int] = ..., internal_tls: _Optional[str] = ..., links: _Optional[_Iterable[_Union[LinkInfo, _Mapping]]] = ..., cluster_links: _Optional[_Iterable[_Union[ClusterLinkInfo, _Mapping]]] = ..., num_queued: _Optional[int] = ..., refusals: _Optional[_Mapping[str, int]] = ..., misses_served: _Optional[_Mapping[str, int]] = ..., costs: _Optional[_Iterable[_Union[CostInfo, _Mapping]]] = ..., offload: _Optional[_Union[OffloadInfo, _Mapping]] = ..., routes_by_place: _Optional[_Mapping[str, int]] = ..., fallbacks_by_reason: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    plan: PlanInfo
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., num_inflight: _Optional[int] = ..., policy: _Optional[str] = ..., uptime_s: _Optional[float] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_retries: _Optional[int] = ..., num_resumes: _Optional[int] = ..., internal_tls: _Optional[str] = ..., links: _Optional[_Iterable[_Union[LinkInfo, _Mapping]]] = ..., cluster_links: _Optional[_Iterable[_Union[ClusterLinkInfo, _Mapping]]] = ..., num_queued: _Optional[int] = ..., refusals: _Optional[_Mapping[str, int]] = ..., misses_served: _Optional[_Mapping[str, int]] = ..., costs: _Optional[_Iterable[_Union[CostInfo, _Mapping]]] = ..., offload: _Optional[_Union[OffloadInfo, _Mapping]] = ..., routes_by_place: _Optional[_Mapping[str, int]] = ..., fallbacks_by_reason: _Optional[_Mapping[str, int]] = ..., plan: _Optional[_Union[PlanInfo, _Mapping]] = ...) -> None: ...
 
 class LinkCheck(_message.Message):
     __slots__ = ("from_worker", "to_worker", "path", "num_bytes", "exact", "rate", "rtt_s", "passed", "error", "reason", "num_pairs")

@@ -83,7 +83,7 @@ class WatchRequest(_message.Message):
     def __init__(self, interval_s: _Optional[float] = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("version", "engine_id", "role", "draining", "num_running", "num_waiting", "num_waiting_tokens", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "num_sessions", "pages_quarantined", "num_preemptions", "links", "page_events", "pulls", "pulled_tokens", "pulled_bytes", "load_age_s", "num_announced", "num_announced_tokens", "steps")
+    __slots__ = ("version", "engine_id", "role", "draining", "num_running", "num_waiting", "num_waiting_tokens", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "num_sessions", "pages_quarantined", "num_preemptions", "links", "page_events", "pulls", "pulled_tokens", "pulled_bytes", "load_age_s", "num_announced", "num_other_role", "num_announced_tokens", "steps")
     class PullsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +115,7 @@ class WorkerState(_message.Message):
     PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOAD_AGE_S_FIELD_NUMBER: _ClassVar[int]
     NUM_ANNOUNCED_FIELD_NUMBER: _ClassVar[int]
+    NUM_OTHER_ROLE_FIELD_NUMBER: _ClassVar[int]
     NUM_ANNOUNCED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     version: int
@@ -141,9 +142,10 @@ class WorkerState(_message.Message):
     pulled_bytes: int
     load_age_s: float
     num_announced: int
+    num_other_role: int
     num_announced_tokens: int
     steps: _containers.RepeatedCompositeFieldContainer[StepSample]
-    def __init__(self, version: _Optional[int] = ..., engine_id: _Optional[str] = ..., role: _Optional[str] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkReport, _Mapping]]] = ..., page_events: _Optional[_Union[PageEvents, _Mapping]] = ..., pulls: _Optional[_Mapping[str, int]] = ..., pulled_tokens: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., load_age_s: _Optional[float] = ..., num_announced: _Optional[int] = ..., num_announced_tokens: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., engine_id: _Optional[str] = ..., role: _Optional[str] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkReport, _Mapping]]] = ..., page_events: _Optional[_Union[PageEvents, _Mapping]] = ..., pulls: _Optional[_Mapping[str, int]] = ..., pulled_tokens: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., load_age_s: _Optional[float] = ..., num_announced: _Optional[int] = ..., num_other_role: _Optional[int] = ..., num_announced_tokens: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ...) -> None: ...
 
 class StepSample(_message.Message):
     __slots__ = ("prefill_tokens", "prefill_pairs", "decode_batch", "decode_context", "seconds")

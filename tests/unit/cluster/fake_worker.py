@@ -107,6 +107,7 @@ class FakeWorker(rpc.WorkerServicer):
         self.probed: list[str] = []  # workers to which a self-test was asked for
         self.watchers: list[float] = []  # interval asked for by each Watch stream
         self.running: dict[str, asyncio.Task[None]] = {}
+        self.stages: dict[str, Role] = {}  # of what runs
         self.announced: dict[str, SequenceSpec] = {}
         self._outputs: asyncio.Queue[pb.OutputBatch] = asyncio.Queue()
         self._changed = asyncio.Event()
@@ -154,6 +155,12 @@ class FakeWorker(rpc.WorkerServicer):
         self.draining = self.draining if draining is None else draining
         self._changed.set()
 
+    @property
+    def num_other_role(self) -> int:
+        """Sequences of the role that it does not advertise."""
+        announced = len(self.announced) if self.role is Role.PREFILL else 0
+        return announced + sum(stage is not self.role for stage in self.stages.values())
+
     # ---- Worker ----
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.WorkerDescription:  # noqa: N802
@@ -182,6 +189,7 @@ class FakeWorker(rpc.WorkerServicer):
                 draining=self.draining,
                 num_running=len(self.running),
                 pages_free=self.pages_free,
+                num_other_role=self.num_other_role,
                 links=map(wire.link_to_message, self.links),
                 page_events=None if events is None else wire.page_events_to_message(events),
             )
@@ -226,6 +234,7 @@ class FakeWorker(rpc.WorkerServicer):
             self.aborts.append((sequence_id, stage))
             self.announced.pop(sequence_id, None)
             task = self.running.pop(sequence_id, None)
+            self.stages.pop(sequence_id, None)
             if task is not None:
                 task.cancel()
         return pb.AbortReply()
@@ -325,11 +334,12 @@ class FakeWorker(rpc.WorkerServicer):
     def _run(self, spec: SequenceSpec, work: Coroutine[Any, Any, None]) -> None:
         def ended(task: asyncio.Task[None]) -> None:
             if self.running.get(spec.sequence_id) is task:
-                del self.running[spec.sequence_id]
+                del self.running[spec.sequence_id], self.stages[spec.sequence_id]
             error = None if task.cancelled() else task.exception()
             assert error is None or isinstance(error, Interrupted), error
 
         task = self.running[spec.sequence_id] = asyncio.create_task(work)
+        self.stages[spec.sequence_id] = Role.PREFILL if spec.hold_kv else Role.DECODE
         task.add_done_callback(ended)
 
 

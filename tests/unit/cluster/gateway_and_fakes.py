@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from cluster.config import AdmissionConfig, RouterConfig
 from cluster.membership import Membership
-from cluster.router import Router
+from cluster.router import RequestObserver, Router
 from cluster.routing_policy import RoundRobin, RoutingPolicy
 from core.clock import WallClock
 from core.request import (
@@ -142,12 +142,13 @@ async def gateway(
     policy: RoutingPolicy | None = None,
     self_test: bool = False,
     admission: AdmissionConfig | None = None,
+    observer: RequestObserver | None = None,
 ) -> AsyncIterator[Gateway]:
     """A gateway with so many fake workers, ``prefill-0``, ``decode-0``, ...; whatever happens, nothing is left."""
     clock = WallClock()
     membership = Membership(config, GATEWAY, clock, InternalGrpc(None), self_test=self_test)
     registry = await membership.start("127.0.0.1")
-    router = Router(membership, policy or RoundRobin(), config, clock, GATEWAY, admission)
+    router = Router(membership, policy or RoundRobin(), config, clock, GATEWAY, admission, observer)
     running = Gateway(membership, router, registry, clock)
     try:
         for index in range(num_prefill):

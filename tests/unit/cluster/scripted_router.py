@@ -9,6 +9,7 @@ from cluster.config import ServiceConfig
 from cluster.generation import Generation
 from cluster.link_tester import Pair, PairResult
 from cluster.metrics import Metrics
+from cluster.planner import PlannerStatus
 from cluster.tokenizer import Tokenizer
 from cluster.view import ClusterView, Links, ModelInfo, WorkerLoad, WorkerView
 from core.clock import WallClock
@@ -84,6 +85,13 @@ class FixedMembership:
 
     def model(self) -> ModelInfo | None:
         return self.served
+
+
+@dataclass
+class ScriptedPlanner:
+    """A planner that has done what a test says."""
+
+    status: PlannerStatus = field(default_factory=lambda: PlannerStatus("dual"))
 
 
 class ScriptedLinks:
@@ -206,6 +214,7 @@ class Gateway:
     router: ScriptedRouter
     membership: FixedMembership
     links: ScriptedLinks
+    planner: ScriptedPlanner
     metrics: Metrics
     config: ServiceConfig
     clock: WallClock
@@ -215,7 +224,8 @@ class Gateway:
 def gateway(tokenizer: Tokenizer, answer: str, config: ServiceConfig) -> Gateway:
     router = ScriptedRouter(tokenizer.encode(answer, field="answer"))
     membership = FixedMembership()
-    metrics = Metrics(membership, router, lambda *_: None)
+    planner = ScriptedPlanner()
+    metrics = Metrics(membership, router, lambda *_: None, planner)
     clock = WallClock()
     generation = Generation(router, membership, tokenizer, metrics, config, clock, seeds=lambda: 7)
-    return Gateway(tokenizer, router, membership, ScriptedLinks(), metrics, config, clock, generation)
+    return Gateway(tokenizer, router, membership, ScriptedLinks(), planner, metrics, config, clock, generation)

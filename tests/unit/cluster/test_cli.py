@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -18,10 +19,14 @@ import cluster.launch
 from cluster import cli
 from cluster.admission import AdmissionCounters
 from cluster.certificates import Authority, write_files
+from cluster.colocation import Gain, Served
 from cluster.config import ServiceConfig, service_document
 from cluster.grpc_gateway import GrpcGateway
 from cluster.internal_tls import TlsDecision
 from cluster.link_tester import Pair, PairResult
+from cluster.planner import PlannerStatus, PlanSample
+from cluster.planning_policy import FleetTarget, Roles
+from cluster.role_conversion import Conversion
 from cluster.view import LinkView
 from core.credentials import Credentials
 from core.errors import NoRoute, Overloaded, UnsupportedModel
@@ -42,7 +47,14 @@ Run = Callable[..., Coroutine[None, None, object]]
 @pytest.fixture
 async def door(service: Gateway) -> AsyncIterator[GrpcGateway]:
     gateway = GrpcGateway(
-        service.generation, service.router, service.membership, service.links, service.config, service.clock, TLS
+        service.generation,
+        service.router,
+        service.membership,
+        service.links,
+        service.planner,
+        service.config,
+        service.clock,
+        TLS,
     )
     await gateway.start()
     yield gateway
@@ -218,6 +230,73 @@ async def test_status_shows_links(service, run):
         assert words in result.stdout
     (shown,) = json.loads((await run("status", "--json")).stdout)["links"]
     assert (shown["from_worker"], shown["goodput"], shown["state"]) == ("prefill-0", 2e9, "untested")
+
+
+def planned() -> PlannerStatus:
+    gain = Gain(2.0, Served(5.0, 0.2, 0.01), Served(4.0, 0.3, 0.02))
+    target = FleetTarget(
+        Roles(1, 3),
+        4321.0,
+        "because it is better",
+        {"rate_rps": 2.5},
+        True,
+        "disaggregate",
+        gain,
+        {"roles": "more_decode"},
+    )
+    changing = Conversion(WorkerId("prefill-9"), EngineId("e"), Role.DECODE, 0.0)
+    quiet = PlanSample(1.0, math.inf, False, 2, 2, 0, 1, 0, 1e9, 0.25, 0.5, 1.5, 0.0, 7, 2.5)
+    return PlannerStatus(
+        mode="dual",
+        target=target,
+        num_prefill=2,
+        num_decode=2,
+        changing=(changing,),
+        changes={("roles", "more_decode"): 1},
+        history=(quiet, replace(quiet, at=2.0, threshold_tokens=4321.0, change="threshold none to 4,321 tokens")),
+    )
+
+
+async def test_status_shows_the_plan_its_reason_and_its_last_changes(service, run):
+    service.planner.status = planned()
+
+    shown = (await run("status")).stdout
+
+    for words in (
+        "dual",
+        "4,321 tokens",
+        "abundant",
+        "2 prefill + 2 decode, aims at 1 + 3",
+        "prefill-9",
+        "turns to decode",
+        "because it is better",
+        "x1.25",
+        "rate_rps 2.5",
+        "threshold none to 4,321 tokens",
+    ):
+        assert words in shown, words
+
+
+async def test_status_json_has_the_plan_with_its_history(service, run):
+    service.planner.status = planned()
+
+    plan = json.loads((await run("status", "--json")).stdout)["plan"]
+
+    assert (plan["mode"], plan["threshold_tokens"], plan["abundant"]) == ("dual", 4321.0, True)
+    assert plan["numbers"] == {"rate_rps": 2.5}
+    assert plan["gain"]["throughput_ratio"] == 1.25
+    assert plan["gain"]["tpot_ratio"] == 2.0
+    first, second = plan["history"]
+    assert "threshold_tokens" not in first, "nothing was offloaded"
+    assert (second["threshold_tokens"], second["decode_queue"], second["link_utilisation"]) == (4321.0, 7, 0.25)
+    assert first["age_s"] == pytest.approx(second["age_s"] + 1.0)
+
+
+async def test_status_of_a_planner_that_has_not_looked_yet(service, run):
+    shown = (await run("status")).stdout
+
+    assert "not compared yet" in shown
+    assert "threshold_tokens" not in json.loads((await run("status", "--json")).stdout)["plan"]
 
 
 # ---- check ----

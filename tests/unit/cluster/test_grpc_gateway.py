@@ -37,7 +37,14 @@ TLS = TlsDecision(True, "workers listen on 10.0.0.5")
 @pytest.fixture
 async def door(service: Gateway) -> AsyncIterator[GrpcGateway]:
     gateway = GrpcGateway(
-        service.generation, service.router, service.membership, service.links, service.config, service.clock, TLS
+        service.generation,
+        service.router,
+        service.membership,
+        service.links,
+        service.planner,
+        service.config,
+        service.clock,
+        TLS,
     )
     await gateway.start()
     yield gateway
@@ -420,7 +427,14 @@ async def test_reflection_lists_the_services(channel):
 async def test_a_taken_port_is_named(service, door):
     config = ServiceConfig(model="m", grpc=GrpcConfig(port=door.port))
     second = GrpcGateway(
-        service.generation, service.router, service.membership, service.links, config, service.clock, TLS
+        service.generation,
+        service.router,
+        service.membership,
+        service.links,
+        service.planner,
+        config,
+        service.clock,
+        TLS,
     )
     with pytest.raises(InvalidConfig) as caught:
         await second.start()

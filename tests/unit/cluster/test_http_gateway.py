@@ -33,7 +33,15 @@ COMPLETION = "/v1/completions"
 
 
 def make_door(service: Gateway, config: ServiceConfig) -> HttpGateway:
-    return HttpGateway(service.generation, service.router, service.membership, service.metrics, config, service.clock)
+    return HttpGateway(
+        service.generation,
+        service.router,
+        service.membership,
+        service.metrics,
+        config,
+        service.clock,
+        lambda: {"plan": {"mode": "dual"}},
+    )
 
 
 @pytest.fixture
@@ -641,7 +649,11 @@ async def test_metrics_are_prometheus_text(client):
     assert 'prfaas_requests_total{door="http",outcome="ok"} 1.0' in response.text
 
 
+async def test_status_is_what_the_gateway_says_of_itself(client):
+    assert (await client.get("/status")).json() == {"plan": {"mode": "dual"}}
+
+
 async def test_version_and_the_api_page_are_there(client):
     assert (await client.get("/version")).json()["version"]
     paths = (await client.get("/openapi.json")).json()["paths"]
-    assert {CHAT, COMPLETION, "/v1/models", "/health", "/live", "/metrics", "/version"} <= set(paths)
+    assert {CHAT, COMPLETION, "/v1/models", "/health", "/live", "/metrics", "/status", "/version"} <= set(paths)

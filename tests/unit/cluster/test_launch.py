@@ -147,12 +147,16 @@ async def test_a_service_answers_through_both_doors_and_stops_in_order(model: st
         models = await asyncio.to_thread(lambda: urllib.request.urlopen(f"{endpoints.http}/v1/models").read())
         async with grpc.aio.insecure_channel(endpoints.grpc) as channel:
             info = await rpc.GenerationStub(channel).GetClusterInfo(pb.GetClusterInfoRequest())
+        status = await asyncio.to_thread(lambda: urllib.request.urlopen(f"{endpoints.http}/status").read())
         interrupt()
         await asyncio.wait_for(task, PATIENCE_S)
 
     assert json.loads(models)["data"][0]["id"] == "tiny"
     assert [worker.worker_id for worker in info.workers] == ["decode-0", "decode-1", "prefill-0"]
     assert info.internal_tls == "off: workers listen on loopback only"
+    plan = json.loads(status)["plan"]
+    assert (plan["mode"], plan["num_prefill"], plan["num_decode"]) == ("dual", 1, 2)
+    assert "no PrfaaS worker" in plan["reason"]
     assert fleet.done == ["join", "start", "stop"]
 
 

@@ -132,6 +132,19 @@ async def test_a_worker_that_joins_is_tested_and_so_is_one_that_restarts() -> No
         assert g["prefill-0"].probed == ["decode-0", "decode-1", "decode-0"]
 
 
+async def test_a_pair_that_rests_is_tested_again_when_somebody_wants_to_know() -> None:
+    async with with_tester(1, 2) as (g, tester):
+        await until(lambda: all_usable(g, 2))
+        engines = {worker.worker_id: worker.engine_id for worker in g.membership.view().workers}
+        before = g.membership.view().links["prefill-0", "decode-1"].probed_at
+        tester.retest(engines["prefill-0"], engines["decode-1"])
+        tester.retest(engines["decode-1"], engines["prefill-0"])  # no pair: nothing happens
+        await until(lambda: g.membership.view().links["prefill-0", "decode-1"].probed_at > before)
+
+        assert g["prefill-0"].probed == ["decode-0", "decode-1", "decode-1"]
+        assert all_usable(g, 2), "it stays usable while it is tested"
+
+
 async def test_a_failing_pair_is_not_usable_while_others_are() -> None:
     async with gateway(1, 0, self_test=True) as g:
 

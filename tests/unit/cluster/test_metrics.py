@@ -6,8 +6,13 @@ from dataclasses import replace
 import pytest
 
 from cluster.admission import WAIT_BUCKETS_S, AdmissionCounters
+from cluster.colocation import Gain, Served
 from cluster.front_door import Door
-from cluster.metrics import Metrics, Outcome, RequestRecord, SloResult
+from cluster.metrics import Metrics, RequestRecord, SloResult
+from cluster.metrics import Outcome as RequestOutcome
+from cluster.planner import PlannerStatus
+from cluster.planning_policy import FleetTarget, Roles
+from cluster.role_conversion import Outcome
 from cluster.view import LinkView, WorkerLoad
 from core.errors import (
     Cancelled,
@@ -21,7 +26,7 @@ from core.errors import (
 )
 from core.link import LinkEstimate
 from core.request import ClusterId, Role, WorkerId
-from tests.unit.cluster.scripted_router import FixedMembership, ScriptedRouter, worker
+from tests.unit.cluster.scripted_router import FixedMembership, ScriptedPlanner, ScriptedRouter, worker
 
 
 @pytest.fixture
@@ -31,13 +36,13 @@ def membership() -> FixedMembership:
 
 @pytest.fixture
 def metrics(membership: FixedMembership) -> Metrics:
-    return Metrics(membership, ScriptedRouter(()), lambda *_: None)
+    return Metrics(membership, ScriptedRouter(()), lambda *_: None, ScriptedPlanner())
 
 
 def record(**changes: object) -> RequestRecord:
     values = {
         "door": Door.GRPC,
-        "outcome": Outcome.OK,
+        "outcome": RequestOutcome.OK,
         "e2e_s": 2.0,
         "prompt_tokens": 10,
         "cached_tokens": 4,
@@ -65,7 +70,7 @@ def record(**changes: object) -> RequestRecord:
     ],
 )
 def test_every_error_has_an_outcome(error, outcome):
-    assert Outcome.of(error) == outcome
+    assert RequestOutcome.of(error) == outcome
 
 
 def test_an_observed_request_is_in_every_series(metrics):
@@ -81,7 +86,7 @@ def test_an_observed_request_is_in_every_series(metrics):
 
 
 def test_latency_to_the_end_is_of_requests_that_ended_well_only(metrics):
-    metrics.observe(record(outcome=Outcome.CANCELLED, ttft_s=None, tpot_s=()))
+    metrics.observe(record(outcome=RequestOutcome.CANCELLED, ttft_s=None, tpot_s=()))
     value = metrics.registry.get_sample_value
     assert value("prfaas_requests_total", {"door": "grpc", "outcome": "cancelled"}) == 1
     assert value("prfaas_e2e_request_latency_seconds_count") == 0
@@ -101,7 +106,7 @@ def test_admission_is_read_when_prometheus_asks(membership):
     admission = AdmissionCounters(3, {"other": 2, "unsalted": 1}, {"slo_ttft": 4}, {"slo_tpot": 5}, waits, 6.5)
     router.counters = replace(router.counters, admission=admission)
 
-    value = Metrics(membership, router, lambda *_: None).registry.get_sample_value
+    value = Metrics(membership, router, lambda *_: None, ScriptedPlanner()).registry.get_sample_value
 
     assert value("prfaas_rejections_total", {"reason": "slo_ttft"}) == 4
     assert value("prfaas_slo_misses_served_total", {"reason": "slo_tpot"}) == 5
@@ -115,13 +120,13 @@ def test_admission_is_read_when_prometheus_asks(membership):
 @pytest.mark.parametrize(
     ("outcome", "missed", "result"),
     [
-        (Outcome.OK, (False, False), "met"),
-        (Outcome.OK, (True, False), "ttft_missed"),
-        (Outcome.OK, (False, True), "tpot_missed"),
-        (Outcome.OK, (True, True), "both_missed"),
-        (Outcome.OVERLOADED, (False, False), "refused"),
-        (Outcome.DEADLINE, (False, False), "failed"),
-        (Outcome.CANCELLED, (False, False), "cancelled"),
+        (RequestOutcome.OK, (False, False), "met"),
+        (RequestOutcome.OK, (True, False), "ttft_missed"),
+        (RequestOutcome.OK, (False, True), "tpot_missed"),
+        (RequestOutcome.OK, (True, True), "both_missed"),
+        (RequestOutcome.OVERLOADED, (False, False), "refused"),
+        (RequestOutcome.DEADLINE, (False, False), "failed"),
+        (RequestOutcome.CANCELLED, (False, False), "cancelled"),
     ],
 )
 def test_requests_with_objectives_are_counted_by_what_became_of_them(metrics, outcome, missed, result):
@@ -157,7 +162,7 @@ def test_pulls_are_counted_by_how_they_ended(metrics, membership):
 
 
 def test_two_gateways_in_one_process_do_not_share_a_registry(metrics, membership):
-    other = Metrics(membership, ScriptedRouter(()), lambda *_: None)
+    other = Metrics(membership, ScriptedRouter(()), lambda *_: None, ScriptedPlanner())
     metrics.refuse(Door.HTTP, Overloaded("full"))
     labels = {"door": "http", "outcome": "overloaded"}
     assert metrics.registry.get_sample_value("prfaas_requests_total", labels) == 1
@@ -176,7 +181,7 @@ def test_links_are_published_per_pair_of_clusters(membership):
     membership.links = {(sender, receiver): LinkView(sender, east, receiver, west, 0.0, estimate)}
     membership.probes_by_outcome = {"passed": 2, "PeerLost": 1}
 
-    value = Metrics(membership, ScriptedRouter(()), lambda *_: 4e9).registry.get_sample_value
+    value = Metrics(membership, ScriptedRouter(()), lambda *_: 4e9, ScriptedPlanner()).registry.get_sample_value
 
     labels = {"from_cluster": "east", "to_cluster": "west", "path": "tcp"}
     assert value("prfaas_link_goodput_bytes_per_second", labels) == 2e9
@@ -195,9 +200,39 @@ def test_what_is_not_known_of_a_link_has_no_sample(membership):
     east, sender, receiver = ClusterId("east"), WorkerId("p"), WorkerId("d")
     membership.links = {(sender, receiver): LinkView(sender, east, receiver, east, 0.0, usable=False)}
 
-    value = Metrics(membership, ScriptedRouter(()), lambda *_: None).registry.get_sample_value
+    value = Metrics(membership, ScriptedRouter(()), lambda *_: None, ScriptedPlanner()).registry.get_sample_value
 
     labels = {"from_cluster": "east", "to_cluster": "east", "path": ""}
     assert value("prfaas_link_pairs_usable", labels) == 0
     assert value("prfaas_link_goodput_bytes_per_second", labels) is None
     assert value("prfaas_link_utilisation_ratio", labels) is None
+
+
+def test_the_plan_is_published_with_its_reasons_and_numbers(membership):
+    gain = Gain(2.0, Served(5.0, 0.2, 0.01), Served(4.0, 0.3, 0.02))
+    target = FleetTarget(Roles(1, 3), 4321.0, "why", {"theta_decode_rps": 7.5}, True, "disaggregate", gain)
+    status = PlannerStatus(
+        "dual",
+        target,
+        changes={("threshold", "link_busy"): 3},
+        conversions={(Role.DECODE, Outcome.DONE): 2},
+        num_failures=1,
+    )
+
+    value = Metrics(membership, ScriptedRouter(()), lambda *_: None, ScriptedPlanner(status)).registry.get_sample_value
+
+    assert value("prfaas_plan_threshold_tokens") == 4321
+    assert value("prfaas_plan_bandwidth_abundant") == 1
+    assert value("prfaas_plan_workers", {"role": "decode"}) == 3
+    assert value("prfaas_plan_number", {"name": "theta_decode_rps"}) == 7.5
+    assert value("prfaas_plan_changes_total", {"kind": "threshold", "reason": "link_busy"}) == 3
+    assert value("prfaas_role_conversions_total", {"to": "decode", "outcome": "done"}) == 2
+    assert value("prfaas_planner_failures_total") == 1
+    assert value("prfaas_disaggregation_gain_ratio", {"of": "throughput"}) == 1.25
+    assert value("prfaas_disaggregation_gain_ratio", {"of": "tpot"}) == 2.0
+
+
+def test_before_the_first_look_there_is_no_plan_to_publish(metrics):
+    value = metrics.registry.get_sample_value
+    assert value("prfaas_plan_threshold_tokens") is None
+    assert value("prfaas_planner_failures_total") == 0

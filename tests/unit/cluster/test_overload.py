@@ -17,13 +17,14 @@ from cluster.generation import Generation
 from cluster.grpc_gateway import GrpcGateway
 from cluster.http_gateway import HttpGateway
 from cluster.internal_tls import TlsDecision
+from cluster.message_json import as_dict
 from cluster.metrics import Metrics
 from cluster.tokenizer import Tokenizer
 from protos import serving_pb2 as pb
 from protos import serving_pb2_grpc as rpc
 from tests.unit.cluster.fake_worker import FIRST_TOKEN, Visit
 from tests.unit.cluster.gateway_and_fakes import Gateway, gateway, until
-from tests.unit.cluster.scripted_router import ScriptedLinks
+from tests.unit.cluster.scripted_router import ScriptedLinks, ScriptedPlanner
 
 MAX_QUEUED = 6
 ADMISSION = AdmissionConfig(prefill_queue_tokens=3, prefill_queue_s=1e-9, max_queued=MAX_QUEUED)
@@ -61,11 +62,14 @@ async def overloaded(tokenizer: Tokenizer, admission: AdmissionConfig) -> AsyncI
     """The service; its first request occupies the prefill worker."""
     config = ServiceConfig("m", http=HttpConfig(port=0), grpc=GrpcConfig(port=0), admission=admission)
     async with gateway(admission=admission) as g:
-        metrics = Metrics(g.membership, g.router, lambda *_: None)
+        planner = ScriptedPlanner()
+        metrics = Metrics(g.membership, g.router, lambda *_: None, planner)
         generation = Generation(g.router, g.membership, tokenizer, metrics, config, g.clock)
-        http = HttpGateway(generation, g.router, g.membership, metrics, config, g.clock)
         off = TlsDecision(False, "this is a test")
-        door = GrpcGateway(generation, g.router, g.membership, ScriptedLinks(), config, g.clock, off)
+        door = GrpcGateway(generation, g.router, g.membership, ScriptedLinks(), planner, config, g.clock, off)
+        http = HttpGateway(
+            generation, g.router, g.membership, metrics, config, g.clock, lambda: as_dict(door.cluster_info())
+        )
         await http.start()
         await door.start()
         try:

@@ -859,3 +859,63 @@ async def test_one_continuations_failure_ends_the_request_and_aborts_its_sibling
             await g.generate(g.request(n=3, num_tokens=1000))
         await until(lambda: len(decode.aborts) >= 2)
         await until(lambda: not decode.running)
+
+
+# ---- who hears of requests ----
+
+
+class Heard:
+    """A RequestObserver that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.routed_requests: list[tuple[str, int]] = []
+        self.ended_tokens: list[int] = []
+
+    def routed(self, request: RouteRequest, route: Route) -> None:
+        self.routed_requests.append((route.decode.worker_id, request.num_tokens))
+
+    def ended(self, output_tokens: int) -> None:
+        self.ended_tokens.append(output_tokens)
+
+
+async def test_a_request_is_told_once_when_it_is_routed_and_once_when_it_ends_with_all_its_tokens() -> None:
+    heard = Heard()
+    async with gateway(observer=heard) as g:
+        await g.generate(g.request())
+        await g.generate(g.request(n=3))
+
+    assert heard.routed_requests == [("decode-0", len(PROMPT))] * 2
+    assert heard.ended_tokens == [8, 24]
+
+
+async def test_a_retried_request_was_asked_for_once() -> None:
+    heard = Heard()
+    async with gateway(2, 1, observer=heard) as g:
+        g["prefill-0"].hooks[FIRST_TOKEN] = kill
+        answer = await g.generate(g.request())
+
+    assert answer.timing.num_attempts == 2
+    assert (len(heard.routed_requests), heard.ended_tokens) == (1, [8])
+
+
+async def test_a_request_that_found_no_route_is_not_told_of() -> None:
+    heard = Heard()
+    async with gateway(1, 0, config=replace(CONFIG, no_route_wait_s=0.05), observer=heard) as g:
+        with pytest.raises(NoRoute):
+            await g.generate(g.request())
+
+    assert (heard.routed_requests, heard.ended_tokens) == ([], [])
+
+
+async def test_tokens_of_requests_in_flight_are_known_until_they_end() -> None:
+    heard = Heard()
+    async with gateway(observer=heard) as g:
+        g["decode-0"].hooks[DECODED] = sent(3, stall)  # type: ignore[assignment]
+        assert g.router.num_open_tokens == 0
+        reading = asyncio.create_task(g.generate(g.request()))
+        await until(lambda: g.router.num_open_tokens == 4)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+
+        assert g.router.num_open_tokens == 0
+    assert heard.ended_tokens == [4]

@@ -1,0 +1,344 @@
+"""Who carries out the plan? The live loop around a ``PlanningPolicy``: look, decide, publish, convert.
+
+    every ``planner.interval_s``    Membership.view() and the demand  ──planning_view.py──>  PlanningView
+                                    PlanningPolicy.plan               ──>  FleetTarget
+    threshold and mode              Membership.note_offload, at every change; the router's policy reads it in its view
+    roles                           WorkerClient.set_role, one worker at a time (role_conversion.py chooses and watches)
+
+The policy decides, purely; here are the effects and what has been said so far. ``Planner.status`` is all that people
+and metrics get to know. Everything happens on the gateway's loop; what a look costs is about a millisecond.
+
+Invariants:
+- a target is published when it changes, and every change is one line of the log, one count and one sample of history;
+- a new conversion begins only when no worker is on its way to another role;
+- a planner that fails keeps the last plan: routing goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cluster.cluster_links import Capacity
+from cluster.config import PLANNER_DUAL, PLANNER_OFF, PlannerConfig
+from cluster.demand import DemandMeter
+from cluster.planning_policy import (
+    ADVICE,
+    FRESH,
+    MODE,
+    ROLES,
+    THRESHOLD,
+    DualTimescale,
+    FleetTarget,
+    PlannerMemory,
+    PlanningPolicy,
+    PlanningView,
+    StaticPlan,
+)
+from cluster.planning_view import PlanningLimits, fleets, planning_view, silent_links
+from cluster.role_conversion import Conversion, Ending, Outcome, choose, ending
+from cluster.throughput_model import OFFLOAD_NOTHING
+from cluster.view import ClusterView, Offload
+from core.clock import Clock
+from core.errors import PrfaasError
+from core.request import ClusterId, EngineId, Role
+
+logger = logging.getLogger(__name__)
+
+HISTORY_KEPT = 300  # samples: five minutes of a quiet fleet
+SAMPLE_S = 1.0  # between two samples while nothing changes
+_MOST_OF_THE_LOOP = 0.1  # share of the gateway's time that looking may take; with many workers it looks less often
+
+
+class RoleSetter(Protocol):
+    """A connection to a worker."""
+
+    async def set_role(self, role: Role) -> None:
+        """Ask the worker to advertise ``role`` from now on. Raises ``PeerLost`` or another ``PrfaasError``."""
+        ...
+
+
+class PlannedMembership(Protocol):
+    """What a planner needs of ``Membership``."""
+
+    def view(self) -> ClusterView: ...
+
+    def client(self, engine_id: EngineId) -> RoleSetter | None: ...
+
+    def note_offload(self, offload: Offload) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSample:
+    """The plan and what it rested on, at one moment of the gateway's Clock."""
+
+    at: float
+    threshold_tokens: float  # inf: nothing is offloaded
+    abundant: bool
+    num_prefill: int
+    num_decode: int
+    num_changing: int
+    num_prfaas: int
+    back_off: int
+    link_bytes_per_s: float
+    link_utilisation: float
+    link_queue_s: float
+    prfaas_queue_s: float
+    local_queue_s: float
+    decode_queue: int
+    rate_rps: float
+    change: str = ""  # what was new; empty: nothing
+
+
+@dataclass(frozen=True, slots=True)
+class PlannerStatus:
+    """What the planner does, and why. ``target`` None: it has not looked yet, or is off."""
+
+    mode: str
+    target: FleetTarget | None = None
+    num_prefill: int = 0  # local workers now; one that is changing counts as what it is becoming
+    num_decode: int = 0
+    changing: tuple[Conversion, ...] = ()
+    changes: Mapping[tuple[str, str], int] = field(default_factory=dict)  # (kind, reason) |-> how often
+    conversions: Mapping[tuple[Role, Outcome], int] = field(default_factory=dict)  # (to, how it ended) |-> how often
+    num_failures: int = 0  # looks that raised
+    history: tuple[PlanSample, ...] = ()  # oldest first
+
+
+def make_planning_policy(config: PlannerConfig) -> PlanningPolicy:
+    """The policy of ``planner.mode``."""
+    if config.mode == PLANNER_DUAL:
+        return DualTimescale(config.dual)
+    return StaticPlan(OFFLOAD_NOTHING if config.mode == PLANNER_OFF else float(config.threshold_tokens))
+
+
+class Planner:
+    """Plans for the workers of one ``Membership``, for as long as it runs."""
+
+    def __init__(
+        self,
+        membership: PlannedMembership,
+        demand: DemandMeter,
+        num_open_tokens: Callable[[], int],
+        config: PlannerConfig,
+        clock: Clock,
+        *,
+        cluster_id: ClusterId,
+        limits: PlanningLimits,
+        capacity: Capacity,
+        retest: Callable[[EngineId, EngineId], None],
+    ) -> None:
+        """``num_open_tokens``: that requests in flight have so far. ``cluster_id``: of this gateway. ``capacity``:
+        configured bytes/s between two clusters (``KvTransferConfig.capacity``). ``retest``: of the link between two
+        engines (``LinkTester.retest``)."""
+        self._membership = membership
+        self._demand = demand
+        self._num_open_tokens = num_open_tokens
+        self._config = config
+        self._clock = clock
+        self._cluster_id = cluster_id
+        self._limits = limits
+        self._capacity = capacity
+        self._retest = retest
+        self._retested_at: dict[tuple[ClusterId, ClusterId], float] = {}
+        self._policy = make_planning_policy(config)
+        self._memory: PlannerMemory = FRESH
+        self._target: FleetTarget | None = None
+        self._seen: PlanningView | None = None
+        self._changing: dict[EngineId, Conversion] = {}
+        self._refusals: dict[EngineId, str] = {}  # of those that were asked
+        self._given_up: set[EngineId] = set()  # that still have sequences of their earlier role
+        self._changes: Counter[tuple[str, str]] = Counter()
+        self._conversions: Counter[tuple[Role, Outcome]] = Counter()
+        self._num_failures = 0
+        self._history: deque[PlanSample] = deque(maxlen=HISTORY_KEPT)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def status(self) -> PlannerStatus:
+        """A snapshot."""
+        return PlannerStatus(
+            mode=self._config.mode,
+            target=self._target,
+            num_prefill=0 if self._seen is None else self._seen.num_prefill,
+            num_decode=0 if self._seen is None else self._seen.num_decode,
+            changing=tuple(self._changing.values()),
+            changes=dict(self._changes),
+            conversions=dict(self._conversions),
+            num_failures=self._num_failures,
+            history=tuple(self._history),
+        )
+
+    def start(self) -> None:
+        """Begin; ``close`` ends it. With ``planner.mode: off`` that nothing is planned is all that is published."""
+        assert not self._tasks, "started already"
+        if self._config.mode == PLANNER_OFF:
+            self._membership.note_offload(Offload(reason="planner.mode is off: nothing is offloaded"))
+        else:
+            self._spawn(self._keep_planning())
+
+    async def close(self) -> None:
+        """End. A worker that is changing goes on to; nobody watches it any more."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def look(self) -> None:
+        """One turn of the loop."""
+        now, view = self._clock.now(), self._membership.view()
+        self._follow_conversions(view, now)
+        demand = self._demand.measured(self._num_open_tokens())
+        becoming = {engine_id: conversion.role for engine_id, conversion in self._changing.items()}
+        seen = planning_view(view, self._cluster_id, demand, self._limits, self._capacity, becoming, now)
+        target, self._memory = self._policy.plan(seen, demand, self._memory)
+        changes = self._changes_of(target, seen)
+        for kind, said in changes.items():
+            self._changes[kind, target.causes.get(kind, "unnamed")] += 1
+            gain = target.gain
+            logger.info("plan: %s: %s", said, gain.reason if kind == ADVICE and gain is not None else target.reason)
+        self._publish(target)
+        if ROLES in changes:
+            self._convert(view, target, seen, now)
+        self._target, self._seen = target, seen
+        self._sample(now, target, seen, "; ".join(changes.values()))
+        self._ask_silent_links(view, now)
+
+    # ---- inside ----
+
+    async def _keep_planning(self) -> None:
+        while True:
+            began_at = self._clock.now()
+            try:
+                self.look()
+            except Exception:  # a bug of ours; requests go on by the last plan, and the next look may succeed
+                self._num_failures += 1
+                logger.exception("the planner's look failed, the last plan stays")
+            took_s = self._clock.now() - began_at
+            await asyncio.sleep(max(self._config.interval_s, took_s * (1 / _MOST_OF_THE_LOOP - 1)))
+
+    def _changes_of(self, target: FleetTarget, seen: PlanningView) -> dict[str, str]:
+        """kind |-> what is new, in words."""
+        last, found = self._target, {}
+        if last is None or last.threshold_tokens != target.threshold_tokens:
+            before = "" if last is None else f"{_tokens(last.threshold_tokens)} to "
+            found[THRESHOLD] = f"threshold {before}{_tokens(target.threshold_tokens)}"
+        if last is None or last.abundant != target.abundant:
+            found[MODE] = f"bandwidth {'abundant' if target.abundant else 'scarce'}"
+        aimed, now = target.roles, (seen.num_prefill, seen.num_decode)
+        if (aimed.num_prefill, aimed.num_decode) != now:
+            found[ROLES] = f"roles {now[0]} + {now[1]} to {aimed.num_prefill} + {aimed.num_decode}"
+        if target.advice and (last is None or last.advice != target.advice):
+            found[ADVICE] = f"advice {target.advice}"
+        return found
+
+    def _publish(self, target: FleetTarget) -> None:
+        """Tell routers, if there is something new for them; that a number of the reason has changed is nothing."""
+        last = self._target
+        causes = [target.causes.get(kind) for kind in (THRESHOLD, MODE)]
+        said = None if last is None else [last.causes.get(kind) for kind in (THRESHOLD, MODE)]
+        plan = (target.threshold_tokens, target.abundant)
+        if last is None or plan != (last.threshold_tokens, last.abundant) or causes != said:
+            self._membership.note_offload(Offload(*plan, target.reason))
+
+    def _ask_silent_links(self, view: ClusterView, now: float) -> None:
+        """Have one link tested of each path from a PrfaaS cluster on which nothing goes, lest it be forgotten.
+
+        A path that has become too narrow for anything is known to be wide again only by sending something.
+        """
+        for pair in silent_links(view, self._cluster_id, self._config.retest_s):
+            clusters = pair.from_cluster, pair.to_cluster
+            if now - self._retested_at.get(clusters, -math.inf) >= self._config.retest_s:
+                self._retested_at[clusters] = now
+                engines = {worker.worker_id: worker.engine_id for worker in view.workers}
+                self._retest(engines[pair.from_worker], engines[pair.to_worker])
+
+    def _convert(self, view: ClusterView, target: FleetTarget, seen: PlanningView, now: float) -> None:
+        """Have one worker change its role, in the direction of the target."""
+        role = Role.PREFILL if target.roles.num_prefill > seen.num_prefill else Role.DECODE
+        worker = choose(fleets(view, self._cluster_id).local, role)
+        client = None if worker is None else self._membership.client(worker.engine_id)
+        if worker is None or client is None:
+            self._conversions[role, Outcome.NO_WORKER] += 1
+            logger.warning("plan: no worker can become a %s worker: every cluster needs those that it has", role)
+            return
+        conversion = Conversion(worker.worker_id, worker.engine_id, role, now)
+        self._changing[worker.engine_id] = conversion
+        logger.info(
+            "plan: worker %s turns to %s, with %d running sequences and %d cached pages",
+            worker.worker_id,
+            role,
+            worker.load.num_running,
+            worker.load.pages_cached,
+        )
+        self._spawn(self._ask(client, conversion))
+
+    async def _ask(self, client: RoleSetter, conversion: Conversion) -> None:
+        try:
+            await client.set_role(conversion.role)
+        except PrfaasError as error:
+            self._refusals[conversion.engine_id] = str(error)
+
+    def _follow_conversions(self, view: ClusterView, now: float) -> None:
+        """Notice what has changed its role, what changes it unasked, and what takes too long."""
+        for engine_id, conversion in list(self._changing.items()):
+            refusal = self._refusals.get(engine_id, "")
+            ended = ending(conversion, view, now, self._config.convert_timeout_s, refusal)
+            if ended is not None:
+                self._end(conversion, ended)
+        leaving = {w.engine_id: w for w in fleets(view, self._cluster_id).local if w.load.num_other_role}
+        self._given_up &= leaving.keys()
+        for engine_id, worker in leaving.items():
+            if engine_id not in self._changing and engine_id not in self._given_up:
+                self._changing[engine_id] = Conversion(worker.worker_id, engine_id, worker.role, now, asked=False)
+
+    def _end(self, conversion: Conversion, ended: Ending) -> None:
+        del self._changing[conversion.engine_id]
+        self._refusals.pop(conversion.engine_id, None)
+        if ended.outcome is Outcome.GAVE_UP:
+            self._given_up.add(conversion.engine_id)
+        if not conversion.asked and ended.outcome is not Outcome.GAVE_UP:
+            return
+        self._conversions[conversion.role, ended.outcome] += 1
+        level = logging.INFO if ended.outcome is Outcome.DONE else logging.WARNING
+        logger.log(
+            level, "plan: worker %s to %s: %s: %s", conversion.worker_id, conversion.role, ended.outcome, ended.reason
+        )
+
+    def _sample(self, now: float, target: FleetTarget, seen: PlanningView, change: str) -> None:
+        soon = self._config.interval_s / 2  # the clock of a loop that sleeps is never exact
+        if not change and self._history and now - self._history[-1].at < SAMPLE_S - soon:
+            return
+        self._history.append(
+            PlanSample(
+                at=now,
+                threshold_tokens=target.threshold_tokens,
+                abundant=target.abundant,
+                num_prefill=seen.num_prefill,
+                num_decode=seen.num_decode,
+                num_changing=seen.num_changing,
+                num_prfaas=seen.num_prfaas,
+                back_off=int(target.numbers.get("back_off", 0)),
+                link_bytes_per_s=seen.link_bytes_per_s,
+                link_utilisation=seen.link_utilisation,
+                link_queue_s=seen.link_queue_s,
+                prfaas_queue_s=seen.prfaas_queue_s,
+                local_queue_s=seen.local_queue_s,
+                decode_queue=seen.decode_queue,
+                rate_rps=target.numbers.get("rate_rps", 0.0),
+                change=change,
+            )
+        )
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _tokens(threshold: float) -> str:
+    return "none" if threshold == OFFLOAD_NOTHING else f"{threshold:,.0f} tokens"
