@@ -97,6 +97,12 @@ class ProbeReceiver:
         except TimeoutError:
             raise GrantRefused(f"session {session_id} was not committed within {wait_s:g} s") from None
 
+    def give_up(self, session_id: SessionId, reason: str) -> None:
+        """The sender says that nothing more will come; a session that has ended, or is not known, is left alone."""
+        assert self._receiver is not None, "attach() comes before the first self-test"
+        if session_id in self._results:
+            self._receiver.abort(session_id, reason)
+
     # ---- transport threads ----
 
     def committed(self, session_id: SessionId) -> bool:

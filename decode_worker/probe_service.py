@@ -54,3 +54,11 @@ class ProbeReceiverService(rpc.ProbeReceiverServicer):
         except PrfaasError as error:
             await transfer_status.abort(context, error)
         return pb.ProbeDigestReply(digest=arrived.digest, num_bytes=arrived.num_bytes)
+
+    async def GiveUp(  # noqa: N802
+        self,
+        request: pb.ProbeGiveUpRequest,
+        context: grpc.aio.ServicerContext[pb.ProbeGiveUpRequest, pb.ProbeGiveUpReply],
+    ) -> pb.ProbeGiveUpReply:
+        self._receiver.give_up(SessionId(request.session_id), request.reason)
+        return pb.ProbeGiveUpReply()

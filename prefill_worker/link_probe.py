@@ -18,6 +18,7 @@ import asyncio
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +36,7 @@ from kv_transfer.transport import PeerIdentity, Transport
 FIRST_BYTES = 1 << 20
 MAX_BYTES = 64 << 20
 AIM_S = 0.1
+GIVE_UP_S = 1.0  # for a receiver to hear that its pages need not wait; if it does not, they wait for the lease
 DIGEST_WAIT_S = 5.0  # the commit was acknowledged: only the reading of the pages is waited for
 
 
@@ -47,6 +49,10 @@ class ProbeTarget(Protocol):
 
     async def digest(self, session_id: SessionId, wait_s: float) -> tuple[bytes, int]:
         """The digest of what arrived there, and its bytes."""
+        ...
+
+    async def give_up(self, session_id: SessionId, reason: str) -> None:
+        """Nothing more will come of that session."""
         ...
 
 
@@ -133,12 +139,13 @@ class LinkProber:
         region, layout = self._transport.region, self._layout
         session_id = SessionId(f"probe-{uuid.uuid4().hex}")
         lent = await self._loans.borrow(-(-num_bytes // region.geometry.bytes_per_page))
-        opened = False
+        opened = granted = False
         try:
             if not lent:
                 raise Overloaded("the sending worker has no page to spare")
             max_tokens = len(lent) * layout.page_size
             grant = await target.grant(session_id, max_tokens)
+            granted = True
             there, num_pages = grant.layout or layout, len(grant.pages)
             layout.require_compatible(there)
             num_tokens = min(max_tokens, num_pages * there.page_size)
@@ -151,12 +158,18 @@ class LinkProber:
             expected = await _to_the_end(prepare)
             ended = self._ship(session_id, grant, lent, pages, num_tokens)
             opened = True
+            report = await self._end_of(session_id, ended)
+            if report.error is not None:
+                raise report.error
+        except (PrfaasError, asyncio.CancelledError) as error:
+            if granted:  # the other end may never have heard of this one: its pages would wait for the lease
+                with suppress(PrfaasError, TimeoutError):
+                    async with asyncio.timeout(GIVE_UP_S):
+                        await target.give_up(session_id, str(error) or "the self-test took too long")
+            raise
         finally:
             if not opened:
                 self._loans.give_back(lent)
-        report = await self._end_of(session_id, ended)
-        if report.error is not None:
-            raise report.error
         digest, num_arrived = await target.digest(session_id, DIGEST_WAIT_S)
         exact = digest == expected and num_arrived == num_pages * there.bytes_per_page
         return _Transfer(report.bytes_sent, report.transfer_s, exact)

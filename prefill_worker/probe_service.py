@@ -101,6 +101,10 @@ class _Target:
         reply = await self._typed(self._stub.Digest(request, timeout=wait_s + CALL_TIMEOUT_S))
         return reply.digest, reply.num_bytes
 
+    async def give_up(self, session_id: SessionId, reason: str) -> None:
+        request = pb.ProbeGiveUpRequest(session_id=session_id, reason=reason)
+        await self._typed(self._stub.GiveUp(request, timeout=CALL_TIMEOUT_S))
+
     async def _typed(self, call: Awaitable[_Reply]) -> _Reply:
         try:
             return await call

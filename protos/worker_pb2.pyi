@@ -618,6 +618,18 @@ class ProbeDigestRequest(_message.Message):
     wait_s: float
     def __init__(self, session_id: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
+class ProbeGiveUpRequest(_message.Message):
+    __slots__ = ("session_id", "reason")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    reason: str
+    def __init__(self, session_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ProbeGiveUpReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class ProbeDigestReply(_message.Message):
     __slots__ = ("digest", "num_bytes")
     DIGEST_FIELD_NUMBER: _ClassVar[int]

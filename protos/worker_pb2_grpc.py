@@ -703,6 +703,11 @@ class ProbeReceiverStub:
                 request_serializer=protos_dot_worker__pb2.ProbeDigestRequest.SerializeToString,
                 response_deserializer=protos_dot_worker__pb2.ProbeDigestReply.FromString,
                 _registered_method=True)
+        self.GiveUp = channel.unary_unary(
+                '/prfaas.worker.v1.ProbeReceiver/GiveUp',
+                request_serializer=protos_dot_worker__pb2.ProbeGiveUpRequest.SerializeToString,
+                response_deserializer=protos_dot_worker__pb2.ProbeGiveUpReply.FromString,
+                _registered_method=True)
 
 
 class ProbeReceiverServicer:
@@ -722,6 +727,13 @@ class ProbeReceiverServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GiveUp(self, request, context):
+        """Nothing (more) will come: the pages need not wait for the lease. Of a session that has ended, or is not known: nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ProbeReceiverServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -734,6 +746,11 @@ def add_ProbeReceiverServicer_to_server(servicer, server):
                     servicer.Digest,
                     request_deserializer=protos_dot_worker__pb2.ProbeDigestRequest.FromString,
                     response_serializer=protos_dot_worker__pb2.ProbeDigestReply.SerializeToString,
+            ),
+            'GiveUp': grpc.unary_unary_rpc_method_handler(
+                    servicer.GiveUp,
+                    request_deserializer=protos_dot_worker__pb2.ProbeGiveUpRequest.FromString,
+                    response_serializer=protos_dot_worker__pb2.ProbeGiveUpReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -790,6 +807,33 @@ class ProbeReceiver:
             '/prfaas.worker.v1.ProbeReceiver/Digest',
             protos_dot_worker__pb2.ProbeDigestRequest.SerializeToString,
             protos_dot_worker__pb2.ProbeDigestReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GiveUp(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prfaas.worker.v1.ProbeReceiver/GiveUp',
+            protos_dot_worker__pb2.ProbeGiveUpRequest.SerializeToString,
+            protos_dot_worker__pb2.ProbeGiveUpReply.FromString,
             options,
             channel_credentials,
             insecure,

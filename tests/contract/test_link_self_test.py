@@ -112,6 +112,9 @@ class Worker:
         arrived = await self.probed.digest(session_id, wait_s)
         return arrived.digest, arrived.num_bytes
 
+    async def give_up(self, session_id: SessionId, reason: str) -> None:
+        self.probed.give_up(session_id, reason)
+
     def close(self) -> None:
         self.sender.close()
         self.receiver.close()
