@@ -60,6 +60,7 @@ WAIT_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0
 _OTHER_TENANTS = "other"  # in metrics: tenants that the configuration does not name
 _LOG_INTERVAL_S = 10.0
 _ROUNDING_S = 1e-6
+_REPORT_LAG_S = 0.1  # what was sent so shortly before a report came may not have reached the worker when it was made
 
 
 class Bound(StrEnum):
@@ -176,6 +177,15 @@ class _State(Enum):
     OVER = "over"  # refused, or gone
 
 
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """What a worker said of its load, when that was first seen, and how many sequences in it are not ours."""
+
+    load: WorkerLoad
+    seen_at: float
+    foreign: int
+
+
 class Ticket:
     """One request at admission. Only ``Admission`` writes it."""
 
@@ -236,7 +246,7 @@ class Admission:
         self._numbers = count()
         self._on_prefill: dict[WorkerId, dict[Ticket, None]] = {}  # first token awaited from there
         self._on_decode: dict[WorkerId, dict[Ticket, Released]] = {}  # decode there, or will
-        self._foreign: dict[WorkerId, tuple[WorkerLoad, int]] = {}  # last report |-> sequences in it that are not ours
+        self._reports: dict[WorkerId, _Report] = {}  # the last of each worker
         self._measured = Measurements()
         self._drain = DrainRate()
         self._refusals: Counter[str] = Counter()
@@ -402,25 +412,30 @@ class Admission:
             times=self._measured.times(now),
             expected=route.expected,
             prompts_ahead=len(ahead),
-            tokens_ahead=sum(t._demand.uncached_tokens for t in ahead if t._demand is not None),
+            tokens_unreported=self._count_unreported(prefill, ahead, now),
             released=tuple(ours.values()),
-            foreign=self._count_foreign(route.decode),
+            foreign=self._report(route.decode, now).foreign,
         )
 
-    def _count_foreign(self, decode: WorkerView) -> int:
-        """Sequences there that other gateways sent. Taken when a report is first seen, for what ends between two
-        reports is still in the last one."""
-        known = self._foreign.get(decode.worker_id)
-        if known is None or known[0] is not decode.load:
-            reported = decode.load.num_running + decode.load.num_waiting
-            there = (t for t in self._on_decode.get(decode.worker_id, ()) if t._decodes or t._prefill == t._decode)
+    def _report(self, worker: WorkerView, now: float) -> _Report:
+        """The worker's last report. What is in it and is not ours is counted when it is first seen: what ends until the
+        next one is still in it then."""
+        known = self._reports.get(worker.worker_id)
+        if known is None or known.load is not worker.load:
+            there = (t for t in self._on_decode.get(worker.worker_id, ()) if t._decodes or t._prefill == t._decode)
             ours = sum(ticket._place.size for ticket in there)
-            known = self._foreign[decode.worker_id] = (decode.load, max(0, reported - ours))
-        return known[1]
+            foreign = max(0, worker.load.num_running + worker.load.num_waiting - ours)
+            known = self._reports[worker.worker_id] = _Report(worker.load, now, foreign)
+        return known
+
+    def _count_unreported(self, prefill: WorkerView, ours: Mapping[Ticket, None], now: float) -> int:
+        since = self._report(prefill, now).seen_at - _REPORT_LAG_S
+        return sum(t._demand.uncached_tokens for t in ours if t._released_at > since and t._demand is not None)
 
     def _present(self, decode: WorkerId) -> int:
         """Sequences there now."""
-        _, foreign = self._foreign.get(decode, (None, 0))
+        report = self._reports.get(decode)
+        foreign = 0 if report is None else report.foreign
         return foreign + sum(t._place.size for t in self._on_decode.get(decode, ()) if t._decodes)
 
     def _release(

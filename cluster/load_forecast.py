@@ -56,14 +56,14 @@ class Outlook:
     times: ServiceTimes
     expected: Forecast | None = None  # the policy's, from now on; None: it predicts nothing
     prompts_ahead: int = 0  # of ours on ``prefill`` whose first token has not come
-    tokens_ahead: int = 0  # of those, to be computed
+    tokens_unreported: int = 0  # to be computed there, of ours that its last report does not know of
     released: tuple[Released, ...] = ()  # ours for ``decode``
     foreign: int = 0  # sequences on ``decode`` that are not ours
 
 
 def waiting_tokens(outlook: Outlook) -> int:
-    """Prompt tokens ahead of the request. The worker's report lags, and ours are not all there are: the larger."""
-    return max(outlook.prefill.load.num_waiting_tokens, outlook.tokens_ahead)
+    """Prompt tokens ahead of the request: what the worker reported, and what was sent there since."""
+    return outlook.prefill.load.num_waiting_tokens + outlook.tokens_unreported
 
 
 def queue_s(outlook: Outlook) -> float | None:

@@ -227,6 +227,21 @@ def test_without_a_worker_a_request_is_the_routers_to_wait_with() -> None:
     assert starts(fleet.join())
 
 
+def test_what_a_prefill_worker_has_computed_since_is_in_its_report() -> None:
+    fleet = Fleet(AdmissionConfig(prefill_queue_s=2.0), slots=100)
+    fleet.join(tokens=1000)  # 10 s
+    waiting = fleet.join()
+    fleet.prefill = (replace(fleet.prefill[0], load=WorkerLoad(num_waiting_tokens=1000)),)
+    fleet.advance(8.0)
+    assert waiting.waits
+
+    fleet.prefill = (replace(fleet.prefill[0], load=WorkerLoad(num_waiting_tokens=200)),)
+    fleet.run()
+
+    assert starts(waiting)
+    assert fleet.join().waits  # 2 s reported, and 1 s that was sent since
+
+
 # ---- turns ----
 
 
