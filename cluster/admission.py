@@ -94,7 +94,7 @@ class Miss:
     def __str__(self) -> str:
         name = "TTFT" if self.bound is Bound.SLO_TTFT else "TPOT"
         why = ", even with nothing ahead of it" if self.hopeless else ""
-        return f"a {name} of {self.predicted_s:.3f} s is predicted{why}, {self.allowed_s:.3f} s is allowed"
+        return f"a {name} of {self.predicted_s:.3g} s is predicted{why}, {self.allowed_s:.3g} s is allowed"
 
 
 @dataclass(frozen=True, slots=True)

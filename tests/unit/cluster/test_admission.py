@@ -475,7 +475,7 @@ def test_misses_may_be_served_and_are_then_named_and_counted_once(caplog: pytest
     fleet.finish(running)
 
     assert starts(late)
-    assert late.slo_miss_expected == "slo_ttft: a TTFT of 2.000 s is predicted, 1.500 s is allowed"
+    assert late.slo_miss_expected == "slo_ttft: a TTFT of 2 s is predicted, 1.5 s is allowed"
     assert fleet.admission.counters.misses_served_by_reason == {"slo_ttft": 1}
     assert fleet.admission.counters.refusals_by_reason == {}
     assert "served although slo_ttft is expected to be missed" in caplog.text

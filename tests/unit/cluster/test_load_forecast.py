@@ -232,7 +232,7 @@ def test_a_ttft_that_would_be_missed_says_by_how_much_and_when_to_come_again() -
     assert miss is not None
     assert (miss.bound, miss.hopeless) == (Bound.SLO_TTFT, False)
     assert (miss.predicted_s, miss.retry_after_s) == (pytest.approx(1.8), pytest.approx(0.3))
-    assert str(miss) == "a TTFT of 1.800 s is predicted, 1.500 s is allowed"
+    assert str(miss) == "a TTFT of 1.8 s is predicted, 1.5 s is allowed"
     assert judge(Slo(ttft_s=1.81), seen, DEMAND, waited_s=0.3, delay_s=0.5) is None
 
 
