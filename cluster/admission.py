@@ -28,7 +28,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from itertools import accumulate, count, islice
-from typing import TypeVar
 
 from cluster.config import UNSALTED, AdmissionConfig
 from cluster.fair_queue import FairQueue, Place
@@ -95,7 +94,7 @@ class Miss:
     def __str__(self) -> str:
         name = "TTFT" if self.bound is Bound.SLO_TTFT else "TPOT"
         why = ", even with nothing ahead of it" if self.hopeless else ""
-        return f"a {name} of {self.predicted_s:.3f} s is predicted{why}, {self.allowed_s:.3f} s is allowed"
+        return f"a {name} of {self.predicted_s:.3g} s is predicted{why}, {self.allowed_s:.3g} s is allowed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +178,9 @@ class _State(Enum):
 class Ticket:
     """One request at admission. Only ``Admission`` writes it."""
 
-    def __init__(self, request: GenerateRequest) -> None:
+    def __init__(self, request: GenerateRequest, num_output: int) -> None:
         self.request = request
+        self._num_output = num_output
         self.proposal: Proposal | None = None  # that it was released with, until it has begun
         self.waited_s = 0.0  # for its turn
         self.slo_miss_expected = ""  # in words, if it is served all the same
@@ -191,7 +191,6 @@ class Ticket:
         self._joined_at = 0.0
         self._arrived = False  # in the queue: it was not released at once
         self._demand: Demand | None = None
-        self._prefill: WorkerId | None = None  # where its first token is awaited
         self._decode: WorkerId | None = None
         self._released_at = 0.0
         self._tokens_to_first: int | None = None  # ahead of it when it was released, and its own; None: started anew
@@ -222,7 +221,6 @@ class Ticket:
         return f"<ticket of {self.request.request_id}, {self._state.value}>"
 
 
-_T = TypeVar("_T")
 Propose = Callable[[Ticket], Proposal | None]  # None: no worker can take it now
 
 
@@ -234,7 +232,6 @@ class Admission:
         self._clock = clock
         self._queue: FairQueue[Ticket] = FairQueue(config.weight_of)
         self._numbers = count()
-        self._on_prefill: dict[WorkerId, dict[Ticket, None]] = {}  # first token awaited from there
         self._on_decode: dict[WorkerId, dict[Ticket, Released]] = {}  # decode there, or will
         self._foreign: dict[WorkerId, tuple[WorkerLoad, int]] = {}  # last report |-> sequences in it that are not ours
         self._measured = Measurements()
@@ -270,19 +267,18 @@ class Admission:
 
     # ---- what the router calls ----
 
-    def join(self, request: GenerateRequest) -> Ticket:
-        """Stand in line. ``leave`` must follow, whatever comes."""
+    def join(self, request: GenerateRequest, num_output: int) -> Ticket:
+        """Stand in line. ``num_output``: tokens that each continuation is expected to have. ``leave`` must follow."""
         now, config, sampling = self._clock.now(), self._config, request.sampling
         deadlines = [math.inf if request.deadline_at is None else request.deadline_at]
         if request.slo.ttft_s is not None:
             deadlines.append(request.arrived_at + request.slo.ttft_s)
-        output = sampling.n * min(self._measured.output_tokens or 1.0, _max_tokens(request))
-        ticket = Ticket(request)
+        ticket = Ticket(request, num_output)
         ticket._joined_at = now
         ticket._place = Place(
             item=ticket,
             tenant=tenant_of(request.salt),
-            cost=len(request.prompt_token_ids) + output,
+            cost=len(request.prompt_token_ids) + sampling.n * num_output,
             size=sampling.n,
             order=(math.floor(now / config.ageing_s) - request.priority, min(deadlines), next(self._numbers)),
         )
@@ -305,7 +301,7 @@ class Admission:
                 return ticket
             if full & _workers(proposal.route):
                 continue
-            outlook, demand = self._outlook(proposal, now), _demand(ticket.request, proposal.uncached_tokens)
+            outlook, demand = self._outlook(proposal, now), _demand(ticket, proposal.uncached_tokens)
             lacking = lack_of_room(outlook, demand, self._config)
             if lacking is not None:
                 full.add(lacking)
@@ -321,7 +317,7 @@ class Admission:
         if request.slo != NO_SLO:
             proposal = propose(ticket)
             if proposal is not None:
-                outlook, demand = self._outlook(proposal, now), _demand(request, proposal.uncached_tokens)
+                outlook, demand = self._outlook(proposal, now), _demand(ticket, proposal.uncached_tokens)
                 miss = judge(request.slo, outlook, demand, self._waited(ticket, now), self._delay_s(ticket, now) or 0.0)
                 self._accept(ticket, miss, now)
         self._bound_queue(ticket, now)
@@ -332,7 +328,7 @@ class Admission:
             if ticket._begun or ticket._demand is None:
                 ticket._tokens_to_first = None
                 ticket._decodes_from = ticket._decodes_from if ticket._decodes else self._clock.now()
-            ticket._demand = ticket._demand or _demand(ticket.request, len(ticket.request.prompt_token_ids))
+            ticket._demand = ticket._demand or _demand(ticket, len(ticket.request.prompt_token_ids))
             ticket._begun, ticket.proposal = True, None  # a view is large
             self._unbook(ticket)
             self._book(ticket, route)
@@ -344,8 +340,6 @@ class Admission:
             return
         now = self._clock.now()
         ticket._decodes, ticket._decodes_from = True, now
-        if ticket._prefill is not None:
-            _discard(self._on_prefill, ticket._prefill, ticket)
         if ticket._tokens_to_first is not None:
             self._measured.first_token(ticket._tokens_to_first, now - ticket._released_at, now)
         if ticket._decode is not None:
@@ -391,31 +385,26 @@ class Admission:
 
     def _outlook(self, proposal: Proposal, now: float) -> Outlook:
         route = proposal.route
-        prefill = route.prefill or route.decode
-        ahead = self._on_prefill.get(prefill.worker_id, {})
         ours = self._on_decode.get(route.decode.worker_id, {})
         return Outlook(
             now=now,
-            prefill=prefill,
+            prefill=route.prefill or route.decode,
             decode=route.decode,
             costs=proposal.view.costs,
             times=self._measured.times(now),
             expected=route.expected,
-            prompts_ahead=len(ahead),
-            tokens_ahead=sum(t._demand.uncached_tokens for t in ahead if t._demand is not None),
             released=tuple(ours.values()),
             foreign=self._count_foreign(route.decode),
         )
 
-    def _count_foreign(self, decode: WorkerView) -> int:
-        """Sequences there that other gateways sent. Taken when a report is first seen, for what ends between two
-        reports is still in the last one."""
-        known = self._foreign.get(decode.worker_id)
-        if known is None or known[0] is not decode.load:
-            reported = decode.load.num_running + decode.load.num_waiting
-            there = (t for t in self._on_decode.get(decode.worker_id, ()) if t._decodes or t._prefill == t._decode)
-            ours = sum(ticket._place.size for ticket in there)
-            known = self._foreign[decode.worker_id] = (decode.load, max(0, reported - ours))
+    def _count_foreign(self, worker: WorkerView) -> int:
+        """Sequences in the worker's last report that other gateways sent. Counted when the report is first seen: what
+        ends until the next one is still in it then."""
+        known = self._foreign.get(worker.worker_id)
+        if known is None or known[0] is not worker.load:
+            load, ours = worker.load, worker.num_assigned - worker.num_unreported
+            foreign = max(0, load.num_running + load.num_waiting + load.num_announced - ours)
+            known = self._foreign[worker.worker_id] = (load, foreign)
         return known[1]
 
     def _present(self, decode: WorkerId) -> int:
@@ -448,16 +437,14 @@ class Admission:
         if ticket._demand.max_tokens > 1:
             ticket._decode = route.decode.worker_id
             self._on_decode.setdefault(ticket._decode, {})[ticket] = ticket._as_released()
-        if not ticket._decodes:
-            ticket._prefill = (route.prefill or route.decode).worker_id
-            self._on_prefill.setdefault(ticket._prefill, {})[ticket] = None
 
     def _unbook(self, ticket: Ticket) -> None:
-        if ticket._prefill is not None:
-            _discard(self._on_prefill, ticket._prefill, ticket)
         if ticket._decode is not None:
-            _discard(self._on_decode, ticket._decode, ticket)
-        ticket._prefill = ticket._decode = None
+            page = self._on_decode[ticket._decode]
+            del page[ticket]
+            if not page:
+                del self._on_decode[ticket._decode]
+            ticket._decode = None
 
     def _accept(self, ticket: Ticket, miss: Miss | None, now: float) -> bool:
         """May it go on? One that would miss an objective may if misses are served."""
@@ -553,27 +540,16 @@ class Admission:
         logger.warning("a request is %s: %s%s", what, message, more)
 
 
-def _demand(request: GenerateRequest, uncached_tokens: int) -> Demand:
+def _demand(ticket: Ticket, uncached_tokens: int) -> Demand:
+    request, limit = ticket.request, ticket.request.sampling.max_tokens
     return Demand(
         num_tokens=len(request.prompt_token_ids),
         uncached_tokens=uncached_tokens,
         num_sequences=request.sampling.n,
-        max_tokens=_max_tokens(request),
+        num_output=ticket._num_output,
+        max_tokens=math.inf if limit is None else limit,
     )
-
-
-def _max_tokens(request: GenerateRequest) -> float:
-    return math.inf if request.sampling.max_tokens is None else request.sampling.max_tokens
 
 
 def _workers(route: Route) -> set[WorkerId]:
     return {route.decode.worker_id} | (set() if route.prefill is None else {route.prefill.worker_id})
-
-
-def _discard(books: dict[WorkerId, dict[Ticket, _T]], worker_id: WorkerId, ticket: Ticket) -> None:
-    """Take it off the worker's page, and the page out of the book when it is empty."""
-    page = books.get(worker_id)
-    if page is not None:
-        page.pop(ticket, None)
-        if not page:
-            del books[worker_id]

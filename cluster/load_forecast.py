@@ -4,7 +4,7 @@ A decode worker that looks idle now is not idle when a prompt that starts now ha
 workers compute meanwhile arrives there first. Judging requests by the load as it is now makes it swing between idle
 and overloaded, with the prefill time as period (PAPERS.md C.5, Mooncake's early rejection); so it is projected:
 
-    on D at now + h  =  of other gateways (as reported, taken to stay)
+    on D at now + h  =  of other gateways (as reported, there or announced, taken to stay)
                      +  of ours that decode there, each times the chance that it lasts h longer
                      +  of ours whose prefill ends within h, each times the chance that it lasts what is left of h
 
@@ -18,6 +18,7 @@ None, and nothing is held against a request that nothing is known of.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
@@ -33,7 +34,13 @@ class Demand:
     num_tokens: int  # of the prompt
     uncached_tokens: int  # of them, to be computed by the worker that prefills
     num_sequences: int
-    max_tokens: float  # most of each continuation
+    num_output: float  # expected of each continuation
+    max_tokens: float  # most of each
+
+    @property
+    def growth(self) -> float:
+        """Tokens that it adds to what is stored of it."""
+        return self.num_sequences * self.num_output
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +62,13 @@ class Outlook:
     costs: CostView
     times: ServiceTimes
     expected: Forecast | None = None  # the policy's, from now on; None: it predicts nothing
-    prompts_ahead: int = 0  # of ours on ``prefill`` whose first token has not come
-    tokens_ahead: int = 0  # of those, to be computed
     released: tuple[Released, ...] = ()  # ours for ``decode``
-    foreign: int = 0  # sequences on ``decode`` that are not ours
+    foreign: int = 0  # sequences on ``decode``, or announced there, that are not ours
 
 
 def waiting_tokens(outlook: Outlook) -> int:
-    """Prompt tokens ahead of the request. The worker's report lags, and ours are not all there are: the larger."""
-    return max(outlook.prefill.load.num_waiting_tokens, outlook.tokens_ahead)
+    """Prompt tokens ahead of the request: what the worker reported, and what was sent there since."""
+    return outlook.prefill.load.num_waiting_tokens + outlook.prefill.unreported_tokens
 
 
 def queue_s(outlook: Outlook) -> float | None:
@@ -73,8 +78,12 @@ def queue_s(outlook: Outlook) -> float | None:
         return 0.0
     cost = _cost(outlook.costs, outlook.prefill)
     if cost is not None:
-        prompts = max(1, outlook.prompts_ahead, outlook.prefill.load.num_waiting)
-        return prompts * cost.prefill(tokens / prompts)
+        step_s, token_s, pair_s = cost.prefill_cost.coefficients
+        load = outlook.prefill.load
+        prompts = max(1, load.num_running + load.num_waiting + outlook.prefill.num_unreported)
+        steps = math.ceil(tokens / cost.step_tokens) if cost.step_tokens < math.inf else 1
+        # Lengths are not reported; equal ones attend least. Prompts share steps.
+        return step_s * steps + tokens * (token_s + pair_s / 2 * tokens / prompts)
     line = outlook.times.first_token
     return line.slope * tokens if line is not None and line.slope > 0 else None
 
@@ -116,25 +125,23 @@ class DecodeLoad:
 def load_at(outlook: Outlook, horizon_s: float | None) -> DecodeLoad:
     """The load ``horizon_s`` from now, when what is there, or will have come by then, has grown to its expected length:
     a page that is free now may be spoken for. None: if all had come and none ended, which is no less at any time."""
-    output = outlook.times.output_tokens or 0.0
-    sequences, tokens_taken = float(outlook.foreign), 0.0
+    decode = outlook.decode
+    sequences, tokens = float(outlook.foreign), float(decode.load.num_announced_tokens + decode.unreported_kv_tokens)
     for released in outlook.released:
         demand = released.demand
         stays = 1.0 if horizon_s is None else _presence(outlook, released, outlook.now + horizon_s)
-        growth = demand.num_sequences * (output if output < demand.max_tokens else demand.max_tokens)
         sequences += demand.num_sequences * stays
         if released.decodes:
-            # Its prompt's pages are taken already: what ends gives them back, what stays has half its growth to come.
-            tokens_taken += growth / 2 * stays - demand.num_tokens * (1 - stays)
+            # Its prompt's pages are taken: what ends gives them back, what stays has half of its growth to come.
+            tokens += demand.growth / 2 * stays - demand.num_tokens * (1 - stays)
         else:
-            tokens_taken += (demand.num_tokens + growth) * stays
-    return DecodeLoad(sequences, outlook.decode.load.pages_free - _pages(outlook, tokens_taken))
+            tokens += demand.growth * stays  # its prompt is announced, or has pages already
+    return DecodeLoad(sequences, decode.load.pages_free - _pages(outlook, tokens))
 
 
 def pages_needed(outlook: Outlook, demand: Demand) -> float:
     """Pages that the request will have taken on the decode worker at its end; its continuations share the prompt's."""
-    growth = demand.num_sequences * min(outlook.times.output_tokens or 0.0, demand.max_tokens)
-    return _pages(outlook, demand.num_tokens + growth)
+    return _pages(outlook, demand.num_tokens + demand.growth)
 
 
 def lasts(durations: tuple[float, ...], age_s: float, longer_s: float) -> float:
@@ -183,8 +190,7 @@ def _step_s(outlook: Outlook, demand: Demand, sequences: float) -> float | None:
     cost = _cost(outlook.costs, outlook.decode)
     if cost is not None:
         demands = [demand, *(released.demand for released in outlook.released)]
-        output = (outlook.times.output_tokens or 0.0) / 2  # of each, half is there on average
-        context = sum(d.num_tokens + min(output, d.max_tokens) for d in demands) / len(demands)
+        context = sum(d.num_tokens + d.num_output / 2 for d in demands) / len(demands)  # half of the output, on average
         return cost.decode_step(sequences, sequences * context)
     line = outlook.times.token
     return None if line is None else line.at(sequences)

@@ -254,7 +254,8 @@ class Router:
         # Clients may use one request id again, and at several gateways at once: what workers see must be unique.
         name = RequestId(f"{self._gateway_id}/{self._num_requests}/{request.request_id}")
         self._num_requests += 1
-        flight = _Flight(request, name, self._admission.join(request))
+        num_output = self._output_lengths.expected(0, request.sampling.max_tokens)
+        flight = _Flight(request, name, self._admission.join(request, num_output))
         self._flights[request.request_id] = flight
         self._idle.clear()
         if request.deadline_at is not None:
@@ -303,7 +304,9 @@ class Router:
             route = self._policy.route(request, view)
         except NoRoute:
             return None
-        return Proposal(route, request.num_tokens - request.cached_tokens(route.prefill or route.decode), view)
+        if self._refusal(route) is not None:
+            return None
+        return Proposal(route, request.num_tokens - continuation.cached_tokens(route), view)
 
     def _stream(self, flight: _Flight) -> AsyncGenerator[OutputChunk, None]:
         if len(flight.continuations) == 1:

@@ -37,7 +37,6 @@ class ServiceTimes:
     first_token: Line | None = None  # from release to first token, by tokens ahead of it and its own
     token: Line | None = None  # TPOT, by sequences on the decode worker
     decode: tuple[float, ...] = ()  # from first to last token, ascending
-    output_tokens: float | None = None  # mean of one continuation
     token_s: float | None = None  # mean TPOT
 
 
@@ -49,15 +48,9 @@ class Measurements:
         self._token = _Fit(through_origin=False)
         self._durations: deque[float] = deque()
         self._ascending: list[float] = []
-        self._output = _Mean()
         self._token_s = _Mean()
         self._times: ServiceTimes | None = None
         self._times_until = -math.inf
-
-    @property
-    def output_tokens(self) -> float | None:
-        """Mean of one continuation."""
-        return self._output.value
 
     def first_token(self, tokens: int, seconds: float, now: float) -> None:
         """With so many tokens to compute for it, the first token came after so long."""
@@ -66,10 +59,9 @@ class Measurements:
 
     def finished(self, batch: float, num_tokens: int, seconds: float, now: float) -> None:
         """A continuation had so many tokens; those after the first came in so many seconds, beside ``batch`` others."""
-        self._times = None
-        self._output.add(num_tokens)
         if num_tokens < 2:
             return
+        self._times = None
         self._token.add(batch, seconds / (num_tokens - 1), now)
         self._token_s.add(seconds / (num_tokens - 1))
         self._durations.append(seconds)
@@ -84,7 +76,6 @@ class Measurements:
                 first_token=self._first_token.line(now),
                 token=self._token.line(now),
                 decode=tuple(self._ascending),
-                output_tokens=self._output.value,
                 token_s=self._token_s.value,
             )
             ends = (fit.added_at + MEASUREMENT_LIFE_S for fit in (self._first_token, self._token))

@@ -109,6 +109,7 @@ class FakeWorker(rpc.WorkerServicer):
         self.running: dict[str, asyncio.Task[None]] = {}
         self.stages: dict[str, Role] = {}  # of what runs
         self.announced: dict[str, SequenceSpec] = {}
+        self.waiting: dict[str, int] = {}  # prompts without a first token |-> their tokens
         self._outputs: asyncio.Queue[pb.OutputBatch] = asyncio.Queue()
         self._changed = asyncio.Event()
         self._server: grpc.aio.Server | None = None
@@ -188,6 +189,7 @@ class FakeWorker(rpc.WorkerServicer):
                 role=self.role.value,
                 draining=self.draining,
                 num_running=len(self.running),
+                num_waiting_tokens=sum(self.waiting.values()),
                 pages_free=self.pages_free,
                 num_other_role=self.num_other_role,
                 links=map(wire.link_to_message, self.links),
@@ -217,6 +219,7 @@ class FakeWorker(rpc.WorkerServicer):
         self.prefills.append(spec)
         self.prefill_requests.append(request)
         await self._refuse_if_asked(QUEUED, spec, context)
+        self.waiting[spec.sequence_id] = len(spec.token_ids)
         self._run(spec, self._prefill(spec, request.decode_address))
 
     async def announce(self, request: pb.DecodeRequest, context: Any) -> None:
@@ -233,6 +236,7 @@ class FakeWorker(rpc.WorkerServicer):
         for sequence_id in sequence_ids:
             self.aborts.append((sequence_id, stage))
             self.announced.pop(sequence_id, None)
+            self.waiting.pop(sequence_id, None)
             task = self.running.pop(sequence_id, None)
             self.stages.pop(sequence_id, None)
             if task is not None:
@@ -278,6 +282,7 @@ class FakeWorker(rpc.WorkerServicer):
 
     async def _prefill(self, spec: SequenceSpec, decode_address: str) -> None:
         await self._visit(FIRST_TOKEN, spec)
+        self.waiting.pop(spec.sequence_id, None)
         position = len(spec.output_token_ids)
         stats = StageStats(
             WorkerId(self.worker_id), Role.PREFILL, queue_s=0.5, compute_s=1.0, cached_tokens=2, pull=self.pull

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from cluster.admission import LOOK_AHEAD, WAIT_BUCKETS_S, Admission, Bound, Proposal, Ticket
 from cluster.config import AdmissionConfig
 from cluster.cost_model import ComputeCost, CostView, LinearCost
-from cluster.view import ClusterView, Forecast, Route, WorkerLoad
+from cluster.view import ClusterView, Forecast, Route, WorkerLoad, WorkerView
 from core.clock import VirtualClock
 from core.errors import Cancelled, NoRoute, Overloaded
 from core.prefix_hash import tenant_of
-from core.request import MAX_PRIORITY, NO_SLO, GenerateRequest, RequestId, Role, SamplingParams, Slo
+from core.request import MAX_PRIORITY, NO_SLO, GenerateRequest, RequestId, Role, SamplingParams, Slo, WorkerId
 from tests.unit.cluster.scripted_router import worker
 
 # A prompt of 100 tokens takes 1 s; a decode step 10 ms and 1 ms for each sequence.
@@ -52,12 +52,32 @@ class Fleet:
         decode = replace(worker("decode-0", Role.DECODE, load=WorkerLoad(pages_free=10_000)), max_batch_size=self.slots)
         prefill = tuple(worker(f"prefill-{i}", Role.PREFILL, load=WorkerLoad()) for i in range(self.num_prefill))
         self.decode, self.prefill = decode, prefill
+        self.unreported: dict[str, list[Ticket]] = {w.worker_id: [] for w in (decode, *prefill)}
+
+    def seen(self, worker: WorkerView) -> WorkerView:
+        """The worker as membership shows it: its last report, and what was sent there since."""
+        there, sent = self.started, self.unreported[worker.worker_id]
+        if worker.role is Role.DECODE:
+            assigned = sum(t.request.sampling.n for t in there)
+            return replace(worker, num_assigned=assigned, num_unreported=sum(t.request.sampling.n for t in sent))
+        tokens = sum(len(t.request.prompt_token_ids) for t in sent)
+        return replace(worker, num_unreported=len(sent), unreported_tokens=tokens)
+
+    def report(self, load: WorkerLoad, role: Role = Role.DECODE) -> None:
+        """The first worker of that role reports: what was sent there is in it."""
+        if role is Role.DECODE:
+            self.decode = replace(self.decode, load=load)
+        else:
+            self.prefill = (replace(self.prefill[0], load=load), *self.prefill[1:])
+        self.unreported[f"{role}-0"].clear()
+        self.run()
 
     def propose(self, ticket: Ticket) -> Proposal | None:
         if self.no_worker:
             return None
-        route = Route(self.prefill[self.pick(ticket)], self.decode, "scripted", expected=self.expected)
-        view = ClusterView(self.clock.now(), (self.decode, *self.prefill), costs=self.costs)
+        prefill, decode = self.seen(self.prefill[self.pick(ticket)]), self.seen(self.decode)
+        route = Route(prefill, decode, "scripted", expected=self.expected)
+        view = ClusterView(self.clock.now(), (decode, *map(self.seen, self.prefill)), costs=self.costs)
         return Proposal(route, len(ticket.request.prompt_token_ids), view)
 
     def join(
@@ -84,7 +104,7 @@ class Fleet:
             slo=slo,
             priority=priority,
         )
-        ticket = self.admission.join(request)
+        ticket = self.admission.join(request, max_tokens)
         self.tickets.append(ticket)
         self.run()
         if ticket.waits:
@@ -96,18 +116,30 @@ class Fleet:
             self.started.append(ticket)
             self.order.append(ticket.request.request_id)
             if ticket.proposal is not None:
-                self.admission.begun(ticket, ticket.proposal.route)
+                route = ticket.proposal.route
+                assert route.prefill is not None
+                self.unreported[route.prefill.worker_id].append(ticket)
+                self.unreported[route.decode.worker_id].append(ticket)
+                self.admission.begun(ticket, route)
 
     def first_tokens(self, *tickets: Ticket) -> None:
         for ticket in tickets:
             self.admission.first_token(ticket)
+            self._gone(ticket, Role.PREFILL)
         self.run()
 
     def finish(self, *tickets: Ticket, tokens: int | None = 8) -> None:
         for ticket in tickets:
             self.started.remove(ticket)
+            self._gone(ticket, Role.PREFILL)
+            self._gone(ticket, Role.DECODE)
             self.admission.leave(ticket, tokens)
         self.run()
+
+    def _gone(self, ticket: Ticket, role: Role) -> None:
+        for worker_id, sent in self.unreported.items():
+            if worker_id.startswith(role) and ticket in sent:
+                sent.remove(ticket)
 
     def advance(self, seconds: float) -> None:
         self.clock.advance(seconds)
@@ -200,11 +232,10 @@ def test_one_that_waits_for_a_worker_lets_others_pass_to_other_workers_but_not_t
 
 def test_sequences_of_other_gateways_take_slots_too() -> None:
     fleet = Fleet(AdmissionConfig(), slots=4)
-    fleet.decode = replace(fleet.decode, load=WorkerLoad(num_running=3, num_waiting=1, pages_free=1000))
+    fleet.report(WorkerLoad(num_running=2, num_waiting=1, num_announced=1, pages_free=1000))
 
     assert fleet.join().waits
-    fleet.decode = replace(fleet.decode, load=WorkerLoad(num_running=3, pages_free=1000))
-    fleet.run()
+    fleet.report(WorkerLoad(num_running=3, pages_free=1000))
     assert len(fleet.started) == 1
 
 
@@ -212,7 +243,7 @@ def test_what_ended_since_the_last_report_is_not_taken_for_another_gateways() ->
     fleet = Fleet(AdmissionConfig(), slots=2)
     first, second = fleet.join(), fleet.join()
     fleet.first_tokens(first, second)
-    fleet.decode = replace(fleet.decode, load=WorkerLoad(num_running=2, pages_free=1000))
+    fleet.report(WorkerLoad(num_running=2, pages_free=1000))
     third = fleet.join()
     assert third.waits
 
@@ -225,6 +256,20 @@ def test_without_a_worker_a_request_is_the_routers_to_wait_with() -> None:
     fleet = Fleet(AdmissionConfig(max_queued=0), no_worker=True)
 
     assert starts(fleet.join())
+
+
+def test_what_a_prefill_worker_has_computed_since_is_in_its_report() -> None:
+    fleet = Fleet(AdmissionConfig(prefill_queue_s=2.0), slots=100)
+    fleet.join(tokens=1000)  # 10 s
+    waiting = fleet.join()
+    fleet.report(WorkerLoad(num_waiting_tokens=1000), Role.PREFILL)
+    fleet.advance(8.0)
+    assert waiting.waits
+
+    fleet.report(WorkerLoad(num_waiting_tokens=200), Role.PREFILL)
+
+    assert starts(waiting)
+    assert fleet.join().waits  # 2 s reported, and 1 s that was sent since
 
 
 # ---- turns ----
@@ -430,7 +475,7 @@ def test_misses_may_be_served_and_are_then_named_and_counted_once(caplog: pytest
     fleet.finish(running)
 
     assert starts(late)
-    assert late.slo_miss_expected == "slo_ttft: a TTFT of 2.000 s is predicted, 1.500 s is allowed"
+    assert late.slo_miss_expected == "slo_ttft: a TTFT of 2 s is predicted, 1.5 s is allowed"
     assert fleet.admission.counters.misses_served_by_reason == {"slo_ttft": 1}
     assert fleet.admission.counters.refusals_by_reason == {}
     assert "served although slo_ttft is expected to be missed" in caplog.text
@@ -450,11 +495,12 @@ def test_without_costs_what_was_measured_predicts_and_is_forgotten_when_all_are_
 
 
 def test_another_attempt_elsewhere_is_booked_there() -> None:
-    fleet = Fleet(AdmissionConfig(prefill_queue_s=0.0), num_prefill=2, slots=100, pick=lambda t: 0)
-    ticket = fleet.join()
-    waiting = fleet.join()
+    fleet = Fleet(AdmissionConfig(), slots=1)
+    ticket, waiting = fleet.join(), fleet.join()
+    assert waiting.waits
+    other = replace(fleet.decode, worker_id=WorkerId("decode-1"))
 
-    fleet.admission.begun(ticket, Route(fleet.prefill[1], fleet.decode, "another attempt"))
+    fleet.admission.begun(ticket, Route(fleet.prefill[0], other, "another attempt"))
     fleet.run()
 
     assert starts(waiting)
@@ -617,7 +663,7 @@ def test_every_request_starts_or_is_refused_and_nothing_is_left_behind(
 
     admission = fleet.admission
     assert (admission.num_waiting, fleet.started) == (0, [])
-    assert (admission._on_prefill, admission._on_decode, admission._queue.sizes) == ({}, {}, {})
+    assert (admission._on_decode, admission._queue.sizes) == ({}, {})
     refused = sum(admission.counters.refusals_by_reason.values())
     assert refused == sum(t._refusal is not None for t in fleet.tickets)
     assert admission.counters.wait_counts[-1] == len(fleet.tickets)

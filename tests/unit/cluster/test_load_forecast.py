@@ -26,21 +26,26 @@ from cluster.load_forecast import (
     seconds_until_tpot,
 )
 from cluster.service_times import Line, ServiceTimes
-from cluster.view import Forecast, WorkerLoad
+from cluster.view import Forecast, WorkerLoad, WorkerView
 from core.request import Role, Slo
 from tests.unit.cluster.scripted_router import worker
 
-DEMAND = Demand(num_tokens=100, uncached_tokens=100, num_sequences=1, max_tokens=50)
+DEMAND = Demand(num_tokens=100, uncached_tokens=100, num_sequences=1, num_output=32, max_tokens=50)
 TIMES = ServiceTimes(
     first_token=Line(0.1, 0.001),
     token=Line(0.010, 0.001),
     decode=(1.0, 2.0, 3.0, 4.0),
-    output_tokens=32.0,
     token_s=1.0,
 )
 # 1 ms a token of prefill; a step of 10 ms and 1 ms for each sequence.
 COSTS = CostView({"": ComputeCost(LinearCost((0.0, 0.001, 0.0)), LinearCost((0.010, 0.001, 0.0)))}, {})
 NO_COSTS = CostView({}, {})
+
+
+def ahead(tokens: int, prompts: int = 1, load: WorkerLoad = WorkerLoad()) -> WorkerView:
+    """A prefill worker to which so many tokens were sent since its last report."""
+    idle = worker("prefill-0", Role.PREFILL, load=load)
+    return replace(idle, num_unreported=prompts, unreported_tokens=tokens)
 
 
 def outlook(**changes: object) -> Outlook:
@@ -66,14 +71,14 @@ def arriving(at: float) -> Released:
 
 
 def test_nothing_known_predicts_nothing_and_no_objective_is_held_against_it() -> None:
-    assert (predict_ttft(outlook(), DEMAND), predict_ttft(outlook(tokens_ahead=10_000), DEMAND)) == (None, None)
+    assert (predict_ttft(outlook(), DEMAND), predict_ttft(outlook(prefill=ahead(10_000)), DEMAND)) == (None, None)
     assert predict_tpot(outlook(foreign=1000), DEMAND, 1.0) is None
     assert judge(Slo(0.001, 0.001), outlook(foreign=1000), DEMAND, waited_s=0.0) is None
 
 
 def test_ttft_is_the_queue_and_the_prompt_by_the_costs() -> None:
     # 900 tokens of three prompts ahead, 60 of the 100 own ones to compute: 0.9 s and 0.06 s.
-    seen = outlook(costs=COSTS, tokens_ahead=900, prompts_ahead=3)
+    seen = outlook(costs=COSTS, prefill=ahead(900, 3))
 
     assert queue_s(seen) == pytest.approx(0.9)
     assert predict_ttft(seen, replace(DEMAND, uncached_tokens=60)) == pytest.approx(0.96)
@@ -83,20 +88,19 @@ def test_quadratic_costs_are_of_prompts_and_not_of_the_queue_as_one_prompt() -> 
     quadratic = CostView({"": ComputeCost(LinearCost((0.0, 0.0, 1e-6)), LinearCost((0.0, 0.0, 0.0)))}, {})
 
     # three prompts of 300 tokens: 3 * 300^2 / 2 pairs
-    assert queue_s(outlook(costs=quadratic, tokens_ahead=900, prompts_ahead=3)) == pytest.approx(0.135)
+    assert queue_s(outlook(costs=quadratic, prefill=ahead(900, 3))) == pytest.approx(0.135)
 
 
 def test_ttft_is_the_measured_line_where_no_costs_are_known() -> None:
-    seen = outlook(times=TIMES, tokens_ahead=900)
+    seen = outlook(times=TIMES, prefill=ahead(900))
 
     assert predict_ttft(seen, DEMAND) == pytest.approx(0.1 + 1.0)
 
 
-def test_the_larger_of_the_workers_report_and_our_own_is_ahead() -> None:
-    reported = worker("prefill-0", Role.PREFILL, load=WorkerLoad(num_waiting_tokens=500))
+def test_what_was_sent_since_the_workers_report_is_ahead_too() -> None:
+    reported = WorkerLoad(num_waiting_tokens=500)
 
-    assert predict_ttft(outlook(costs=COSTS, prefill=reported, tokens_ahead=200), DEMAND) == pytest.approx(0.6)
-    assert predict_ttft(outlook(costs=COSTS, prefill=reported, tokens_ahead=700), DEMAND) == pytest.approx(0.8)
+    assert predict_ttft(outlook(costs=COSTS, prefill=ahead(200, load=reported)), DEMAND) == pytest.approx(0.8)
 
 
 def test_the_policys_forecast_is_used_if_there_is_one() -> None:
@@ -157,10 +161,18 @@ def test_a_continuation_ends_with_its_last_allowed_token() -> None:
 
 
 def test_pages_that_are_free_now_may_be_spoken_for() -> None:
-    # 16 tokens a page. 100 tokens of prompt arrive and grow by 32 each: 8.25 pages; what decodes has 16 tokens to grow.
-    seen = outlook(times=replace(TIMES, decode=()), released=(arriving(at=100.5), decoding(since=99.0)))
+    # 16 tokens a page. 100 tokens are announced and will grow by 32: 8.25 pages; what decodes has 16 tokens to grow.
+    decode = worker("decode-0", Role.DECODE, load=WorkerLoad(pages_free=100, num_announced=1, num_announced_tokens=100))
+    times = replace(TIMES, decode=())
+    seen = outlook(decode=decode, times=times, released=(arriving(at=100.5), decoding(since=99.0)))
 
     assert load_at(seen, 1.0).pages_free == pytest.approx(100 - 132 / 16 - 1)
+    assert load_at(replace(seen, decode=replace(decode, unreported_kv_tokens=160)), 1.0).pages_free == pytest.approx(
+        100 - 132 / 16 - 1 - 10
+    )
+    # Of two decodes that lasted as long as this one, one ended within a second: half of its 100 tokens come back.
+    gone = outlook(times=replace(TIMES, decode=(1.5, 9.0)), released=(decoding(since=99.0),))
+    assert load_at(gone, 1.0).pages_free == pytest.approx(100 + 50 / 16 - 8 / 16)
 
 
 # ---- room ----
@@ -175,10 +187,10 @@ def test_an_idle_route_has_room_for_anything() -> None:
 def test_a_prefill_worker_is_full_by_seconds_or_by_tokens_while_its_speed_is_not_known() -> None:
     config = AdmissionConfig(prefill_queue_s=1.0, prefill_queue_tokens=500)
 
-    assert lack_of_room(outlook(costs=COSTS, tokens_ahead=1000), DEMAND, config) is None
-    assert lack_of_room(outlook(costs=COSTS, tokens_ahead=1001), DEMAND, config) == "prefill-0"
-    assert lack_of_room(outlook(tokens_ahead=500), DEMAND, config) is None
-    assert lack_of_room(outlook(tokens_ahead=501), DEMAND, config) == "prefill-0"
+    assert lack_of_room(outlook(costs=COSTS, prefill=ahead(1000)), DEMAND, config) is None
+    assert lack_of_room(outlook(costs=COSTS, prefill=ahead(1001)), DEMAND, config) == "prefill-0"
+    assert lack_of_room(outlook(prefill=ahead(500)), DEMAND, config) is None
+    assert lack_of_room(outlook(prefill=ahead(501)), DEMAND, config) == "prefill-0"
 
 
 def test_a_decode_worker_is_full_by_slots_when_the_prefill_ends() -> None:
@@ -194,7 +206,7 @@ def test_a_decode_worker_is_full_by_slots_when_the_prefill_ends() -> None:
 
 
 def test_a_decode_worker_is_full_when_its_pages_are_spoken_for() -> None:
-    small = worker("decode-0", Role.DECODE, load=WorkerLoad(pages_free=16))
+    small = worker("decode-0", Role.DECODE, load=WorkerLoad(pages_free=16, num_announced_tokens=100))
     seen = outlook(decode=small, times=replace(TIMES, decode=()), released=(arriving(at=100.0),))
 
     # 16 pages less 8.25 for the one that arrives leaves 7.75, and this one needs 8.25.
@@ -213,19 +225,19 @@ def test_what_ends_with_its_first_token_needs_no_decode_worker() -> None:
 
 
 def test_a_ttft_that_would_be_missed_says_by_how_much_and_when_to_come_again() -> None:
-    seen = outlook(costs=COSTS, tokens_ahead=900, prompts_ahead=3)
+    seen = outlook(costs=COSTS, prefill=ahead(900, 3))
 
     miss = judge(Slo(ttft_s=1.5), seen, DEMAND, waited_s=0.3, delay_s=0.5)
 
     assert miss is not None
     assert (miss.bound, miss.hopeless) == (Bound.SLO_TTFT, False)
     assert (miss.predicted_s, miss.retry_after_s) == (pytest.approx(1.8), pytest.approx(0.3))
-    assert str(miss) == "a TTFT of 1.800 s is predicted, 1.500 s is allowed"
+    assert str(miss) == "a TTFT of 1.8 s is predicted, 1.5 s is allowed"
     assert judge(Slo(ttft_s=1.81), seen, DEMAND, waited_s=0.3, delay_s=0.5) is None
 
 
 def test_what_no_wait_explains_is_said_to_be_hopeless() -> None:
-    miss = judge(Slo(ttft_s=0.05), outlook(costs=COSTS, tokens_ahead=900), DEMAND, waited_s=0.3)
+    miss = judge(Slo(ttft_s=0.05), outlook(costs=COSTS, prefill=ahead(900)), DEMAND, waited_s=0.3)
 
     assert miss is not None
     assert miss.hopeless
@@ -244,6 +256,26 @@ def test_a_tpot_that_would_be_missed_says_when_it_would_not_be() -> None:
     assert (miss.bound, miss.predicted_s) == (Bound.SLO_TPOT, pytest.approx(0.016))
     assert miss.retry_after_s == pytest.approx(2.0)  # TTFT is 0.1 s; looked at in steps of a quarter of a second
     assert seconds_until_tpot(seen, DEMAND, 0.001, 0.1) is None
+
+
+def test_the_worked_example_of_the_documentation() -> None:
+    seen = outlook(
+        prefill=worker("prefill-0", Role.PREFILL, load=WorkerLoad(num_running=1, num_waiting_tokens=6000)),
+        decode=replace(worker("decode-0", Role.DECODE, load=WorkerLoad(pages_free=10_000)), max_batch_size=4),
+        costs=CostView({"": ComputeCost(LinearCost((0.0, 0.0005, 0.0)), LinearCost((0.010, 0.001, 0.0)))}, {}),
+        times=ServiceTimes(decode=(5.0, 6.0, 7.0, 8.0, 9.0, 10.0)),
+        released=(*(decoding(since=100.0 - age) for age in (1, 4, 9)), arriving(at=103.0)),
+    )
+    demand = replace(DEMAND, num_tokens=1000, uncached_tokens=1000)
+
+    assert lack_of_room(seen, demand, AdmissionConfig()) == "prefill-0"
+    assert predict_ttft(seen, demand) == pytest.approx(3.5)
+    assert load_at(seen, 3.5).sequences == pytest.approx(2.5)
+    assert predict_tpot(seen, demand, 0.0, ahead=False) == pytest.approx(0.014)
+    miss = judge(Slo(5.0, 0.013), seen, demand, waited_s=0.0)
+    assert miss is not None
+    assert (miss.bound, miss.predicted_s, miss.retry_after_s) == (Bound.SLO_TPOT, pytest.approx(0.0135), 2.5)
+    assert judge(Slo(5.0, 0.020), seen, demand, waited_s=0.0) is None
 
 
 # ---- the oscillation (PAPERS.md C.5) ----

@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from cluster.config import AdmissionConfig
-from cluster.routing_policy import RoundRobin, RouteRequest
+from cluster.routing_policy import RoundRobin, RouteRequest, make_policy
 from cluster.view import ClusterView, Forecast, Route
 from core.errors import (
     Cancelled,
@@ -719,6 +719,16 @@ async def test_an_objective_that_the_policy_expects_to_be_missed_is_refused_and_
         assert (caught.value.reason, caught.value.allowed) == ("slo_ttft", 2.0)
         assert caught.value.predicted == pytest.approx(9.0, abs=0.5)
         assert (g["prefill-0"].prefills, g["decode-0"].decodes, g.router.num_inflight) == ([], [], 0)
+
+
+async def test_what_the_prfaas_policy_forecasts_is_what_an_objective_is_held_against() -> None:
+    async with gateway(policy=make_policy("prfaas")) as g:
+        with pytest.raises(Overloaded) as caught:
+            await g.generate(g.request(slo=Slo(ttft_s=1e-9)))
+        answer = await g.generate(g.request(slo=Slo(ttft_s=60.0, tpot_s=60.0)))
+
+        assert (caught.value.reason, caught.value.allowed) == ("slo_ttft", 1e-9)
+        assert answer.tokens == {0: EXPECTED}
 
 
 async def test_the_answer_says_which_objectives_were_met() -> None:

@@ -69,7 +69,7 @@ def test_a_single_token_has_no_time_between_tokens() -> None:
     measured = Measurements()
     measured.finished(batch=1, num_tokens=1, seconds=0.0, now=0.0)
 
-    assert measured.times(0.0) == ServiceTimes(output_tokens=1.0)
+    assert measured.times(0.0) == ServiceTimes()
 
 
 def test_lines_that_nothing_was_added_to_lately_are_forgotten_so_that_refusals_end() -> None:
@@ -80,7 +80,7 @@ def test_lines_that_nothing_was_added_to_lately_are_forgotten_so_that_refusals_e
     assert measured.times(MEASUREMENT_LIFE_S).first_token is not None
     assert measured.times(MEASUREMENT_LIFE_S + 1.0).first_token is None
     assert measured.times(MEASUREMENT_LIFE_S + 1.0).token is not None
-    assert measured.times(MEASUREMENT_LIFE_S + 6.0) == ServiceTimes(decode=(1.0,), output_tokens=2.0, token_s=1.0)
+    assert measured.times(MEASUREMENT_LIFE_S + 6.0) == ServiceTimes(decode=(1.0,), token_s=1.0)
 
 
 def test_the_rate_of_a_queue_is_what_went_in_the_time_that_something_waited_and_falls_when_nothing_goes() -> None:
