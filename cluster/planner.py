@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from cluster.cluster_links import Capacity
-from cluster.config import PLANNER_DUAL, PLANNER_OFF, PlannerConfig
+from cluster.config import PLANNER_DUAL, PLANNER_OFF, PLANNER_STATIC, PlannerConfig
 from cluster.demand import DemandMeter
 from cluster.planning_policy import (
     ADVICE,
@@ -110,11 +110,12 @@ class PlannerStatus:
     history: tuple[PlanSample, ...] = ()  # oldest first
 
 
-def make_planning_policy(config: PlannerConfig) -> PlanningPolicy:
-    """The policy of ``planner.mode``."""
-    if config.mode == PLANNER_DUAL:
-        return DualTimescale(config.dual)
-    return StaticPlan(OFFLOAD_NOTHING if config.mode == PLANNER_OFF else float(config.threshold_tokens))
+# ``planner.mode`` |-> factory
+POLICIES: Mapping[str, Callable[[PlannerConfig], PlanningPolicy]] = {
+    PLANNER_OFF: lambda _: StaticPlan(OFFLOAD_NOTHING),
+    PLANNER_STATIC: lambda config: StaticPlan(float(config.threshold_tokens)),
+    PLANNER_DUAL: lambda config: DualTimescale(config.dual),
+}
 
 
 class Planner:
@@ -146,7 +147,7 @@ class Planner:
         self._capacity = capacity
         self._retest = retest
         self._retested_at: dict[tuple[ClusterId, ClusterId], float] = {}
-        self._policy = make_planning_policy(config)
+        self._policy = POLICIES[config.mode](config)
         self._memory: PlannerMemory = FRESH
         self._target: FleetTarget | None = None
         self._seen: PlanningView | None = None

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.config import PlannerConfig
+from cluster.config import PLANNER_MODES, PlannerConfig
 from cluster.cost_model import NO_COSTS
-from cluster.planner import HISTORY_KEPT
+from cluster.planner import HISTORY_KEPT, POLICIES
 from cluster.planning_policy import PlannerSettings
 from cluster.role_conversion import Outcome
 from core.request import Role
@@ -38,6 +38,10 @@ async def run(fleet: Fleet, seconds: float, stream: Stream | None = None) -> lis
 
 def changes(values: Iterable[object]) -> int:
     return sum(a != b for a, b in pairwise(values))
+
+
+def test_every_mode_has_a_policy() -> None:
+    assert tuple(POLICIES) == PLANNER_MODES
 
 
 # ---- roles ----
