@@ -33,6 +33,7 @@ from cluster.certificates import (
     write_files,
 )
 from cluster.config import UNSALTED, ServiceConfig, load_config, service_document, service_schema
+from cluster.initial_roles import with_initial_roles
 from cluster.message_json import as_dict
 from cluster.plan_command import EPILOG as PLAN_EPILOG
 from cluster.plan_command import plan
@@ -112,7 +113,9 @@ def root(show_version: Annotated[bool, typer.Option("--version", help="Print the
 def serve(config_file: ConfigFile, overrides: Overrides = None) -> None:
     """Run a service until Ctrl-C or SIGTERM; running requests get to finish first."""
     with _config_errors():
-        config = load_config(config_file, overrides or ())
+        config, said = with_initial_roles(load_config(config_file, overrides or ()), config_file.parent)
+        if said:
+            typer.echo(f"prfaas: {said}")
         from cluster.launch import serve as run_service  # here, because Ray takes seconds to import
 
         raise typer.Exit(run_service(config))
@@ -306,6 +309,7 @@ def check_config(config_file: ConfigFile, overrides: Overrides = None) -> None:
     with _config_errors():
         config = load_config(config_file, overrides or ())
         check_section(config)
+        config, _ = with_initial_roles(config, config_file.parent)
     typer.echo(f"{config_file}: valid; {config.prefill.count} prefill + {config.decode.count} decode of {config.model}")
 
 

@@ -8,7 +8,8 @@ from google.protobuf.message import Message
 
 
 def as_dict(message: Message) -> dict[str, Any]:
-    """Every field by its proto name, defaults included. protobuf's own JSON writes 64-bit integers as strings."""
+    """Every field by its proto name, defaults included; what is absent (an optional number, a message) is left out.
+    protobuf's own JSON writes 64-bit integers as strings."""
 
     def plain(value: object) -> object:
         if isinstance(value, Message):
@@ -22,5 +23,5 @@ def as_dict(message: Message) -> dict[str, Any]:
     return {
         field.name: plain(getattr(message, field.name))
         for field in message.DESCRIPTOR.fields
-        if field.containing_oneof is None or message.HasField(field.name)
+        if not field.has_presence or message.HasField(field.name)
     }

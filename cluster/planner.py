@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from cluster.cluster_links import Capacity
-from cluster.config import PLANNER_DUAL, PLANNER_OFF, PlannerConfig
+from cluster.config import PLANNER_DUAL, PLANNER_OFF, PLANNER_STATIC, PlannerConfig
 from cluster.demand import DemandMeter
 from cluster.planning_policy import (
     ADVICE,
@@ -40,7 +40,7 @@ from cluster.planning_policy import (
     PlanningView,
     StaticPlan,
 )
-from cluster.planning_view import PlanningLimits, fleets, planning_view, silent_links
+from cluster.planning_view import Fleets, PlanningLimits, fleets, planning_view, silent_links
 from cluster.role_conversion import Conversion, Ending, Outcome, choose, ending
 from cluster.throughput_model import OFFLOAD_NOTHING
 from cluster.view import ClusterView, Offload
@@ -110,11 +110,12 @@ class PlannerStatus:
     history: tuple[PlanSample, ...] = ()  # oldest first
 
 
-def make_planning_policy(config: PlannerConfig) -> PlanningPolicy:
-    """The policy of ``planner.mode``."""
-    if config.mode == PLANNER_DUAL:
-        return DualTimescale(config.dual)
-    return StaticPlan(OFFLOAD_NOTHING if config.mode == PLANNER_OFF else float(config.threshold_tokens))
+# ``planner.mode`` |-> factory
+POLICIES: Mapping[str, Callable[[PlannerConfig], PlanningPolicy]] = {
+    PLANNER_OFF: lambda _: StaticPlan(OFFLOAD_NOTHING),
+    PLANNER_STATIC: lambda config: StaticPlan(float(config.threshold_tokens)),
+    PLANNER_DUAL: lambda config: DualTimescale(config.dual),
+}
 
 
 class Planner:
@@ -146,7 +147,7 @@ class Planner:
         self._capacity = capacity
         self._retest = retest
         self._retested_at: dict[tuple[ClusterId, ClusterId], float] = {}
-        self._policy = make_planning_policy(config)
+        self._policy = POLICIES[config.mode](config)
         self._memory: PlannerMemory = FRESH
         self._target: FleetTarget | None = None
         self._seen: PlanningView | None = None
@@ -191,10 +192,11 @@ class Planner:
     def look(self) -> None:
         """One turn of the loop."""
         now, view = self._clock.now(), self._membership.view()
-        self._follow_conversions(view, now)
+        found = fleets(view, self._cluster_id, self._capacity)
+        self._follow_conversions(view, found, now)
         demand = self._demand.measured(self._num_open_tokens())
         becoming = {engine_id: conversion.role for engine_id, conversion in self._changing.items()}
-        seen = planning_view(view, self._cluster_id, demand, self._limits, self._capacity, becoming, now)
+        seen = planning_view(found, view.costs, demand, self._limits, becoming, now)
         target, self._memory = self._policy.plan(seen, demand, self._memory)
         changes = self._changes_of(target, seen)
         for kind, said in changes.items():
@@ -203,10 +205,10 @@ class Planner:
             logger.info("plan: %s: %s", said, gain.reason if kind == ADVICE and gain is not None else target.reason)
         self._publish(target)
         if ROLES in changes:
-            self._convert(view, target, seen, now)
+            self._convert(found, target, seen, now)
         self._target, self._seen = target, seen
         self._sample(now, target, seen, "; ".join(changes.values()))
-        self._ask_silent_links(view, now)
+        self._ask_silent_links(view, found, now)
 
     # ---- inside ----
 
@@ -245,22 +247,22 @@ class Planner:
         if last is None or plan != (last.threshold_tokens, last.abundant) or causes != said:
             self._membership.note_offload(Offload(*plan, target.reason))
 
-    def _ask_silent_links(self, view: ClusterView, now: float) -> None:
+    def _ask_silent_links(self, view: ClusterView, found: Fleets, now: float) -> None:
         """Have one link tested of each path from a PrfaaS cluster on which nothing goes, lest it be forgotten.
 
         A path that has become too narrow for anything is known to be wide again only by sending something.
         """
-        for pair in silent_links(view, self._cluster_id, self._config.retest_s):
+        for pair in silent_links(view, found, self._config.retest_s):
             clusters = pair.from_cluster, pair.to_cluster
             if now - self._retested_at.get(clusters, -math.inf) >= self._config.retest_s:
                 self._retested_at[clusters] = now
                 engines = {worker.worker_id: worker.engine_id for worker in view.workers}
                 self._retest(engines[pair.from_worker], engines[pair.to_worker])
 
-    def _convert(self, view: ClusterView, target: FleetTarget, seen: PlanningView, now: float) -> None:
+    def _convert(self, found: Fleets, target: FleetTarget, seen: PlanningView, now: float) -> None:
         """Have one worker change its role, in the direction of the target."""
         role = Role.PREFILL if target.roles.num_prefill > seen.num_prefill else Role.DECODE
-        worker = choose(fleets(view, self._cluster_id).local, role)
+        worker = choose(found.local, role)
         client = None if worker is None else self._membership.client(worker.engine_id)
         if worker is None or client is None:
             self._conversions[role, Outcome.NO_WORKER] += 1
@@ -283,14 +285,14 @@ class Planner:
         except PrfaasError as error:
             self._refusals[conversion.engine_id] = str(error)
 
-    def _follow_conversions(self, view: ClusterView, now: float) -> None:
+    def _follow_conversions(self, view: ClusterView, found: Fleets, now: float) -> None:
         """Notice what has changed its role, what changes it unasked, and what takes too long."""
         for engine_id, conversion in list(self._changing.items()):
             refusal = self._refusals.get(engine_id, "")
             ended = ending(conversion, view, now, self._config.convert_timeout_s, refusal)
             if ended is not None:
                 self._end(conversion, ended)
-        leaving = {w.engine_id: w for w in fleets(view, self._cluster_id).local if w.load.num_other_role}
+        leaving = {worker.engine_id: worker for worker in found.local if worker.load.num_other_role}
         self._given_up &= leaving.keys()
         for engine_id, worker in leaving.items():
             if engine_id not in self._changing and engine_id not in self._given_up:

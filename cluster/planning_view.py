@@ -11,7 +11,6 @@ to prefill tells their own. Without costs of a local worker nothing is predicted
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ class Fleets:
 
     local: tuple[WorkerView, ...]  # of the serving clusters, in either role
     prfaas: tuple[WorkerView, ...]  # prefill workers of the PrfaaS clusters
+    paths: tuple[ClusterPair, ...] = ()  # from a PrfaaS to a serving cluster, with a link that may be used
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,30 +50,29 @@ class PlanningLimits:
     tpot_s: float | None = None
 
 
-def fleets(view: ClusterView, own: ClusterId) -> Fleets:
+def fleets(view: ClusterView, own: ClusterId, capacity: Capacity) -> Fleets:
     """Who serves and who only prefills; ``own`` is the gateway's cluster, which serves even while it cannot decode."""
     live = view.ready(Role.PREFILL) + view.ready(Role.DECODE)
     serving = {own} | {worker.cluster_id for worker in live if worker.role is Role.DECODE}
-    return Fleets(
-        local=tuple(worker for worker in live if worker.cluster_id in serving),
-        prfaas=tuple(worker for worker in live if worker.cluster_id not in serving),
-    )
+    local = tuple(worker for worker in live if worker.cluster_id in serving)
+    prfaas = tuple(worker for worker in live if worker.cluster_id not in serving)
+    if not prfaas:
+        return Fleets(local, prfaas)
+    pairs = by_cluster_pair(view, capacity, {worker.cluster_id for worker in prfaas})
+    return Fleets(local, prfaas, tuple(p for p in pairs if p.to_cluster in serving and p.num_usable))
 
 
 def planning_view(
-    view: ClusterView,
-    own: ClusterId,
+    found: Fleets,
+    costs: CostView,
     demand: MeasuredDemand,
     limits: PlanningLimits,
-    capacity: Capacity,
     becoming: Mapping[EngineId, Role],
     now: float,
 ) -> PlanningView:
     """The fleet now. ``becoming``: local workers whose change of role is under way, and what they will be."""
-    found = fleets(view, own)
     by_role = {role: [w for w in found.local if becoming.get(w.engine_id, w.role) is role] for role in Role}
-    links = _links(view, found, capacity)
-    local, prfaas = _Costs.of(found.local, view.costs), _Costs.of(found.prfaas, view.costs)
+    local, prfaas = _Costs.of(found.local, costs), _Costs.of(found.prfaas, costs)
     cached = demand.mean_cached_tokens
     batch, step_s, step_of = _decode(found.local, local, demand, limits)
     uncached = 0.0 if demand.lengths is None else demand.lengths.mean_tokens
@@ -90,12 +89,12 @@ def planning_view(
         kv_bytes=Polynomial((0.0, float(_kv_bytes_per_token(found)))),
         max_batch_size=batch,
         decode_step_s=step_s,
-        link_bytes_per_s=sum(_carries(pair) for pair in links),
-        link_utilisation=max((_utilisation(pair) for pair in links), default=0.0),
+        link_bytes_per_s=sum(_carries(pair) for pair in found.paths),
+        link_utilisation=max((_utilisation(pair) for pair in found.paths), default=0.0),
         prfaas_queue_s=_queue_s(found.prfaas, prfaas_s, uncached),
         local_queue_s=_queue_s(by_role[Role.PREFILL], local_s, uncached),
         decode_queue=sum(_waiting_to_decode(worker, demand) for worker in by_role[Role.DECODE]),
-        link_queue_s=max((pair.bytes_queued / max(1.0, _carries(pair)) for pair in links), default=0.0),
+        link_queue_s=max((pair.bytes_queued / max(1.0, _carries(pair)) for pair in found.paths), default=0.0),
         decode_step_of=step_of,
         tpot_s=limits.tpot_s,
         unknown="" if local.known else "no costs are known yet",
@@ -105,32 +104,17 @@ def planning_view(
 # ---- links ----
 
 
-def silent_links(view: ClusterView, own: ClusterId, silent_s: float) -> tuple[LinkView, ...]:
-    """One usable link of each path from a PrfaaS to a serving cluster on which nothing moved for ``silent_s``."""
-    found = fleets(view, own)
-    if not found.prfaas:
-        return ()
-    away, serving = ({worker.cluster_id for worker in group} for group in (found.prfaas, found.local))
-    paths: dict[tuple[ClusterId, ClusterId], list[LinkView]] = {}
-    for link in view.links.values():
-        if link.from_cluster in away and link.to_cluster in serving and link.usable:
-            paths.setdefault((link.from_cluster, link.to_cluster), []).append(link)
-    quiet = (links for links in paths.values() if min(_silent_s(link, view.at) for link in links) >= silent_s)
-    return tuple(links[0] for links in quiet)
-
-
-def _silent_s(link: LinkView, now: float) -> float:
-    age_s = link.age_s(now)
-    return math.inf if age_s is None else age_s
-
-
-def _links(view: ClusterView, found: Fleets, capacity: Capacity) -> tuple[ClusterPair, ...]:
-    """From PrfaaS clusters to serving ones; a pair with no usable link is none."""
-    if not found.prfaas:
-        return ()
-    serving = {worker.cluster_id for worker in found.local}
-    pairs = by_cluster_pair(view, capacity, {worker.cluster_id for worker in found.prfaas})
-    return tuple(pair for pair in pairs if pair.to_cluster in serving and pair.num_usable)
+def silent_links(view: ClusterView, found: Fleets, silent_s: float) -> tuple[LinkView, ...]:
+    """One usable link of each path on which nothing moved for ``silent_s``."""
+    quiet = [pair for pair in found.paths if pair.age_s is None or pair.age_s >= silent_s]
+    return tuple(
+        next(
+            link
+            for link in view.links.values()
+            if link.usable and (link.from_cluster, link.to_cluster) == (pair.from_cluster, pair.to_cluster)
+        )
+        for pair in quiet
+    )
 
 
 def _carries(pair: ClusterPair) -> float:

@@ -24,7 +24,7 @@ from cluster.config import RouterConfig, TlsConfig, WorkerConfig
 from cluster.internal_tls import InternalTls, Proof
 from cluster.link_tester import LinkTester
 from cluster.membership import Membership
-from cluster.router import Router
+from cluster.router import RequestObserver, Router
 from cluster.routing_policy import RoutingPolicy, make_policy
 from cluster.view import ClusterView
 from cluster.worker_host import WorkerHost
@@ -211,6 +211,7 @@ async def live_cluster(
     tls: TlsConfig = PLAIN,
     self_test: bool = False,
     differing: Mapping[str, KvTransferConfig] | None = None,
+    observer: RequestObserver | None = None,
 ) -> AsyncIterator[LiveCluster]:
     """A service of tiny workers on this machine; torn down whatever happens.
 
@@ -226,7 +227,8 @@ async def live_cluster(
     tester.start()
     registry = await membership.start("127.0.0.1")
     routing = make_policy(policy, router.routing) if isinstance(policy, str) else policy
-    cluster = LiveCluster(membership, Router(membership, routing, router, clock, gateway_id), internal, registry)
+    requests = Router(membership, routing, router, clock, gateway_id, observer)
+    cluster = LiveCluster(membership, requests, internal, registry)
     files = ExitStack()
     roles = [(Role.PREFILL, i) for i in range(num_prefill)] + [(Role.DECODE, i) for i in range(num_decode)]
     engines = {Role.PREFILL: engine, Role.DECODE: decode_engine or engine}

@@ -296,7 +296,9 @@ async def test_status_of_a_planner_that_has_not_looked_yet(service, run):
     shown = (await run("status")).stdout
 
     assert "not compared yet" in shown
-    assert "threshold_tokens" not in json.loads((await run("status", "--json")).stdout)["plan"]
+    plan = json.loads((await run("status", "--json")).stdout)["plan"]
+    assert plan["mode"] == "dual"
+    assert not {"threshold_tokens", "gain"} & plan.keys()
 
 
 # ---- check ----

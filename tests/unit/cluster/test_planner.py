@@ -13,13 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.config import PlannerConfig
+from cluster.config import PLANNER_MODES, PlannerConfig
 from cluster.cost_model import NO_COSTS
-from cluster.planner import HISTORY_KEPT
+from cluster.demand import DemandMeter
+from cluster.planner import HISTORY_KEPT, POLICIES, Planner
 from cluster.planning_policy import PlannerSettings
+from cluster.planning_view import PlanningLimits
 from cluster.role_conversion import Outcome
-from core.request import Role
+from core.request import ClusterId, EngineId, Role
 from tests.unit.cluster.fake_fleet import Fleet, Stream
+from tests.unit.cluster.fake_worker import DECODED, Visit, expected_tokens
+from tests.unit.cluster.gateway_and_fakes import PROMPT, gateway, until
 
 SHORT = Stream(2.0, (1500, 2000, 2500), output_tokens=128)  # 2 + 2 workers are right for it: 10 and 12.5 req/s
 LONG = replace(SHORT, output_tokens=640)  # 1 + 3: 5 and 3.8 req/s, instead of 10 and 2.5
@@ -38,6 +42,10 @@ async def run(fleet: Fleet, seconds: float, stream: Stream | None = None) -> lis
 
 def changes(values: Iterable[object]) -> int:
     return sum(a != b for a, b in pairwise(values))
+
+
+def test_every_mode_has_a_policy() -> None:
+    assert tuple(POLICIES) == PLANNER_MODES
 
 
 # ---- roles ----
@@ -187,6 +195,43 @@ def test_on_constant_demand_roles_and_threshold_settle_and_stay(
     # A few steps of back-off may come and go where the best threshold fills the link; the plan itself stays.
     assert changes(threshold for _, _, threshold in settled) <= 12
     assert len(fleet.planner.status.conversions) <= 1 or changes(roles for _, roles, _ in settled) == 0
+
+
+async def test_over_grpc_a_worker_has_changed_when_its_last_sequence_of_the_earlier_role_has_ended() -> None:
+    async with gateway(2, 2) as g:
+        held = asyncio.Event()
+
+        async def wait(visit: Visit) -> None:
+            if visit.num_sent == 3:
+                await held.wait()
+
+        for name in ("decode-0", "decode-1"):
+            g[name].hooks[DECODED] = wait
+        answers = [asyncio.create_task(g.generate(g.request())) for _ in range(2)]  # one on each, in turn
+        await until(lambda: g.router.num_open_tokens == 8)
+        planner = Planner(
+            g.membership,
+            DemandMeter(g.clock, 30.0),
+            lambda: g.router.num_open_tokens,
+            PlannerConfig(interval_s=0.01),
+            g.clock,
+            cluster_id=ClusterId("test"),
+            limits=PlanningLimits(16),
+            capacity=lambda *_: None,
+            retest=lambda *_: None,
+        )
+        planner.start()
+        client = g.membership.client(EngineId("decode-1-engine-1"))
+        assert client is not None
+        await client.set_role(Role.PREFILL)
+
+        await until(lambda: planner.status.changing)
+        assert (planner.status.num_prefill, planner.status.num_decode) == (3, 1)
+        held.set()
+        assert [answer.tokens[0] for answer in await asyncio.gather(*answers)] == [expected_tokens(PROMPT, 3, 8)] * 2
+        await until(lambda: not planner.status.changing)
+        assert "no PrfaaS worker" in g.membership.view().offload.reason
+        await planner.close()
 
 
 # ---- threshold and bandwidth ----

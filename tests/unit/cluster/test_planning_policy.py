@@ -19,6 +19,7 @@ from cluster.planning_policy import (
     MeasuredDemand,
     PlannerMemory,
     PlannerSettings,
+    PlanningPolicy,
     PlanningView,
     Roles,
     StaticPlan,
@@ -346,16 +347,19 @@ def test_on_constant_demand_it_settles_and_stays(view: PlanningView, demand: Mea
     assert {(target.roles, target.threshold_tokens) for target in tail} == {(tail[0].roles, tail[0].threshold_tokens)}
 
 
-@settings(max_examples=60, deadline=None)
-@given(VIEWS, DEMANDS, st.floats(0, 1000))
-def test_every_target_has_a_reason_and_no_empty_pool_and_comes_twice_alike(
-    view: PlanningView, demand: MeasuredDemand, at_s: float
-) -> None:
-    eager = DualTimescale(PlannerSettings(patience=1, cooldown_s=0.0))
-    memory = PlannerMemory(verdict=-1, verdicts=5)
-    view = replace(view, at_s=at_s)
+EVERY_POLICY = (StaticPlan(5000), DualTimescale(PlannerSettings(patience=1, cooldown_s=0.0)))
 
-    target, kept = eager.plan(view, demand, memory)
+
+@pytest.mark.parametrize("policy", EVERY_POLICY, ids=lambda policy: type(policy).__name__)
+@settings(max_examples=60, deadline=None)
+@given(VIEWS, DEMANDS, st.floats(0, 1000), st.integers(0, 1))
+def test_every_target_has_a_reason_and_no_empty_pool_and_comes_twice_alike(
+    policy: PlanningPolicy, view: PlanningView, demand: MeasuredDemand, at_s: float, num_changing: int
+) -> None:
+    memory = PlannerMemory(verdict=-1, verdicts=5)
+    view = replace(view, at_s=at_s, num_changing=num_changing)
+
+    target, kept = policy.plan(view, demand, memory)
 
     assert target.reason
     assert set(target.causes) == {"threshold", "mode", "roles", "advice"}
@@ -363,8 +367,9 @@ def test_every_target_has_a_reason_and_no_empty_pool_and_comes_twice_alike(
     assert target.roles.num_prefill >= 1
     assert target.roles.num_decode >= 1
     assert target.roles.num_prefill + target.roles.num_decode == view.num_prefill + view.num_decode
+    assert abs(target.roles.num_prefill - view.num_prefill) <= (0 if num_changing else 1)
     assert target.threshold_tokens >= 0
-    assert eager.plan(view, demand, memory) == (target, kept)
+    assert policy.plan(view, demand, memory) == (target, kept)
 
 
 @pytest.mark.parametrize(

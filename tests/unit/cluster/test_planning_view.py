@@ -11,7 +11,7 @@ import pytest
 from cluster.cost_model import ASSUMED_LINK_BYTES_PER_S, ComputeCost, CostView, LinearCost
 from cluster.length_distribution import LengthDistribution
 from cluster.planning_policy import MeasuredDemand, PlanningView
-from cluster.planning_view import PlanningLimits, fleets, planning_view, silent_links
+from cluster.planning_view import Fleets, PlanningLimits, fleets, planning_view, silent_links
 from cluster.view import ClusterView, Links, LinkView, WorkerLoad, WorkerView
 from core.link import LinkEstimate
 from core.request import ClusterId, EngineId, Role, WorkerId
@@ -42,6 +42,10 @@ def link(sender: WorkerView, receiver: WorkerView, *, usable: bool = True, **num
     }
 
 
+def found_in(view: ClusterView, capacity: float | None = None) -> Fleets:
+    return fleets(view, HOME, lambda *_: capacity)
+
+
 def seen(
     *workers: WorkerView,
     links: Links | None = None,
@@ -51,8 +55,8 @@ def seen(
     becoming: dict[EngineId, Role] | None = None,
     capacity: float | None = None,
 ) -> PlanningView:
-    view = ClusterView(0.0, workers, links or {}, costs)
-    return planning_view(view, HOME, demand, limits, lambda *_: capacity, becoming or {}, 7.0)
+    found = found_in(ClusterView(0.0, workers, links or {}), capacity)
+    return planning_view(found, costs, demand, limits, becoming or {}, 7.0)
 
 
 P, D = member("p", Role.PREFILL), member("d", Role.DECODE)
@@ -62,14 +66,14 @@ AWAY = member("east/p", Role.PREFILL, EAST, "fast")
 def test_clusters_with_a_decode_worker_serve_and_the_others_are_prfaas() -> None:
     far = (member("w", Role.DECODE, WEST), member("x", Role.PREFILL, WEST))
     gone = replace(member("y", Role.DECODE), draining=True)
-    found = fleets(ClusterView(0.0, (P, D, AWAY, *far, gone)), HOME)
+    found = found_in(ClusterView(0.0, (P, D, AWAY, *far, gone)))
 
     assert {w.worker_id for w in found.local} == {"p", "d", "w", "x"}
     assert {w.worker_id for w in found.prfaas} == {"east/p"}
 
 
 def test_the_gateways_own_cluster_is_no_prfaas_cluster_while_it_has_no_decode_worker() -> None:
-    assert fleets(ClusterView(0.0, (P,)), HOME).prfaas == ()
+    assert found_in(ClusterView(0.0, (P,))).prfaas == ()
     assert seen(P).num_prefill == 1
 
 
@@ -173,10 +177,10 @@ def test_a_path_is_silent_when_none_of_its_links_moved_anything() -> None:
     both = link(AWAY, D, age_s=9.0) | link(AWAY, other, age_s=6.0) | link(P, D, age_s=99.0)
     view = ClusterView(0.0, (P, D, AWAY, other), both)
 
-    assert [found.to_worker for found in silent_links(view, HOME, 5.0)] == ["d"]
-    assert silent_links(view, HOME, 7.0) == ()
+    assert [found.to_worker for found in silent_links(view, found_in(view), 5.0)] == ["d"]
+    assert silent_links(view, found_in(view), 7.0) == ()
     broken = ClusterView(0.0, (P, D, AWAY), link(AWAY, D, usable=False, age_s=9.0))
-    assert silent_links(broken, HOME, 5.0) == ()
+    assert silent_links(broken, found_in(broken), 5.0) == ()
     never = ClusterView(0.0, (P, D, AWAY), link(AWAY, D))
-    assert silent_links(never, HOME, math.inf) == tuple(never.links.values())
-    assert WorkerId("p") not in {found.from_worker for found in silent_links(view, HOME, 5.0)}
+    assert silent_links(never, found_in(never), math.inf) == tuple(never.links.values())
+    assert WorkerId("p") not in {found.from_worker for found in silent_links(view, found_in(view), 5.0)}
