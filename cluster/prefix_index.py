@@ -18,13 +18,12 @@ Everything happens on one event loop; ``Membership`` is the one writer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cluster.page_table import NUM_SHARDS, Move, PageTable
 from core.prefix_hash import PageEvents, PageHash, page_key
 from core.request import EngineId
-
-_NUM_SHARDS = 256  # a sweep step walks one: 40,000 pages of 10 million
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class PrefixIndex:
     """The pages of every followed worker."""
 
     def __init__(self) -> None:
-        self._shards: list[dict[int, int]] = [{} for _ in range(_NUM_SHARDS)]  # key |-> id of a set
+        self._table = PageTable()  # key |-> id of a set
         self._sets = _SlotSets()
         self._slot_of: Mapping[EngineId, int] = {}  # replaced, never changed: answers keep the one of their time
         self._alive = 0  # bitmap of the slots in _slot_of
@@ -75,7 +74,7 @@ class PrefixIndex:
     @property
     def num_keys(self) -> int:
         """Distinct pages in the index, those of lost workers that are not swept out yet included."""
-        return sum(map(len, self._shards))
+        return len(self._table)
 
     # ---- events ----
 
@@ -101,37 +100,14 @@ class PrefixIndex:
     def stored(self, engine_id: EngineId, keys: Iterable[int]) -> None:
         """The worker now holds these pages; events of workers that are not followed are ignored."""
         slot = self._slot_of.get(engine_id)
-        if slot is None:
-            return
-        shards, sets = self._shards, self._sets
-        with_slot = sets.adding(slot)
-        for key in keys:
-            shard = shards[key & 0xFF]
-            before = shard.get(key, 0)
-            after = with_slot.get(before)
-            if after is None:
-                after = with_slot[before] = sets.id_of(sets.bitmap(before) | 1 << slot)
-            shard[key] = after
+        if slot is not None:
+            self._sets.note(self._table.move(keys, self._sets.adding(1 << slot), absent_too=True))
 
     def removed(self, engine_id: EngineId, keys: Iterable[int]) -> None:
         """The worker no longer holds these pages."""
         slot = self._slot_of.get(engine_id)
-        if slot is None:
-            return
-        shards, sets = self._shards, self._sets
-        without_slot = sets.removing(slot)
-        for key in keys:
-            shard = shards[key & 0xFF]
-            before = shard.get(key)
-            if before is None:
-                continue
-            after = without_slot.get(before)
-            if after is None:
-                after = without_slot[before] = sets.id_of(sets.bitmap(before) & ~(1 << slot))
-            if after:
-                shard[key] = after
-            else:
-                del shard[key]
+        if slot is not None:
+            self._sets.note(self._table.move(keys, self._sets.removing(1 << slot), absent_too=False))
 
     def apply(self, engine_id: EngineId, events: PageEvents) -> None:
         """What a worker reported; the caller has seen to it that nothing is missing between two reports."""
@@ -146,11 +122,10 @@ class PrefixIndex:
             if not self._dead:
                 return False
             self._sweeping, self._next_shard = self._dead, 0
-        self._sweep_shard(self._shards[self._next_shard])
+        self._sets.note(self._table.move_shard(self._next_shard, self._sets.removing(self._sweeping)))
         self._next_shard += 1
-        if self._next_shard == _NUM_SHARDS:
+        if self._next_shard == NUM_SHARDS:
             self._free_slots += _bits(self._sweeping)
-            self._sets.forget(self._sweeping)
             self._dead &= ~self._sweeping
             self._sweeping = 0
         return True
@@ -182,59 +157,55 @@ class PrefixIndex:
     # ---- inside ----
 
     def _holders(self, page_hash: PageHash) -> int:
-        key = page_key(page_hash)
-        return self._sets.bitmap(self._shards[key & 0xFF].get(key, 0)) & self._alive
-
-    def _sweep_shard(self, shard: dict[int, int]) -> None:
-        kept: dict[int, int] = {}  # set id |-> what is left of it
-        sets, dead = self._sets, self._sweeping
-        for key, before in list(shard.items()):
-            after = kept.get(before)
-            if after is None:
-                after = kept[before] = sets.id_of(sets.bitmap(before) & ~dead)
-            if after == 0:
-                del shard[key]
-            elif after != before:
-                shard[key] = after
+        return self._sets.bitmap(self._table.get(page_key(page_hash))) & self._alive
 
 
 class _SlotSets:
-    """Interned bitmaps: id 0 is the empty one. ``forget`` drops what names slots that are in use no more."""
+    """Interned bitmaps, each known by an id as long as some page has it; 0 is the empty one's."""
 
     def __init__(self) -> None:
-        self._bitmaps: dict[int, int] = {0: 0}  # id |-> bitmap
-        self._ids: dict[int, int] = {0: 0}
-        self._next_id = 1
-        self._adding: dict[int, dict[int, int]] = {}  # slot |-> id |-> id of that set with the slot
-        self._removing: dict[int, dict[int, int]] = {}
+        self._bitmaps = [0]  # id |-> bitmap; 0 for ids that are free
+        self._num_pages = [0]  # id |-> pages that have it; not counted for the empty one
+        self._ids: dict[int, int] = {}  # bitmap |-> id
+        self._free_ids: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
     def bitmap(self, set_id: int) -> int:
         return self._bitmaps[set_id]
 
-    def id_of(self, bitmap: int) -> int:
+    def adding(self, slots: int) -> Callable[[int], int]:
+        """Id of a set |-> id of that set with ``slots``."""
+        return lambda set_id: self._id_of(self._bitmaps[set_id] | slots)
+
+    def removing(self, slots: int) -> Callable[[int], int]:
+        """Id of a set |-> id of that set without ``slots``."""
+        return lambda set_id: self._id_of(self._bitmaps[set_id] & ~slots)
+
+    def note(self, moves: Sequence[Move]) -> None:
+        """Pages went from set to set. Sets that none has any more are forgotten: histories are longer than memory."""
+        for move in moves:
+            self._num_pages[move.after] += move.num_keys
+        for move in moves:
+            self._num_pages[move.before] -= move.num_keys
+            if move.before and not self._num_pages[move.before]:
+                del self._ids[self._bitmaps[move.before]]
+                self._bitmaps[move.before] = 0
+                self._free_ids.append(move.before)
+
+    def _id_of(self, bitmap: int) -> int:
+        if not bitmap:
+            return 0
         set_id = self._ids.get(bitmap)
         if set_id is None:
-            set_id = self._ids[bitmap] = self._next_id
+            if not self._free_ids:
+                self._free_ids.append(len(self._bitmaps))
+                self._bitmaps.append(0)
+                self._num_pages.append(0)
+            set_id = self._ids[bitmap] = self._free_ids.pop()
             self._bitmaps[set_id] = bitmap
-            self._next_id += 1
         return set_id
-
-    def adding(self, slot: int) -> dict[int, int]:
-        return self._adding.setdefault(slot, {})
-
-    def removing(self, slot: int) -> dict[int, int]:
-        return self._removing.setdefault(slot, {})
-
-    def forget(self, slots: int) -> None:
-        """No page's set holds any of ``slots`` any more."""
-        gone = {set_id for set_id, bitmap in self._bitmaps.items() if bitmap & slots}
-        for set_id in gone:
-            del self._ids[self._bitmaps.pop(set_id)]
-        for moves in (self._adding, self._removing):
-            for slot in _bits(slots):
-                moves.pop(slot, None)
-            for slot, changes in moves.items():
-                moves[slot] = {b: a for b, a in changes.items() if b not in gone and a not in gone}
 
 
 def _bits(bitmap: int) -> Iterator[int]:
