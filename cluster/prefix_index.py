@@ -5,8 +5,9 @@ the end of a prefix first). So along a prompt's pages the set of holders only sh
 is found by halving intervals: O(log pages) look-ups for each distinct set of workers that the prompt meets, however
 many workers are in it.
 
-    key    the first 8 bytes of a PageHash. Two prefixes of 10 million that share a key are expected once in 300,000
-           such indexes, and a wrong hit costs a worse route, never a wrong token: the allocators compare whole hashes.
+    key    the first 8 bytes of a PageHash, of which the table looks at 46 bits: of 10 million prefixes about one pair
+           is taken for the same. A wrong hit costs a worse route, never a wrong token: the allocators compare whole
+           hashes.
     slot   one bit for one worker's cache since it last began empty. A worker that is lost, or that clears its cache,
            just loses its slot: its bits stay in the index, are masked out of every answer, and are swept out a shard
            at a time, so that no event waits for a walk over all pages.
@@ -20,6 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cluster.page_table import NUM_SHARDS, Move, PageTable
 from core.prefix_hash import PageEvents, PageHash, page_key
@@ -39,7 +43,7 @@ class PrefixMatch:
     """For one prompt: how many of its leading pages each worker holds, most first. Who holds none is on no level."""
 
     levels: tuple[PrefixLevel, ...] = ()
-    slots: Mapping[EngineId, int] = field(default_factory=dict)
+    slots: Mapping[EngineId, int] = field(default_factory=dict)  # is replaced, never changed
 
     def pages_on(self, engine_id: EngineId) -> int:
         """Leading pages that ``engine_id`` holds."""
@@ -53,8 +57,28 @@ class PrefixMatch:
         """Pages that the best worker holds."""
         return self.levels[0].num_pages if self.levels else 0
 
+    def tokens_by_slot(self, page_size: int, most: int) -> NDArray[np.int64]:
+        """Leading tokens that each worker holds, ``most`` at most, for whoever asks of a thousand workers.
+
+        The last entry, 0, is that of every slot beyond.
+        """
+        num_slots = max((level.holders.bit_length() for level in self.levels), default=0)
+        held = np.zeros(num_slots + 1, np.int64)
+        for level in self.levels:
+            tokens = min(level.num_pages * page_size, most)
+            if level.holders.bit_count() <= _FEW:
+                for slot in _bits(level.holders):
+                    held[slot] = tokens
+            else:
+                octets = np.frombuffer(level.holders.to_bytes(num_slots // 8 + 1, "little"), np.uint8)
+                held[:-1] += np.unpackbits(octets, count=num_slots, bitorder="little") * np.int64(tokens)
+        return held
+
 
 NO_MATCH = PrefixMatch()
+
+
+_FEW = 8  # slots that are named faster one by one than in an array of all
 
 
 class PrefixIndex:
@@ -117,10 +141,10 @@ class PrefixIndex:
         self.stored(engine_id, events.stored)
 
     def sweep(self) -> bool:
-        """Take lost workers' bits out of one shard; call it now and then. False: there was nothing to do."""
+        """Take lost workers' bits out of one shard, or tidy one; call it now and then. False: all was done."""
         if not self._sweeping:
             if not self._dead:
-                return False
+                return self._table.tidy()
             self._sweeping, self._next_shard = self._dead, 0
         self._sets.note(self._table.move_shard(self._next_shard, self._sets.removing(self._sweeping)))
         self._next_shard += 1
@@ -136,23 +160,34 @@ class PrefixIndex:
         """How many of the prompt's leading pages each followed worker holds."""
         if not hashes:
             return NO_MATCH
-        first, last = self._holders(hashes[0]), self._holders(hashes[-1])
-        levels = [PrefixLevel(len(hashes), last)] if last else []
-        # (first, holders of page first, last, holders of page last); the deepest interval is taken first.
-        intervals = [(0, first, len(hashes) - 1, last)]
+        holders = self._holders
+        first, last = holders(hashes[0]), holders(hashes[-1])
+        ends: list[tuple[int, int]] = []  # (page, its holders) wherever they are not those of the page before
+        intervals = [(0, first, len(hashes) - 1, last)]  # (page, its holders, later page, its holders); first ones last
         while intervals:
-            low, holders, high, survivors = intervals.pop()
-            gone = holders & ~survivors
-            if not gone:
+            low, before, high, after = intervals.pop()
+            if before == after:
                 continue
-            if high - low == 1:
-                levels.append(PrefixLevel(high, gone))
-                continue
-            middle = (low + high) // 2
-            between = self._holders(hashes[middle]) & holders
-            intervals.append((low, holders, middle, between))
-            intervals.append((middle, between, high, survivors & between))
-        return PrefixMatch(tuple(levels), self._slot_of)
+            while high - low > 1:
+                middle = (low + high) // 2
+                between = holders(hashes[middle])
+                if between == before:
+                    low = middle
+                else:
+                    if between != after:
+                        intervals.append((middle, between, high, after))
+                    high, after = middle, between
+            ends.append((high, after))
+        levels: list[PrefixLevel] = []
+        staying = first
+        for page, survivors in ends:
+            gone = staying & ~survivors
+            if gone:
+                levels.append(PrefixLevel(page, gone))
+            staying &= survivors
+        if staying:
+            levels.append(PrefixLevel(len(hashes), staying))
+        return PrefixMatch(tuple(reversed(levels)), self._slot_of)
 
     # ---- inside ----
 
