@@ -80,7 +80,7 @@ class Fleet:
         tested = ProbeReport("tcp", num_bytes=1, exact=True)
         for prefill, _, _ in self._names[0::2]:
             for decode, _, _ in self._names[1::2]:
-                self._live.note_probe(prefill, decode, tested)
+                self._live.note_probe(prefill, decode, tested, 0.0)
 
     def view(self) -> ClusterView:
         """A new one, as cluster/membership.py makes it: of what it keeps of each worker."""
