@@ -42,8 +42,8 @@ Arm = AbstractContextManager[RunningArm]
 class _Served:
     """An OpenAI server on loopback, called over HTTP."""
 
-    def __init__(self, port: int, model: str) -> None:
-        self._base_url = f"http://127.0.0.1:{port}"
+    def __init__(self, base_url: str, model: str) -> None:
+        self._base_url = base_url
         self._model = model
 
     def run(self, wave: Wave) -> WaveTimes:
@@ -71,13 +71,20 @@ class _Child:
 @contextmanager
 def prfaas(config_path: Path, overrides: Sequence[str], model_name: str, log_folder: Path) -> Iterator[RunningArm]:
     """``prfaas serve``, on free ports."""
+    with prfaas_service(config_path, overrides, log_folder) as base_url:
+        yield _Served(base_url, model_name)
+
+
+@contextmanager
+def prfaas_service(config_path: Path, overrides: Sequence[str], log_folder: Path) -> Iterator[str]:
+    """The same; the URL at which it serves HTTP."""
     http_port, grpc_port = _free_ports(2)
     settings = [*overrides, f"http.port={http_port}", f"grpc.port={grpc_port}"]
     command = [sys.executable, "-m", "cluster", "serve", str(config_path)]
     for setting in settings:
         command += ["--set", setting]
     with _service(command, http_port, log_folder / "prfaas.log"):
-        yield _Served(http_port, model_name)
+        yield _loopback(http_port)
 
 
 @contextmanager
@@ -93,7 +100,7 @@ def vllm(python: Path, model_folder: Path, log_folder: Path) -> Iterator[Running
     command += ["--dtype", "bfloat16", "--max-model-len", "4096", "--host", "127.0.0.1", "--port", str(port)]
     env = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
     with _service(command, port, log_folder / "vllm.log", env):
-        yield _Served(port, _VLLM_MODEL_NAME)
+        yield _Served(_loopback(port), _VLLM_MODEL_NAME)
 
 
 @contextmanager
@@ -113,12 +120,16 @@ def transformers(mode: str, model_folder: Path, log_folder: Path) -> Iterator[Ru
 
 @contextmanager
 def _service(command: Sequence[str], port: int, log_path: Path, env: dict[str, str] | None = None) -> Iterator[None]:
-    service = ServiceProcess(command, f"http://127.0.0.1:{port}/health", log_path, env=env)
+    service = ServiceProcess(command, f"{_loopback(port)}/health", log_path, env=env)
     try:
         service.wait_until_healthy(_START_TIMEOUT_S)
         yield
     finally:
         service.stop(_STOP_TIMEOUT_S)
+
+
+def _loopback(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
 
 
 def _free_ports(count: int) -> list[int]:

@@ -10,6 +10,7 @@ import asyncio
 import json
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import httpx
 
@@ -18,6 +19,7 @@ from benchmarks.workload import Wave
 
 _TIMEOUT_S = 600.0
 _EVENT = b"data: "
+UNLIMITED = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 
 
 class StreamFailed(Exception):
@@ -26,15 +28,17 @@ class StreamFailed(Exception):
 
 async def run_wave(base_url: str, model: str, wave: Wave) -> WaveTimes:
     """Send every request of ``wave`` at once and wait for all."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=base_url, timeout=_TIMEOUT_S, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=base_url, timeout=_TIMEOUT_S, limits=UNLIMITED) as client:
         began_at = time.perf_counter()
-        tasks = [_request(client, model, prompt, wave.num_new_tokens) for prompt in wave.prompts]
+        tasks = [stream(client, model, prompt, wave.num_new_tokens) for prompt in wave.prompts]
         requests = await asyncio.gather(*tasks)
-        return WaveTimes(time.perf_counter() - began_at, tuple(requests))
+        return WaveTimes(time.perf_counter() - began_at, tuple(times for times, _ in requests))
 
 
-async def _request(client: httpx.AsyncClient, model: str, prompt: Sequence[int], num_new_tokens: int) -> RequestTimes:
+async def stream(
+    client: httpx.AsyncClient, model: str, prompt: Sequence[int], num_new_tokens: int
+) -> tuple[RequestTimes, dict[str, Any]]:
+    """One request; its times, and what the stream's events say beside the text: each key as it came last."""
     body = {
         "model": model,
         "prompt": list(prompt),
@@ -55,17 +59,19 @@ async def _request(client: httpx.AsyncClient, model: str, prompt: Sequence[int],
         ended_at = time.perf_counter()
     if response.status_code != 200 or first_at is None:
         raise StreamFailed(f"{response.status_code}: {received.decode(errors='replace')[-500:]}")
-    num_output_tokens = _completion_tokens(bytes(received))
+    said = _last_words(bytes(received))
+    if "usage" not in said:
+        raise StreamFailed(f"the stream ended without usage: {received.decode(errors='replace')[-500:]}")
+    num_output_tokens = int(said["usage"]["completion_tokens"])
     if num_output_tokens != num_new_tokens:
         raise StreamFailed(f"asked for {num_new_tokens} tokens, got {num_output_tokens}")
-    return RequestTimes(first_at - began_at, ended_at - began_at, num_output_tokens)
+    return RequestTimes(first_at - began_at, ended_at - began_at, num_output_tokens), said
 
 
-def _completion_tokens(stream: bytes) -> int:
-    """``usage.completion_tokens`` of the last event that has one."""
-    for line in reversed(stream.splitlines()):
+def _last_words(received: bytes) -> dict[str, Any]:
+    """The keys of all events, each with its last value that says something."""
+    said: dict[str, Any] = {}
+    for line in received.splitlines():
         if line.startswith(_EVENT + b"{"):
-            usage = json.loads(line.removeprefix(_EVENT)).get("usage")
-            if usage:
-                return int(usage["completion_tokens"])
-    raise StreamFailed(f"the stream ended without usage: {stream.decode(errors='replace')[-500:]}")
+            said |= {key: value for key, value in json.loads(line.removeprefix(_EVENT)).items() if value}
+    return said

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
@@ -31,15 +30,16 @@ import grpc
 
 from cluster.config import RouterConfig
 from cluster.cost_model import NO_COSTS, CostView
+from cluster.live_view import LiveView
 from cluster.prefix_index import PrefixIndex, PrefixMatch
-from cluster.view import NO_OFFLOAD, ClusterView, Links, LinkView, ModelInfo, Offload, WorkerView
+from cluster.view import NO_OFFLOAD, ClusterView, ModelInfo, Offload, WorkerView
 from cluster.worker_client import CALL_TIMEOUT_S, WorkerClient, WorkerDescription, WorkerState
 from core.clock import Clock
 from core.compute import StepSample
 from core.errors import Incompatible, PeerLost, PrfaasError, ProtocolViolation
-from core.link import LinkEstimate, ProbeReport
+from core.link import ProbeReport
 from core.prefix_hash import PageHash
-from core.request import EngineId, GatewayId, Role, WorkerId
+from core.request import EngineId, GatewayId, WorkerId
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
 from protos.channels import InternalGrpc
@@ -51,7 +51,6 @@ _Context = grpc.aio.ServicerContext[pb.RegisterRequest, pb.RegisterReply]
 _TICKS_PER_LEASE = 10  # how often leases are looked at: a dead worker is noticed at most a tenth of a lease too late
 _SWEEPS_PER_TICK = 8  # shards of the prefix index that are cleared of lost workers; 256 make a round
 _WATCHES_PER_LEASE = 4  # heartbeats asked of a worker per lease, so that one or two may be late
-_SHIPS = (Role.PREFILL, Role.DECODE)  # roles of a sending and a receiving worker
 _MAX_WATCH_INTERVAL_S = 0.25  # routing by load wants it fresh, whatever the lease
 
 
@@ -85,24 +84,24 @@ class Membership:
         listener: WorkerListener | None = None,
     ) -> None:
         """``self_test``: links are used only after their self-test has passed (``note_probe``)."""
-        self._self_test = self_test
         self._listener = listener
         self._lease_s = config.lease_s
         self._gateway_id = gateway_id
         self._clock = clock
         self._internal = internal
         self._members: dict[WorkerId, _Member] = {}
+        self._engines: dict[EngineId, _Member] = {}  # the same
         self._prefixes = PrefixIndex()
         self._latest: dict[WorkerId, EngineId] = {}  # the engine that registered last under that name
         self._replaced: set[EngineId] = set()
         self._refused: set[EngineId] = set()  # logged once each
         self._joins: dict[EngineId, asyncio.Task[None]] = {}
         self._model: ModelInfo | None = None
+        self._live_view = LiveView(self_test=self_test)
         self._view: ClusterView | None = None  # None: something changed since
+        self._changed_members: set[_Member] = set()  # that changed since it was made
         self._costs: CostView = NO_COSTS
         self._offload: Offload = NO_OFFLOAD
-        # Of each pair of living engines the last self-test, and when it ended.
-        self._probes: dict[tuple[EngineId, EngineId], tuple[ProbeReport, float]] = {}
         self._probes_by_outcome: Counter[str] = Counter()
         self._waiters: set[asyncio.Future[None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -114,13 +113,10 @@ class Membership:
     def view(self) -> ClusterView:
         """The cluster now. The same object until something changes."""
         now = self._clock.now()
-        view = self._view
-        if view is None or any(view.at < w.lease_expires_at <= now for w in view.workers):
-            members = sorted(self._members.items())
-            workers = tuple(member.view() for _, member in members)
-            links = {pair: link for _, member in members for pair, link in self._links_of(member).items()}
-            view = self._view = ClusterView(now, workers, links, self._costs, self._offload)
-        return view
+        if self._view is None or now >= self._live_view.next_expiry_at:
+            self._tell_live_view()
+            self._view = self._live_view.view(now, self._costs, self._offload)
+        return self._view
 
     @property
     def probes_by_outcome(self) -> Mapping[str, int]:
@@ -147,10 +143,8 @@ class Membership:
 
     def client(self, engine_id: EngineId) -> WorkerClient | None:
         """The connection to that engine; None if it is not in the view any more."""
-        for member in self._members.values():
-            if member.engine_id == engine_id:
-                return member.client
-        return None
+        member = self._engines.get(engine_id)
+        return None if member is None else member.client
 
     async def wait_until(self, predicate: Callable[[ClusterView], bool], timeout_s: float) -> bool:
         """Wait for a view that satisfies ``predicate``; False if none came within ``timeout_s``."""
@@ -211,15 +205,14 @@ class Membership:
 
     def note_probe(self, sender: EngineId, receiver: EngineId, report: ProbeReport) -> None:
         """A self-test has ended; nothing happens if either engine is not in the view any more."""
-        members = {member.engine_id: member for member in self._members.values()}
-        if sender not in members or receiver not in members:
+        members = self._engines.get(sender), self._engines.get(receiver)
+        if members[0] is None or members[1] is None:
             return
-        self._probes[sender, receiver] = report, self._clock.now()
+        self._tell_live_view()
+        self._live_view.note_probe(members[0].worker_id, members[1].worker_id, report, self._clock.now())
         self._probes_by_outcome["passed" if report.passed else report.error] += 1
-        members[sender].links = None
         if self._listener is not None:
-            ends = (members[sender].client.description, members[receiver].client.description)
-            self._listener.link_tested(*ends, report)
+            self._listener.link_tested(members[0].client.description, members[1].client.description, report)
         self._notify()
 
     def note_costs(self, costs: CostView) -> None:
@@ -291,10 +284,10 @@ class Membership:
     def _add(self, member: _Member, states: AsyncIterator[WorkerState]) -> None:
         description = member.client.description
         self._model = self._model or description.model
-        self._members[description.worker_id] = member
+        self._members[description.worker_id] = self._engines[member.engine_id] = member
         self._prefixes.add_worker(member.engine_id)
         self._note_pages(member)
-        self._forget_links()
+        self._forget_member(member)
         member.client.on_change = lambda: self._forget_member(member)
         if self._listener is not None:
             self._listener.worker_joined(description)
@@ -326,7 +319,7 @@ class Membership:
     async def _watch(self, member: _Member, states: AsyncIterator[WorkerState]) -> None:
         async for state in states:
             before, member.state = member.state, state
-            member.links, member.heard_at = None, self._clock.now()
+            member.heard_at = self._clock.now()
             member.client.note_report(state.load_age_s)
             self._note_pages(member)
             self._renew(member)
@@ -339,7 +332,6 @@ class Membership:
                     state.role,
                     ", draining" if state.draining else "",
                 )
-                self._forget_links()
             self._notify()
 
     def _note_pages(self, member: _Member) -> None:
@@ -363,10 +355,10 @@ class Membership:
         worker_id = member.client.description.worker_id
         if self._members.get(worker_id) is not member:
             return
-        del self._members[worker_id]
+        del self._members[worker_id], self._engines[member.engine_id]
         self._prefixes.remove_worker(member.engine_id)
-        self._probes = {pair: probe for pair, probe in self._probes.items() if member.engine_id not in pair}
-        self._forget_links()
+        self._live_view.remove(worker_id)
+        self._changed_members.discard(member)
         self._forget_view()
         num_open = member.client.num_open
         logger.log(level, "worker %s (%s) is out: %s; %d open sequences", worker_id, member.engine_id, reason, num_open)
@@ -414,47 +406,16 @@ class Membership:
     def _forget_view(self) -> None:
         self._view = None
 
+    def _tell_live_view(self) -> None:
+        for member in self._changed_members:
+            self._live_view.put(member.view(), member.state.links, member.heard_at)
+        self._changed_members.clear()
+
     def _forget_member(self, member: _Member) -> None:
-        """What is known of one worker has changed."""
-        member.seen = None
-        self._view = None
-
-    def _forget_links(self) -> None:
-        """Who is there, or in which role, has changed: so have everybody's links."""
-        for member in self._members.values():
-            member.links = None
-
-    def _links_of(self, sender: _Member) -> Links:
-        """The links that ``sender`` sends on. Made anew only after it reported, or after somebody came or went."""
-        if sender.links is None:
-            estimates = {estimate.worker_id: estimate for estimate in sender.state.links}
-            sender.links = {
-                (sender.worker_id, receiver.worker_id): self._link(sender, receiver, estimates.get(receiver.worker_id))
-                for receiver in self._members.values()
-                if receiver.worker_id in estimates or (sender.state.role, receiver.state.role) == _SHIPS
-            }
-        return sender.links
-
-    def _link(self, sender: _Member, receiver: _Member, estimate: LinkEstimate | None) -> LinkView:
-        probe, probed_at = self._probes.get((sender.engine_id, receiver.engine_id), (None, -math.inf))
-        usable, reason = True, ""
-        # Links for pulls of cached pages are not tested before they are used: a pull that fails costs little.
-        if self._self_test and probe is None and (sender.state.role, receiver.state.role) == _SHIPS:
-            usable, reason = False, "not tested yet"
-        elif self._self_test and probe is not None and not probe.passed:
-            usable, reason = False, f"{probe.error}: {probe.reason}"
-        return LinkView(
-            from_worker=sender.worker_id,
-            from_cluster=sender.client.description.cluster_id,
-            to_worker=receiver.worker_id,
-            to_cluster=receiver.client.description.cluster_id,
-            heard_at=sender.heard_at,
-            estimate=estimate,
-            probe=probe,
-            probed_at=probed_at,
-            usable=usable,
-            reason=reason,
-        )
+        """What is known of one worker has changed; nothing happens if it is not in the view any more."""
+        if self._engines.get(member.engine_id) is member:
+            self._changed_members.add(member)
+            self._view = None
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -476,10 +437,8 @@ class _Member:
         self.state = state
         self.heard_at = now  # when ``state`` came
         self.lease_expires_at = now + lease_s
-        self.links: Links | None = None  # that it sends on; None: something changed since
         self.task: asyncio.Task[None] | None = None
         self.page_events_number: int | None = None  # of the last report that the prefix index knows
-        self.seen: WorkerView | None = None  # as the last view has it; None: something changed since
 
     @property
     def worker_id(self) -> WorkerId:
@@ -490,12 +449,6 @@ class _Member:
         return self.client.description.engine_id
 
     def view(self) -> WorkerView:
-        """The same object until something changes: who keeps what follows from it need not look again."""
-        if self.seen is None:
-            self.seen = self._view()
-        return self.seen
-
-    def _view(self) -> WorkerView:
         description, unreported = self.client.description, self.client.unreported
         return WorkerView(
             worker_id=description.worker_id,

@@ -5,8 +5,9 @@ the end of a prefix first). So along a prompt's pages the set of holders only sh
 is found by halving intervals: O(log pages) look-ups for each distinct set of workers that the prompt meets, however
 many workers are in it.
 
-    key    the first 8 bytes of a PageHash. Two prefixes of 10 million that share a key are expected once in 300,000
-           such indexes, and a wrong hit costs a worse route, never a wrong token: the allocators compare whole hashes.
+    key    the first 8 bytes of a PageHash, of which the table looks at 46 bits: of 10 million prefixes about one pair
+           is taken for the same. A wrong hit costs a worse route, never a wrong token: the allocators compare whole
+           hashes.
     slot   one bit for one worker's cache since it last began empty. A worker that is lost, or that clears its cache,
            just loses its slot: its bits stay in the index, are masked out of every answer, and are swept out a shard
            at a time, so that no event waits for a walk over all pages.
@@ -18,13 +19,15 @@ Everything happens on one event loop; ``Membership`` is the one writer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.page_table import NUM_SHARDS, Move, PageTable
 from core.prefix_hash import PageEvents, PageHash, page_key
 from core.request import EngineId
-
-_NUM_SHARDS = 256  # a sweep step walks one: 40,000 pages of 10 million
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class PrefixMatch:
     """For one prompt: how many of its leading pages each worker holds, most first. Who holds none is on no level."""
 
     levels: tuple[PrefixLevel, ...] = ()
-    slots: Mapping[EngineId, int] = field(default_factory=dict)
+    slots: Mapping[EngineId, int] = field(default_factory=dict)  # is replaced, never changed
 
     def pages_on(self, engine_id: EngineId) -> int:
         """Leading pages that ``engine_id`` holds."""
@@ -54,15 +57,35 @@ class PrefixMatch:
         """Pages that the best worker holds."""
         return self.levels[0].num_pages if self.levels else 0
 
+    def tokens_by_slot(self, page_size: int, most: int) -> NDArray[np.int64]:
+        """Leading tokens that each worker holds, ``most`` at most, for whoever asks of a thousand workers.
+
+        The last entry, 0, is that of every slot beyond.
+        """
+        num_slots = max((level.holders.bit_length() for level in self.levels), default=0)
+        held = np.zeros(num_slots + 1, np.int64)
+        for level in self.levels:
+            tokens = min(level.num_pages * page_size, most)
+            if level.holders.bit_count() <= _FEW:
+                for slot in _bits(level.holders):
+                    held[slot] = tokens
+            else:
+                octets = np.frombuffer(level.holders.to_bytes(num_slots // 8 + 1, "little"), np.uint8)
+                held[:-1] += np.unpackbits(octets, count=num_slots, bitorder="little") * np.int64(tokens)
+        return held
+
 
 NO_MATCH = PrefixMatch()
+
+
+_FEW = 8  # slots that are named faster one by one than in an array of all
 
 
 class PrefixIndex:
     """The pages of every followed worker."""
 
     def __init__(self) -> None:
-        self._shards: list[dict[int, int]] = [{} for _ in range(_NUM_SHARDS)]  # key |-> id of a set
+        self._table = PageTable()  # key |-> id of a set
         self._sets = _SlotSets()
         self._slot_of: Mapping[EngineId, int] = {}  # replaced, never changed: answers keep the one of their time
         self._alive = 0  # bitmap of the slots in _slot_of
@@ -75,7 +98,7 @@ class PrefixIndex:
     @property
     def num_keys(self) -> int:
         """Distinct pages in the index, those of lost workers that are not swept out yet included."""
-        return sum(map(len, self._shards))
+        return len(self._table)
 
     # ---- events ----
 
@@ -101,37 +124,14 @@ class PrefixIndex:
     def stored(self, engine_id: EngineId, keys: Iterable[int]) -> None:
         """The worker now holds these pages; events of workers that are not followed are ignored."""
         slot = self._slot_of.get(engine_id)
-        if slot is None:
-            return
-        shards, sets = self._shards, self._sets
-        with_slot = sets.adding(slot)
-        for key in keys:
-            shard = shards[key & 0xFF]
-            before = shard.get(key, 0)
-            after = with_slot.get(before)
-            if after is None:
-                after = with_slot[before] = sets.id_of(sets.bitmap(before) | 1 << slot)
-            shard[key] = after
+        if slot is not None:
+            self._sets.note(self._table.move(keys, self._sets.adding(1 << slot), absent_too=True))
 
     def removed(self, engine_id: EngineId, keys: Iterable[int]) -> None:
         """The worker no longer holds these pages."""
         slot = self._slot_of.get(engine_id)
-        if slot is None:
-            return
-        shards, sets = self._shards, self._sets
-        without_slot = sets.removing(slot)
-        for key in keys:
-            shard = shards[key & 0xFF]
-            before = shard.get(key)
-            if before is None:
-                continue
-            after = without_slot.get(before)
-            if after is None:
-                after = without_slot[before] = sets.id_of(sets.bitmap(before) & ~(1 << slot))
-            if after:
-                shard[key] = after
-            else:
-                del shard[key]
+        if slot is not None:
+            self._sets.note(self._table.move(keys, self._sets.removing(1 << slot), absent_too=False))
 
     def apply(self, engine_id: EngineId, events: PageEvents) -> None:
         """What a worker reported; the caller has seen to it that nothing is missing between two reports."""
@@ -141,16 +141,15 @@ class PrefixIndex:
         self.stored(engine_id, events.stored)
 
     def sweep(self) -> bool:
-        """Take lost workers' bits out of one shard; call it now and then. False: there was nothing to do."""
+        """Take lost workers' bits out of one shard, or tidy one; call it now and then. False: all was done."""
         if not self._sweeping:
             if not self._dead:
-                return False
+                return self._table.tidy()
             self._sweeping, self._next_shard = self._dead, 0
-        self._sweep_shard(self._shards[self._next_shard])
+        self._sets.note(self._table.move_shard(self._next_shard, self._sets.removing(self._sweeping)))
         self._next_shard += 1
-        if self._next_shard == _NUM_SHARDS:
+        if self._next_shard == NUM_SHARDS:
             self._free_slots += _bits(self._sweeping)
-            self._sets.forget(self._sweeping)
             self._dead &= ~self._sweeping
             self._sweeping = 0
         return True
@@ -161,80 +160,87 @@ class PrefixIndex:
         """How many of the prompt's leading pages each followed worker holds."""
         if not hashes:
             return NO_MATCH
-        first, last = self._holders(hashes[0]), self._holders(hashes[-1])
-        levels = [PrefixLevel(len(hashes), last)] if last else []
-        # (first, holders of page first, last, holders of page last); the deepest interval is taken first.
-        intervals = [(0, first, len(hashes) - 1, last)]
+        holders = self._holders
+        first, last = holders(hashes[0]), holders(hashes[-1])
+        ends: list[tuple[int, int]] = []  # (page, its holders) wherever they are not those of the page before
+        intervals = [(0, first, len(hashes) - 1, last)]  # (page, its holders, later page, its holders); first ones last
         while intervals:
-            low, holders, high, survivors = intervals.pop()
-            gone = holders & ~survivors
-            if not gone:
+            low, before, high, after = intervals.pop()
+            if before == after:
                 continue
-            if high - low == 1:
-                levels.append(PrefixLevel(high, gone))
-                continue
-            middle = (low + high) // 2
-            between = self._holders(hashes[middle]) & holders
-            intervals.append((low, holders, middle, between))
-            intervals.append((middle, between, high, survivors & between))
-        return PrefixMatch(tuple(levels), self._slot_of)
+            while high - low > 1:
+                middle = (low + high) // 2
+                between = holders(hashes[middle])
+                if between == before:
+                    low = middle
+                else:
+                    if between != after:
+                        intervals.append((middle, between, high, after))
+                    high, after = middle, between
+            ends.append((high, after))
+        levels: list[PrefixLevel] = []
+        staying = first
+        for page, survivors in ends:
+            gone = staying & ~survivors
+            if gone:
+                levels.append(PrefixLevel(page, gone))
+            staying &= survivors
+        if staying:
+            levels.append(PrefixLevel(len(hashes), staying))
+        return PrefixMatch(tuple(reversed(levels)), self._slot_of)
 
     # ---- inside ----
 
     def _holders(self, page_hash: PageHash) -> int:
-        key = page_key(page_hash)
-        return self._sets.bitmap(self._shards[key & 0xFF].get(key, 0)) & self._alive
-
-    def _sweep_shard(self, shard: dict[int, int]) -> None:
-        kept: dict[int, int] = {}  # set id |-> what is left of it
-        sets, dead = self._sets, self._sweeping
-        for key, before in list(shard.items()):
-            after = kept.get(before)
-            if after is None:
-                after = kept[before] = sets.id_of(sets.bitmap(before) & ~dead)
-            if after == 0:
-                del shard[key]
-            elif after != before:
-                shard[key] = after
+        return self._sets.bitmap(self._table.get(page_key(page_hash))) & self._alive
 
 
 class _SlotSets:
-    """Interned bitmaps: id 0 is the empty one. ``forget`` drops what names slots that are in use no more."""
+    """Interned bitmaps, each known by an id as long as some page has it; 0 is the empty one's."""
 
     def __init__(self) -> None:
-        self._bitmaps: dict[int, int] = {0: 0}  # id |-> bitmap
-        self._ids: dict[int, int] = {0: 0}
-        self._next_id = 1
-        self._adding: dict[int, dict[int, int]] = {}  # slot |-> id |-> id of that set with the slot
-        self._removing: dict[int, dict[int, int]] = {}
+        self._bitmaps = [0]  # id |-> bitmap; 0 for ids that are free
+        self._num_pages = [0]  # id |-> pages that have it; not counted for the empty one
+        self._ids: dict[int, int] = {}  # bitmap |-> id
+        self._free_ids: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
     def bitmap(self, set_id: int) -> int:
         return self._bitmaps[set_id]
 
-    def id_of(self, bitmap: int) -> int:
+    def adding(self, slots: int) -> Callable[[int], int]:
+        """Id of a set |-> id of that set with ``slots``."""
+        return lambda set_id: self._id_of(self._bitmaps[set_id] | slots)
+
+    def removing(self, slots: int) -> Callable[[int], int]:
+        """Id of a set |-> id of that set without ``slots``."""
+        return lambda set_id: self._id_of(self._bitmaps[set_id] & ~slots)
+
+    def note(self, moves: Sequence[Move]) -> None:
+        """Pages went from set to set. Sets that none has any more are forgotten: histories are longer than memory."""
+        for move in moves:
+            self._num_pages[move.after] += move.num_keys
+        for move in moves:
+            self._num_pages[move.before] -= move.num_keys
+            if move.before and not self._num_pages[move.before]:
+                del self._ids[self._bitmaps[move.before]]
+                self._bitmaps[move.before] = 0
+                self._free_ids.append(move.before)
+
+    def _id_of(self, bitmap: int) -> int:
+        if not bitmap:
+            return 0
         set_id = self._ids.get(bitmap)
         if set_id is None:
-            set_id = self._ids[bitmap] = self._next_id
+            if not self._free_ids:
+                self._free_ids.append(len(self._bitmaps))
+                self._bitmaps.append(0)
+                self._num_pages.append(0)
+            set_id = self._ids[bitmap] = self._free_ids.pop()
             self._bitmaps[set_id] = bitmap
-            self._next_id += 1
         return set_id
-
-    def adding(self, slot: int) -> dict[int, int]:
-        return self._adding.setdefault(slot, {})
-
-    def removing(self, slot: int) -> dict[int, int]:
-        return self._removing.setdefault(slot, {})
-
-    def forget(self, slots: int) -> None:
-        """No page's set holds any of ``slots`` any more."""
-        gone = {set_id for set_id, bitmap in self._bitmaps.items() if bitmap & slots}
-        for set_id in gone:
-            del self._ids[self._bitmaps.pop(set_id)]
-        for moves in (self._adding, self._removing):
-            for slot in _bits(slots):
-                moves.pop(slot, None)
-            for slot, changes in moves.items():
-                moves[slot] = {b: a for b, a in changes.items() if b not in gone and a not in gone}
 
 
 def _bits(bitmap: int) -> Iterator[int]:

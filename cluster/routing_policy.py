@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+import numpy as np
+
 from cluster.prefix_index import PrefixMatch
-from cluster.view import ClusterView, Route, WorkerView
+from cluster.view import ClusterView, Flags, Integers, Pools, Route, WorkerPool, WorkerView
 from core.errors import Incompatible, InvalidConfig, NoRoute
 from core.request import EngineId, RequestId, Role
 
@@ -71,6 +73,15 @@ class RouteRequest:
         match = self.matches.get(page_size)
         return 0 if match is None else min(match.pages_on(worker.engine_id) * page_size, self.num_tokens - 1)
 
+    def cached_tokens_in(self, *pools: WorkerPool) -> list[Integers]:
+        """``cached_tokens`` of every worker of each pool."""
+        if len(self.matches) == 1:
+            ((page_size, match),) = self.matches.items()
+            if all(pool.roster.page_size == page_size for pool in pools):
+                held = match.tokens_by_slot(page_size, self.num_tokens - 1)
+                return [held.take(pool.roster.slots(match.slots), mode="clip") for pool in pools]
+        return [np.array([self.cached_tokens(w) for w in pool.workers], np.int64) for pool in pools]
+
 
 class RoutingPolicy(Protocol):
     """Chooses where a sequence is prefilled and decoded."""
@@ -91,11 +102,11 @@ class RoundRobin:
     uses_prefixes = False
 
     def route(self, request: RouteRequest, view: ClusterView) -> Route:
-        found = candidates(request, view)
-        decode = found.decode[request.ordinal % len(found.decode)]
-        pool = found.prefill_for(decode)
-        prefill = pool[request.ordinal % len(pool)] if pool else None
-        return found.route(prefill, decode, f"round robin, turn {request.ordinal}")
+        candidates = _candidates(request, view)
+        decode = candidates.decode.in_turn(request.ordinal)
+        senders = candidates.prefill_for(decode)
+        prefill = senders.in_turn(request.ordinal) if senders else None
+        return candidates.route(prefill, decode, f"round robin, turn {request.ordinal}")
 
 
 class LeastLoaded:
@@ -109,11 +120,20 @@ class LeastLoaded:
     uses_prefixes = False
 
     def route(self, request: RouteRequest, view: ClusterView) -> Route:
-        found = candidates(request, view)
-        decode = min(found.decode, key=lambda w: (not _fits(w, request), _num_sequences(w), w.worker_id))
-        pool = found.prefill_for(decode)
-        prefill = min(pool, key=lambda w: (_tokens_ahead(w, request), w.worker_id)) if pool else None
-        return found.route(prefill, decode, f"least loaded: {_loads(prefill, decode, request)}")
+        candidates = _candidates(request, view)
+        pools = view.pools
+        decode = candidates.with_room().least(pools.decode.num_sequences)
+        ahead = _tokens_ahead(pools.prefill, request)
+        senders = candidates.prefill_for(decode)
+        prefill = senders.least(ahead) if senders else None
+        worker = pools.decode.workers[decode]
+        said = (
+            f"{worker.worker_id} has {pools.decode.num_sequences[decode]} sequences"
+            f" and {worker.load.pages_free} free pages"
+        )
+        if prefill is not None:
+            said = f"{pools.prefill.workers[prefill].worker_id} has {ahead[prefill]} tokens ahead, {said}"
+        return candidates.route(prefill, decode, f"least loaded: {said}")
 
 
 class CacheAware:
@@ -128,28 +148,30 @@ class CacheAware:
     uses_prefixes = True
 
     def route(self, request: RouteRequest, view: ClusterView) -> Route:
-        found = candidates(request, view)
-        decode = self._decode(request, found.decode)
-        pool = found.prefill_for(decode)
-        prefill = min(pool, key=lambda w: (_tokens_to_first(w, request), w.worker_id)) if pool else None
-        missing = request.num_tokens - request.cached_tokens(decode)
-        num_sequences = _num_sequences(decode)
-        said = f"{decode.worker_id} lacks {missing} of {request.num_tokens} tokens, has {num_sequences} sequences"
-        if prefill is not None:
-            ahead, cached = _tokens_ahead(prefill, request), request.cached_tokens(prefill)
-            said = f"{prefill.worker_id} caches {cached} tokens and has {ahead} ahead, {said}"
-        return found.route(prefill, decode, f"cache aware: {said}")
-
-    def _decode(self, request: RouteRequest, workers: Sequence[WorkerView]) -> WorkerView:
-        pool = [w for w in workers if _fits(w, request)] or list(workers)
-        crowded = _CROWDED * min(map(_num_sequences, pool)) + _CROWDED_SLACK
-        return min(
-            (w for w in pool if _num_sequences(w) <= crowded),
-            key=lambda w: (-request.cached_tokens(w), _num_sequences(w), w.worker_id),
+        candidates = _candidates(request, view)
+        pools = view.pools
+        cached_by_prefill, cached_by_decode = request.cached_tokens_in(pools.prefill, pools.decode)
+        num_sequences = pools.decode.num_sequences
+        roomy = candidates.with_room()
+        crowded = _CROWDED * int(num_sequences[roomy.least(num_sequences)]) + _CROWDED_SLACK
+        idle = roomy.if_any(num_sequences <= crowded)
+        decode = idle.least(num_sequences - (cached_by_decode << _SEQUENCE_BITS))
+        ahead = _tokens_ahead(pools.prefill, request)
+        senders = candidates.prefill_for(decode)
+        prefill = senders.least(ahead - cached_by_prefill) if senders else None
+        missing = request.num_tokens - int(cached_by_decode[decode])
+        said = (
+            f"{pools.decode.workers[decode].worker_id} lacks {missing} of {request.num_tokens} tokens,"
+            f" has {num_sequences[decode]} sequences"
         )
+        if prefill is not None:
+            name = pools.prefill.workers[prefill].worker_id
+            said = f"{name} caches {cached_by_prefill[prefill]} tokens and has {ahead[prefill]} ahead, {said}"
+        return candidates.route(prefill, decode, f"cache aware: {said}")
 
 
 _MAX_REASONS = 4  # of many links that fail alike, a few say it
+_SEQUENCE_BITS = 24  # more sequences than a worker ever has: cached tokens come first, then fewer sequences
 # A decode worker may have so many times the sequences of the idlest one, and a few more, and still be preferred for
 # what it caches: its steps are longer by less than the sequence's share of them.
 _CROWDED = 1.25
@@ -180,44 +202,82 @@ def make_policy(name: str, settings: RoutingSettings = RoutingSettings()) -> Rou
 
 
 @dataclass(frozen=True, slots=True)
-class Candidates:
-    """Workers that may be chosen. ``decode`` is never empty; ``prefill`` holds every ready one, excluded or not."""
+class _Choice:
+    """Some of a pool's positions: how many, and which (None: all)."""
+
+    count: int
+    flags: Flags | None = None
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def if_any(self, flags: Flags) -> _Choice:
+        """Those that have the flag; if none has it, all of these."""
+        both = flags if self.flags is None else self.flags & flags
+        count = int(np.count_nonzero(both))
+        return self if count in (0, self.count) else _Choice(count, both)
+
+    def least(self, values: Integers) -> int:
+        """Where the value is least; of equal ones the first, hence the smallest worker id."""
+        return int(values.argmin() if self.flags is None else np.where(self.flags, values, _FAR).argmin())
+
+    def in_turn(self, ordinal: int) -> int:
+        turn = ordinal % self.count
+        return turn if self.flags is None else int(np.flatnonzero(self.flags)[turn])
+
+
+_FAR = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """Decode workers that may be chosen, at least one, and for each the prefill workers."""
 
     request: RouteRequest
     view: ClusterView
-    decode: tuple[WorkerView, ...]
-    prefill: tuple[WorkerView, ...]
+    decode: _Choice
 
-    def prefill_for(self, decode: WorkerView) -> tuple[WorkerView, ...]:
-        """Prefill workers that may be paired with ``decode``."""
-        return _avoid(tuple(w for w in self.prefill if _may_pair(self.view, w, decode)), self.request.excluded)
+    def with_room(self) -> _Choice:
+        """Decode workers whose free pages can hold the known tokens and the next one; all, if none can."""
+        return self.decode.if_any(self.view.pools.decode.free_tokens > self.request.num_tokens)
 
-    def route(self, prefill: WorkerView | None, decode: WorkerView, reason: str) -> Route:
+    def prefill_for(self, decode: int) -> _Choice:
+        """Prefill workers that may be paired with that decode worker: not the excluded ones, if that leaves any."""
+        pools = self.view.pools
+        allowed = _Choice(len(pools.prefill))
+        if pools.may_ship is not None:
+            flags = pools.may_ship[:, decode]
+            allowed = _Choice(int(np.count_nonzero(flags)), flags)
+        return allowed.if_any(_fresh(self.request, pools.prefill)) if self.request.excluded else allowed
+
+    def route(self, prefill: int | None, decode: int, reason: str) -> Route:
         """The route, its reason completed with whatever was not as it should be."""
+        pools = self.view.pools
+        receiver = pools.decode.workers[decode]
+        sender = None if prefill is None else pools.prefill.workers[prefill]
         notes, fallback = [reason], ""
-        if prefill is None:
-            fallback, why = why_no_prefill(self.view, self.prefill, decode)
-            notes.append(f"{decode.worker_id} prefills: {why}")
-        notes += last_resorts(self.request, prefill, decode)
-        return Route(prefill=prefill, decode=decode, reason="; ".join(notes), fallback=fallback)
+        if sender is None:
+            fallback, why = why_no_prefill(self.view, pools.prefill.workers, receiver)
+            notes.append(f"{receiver.worker_id} prefills: {why}")
+        if self.request.excluded:
+            notes += last_resorts(self.request, sender, receiver)
+        return Route(prefill=sender, decode=receiver, reason="; ".join(notes), fallback=fallback)
 
 
-def candidates(request: RouteRequest, view: ClusterView) -> Candidates:
-    """The workers that a policy chooses among; ``NoRoute`` if no decode worker is ready."""
-    decode, prefill = view.ready(Role.DECODE), view.ready(Role.PREFILL)
-    if not decode:
+def _candidates(request: RouteRequest, view: ClusterView) -> _Candidates:
+    pools = view.pools
+    if not len(pools.decode):
         raise NoRoute(f"no decode worker is ready ({census(view)})")
-    fresh = tuple(w for w in decode if w.engine_id not in request.excluded)
-    fresh_prefill = tuple(w for w in prefill if w.engine_id not in request.excluded)
+    everybody = _Choice(len(pools.decode))
+    if pools.may_ship is None and not request.excluded:
+        return _Candidates(request, view, everybody)
+    fresh, fresh_prefill = _fresh(request, pools.decode), _fresh(request, pools.prefill)
+    from_fresh, from_any = _shippable(pools, fresh_prefill), _shippable(pools, np.ones_like(fresh_prefill))
     # A decode worker that some prefill worker can ship to is better than one that would have to prefill alone.
-    pool = (
-        _shippable(view, fresh, fresh_prefill)
-        or _shippable(view, fresh, prefill)
-        or fresh
-        or _shippable(view, decode, prefill)
-        or decode
-    )
-    return Candidates(request=request, view=view, decode=pool, prefill=prefill)
+    for choice in (fresh & from_fresh, fresh & from_any, fresh, from_any):
+        if choice.any():
+            return _Candidates(request, view, everybody.if_any(choice))
+    return _Candidates(request, view, everybody)
 
 
 def last_resorts(request: RouteRequest, prefill: WorkerView | None, decode: WorkerView) -> list[str]:
@@ -248,21 +308,20 @@ def why_no_prefill(
     return Fallback.LINK_DOWN, f"no link from a {kind} worker can be used ({'; '.join(unusable[:_MAX_REASONS])})"
 
 
-def _shippable(
-    view: ClusterView, decode: tuple[WorkerView, ...], prefill: tuple[WorkerView, ...]
-) -> tuple[WorkerView, ...]:
-    """Those of ``decode`` that some worker of ``prefill`` can ship K/V to."""
-    return tuple(d for d in decode if any(_may_pair(view, p, d) for p in prefill))
+def _shippable(pools: Pools, prefill: Flags) -> Flags:
+    """Which decode workers can some worker of ``prefill`` ship K/V to?"""
+    if pools.may_ship is None:
+        return np.full(len(pools.decode), bool(prefill.any()))
+    shippable: Flags = np.logical_or.reduce(pools.may_ship[prefill], axis=0)
+    return shippable
 
 
-def _may_pair(view: ClusterView, prefill: WorkerView, decode: WorkerView) -> bool:
-    """May the K/V of one be put into the pool of the other, and does the link between them work?"""
-    return prefill.model.fingerprint.compatible(decode.model.fingerprint) and view.can_ship(prefill, decode)
-
-
-def _avoid(workers: tuple[WorkerView, ...], excluded: frozenset[EngineId]) -> tuple[WorkerView, ...]:
-    """``workers`` without the excluded ones, or all of them if that leaves none."""
-    return tuple(w for w in workers if w.engine_id not in excluded) or workers
+def _fresh(request: RouteRequest, pool: WorkerPool) -> Flags:
+    """Who did not fail this sequence before?"""
+    fresh = np.ones(len(pool), np.bool_)
+    position_of = pool.roster.position_of
+    fresh[[position_of[engine] for engine in request.excluded if engine in position_of]] = False
+    return fresh
 
 
 def census(view: ClusterView) -> str:
@@ -275,28 +334,6 @@ def census(view: ClusterView) -> str:
     return f"registered: {num_prefill} prefill, {num_decode} decode; {num_draining} of them draining"
 
 
-def _fits(worker: WorkerView, request: RouteRequest) -> bool:
-    """Can the free pages hold the known tokens and the next one?"""
-    return worker.load.pages_free * worker.model.fingerprint.page_size > request.num_tokens
-
-
-def _num_sequences(worker: WorkerView) -> int:
-    return worker.load.num_running + worker.load.num_waiting + worker.num_assigned
-
-
-def _tokens_ahead(worker: WorkerView, request: RouteRequest) -> int:
-    """Prompt tokens that the worker must compute first; an assigned sequence is taken to be as long as this one."""
-    return worker.load.num_waiting_tokens + worker.num_assigned * request.num_tokens
-
-
-def _tokens_to_first(worker: WorkerView, request: RouteRequest) -> int:
-    """Tokens that the worker must compute before the sequence's first one."""
-    return _tokens_ahead(worker, request) + request.num_tokens - request.cached_tokens(worker)
-
-
-def _loads(prefill: WorkerView | None, decode: WorkerView, request: RouteRequest) -> str:
-    parts: Sequence[str] = (
-        *([f"{prefill.worker_id} has {_tokens_ahead(prefill, request)} tokens ahead"] if prefill else []),
-        f"{decode.worker_id} has {_num_sequences(decode)} sequences and {decode.load.pages_free} free pages",
-    )
-    return ", ".join(parts)
+def _tokens_ahead(pool: WorkerPool, request: RouteRequest) -> Integers:
+    """Prompt tokens that each must compute first; an assigned sequence is taken to be as long as this one."""
+    return pool.num_waiting_tokens + pool.num_assigned * request.num_tokens

@@ -2,13 +2,20 @@
 
 ``Membership`` is the one writer (it makes a new view at every change); routers, policies, metrics and the status
 command only read. Instants are on the gateway's Clock.
+
+Who must look at a thousand workers for every sequence looks at ``ClusterView.pools``: the workers that may be chosen,
+as columns of numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import InitVar, dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cluster.cost_model import NO_COSTS, CostView
 from core.fingerprint import CacheFingerprint
@@ -124,12 +131,136 @@ class Offload:
 NO_OFFLOAD = Offload()
 
 
-@dataclass(frozen=True, slots=True)
+Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+
+class Roster:
+    """What does not change while the same engines are in a pool; a position is a worker's place in it."""
+
+    def __init__(self, workers: Iterable[WorkerView]) -> None:
+        fingerprints = {w.engine_id: w.model.fingerprint for w in workers}
+        self.position_of: Mapping[EngineId, int] = {engine_id: i for i, engine_id in enumerate(fingerprints)}
+        self.page_sizes: Integers = np.array([f.page_size for f in fingerprints.values()], np.int64)
+        self.page_size: int | None = int(self.page_sizes[0]) if len(set(self.page_sizes.tolist())) == 1 else None
+        self.fingerprints = tuple(fingerprints.values())
+        self._slots: tuple[Mapping[EngineId, int], Integers] | None = None
+
+    def slots(self, slot_of: Mapping[EngineId, int]) -> Integers:
+        """The slot of each worker in the prefix index; of one that has none: beyond every slot.
+
+        The last answer is kept: the index replaces ``slot_of`` when a worker comes or goes, and never changes it.
+        """
+        if self._slots is None or self._slots[0] is not slot_of:
+            found = (slot_of.get(engine_id, _NO_SLOT) for engine_id in self.position_of)
+            self._slots = slot_of, np.fromiter(found, np.int64, len(self.position_of))
+        return self._slots[1]
+
+
+_NO_SLOT = 2**62
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WorkerPool:
+    """Ready workers of one role, in the order of their ids, and their numbers as columns: one array per question."""
+
+    workers: tuple[WorkerView, ...]
+    roster: Roster
+    numbers: Integers  # [question, position]
+
+    @classmethod
+    def of(cls, workers: Iterable[WorkerView]) -> WorkerPool:
+        workers = tuple(workers)
+        numbers = np.array([_numbers(w) for w in workers], np.int64).reshape(len(workers), _NUM_QUESTIONS)
+        return cls(workers, Roster(workers), _frozen(np.ascontiguousarray(numbers.T)))
+
+    def with_changed(self, changed: Mapping[int, WorkerView]) -> WorkerPool:
+        """The pool after those at some positions have changed; they are the same engines."""
+        workers, numbers = list(self.workers), self.numbers.copy()
+        for position, worker in changed.items():
+            workers[position] = worker
+        numbers[:, list(changed)] = np.array([*map(_numbers, changed.values())], np.int64).T
+        return WorkerPool(tuple(workers), self.roster, _frozen(numbers))
+
+    def __len__(self) -> int:
+        return len(self.workers)
+
+    @property
+    def num_sequences(self) -> Integers:
+        """That a worker has, as it said, and those that this gateway assigned."""
+        return self._answers(0)
+
+    @property
+    def num_waiting_tokens(self) -> Integers:
+        return self._answers(1)
+
+    @property
+    def num_assigned(self) -> Integers:
+        return self._answers(2)
+
+    @property
+    def free_tokens(self) -> Integers:
+        """For so many tokens there are pages."""
+        return self._answers(3)
+
+    def _answers(self, question: int) -> Integers:
+        row: Integers = self.numbers[question]
+        return row
+
+
+def _frozen(numbers: Integers) -> Integers:
+    numbers.setflags(write=False)
+    return numbers
+
+
+_NUM_QUESTIONS = 4
+
+
+def _numbers(worker: WorkerView) -> tuple[int, ...]:
+    """A worker's column of ``WorkerPool.numbers``."""
+    load = worker.load
+    return (
+        load.num_running + load.num_waiting + worker.num_assigned,
+        load.num_waiting_tokens,
+        worker.num_assigned,
+        load.pages_free * worker.model.fingerprint.page_size,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pools:
+    """Every worker that may be chosen. ``may_ship[p, d]``: may the K/V of prefill worker p be put into the pool of
+    decode worker d, and on that link? None: on every one."""
+
+    prefill: WorkerPool
+    decode: WorkerPool
+    may_ship: Flags | None = None
+
+    def of(self, role: Role) -> WorkerPool:
+        return self.prefill if role is Role.PREFILL else self.decode
+
+
+def alike(prefill: Roster, decode: Roster) -> Flags | None:
+    """[p, d]: may pages of one be put into the other, as far as models are concerned? None: every one."""
+    kinds: list[CacheFingerprint] = []
+    kind_of: dict[CacheFingerprint, int] = {}
+    for fingerprint in dict.fromkeys((*prefill.fingerprints, *decode.fingerprints)):
+        kind = next((i for i, known in enumerate(kinds) if known.compatible(fingerprint)), len(kinds))
+        kinds += [fingerprint] if kind == len(kinds) else []
+        kind_of[fingerprint] = kind
+    if len(kinds) <= 1:
+        return None
+    senders, receivers = ([kind_of[f] for f in roster.fingerprints] for roster in (prefill, decode))
+    return np.equal.outer(np.array(senders, np.int64), np.array(receivers, np.int64))
+
+
+@dataclass(frozen=True)
 class ClusterView:
     """Every worker that this gateway holds a live lease of, ordered by worker id, and the links between them.
 
     ``links`` has every pair of a prefill and a decode worker, and whatever else carried bytes. ``costs`` predicts
-    seconds; ``offload`` is the planner's last word.
+    seconds; ``offload`` is the planner's last word. ``pools`` follow from the rest; who made them already, as
+    ``Membership`` does, gives them as ``made_pools``.
     """
 
     at: float
@@ -137,10 +268,31 @@ class ClusterView:
     links: Links = field(default_factory=dict)
     costs: CostView = NO_COSTS
     offload: Offload = NO_OFFLOAD
+    made_pools: InitVar[Pools | None] = None
+
+    def __post_init__(self, made_pools: Pools | None) -> None:
+        if made_pools is not None:
+            self.__dict__["pools"] = made_pools
+
+    @cached_property
+    def pools(self) -> Pools:
+        """The workers of each role that are ready."""
+        prefill, decode = (WorkerPool.of(w for w in self.workers if self._is_ready(w, role)) for role in Role)
+        may_ship = alike(prefill.roster, decode.roster)
+        senders = {w.worker_id: i for i, w in enumerate(prefill.workers)}
+        receivers = {w.worker_id: i for i, w in enumerate(decode.workers)}
+        for (sender, receiver), link in self.links.items():
+            if not link.usable and sender in senders and receiver in receivers:
+                may_ship = np.ones((len(prefill), len(decode)), np.bool_) if may_ship is None else may_ship
+                may_ship[senders[sender], receivers[receiver]] = False
+        return Pools(prefill, decode, may_ship)
 
     def ready(self, role: Role) -> tuple[WorkerView, ...]:
         """Workers that advertise ``role``, are not draining and whose lease has not run out."""
-        return tuple(w for w in self.workers if w.role is role and not w.draining and w.lease_expires_at > self.at)
+        return self.pools.of(role).workers
+
+    def _is_ready(self, worker: WorkerView, role: Role) -> bool:
+        return worker.role is role and not worker.draining and worker.lease_expires_at > self.at
 
     def link(self, from_worker: WorkerId, to_worker: WorkerId) -> LinkView | None:
         """What is known of the path from one worker to another; None: nothing, good or bad."""

@@ -11,12 +11,14 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from struct import Struct
 from typing import NewType
 
 PageHash = NewType("PageHash", bytes)
 
 DIGEST_BYTES = 16
-KEY_BYTES = 8
+_KEY = Struct("<Q")
+KEY_BYTES = _KEY.size
 _MAX_KEY_BYTES = 64
 
 
@@ -48,7 +50,8 @@ def tenant_of(salt: bytes) -> str:
 
 def page_key(page_hash: PageHash) -> int:
     """What page events and the gateways' index call a page: the first ``KEY_BYTES`` of its hash."""
-    return int.from_bytes(page_hash[:KEY_BYTES], "little")
+    key: int = _KEY.unpack_from(page_hash)[0]
+    return key
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ def test_sweeping_returns_all_memory_of_lost_workers() -> None:
         assert index.num_keys == 0
     index.add_worker(ENGINES[0])
     assert index._num_slots == len(ENGINES), "slots are used again"
-    assert len(index._sets._bitmaps) == 1, "no set of lost workers is kept"
+    assert len(index._sets) == 0, "no set of lost workers is kept"
 
 
 @given(workers=st.integers(1, 40), seed=st.integers(0, 1000))
