@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -33,7 +33,13 @@ from cluster.cost_model import NO_COSTS, CostView
 from cluster.live_view import LiveView
 from cluster.prefix_index import PrefixIndex, PrefixMatch
 from cluster.view import NO_OFFLOAD, ClusterView, ModelInfo, Offload, WorkerView
-from cluster.worker_client import CALL_TIMEOUT_S, WorkerClient, WorkerDescription, WorkerState
+from cluster.worker_client import (
+    CALL_TIMEOUT_S,
+    GrpcWorkerClient,
+    WorkerClient,
+    WorkerDescription,
+    WorkerState,
+)
 from core.clock import Clock
 from core.compute import StepSample
 from core.errors import Incompatible, PeerLost, PrfaasError, ProtocolViolation
@@ -45,6 +51,8 @@ from protos import worker_pb2_grpc as rpc
 from protos.channels import InternalGrpc
 
 logger = logging.getLogger(__name__)
+
+Connect = Callable[[str], Awaitable[WorkerClient]]  # by the worker's address; raises PeerLost
 
 _Context = grpc.aio.ServicerContext[pb.RegisterRequest, pb.RegisterReply]
 
@@ -82,13 +90,16 @@ class Membership:
         *,
         self_test: bool = False,
         listener: WorkerListener | None = None,
+        connect: Connect | None = None,
     ) -> None:
-        """``self_test``: links are used only after their self-test has passed (``note_probe``)."""
+        """``self_test``: links are used only after their self-test has passed (``note_probe``). ``connect``: how
+        workers are reached; None: over gRPC."""
         self._listener = listener
         self._lease_s = config.lease_s
         self._gateway_id = gateway_id
         self._clock = clock
         self._internal = internal
+        self._connect = connect or self._connect_over_grpc
         self._members: dict[WorkerId, _Member] = {}
         self._engines: dict[EngineId, _Member] = {}  # the same
         self._prefixes = PrefixIndex()
@@ -103,7 +114,7 @@ class Membership:
         self._costs: CostView = NO_COSTS
         self._offload: Offload = NO_OFFLOAD
         self._probes_by_outcome: Counter[str] = Counter()
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._waiters: dict[asyncio.Future[None], None] = {}  # in the order in which they began to wait
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
@@ -161,12 +172,17 @@ class Membership:
     async def start(self, host: str, port: int = 0) -> str:
         """Serve the Registry on ``host`` (port 0: any free one); returns the host:port that workers are to be given."""
         assert self._server is None, "membership was started already"
+        self.watch_leases()
         self._server = grpc.aio.server()
         rpc.add_RegistryServicer_to_server(_RegistryService(self), self._server)
         bound = self._internal.listen(self._server, f"{host}:{port}")
         await self._server.start()
-        self._ticker = self._spawn(self._expire_leases())
         return f"{host}:{bound}"
+
+    def watch_leases(self) -> None:
+        """Drop workers whose lease runs out, from now on; ``start`` does this too."""
+        assert self._ticker is None, "leases are watched already"
+        self._ticker = self._spawn(self._expire_leases())
 
     async def close(self) -> None:
         """Stop the Registry and drop every worker; their open sequences hear ``WorkerLost``."""
@@ -247,6 +263,9 @@ class Membership:
 
     # ---- inside ----
 
+    async def _connect_over_grpc(self, address: str) -> WorkerClient:
+        return await GrpcWorkerClient.connect(address, self._gateway_id, self._internal)
+
     def _supersede(self, worker_id: WorkerId, engine_id: EngineId) -> None:
         """``engine_id`` is from now on the engine of that name; the one before it is over."""
         before = self._latest.get(worker_id)
@@ -261,7 +280,7 @@ class Membership:
 
     async def _join(self, worker_id: WorkerId, engine_id: EngineId, address: str) -> None:
         """Connect to the worker and follow it; returns when it is in the view."""
-        client = await WorkerClient.connect(address, self._gateway_id, self._internal)
+        client = await self._connect(address)
         member: _Member | None = None
         try:
             description = client.description
@@ -391,11 +410,11 @@ class Membership:
     async def _changed(self) -> None:
         """Wait for the next change."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.add(waiter)
+        self._waiters[waiter] = None
         try:
             await waiter
         finally:
-            self._waiters.discard(waiter)
+            self._waiters.pop(waiter, None)
 
     def _notify(self) -> None:
         self._forget_view()

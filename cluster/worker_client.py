@@ -1,4 +1,6 @@
-"""How does a gateway talk to one worker process? One channel, one long-lived Outputs stream, four kinds of call.
+"""How does a gateway talk to one worker? Over gRPC: one channel, one long-lived Outputs stream, four kinds of call.
+
+``WorkerClient`` is what router and membership know; the simulator has another (cluster/simulator/).
 
 Invariants:
 - A client belongs to one engine id, one start of one process. It never reconnects: when its stream breaks the worker
@@ -12,6 +14,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self, TypeVar
@@ -128,45 +131,19 @@ class Assignment:
     accepted_at: float | None = None
 
 
-class WorkerClient:
-    """One gateway's connection to one worker process. ``on_change`` is called when ``num_open`` changed."""
+class WorkerClient(ABC):
+    """One gateway's connection to one worker; whoever carries it. ``on_change`` is called when ``num_open`` changed.
 
-    def __init__(
-        self, description: WorkerDescription, channel: grpc.aio.Channel, gateway_id: GatewayId, outputs: _Outputs
-    ) -> None:
+    Who hears what of which sequence is here; the calls are the subclass's.
+    """
+
+    def __init__(self, description: WorkerDescription) -> None:
         self.description = description
-        self._channel = channel
-        self._gateway_id = gateway_id
-        self._outputs = outputs
-        self._worker = rpc.WorkerStub(channel)
-        self._prefill = rpc.PrefillStub(channel)
-        self._decode = rpc.DecodeStub(channel)
-        self._probes = rpc.ProbeSenderStub(channel)
         self._deliver: dict[SequenceId, Deliver] = {}
         self._unreported: dict[SequenceId, Assignment] = {}  # of open sequences that are in no report of its load yet
         self._now = asyncio.get_running_loop().time
         self._lost: WorkerLost | None = None
         self.on_change: Callable[[], None] = lambda: None
-
-    @classmethod
-    async def connect(
-        cls, address: str, gateway_id: GatewayId, internal: InternalGrpc, timeout_s: float = CALL_TIMEOUT_S
-    ) -> Self:
-        """Ask the worker who it is and open its Outputs stream; ``PeerLost`` if either does not work in time."""
-        channel = internal.channel(address, _CHANNEL_OPTIONS)
-        try:
-            async with asyncio.timeout(timeout_s):
-                stub = rpc.WorkerStub(channel)
-                description = await _checked(address, stub.Describe(pb.DescribeRequest(), wait_for_ready=True))
-                outputs: _Outputs = stub.Outputs(pb.OutputsRequest(gateway_id=gateway_id))
-                # Headers come once the worker knows this gateway: a sequence sent earlier would have no stream.
-                await _checked(address, outputs.initial_metadata())
-        except BaseException as error:
-            await channel.close(grace=None)
-            if isinstance(error, TimeoutError):
-                raise PeerLost(f"{address} did not answer in {timeout_s:g} s") from error
-            raise
-        return cls(_description_from_message(description), channel, gateway_id, outputs)
 
     @property
     def num_open(self) -> int:
@@ -205,6 +182,27 @@ class WorkerClient:
             self._unreported.pop(sequence_id, None)
             self.on_change()
 
+    def fail(self, reason: str) -> None:
+        """The worker is given up: every open sequence hears ``WorkerLost`` at once; later calls raise ``PeerLost``."""
+        if self._lost is not None:
+            return
+        self._lost = WorkerLost(worker_id=self.description.worker_id, reason=reason)
+        listeners, self._deliver = list(self._deliver.values()), {}
+        self._unreported.clear()
+        for deliver in listeners:
+            deliver(self._lost)
+
+    def _accepted(self, sequence_id: SequenceId) -> None:
+        """The worker has it in its queue."""
+        sent = self._unreported.get(sequence_id)
+        if sent is not None:
+            self._unreported[sequence_id] = replace(sent, accepted_at=self._now())
+
+    def _require_alive(self) -> None:
+        if self._lost is not None:
+            raise PeerLost(f"{self._lost.worker_id}: {self._lost.reason}")
+
+    @abstractmethod
     async def prefill(
         self,
         spec: SequenceSpec,
@@ -220,6 +218,91 @@ class WorkerClient:
         that the worker is to fetch first.
         Raises ``PeerLost``, ``InvalidRequest`` or ``SequenceFailed``; so do the other calls.
         """
+
+    @abstractmethod
+    async def decode(
+        self,
+        spec: SequenceSpec,
+        session_id: SessionId | None,
+        tenant: str = "",
+        deadline_s: float | None = None,
+        pull: PullTask | None = None,
+    ) -> None:
+        """Announce the sequence: its KV will come under ``session_id``; None: the worker prefills it itself, once it
+        has fetched what ``pull`` says."""
+
+    @abstractmethod
+    async def abort(self, sequence_id: SequenceId, stage: Role, reason: str) -> None:
+        """Give the sequence up at the worker in that stage; a worker that does not know it says nothing."""
+
+    @abstractmethod
+    async def set_role(self, role: Role) -> None:
+        """Ask the worker to advertise ``role`` from now on."""
+
+    @abstractmethod
+    async def probe_link(self, receiver: WorkerDescription, timeout_s: float) -> ProbeReport:
+        """Have this worker send random pages to ``receiver``; how they arrived.
+
+        Raises ``Overloaded`` if either has no page to spare now, ``PeerLost`` if this worker does not answer.
+        """
+
+    @abstractmethod
+    def watch(self, interval_s: float) -> AsyncIterator[WorkerState]:
+        """The worker's state at once, at every change and at least every ``interval_s``; ends with ``PeerLost``."""
+
+    @abstractmethod
+    async def pump_outputs(self) -> None:
+        """Deliver what the worker sends until the stream is over; always ends with ``PeerLost``."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End the connection; the worker then aborts whatever it still runs for this gateway."""
+
+
+class GrpcWorkerClient(WorkerClient):
+    """The connection to a worker process."""
+
+    def __init__(
+        self, description: WorkerDescription, channel: grpc.aio.Channel, gateway_id: GatewayId, outputs: _Outputs
+    ) -> None:
+        super().__init__(description)
+        self._channel = channel
+        self._gateway_id = gateway_id
+        self._outputs = outputs
+        self._worker = rpc.WorkerStub(channel)
+        self._prefill = rpc.PrefillStub(channel)
+        self._decode = rpc.DecodeStub(channel)
+        self._probes = rpc.ProbeSenderStub(channel)
+
+    @classmethod
+    async def connect(
+        cls, address: str, gateway_id: GatewayId, internal: InternalGrpc, timeout_s: float = CALL_TIMEOUT_S
+    ) -> Self:
+        """Ask the worker who it is and open its Outputs stream; ``PeerLost`` if either does not work in time."""
+        channel = internal.channel(address, _CHANNEL_OPTIONS)
+        try:
+            async with asyncio.timeout(timeout_s):
+                stub = rpc.WorkerStub(channel)
+                description = await _checked(address, stub.Describe(pb.DescribeRequest(), wait_for_ready=True))
+                outputs: _Outputs = stub.Outputs(pb.OutputsRequest(gateway_id=gateway_id))
+                # Headers come once the worker knows this gateway: a sequence sent earlier would have no stream.
+                await _checked(address, outputs.initial_metadata())
+        except BaseException as error:
+            await channel.close(grace=None)
+            if isinstance(error, TimeoutError):
+                raise PeerLost(f"{address} did not answer in {timeout_s:g} s") from error
+            raise
+        return cls(_description_from_message(description), channel, gateway_id, outputs)
+
+    async def prefill(
+        self,
+        spec: SequenceSpec,
+        session_id: SessionId,
+        decode_address: str,
+        tenant: str = "",
+        deadline_s: float | None = None,
+        pull: PullTask | None = None,
+    ) -> None:
         request = pb.PrefillRequest(
             gateway_id=self._gateway_id,
             sequence=spec_to_message(spec),
@@ -240,8 +323,6 @@ class WorkerClient:
         deadline_s: float | None = None,
         pull: PullTask | None = None,
     ) -> None:
-        """Announce the sequence: its KV will come under ``session_id``; None: the worker prefills it itself, once it
-        has fetched what ``pull`` says."""
         request = pb.DecodeRequest(
             gateway_id=self._gateway_id,
             sequence=spec_to_message(spec),
@@ -254,27 +335,20 @@ class WorkerClient:
         self._accepted(spec.sequence_id)
 
     async def abort(self, sequence_id: SequenceId, stage: Role, reason: str) -> None:
-        """Give the sequence up at the worker in that stage; a worker that does not know it says nothing."""
         stub = self._prefill if stage is Role.PREFILL else self._decode
         await self._call(stub.Abort, pb.AbortRequest(sequence_ids=[sequence_id], reason=reason))
 
     async def set_role(self, role: Role) -> None:
-        """Ask the worker to advertise ``role`` from now on."""
         await self._call(self._worker.SetRole, pb.SetRoleRequest(role=role.value))
 
     async def probe_link(self, receiver: WorkerDescription, timeout_s: float) -> ProbeReport:
-        """Have this worker send random pages to ``receiver``; how they arrived.
-
-        Raises ``Overloaded`` if either has no page to spare now, ``PeerLost`` if this worker does not answer.
-        """
         request = pb.ProbeRequest(
             worker_id=receiver.worker_id,
             cluster_id=receiver.cluster_id,
             address=receiver.address,
             timeout_s=timeout_s,
         )
-        if self._lost is not None:
-            raise PeerLost(f"{self._lost.worker_id}: {self._lost.reason}")
+        self._require_alive()
         try:
             return probe_from_message(await self._probes.Run(request, timeout=timeout_s + PROBE_SLACK_S))
         except grpc.aio.AioRpcError as error:
@@ -283,7 +357,6 @@ class WorkerClient:
             raise PeerLost(f"{self.description.worker_id}: {_said(error)}") from error
 
     async def watch(self, interval_s: float) -> AsyncIterator[WorkerState]:
-        """The worker's state at once, at every change and at least every ``interval_s``; ends with ``PeerLost``."""
         stream = self._worker.Watch(pb.WatchRequest(interval_s=interval_s))
         try:
             async for message in stream:
@@ -295,7 +368,6 @@ class WorkerClient:
         raise PeerLost("Watch stream ended")
 
     async def pump_outputs(self) -> None:
-        """Deliver what the worker sends until the stream is over; always ends with ``PeerLost``."""
         try:
             async for batch in self._outputs:
                 self._dispatch(batch)
@@ -313,29 +385,12 @@ class WorkerClient:
             if deliver is not None:
                 deliver(failure_from_message(failure))
 
-    def fail(self, reason: str) -> None:
-        """The worker is given up: every open sequence hears ``WorkerLost`` at once; later calls raise ``PeerLost``."""
-        if self._lost is not None:
-            return
-        self._lost = WorkerLost(worker_id=self.description.worker_id, reason=reason)
-        listeners, self._deliver = list(self._deliver.values()), {}
-        self._unreported.clear()
-        for deliver in listeners:
-            deliver(self._lost)
-
     async def close(self) -> None:
-        """Close the channel; the worker then aborts whatever it still runs for this gateway."""
         self.fail("connection closed")
         await self._channel.close(grace=None)
 
-    def _accepted(self, sequence_id: SequenceId) -> None:
-        sent = self._unreported.get(sequence_id)
-        if sent is not None:
-            self._unreported[sequence_id] = replace(sent, accepted_at=self._now())
-
     async def _call(self, method: Callable[..., Awaitable[object]], request: object) -> None:
-        if self._lost is not None:
-            raise PeerLost(f"{self._lost.worker_id}: {self._lost.reason}")
+        self._require_alive()
         await _checked(self.description.worker_id, method(request, timeout=CALL_TIMEOUT_S))
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import grpc
 import pytest
 
-from cluster.worker_client import SequenceEvent, WorkerClient, WorkerLost
+from cluster.worker_client import GrpcWorkerClient, SequenceEvent, WorkerLost
 from core.errors import InvalidRequest, PeerLost, PrfaasError, SequenceFailed
 from core.request import Role, SamplingParams, SequenceFailure, SequenceId, SequenceSpec, SessionId, TokenChunk
 from protos.channels import InternalGrpc
@@ -21,9 +21,9 @@ SPEC = SequenceSpec(SequenceId("s"), (1, 2, 3), SamplingParams(seed=1, max_token
 
 
 @asynccontextmanager
-async def connection() -> AsyncIterator[tuple[FakeWorker, WorkerClient, asyncio.Task[None]]]:
+async def connection() -> AsyncIterator[tuple[FakeWorker, GrpcWorkerClient, asyncio.Task[None]]]:
     worker = FakeWorker("decode-0", Role.DECODE)
-    client = await WorkerClient.connect(await worker.start({}), GATEWAY, InternalGrpc(None))
+    client = await GrpcWorkerClient.connect(await worker.start({}), GATEWAY, InternalGrpc(None))
     pump = asyncio.create_task(client.pump_outputs())
     try:
         yield worker, client, pump
@@ -47,7 +47,7 @@ async def test_connecting_to_nobody_is_a_lost_peer() -> None:
     await worker.kill()
 
     with pytest.raises(PeerLost, match=address):
-        await WorkerClient.connect(address, GATEWAY, InternalGrpc(None), timeout_s=0.2)
+        await GrpcWorkerClient.connect(address, GATEWAY, InternalGrpc(None), timeout_s=0.2)
 
 
 async def test_each_sequence_gets_its_own_events_in_order_and_unknown_ones_are_dropped() -> None:
