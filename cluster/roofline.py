@@ -12,7 +12,7 @@ and cost_model.py fits one to a live service.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -78,6 +78,19 @@ class Instance:
         kv_bytes = batch_size * float(self.model.kv_bytes(context_tokens))
         memory = (weights + kv_bytes) / self.bytes_per_s
         return max(compute, memory) + float(self._all_reduce_s(batch_size)) + self.overhead_s
+
+    def step_s(self, chunks: Sequence[tuple[int, int]], batch_size: int, context_tokens: int) -> float:
+        """Seconds of a step over parts of prompts, as (tokens, tokens before them), and over one token for each of
+        ``batch_size`` sequences of ``context_tokens`` together."""
+        num_tokens = batch_size + sum(tokens for tokens, _ in chunks)
+        flops = sum(float(self.model.prefill_flops(tokens, before)) for tokens, before in chunks)
+        num_bytes = self.model.touched_weight_bytes(num_tokens)
+        if batch_size:
+            context = context_tokens / batch_size
+            flops += batch_size * float(self.model.decode_flops(context))
+            num_bytes += batch_size * float(self.model.kv_bytes(context))
+        seconds = max(flops / self.flops_per_s, num_bytes / self.bytes_per_s)
+        return seconds + float(self._all_reduce_s(num_tokens)) + self.overhead_s
 
     def kv_capacity_bytes(self, reserve: float = 0.1) -> float:
         """Bytes for K/V beside the weights, ``reserve`` of the memory left free; negative: the weights do not fit."""

@@ -1,0 +1,71 @@
+"""What is simulated? Clusters, links, a gateway's settings and what goes wrong when; frozen, checked when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cluster.config import RouterConfig
+from cluster.simulator.host import WorkerKind
+from cluster.simulator.network import LinkSpec
+from core.errors import InvalidConfig
+from core.request import ClusterId, WorkerId
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """Workers of one kind in one place. ``latency_s``: of a message within it."""
+
+    cluster_id: ClusterId
+    kind: WorkerKind
+    num_prefill: int
+    num_decode: int
+    latency_s: float = 0.0005
+
+    @property
+    def num_workers(self) -> int:
+        """In either role."""
+        return self.num_prefill + self.num_decode
+
+
+@dataclass(frozen=True)
+class WorkerDeath:
+    """A worker's process ends ``at_s``, and a new one joins ``restart_s`` later; None: none does."""
+
+    at_s: float
+    worker_id: WorkerId
+    restart_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A simulation without its workload. Seconds count from the workload's beginning, bytes/s are those of K/V."""
+
+    clusters: tuple[ClusterSpec, ...]
+    links: tuple[LinkSpec, ...] = ()
+    gateway: ClusterId | None = None  # where the gateway is; None: in the first cluster that decodes
+    router: RouterConfig = field(default_factory=lambda: RouterConfig(max_inflight=1_000_000))
+    deaths: tuple[WorkerDeath, ...] = ()
+    capacities: Mapping[tuple[ClusterId, ClusterId], float] = field(default_factory=dict)  # as configured; else links'
+    sample_s: float = 1.0  # between two looks at utilisation, queues and roles
+    settle_s: float = 2.0  # between the last worker's joining and the workload's beginning
+
+    def __post_init__(self) -> None:
+        names = [cluster.cluster_id for cluster in self.clusters]
+        if len(set(names)) != len(names) or not names:
+            raise InvalidConfig("clusters", f"must have names of their own, and be at least one, got {names}")
+        if not any(cluster.num_decode for cluster in self.clusters):
+            raise InvalidConfig("clusters", "must have a decode worker")
+        linked = {(link.from_cluster, link.to_cluster) for link in self.links}
+        for sender in self.clusters:
+            for receiver in self.clusters:
+                pair = (sender.cluster_id, receiver.cluster_id)
+                if sender is not receiver and receiver.num_decode and pair not in linked:
+                    raise InvalidConfig("links", f"must have one from {pair[0]} to {pair[1]}, where sequences decode")
+
+    @property
+    def home(self) -> ClusterId:
+        """Where the gateway is."""
+        if self.gateway is not None:
+            return self.gateway
+        return next(cluster.cluster_id for cluster in self.clusters if cluster.num_decode)
