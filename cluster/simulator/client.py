@@ -48,9 +48,7 @@ class SimulatedClient(WorkerClient):
         deadline_s: float | None = None,
     ) -> None:
         await self._reach()
-        self._worker.prefill(
-            replace(spec, hold_kv=True), self._publish, session_id, self._receiver_at(decode_address)
-        )
+        self._worker.prefill(replace(spec, hold_kv=True), self._publish, session_id, self._receiver_at(decode_address))
         await self._back.cross(CALL_TIMEOUT_S)
 
     async def decode(self, spec: SequenceSpec, session_id: SessionId | None) -> None:

@@ -44,9 +44,7 @@ class Turn:
         return GenerateRequest(
             request_id=RequestId(str(self.number)),
             prompt_token_ids=spell(self.prompt),
-            sampling=SamplingParams(
-                max_tokens=self.output_tokens, temperature=0.0, ignore_eos=True, seed=self.number
-            ),
+            sampling=SamplingParams(max_tokens=self.output_tokens, temperature=0.0, ignore_eos=True, seed=self.number),
             salt=self.salt,
             arrived_at=now,
             slo=self.slo,

@@ -2,7 +2,7 @@
 
 The life of a step is Engine.step's (engine/engine.py), and calls run between steps as on EngineThread:
 
-    plan_step ──> the listener hears of it ──> StepCost says how long ──> commit_step ──> listener ──> calls ──> plan_step
+    plan_step ──> the listener hears of it ──> StepCost says how long ──> commit_step ──> listener ──> calls ──> ...
 
 Decoding is lazy. While every sequence of a batch decodes and none can end, start or be preempted, nobody could notice a
 step; such steps are planned and committed when somebody looks, at the instants at which they would have been. So a
@@ -280,4 +280,3 @@ class SimulatedEngine:
     def _leave(self, sequence_id: SequenceId) -> None:
         self._sampler.end((sequence_id,))
         self._silent.discard(sequence_id)
-

@@ -22,9 +22,7 @@ _GATEWAY = GatewayId("gateway")
 class SimulatedGateway:
     """Made on its loop. ``began_at`` is the loop's time at which the workload begins."""
 
-    def __init__(
-        self, loop: VirtualTimeLoop, config: RouterConfig, policy: RoutingPolicy, connect: Connect
-    ) -> None:
+    def __init__(self, loop: VirtualTimeLoop, config: RouterConfig, policy: RoutingPolicy, connect: Connect) -> None:
         self._loop = loop
         self.membership = Membership(config, _GATEWAY, loop, InternalGrpc(None), connect=connect)
         self.router = Router(self.membership, policy, config, loop, _GATEWAY)

@@ -75,9 +75,7 @@ class HandOver:
         assert self._granted_at is not None, "a hand-over is acknowledged after its grant"
         assert self._committed_at is not None, "a hand-over is acknowledged after its commit"
         tail_bytes = max(0.0, self.num_bytes - self._sent_at_commit)
-        return HandOverCost(
-            round(self.num_bytes), round(tail_bytes), now - self._granted_at, now - self._committed_at
-        )
+        return HandOverCost(round(self.num_bytes), round(tail_bytes), now - self._granted_at, now - self._committed_at)
 
     def step_begun(self, end: int, samples: bool, begins_at: float, ends_at: float) -> None:
         """A chunk that ends with token ``end`` is computed; ``samples``: it is the prompt's last."""
@@ -94,7 +92,7 @@ class HandOver:
         available = self._bytes_of(self._stored, last=False)
         if self._step is not None:  # between two layers of a chunk
             _, begins_at, ends_at = self._step
-            layers = int((self._loop.time() - begins_at) / (ends_at - begins_at) * self._shape.num_layers)
+            layers = int((self._loop.time() - begins_at) / (ends_at - begins_at) * self._shape.num_layers + 1e-6)
             available += self._step_bytes() * min(layers, self._shape.num_layers - 1) / self._shape.num_layers
         if self._all_stored and self._step is None:
             available = self.num_bytes
@@ -133,7 +131,9 @@ class HandOver:
     def _bytes_of(self, num_tokens: int, last: bool) -> float:
         """Bytes to be sent of the first ``num_tokens`` tokens, in whole pages."""
         in_pages = -(-num_tokens // self._page_size) * self._page_size
-        return max(0, in_pages - self._skipped) * self._shape.bytes_per_token + (self._shape.state_bytes if last else 0.0)
+        return max(0, in_pages - self._skipped) * self._shape.bytes_per_token + (
+            self._shape.state_bytes if last else 0.0
+        )
 
     def _step_bytes(self) -> float:
         """What the present step makes available."""

@@ -1,4 +1,4 @@
-"""What is simulated? Clusters, links, a gateway's settings and what goes wrong when; frozen, checked when it is made."""
+"""What is simulated? Clusters, links, a gateway's settings, and what goes wrong when; frozen and checked."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
 """The prefill half of a simulated worker: queued, computed, shipped, as in prefill_worker/worker.py.
 
-    prefill()     queued; nothing is held at the receiver
-    step_begun()  its first step: a grant is asked for; then its bytes become available while it is computed
-    step_ended()  the one token: to the gateway, and what is left of the bytes is the tail
-    acknowledged  the receiver has everything: the pages go back, the gateway hears what the hand-over cost
+prefill()     queued; nothing is held at the receiver
+step_begun()  its first step: a grant is asked for; then its bytes become available while it is computed
+step_ended()  the one token: to the gateway, and what is left of the bytes is the tail
+acknowledged  the receiver has everything: the pages go back, the gateway hears what the hand-over cost
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from cluster.simulator.hand_over import HandOver
 from cluster.simulator.host import Host, Publish, num_known_tokens
@@ -112,7 +113,7 @@ class SendingHalf:
             prompt.ended = True
             if prompt.hand_over is not None:
                 prompt.hand_over.cancel()
-            self._tell(prompt, lambda receiver, p=prompt: receiver.sender_lost(p.session_id))
+            self._tell(prompt, partial(_lose_sender, prompt.session_id))
 
     # ---- inside ----
 
@@ -219,3 +220,7 @@ class SendingHalf:
         if receiver is not None:
             host = self._host
             host.network.path(receiver.description.cluster_id, host.description.cluster_id).send(what)
+
+
+def _lose_sender(session_id: SessionId, receiver: ReceivingHalf) -> None:
+    receiver.sender_lost(session_id)

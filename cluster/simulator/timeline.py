@@ -1,4 +1,4 @@
-"""How did utilisation, queues, roles and links develop? One sample of each cluster and link every few virtual seconds."""
+"""How did utilisation, queues, roles and links develop? A sample of each cluster and link every few virtual seconds."""
 
 from __future__ import annotations
 

@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Coroutine, Mapping
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Executor
+from typing import Any, NoReturn, TypeVar, TypeVarTuple
 
 T = TypeVar("T")
+_Ts = TypeVarTuple("_Ts")
 
-_TIMER_RESOLUTION_S = 1e-9  # timers so close together are due together, on every machine
+# Timers so close together are due together, on every machine. More than what a float tells apart up to 2**28 s, eight
+# years: a timer whose instant rounds up to just behind the loop's would never be due.
+_TIMER_RESOLUTION_S = 2.0**-24
 
 
 class Deadlock(RuntimeError):
@@ -64,12 +68,8 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     now = time
 
-    def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """There is no other thread."""
-        raise RuntimeError("a simulation has one thread")
-
-    def run_in_executor(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """There is no other thread."""
+    def run_in_executor(self, executor: Executor | None, func: Callable[[*_Ts], T], *args: *_Ts) -> NoReturn:
+        """There is no other thread, and none would be deterministic."""
         raise RuntimeError("a simulation has one thread")
 
 

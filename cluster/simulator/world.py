@@ -1,4 +1,4 @@
-"""A whole simulation: clusters of workers, links and a gateway on one virtual loop, and a workload that runs through it.
+"""A whole simulation: clusters of workers, links and a gateway on one virtual loop, and a workload through it.
 
     1  every worker starts and registers with the gateway's Membership, as worker processes do
     2  when all are in the view, and a little later, the workload begins: that is second 0 of all results
