@@ -384,8 +384,8 @@ class Router:
             attempt.finished_by_prefill = True
         elif not attempt.handed_over:
             if chunk.token_ids:
-                yield continuation.next_chunk(self._clock.now(), replace(chunk, finish_reason=None))
-                chunk = replace(chunk, token_ids=(), logprobs=())
+                yield continuation.next_chunk(self._clock.now(), chunk._replace(finish_reason=None))
+                chunk = chunk._replace(token_ids=(), logprobs=())
             await self._hear_handover(continuation, attempt)
         attempt.finished = True
         self._end(continuation, "the first token was the last")

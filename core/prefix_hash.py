@@ -29,10 +29,16 @@ def extend_page_hashes(
 
     ``hashes[i]`` must be the digest of page *i* of the same tokens; a partial last page has no digest.
     """
+    first, end = len(hashes) * page_size, len(token_ids) // page_size * page_size
+    if end <= first:
+        return hashes
     key = salt if len(salt) <= _MAX_KEY_BYTES else hashlib.blake2b(salt).digest()
     parent = hashes[-1] if hashes else b""
-    for start in range(len(hashes) * page_size, len(token_ids) - page_size + 1, page_size):
-        page = array("q", token_ids[start : start + page_size]).tobytes()
+    # All pages at once become machine integers: that, not the hash, is what a long prompt costs.
+    missing = memoryview(array("q", token_ids[first:end])).cast("B")
+    page_bytes = page_size * missing.nbytes // (end - first)
+    for start in range(0, missing.nbytes, page_bytes):
+        page = missing[start : start + page_bytes]
         parent = hashlib.blake2b(parent + page, digest_size=DIGEST_BYTES, key=key).digest()
         hashes.append(PageHash(parent))
     return hashes

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import NewType
+from typing import NamedTuple, NewType
 
 from core.errors import InvalidRequest
 
@@ -262,9 +262,10 @@ class StageStats:
     pull: PullReport | None = None  # of cached pages, before this worker prefilled; None: none was asked for
 
 
-@dataclass(frozen=True, slots=True)
-class TokenChunk:
+class TokenChunk(NamedTuple):
     """Tokens of one sequence, in order. ``position`` is the output index of ``token_ids[0]``.
+
+    A tuple, because decode makes one for each token: a frozen dataclass takes three times as long to make.
 
     A chunk may hold no tokens: a finish, or only ``stats`` (a prefill worker reports the hand-over after its token).
     """

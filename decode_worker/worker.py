@@ -261,7 +261,7 @@ class DecodeWorker:
                 received_tokens=self._num_received(arrival),
                 pull=arrival.pull,
             )
-            chunk = replace(chunk, stats=stats)
+            chunk = chunk._replace(stats=stats)
         if chunk.finish_reason is not None:
             self._forget(arrival)
         self._publish(arrival.gateway_id, chunk)

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from core.errors import InvalidRequest, ProtocolViolation
 from core.prefix_hash import PageHash, extend_page_hashes
@@ -49,9 +49,8 @@ UNNAMED_WORKER = WorkerId("")
 _SHARE_TO_LEND = 4  # one page in so many that nobody waits for
 
 
-@dataclass(frozen=True, slots=True)
-class StepItem:
-    """One sequence's share of a step.
+class StepItem(NamedTuple):
+    """One sequence's share of a step. A tuple, because decode makes one for each token.
 
     The step computes ``token_ids`` at positions ``start .. start + len(token_ids) - 1``, stores their K/V in
     ``page_ids`` (position ``i`` goes to slot ``i % page_size`` of ``page_ids[i // page_size]``) and, if ``samples``,
@@ -420,7 +419,8 @@ class ChunkedPrefillScheduler:
             if sequence is None or sequence.status is not SequenceStatus.RUNNING:
                 continue  # aborted (and perhaps queued anew) while the step was computed
             sequence.num_computed += len(item.token_ids)
-            self._register_pages(sequence)
+            if sequence.num_computed // self._page_size > sequence.num_registered:
+                self._register_pages(sequence)
             if item.samples:
                 chunks.append(self._append_token(sequence, sampled[item.sequence_id], now))
         if any(chunk.stats is not None for chunk in chunks):  # only then may a sequence have left
@@ -559,7 +559,7 @@ class ChunkedPrefillScheduler:
 
     def _append_token(self, sequence: Sequence, token: SampledToken, now: float) -> TokenChunk:
         """Book a sampled token; ends or holds the sequence if it was its last one here."""
-        position = sequence.num_output_tokens
+        position = len(sequence.token_ids) - sequence.num_prompt_tokens
         sequence.token_ids.append(token.token_id)
         self._generated_tokens += 1
         end = self._end_of(sequence)
@@ -571,7 +571,7 @@ class ChunkedPrefillScheduler:
         elif last:
             self._forget(sequence)
         return TokenChunk(
-            sequence.sequence_id,
+            sequence.spec.sequence_id,
             position,
             (token.token_id,),
             () if token.logprob is None else (token.logprob,),
@@ -583,11 +583,11 @@ class ChunkedPrefillScheduler:
     def _end_of(self, sequence: Sequence) -> _End | None:
         """Whether the newest output token is the last one, and why."""
         sampling = sequence.spec.sampling
-        token_id = sequence.token_ids[-1]
-        num_outputs = sequence.num_output_tokens
-        if token_id in sequence.stop_ids and num_outputs > sampling.min_tokens:
-            return _End(FinishReason.STOP, token_id)
-        if num_outputs == sampling.max_tokens or sequence.num_tokens >= self._max_len:
+        token_ids = sequence.token_ids
+        num_outputs = len(token_ids) - sequence.num_prompt_tokens
+        if token_ids[-1] in sequence.stop_ids and num_outputs > sampling.min_tokens:
+            return _End(FinishReason.STOP, token_ids[-1])
+        if num_outputs == sampling.max_tokens or len(token_ids) >= self._max_len:
             return _End(FinishReason.LENGTH)
         return None
 

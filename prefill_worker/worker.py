@@ -231,7 +231,7 @@ class PrefillWorker:
         if chunk.stats is not None:
             handover.stats = replace(chunk.stats, worker_id=self._worker_id, role=Role.PREFILL, pull=handover.pull)
         handover.token = chunk
-        self._publish(handover.gateway_id, replace(chunk, stats=handover.stats))
+        self._publish(handover.gateway_id, chunk._replace(stats=handover.stats))
         if handover.query is None:
             self._engine.submit(lambda engine: engine.release(chunk.sequence_id))
             self._forget(handover)

@@ -173,7 +173,7 @@ class ReceivingHalf:
         if chunk.finish_reason is not None:
             self._forget(arrival)
         tokens = self._host.answers.of(arrival.spec).tokens(start, end)
-        arrival.publish(replace(chunk, position=start, token_ids=tokens, stats=stats))
+        arrival.publish(chunk._replace(position=start, token_ids=tokens, stats=stats))
         return True
 
     # ---- the end ----

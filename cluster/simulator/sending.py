@@ -99,7 +99,7 @@ class SendingHalf:
         assert chunk.stats is not None, "a prompt's one token brings its stats"
         assert prompt.hand_over is not None, "a token was made, so a step began"
         prompt.stats = replace(chunk.stats, worker_id=self._host.description.worker_id, role=Role.PREFILL)
-        prompt.publish(replace(chunk, stats=prompt.stats))
+        prompt.publish(chunk._replace(stats=prompt.stats))
         if chunk.finish_reason is None:
             prompt.hand_over.token_made()
         else:  # the first token was the last
