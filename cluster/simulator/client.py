@@ -16,7 +16,7 @@ from cluster.simulator.worker import SimulatedWorker
 from cluster.worker_client import CALL_TIMEOUT_S, WorkerClient, WorkerDescription, WorkerState
 from core.errors import PeerLost
 from core.link import ProbeReport
-from core.request import Role, SequenceFailure, SequenceId, SequenceSpec, SessionId, TokenChunk
+from core.request import PullTask, Role, SequenceFailure, SequenceId, SequenceSpec, SessionId, TokenChunk
 
 
 class SimulatedClient(WorkerClient):
@@ -46,14 +46,25 @@ class SimulatedClient(WorkerClient):
         decode_address: str,
         tenant: str = "",
         deadline_s: float | None = None,
+        pull: PullTask | None = None,
     ) -> None:
         await self._reach()
-        self._worker.prefill(replace(spec, hold_kv=True), self._publish, session_id, self._receiver_at(decode_address))
+        receiver = self._receiver_at(decode_address)
+        deadline_at = None if deadline_s is None else self._loop.time() + deadline_s
+        self._worker.prefill(replace(spec, hold_kv=True), self._publish, session_id, receiver, deadline_at, pull)
         await self._back.cross(CALL_TIMEOUT_S)
 
-    async def decode(self, spec: SequenceSpec, session_id: SessionId | None) -> None:
+    async def decode(
+        self,
+        spec: SequenceSpec,
+        session_id: SessionId | None,
+        tenant: str = "",
+        deadline_s: float | None = None,
+        pull: PullTask | None = None,
+    ) -> None:
         await self._reach()
-        self._worker.decode(spec, self._publish, session_id)
+        deadline_at = None if deadline_s is None else self._loop.time() + deadline_s
+        self._worker.decode(spec, self._publish, session_id, deadline_at, pull)
         await self._back.cross(CALL_TIMEOUT_S)
 
     async def abort(self, sequence_id: SequenceId, stage: Role, reason: str) -> None:

@@ -22,10 +22,11 @@ from typing import Protocol
 
 from cluster.simulator.answers import AnswerBook, Sampler
 from cluster.simulator.step_cost import PromptChunk, StepCost
+from core.prefix_hash import PageHash
 from core.request import SequenceId, SequenceSpec, TokenChunk
 from engine.config import EngineConfig
 from engine.page_allocator import PageAllocator
-from engine.scheduler import ChunkedPrefillScheduler, Reservation, StepPlan
+from engine.scheduler import ChunkedPrefillScheduler, PrefixRoom, Reservation, StepPlan
 
 Call = Callable[[], None]
 
@@ -121,9 +122,38 @@ class SimulatedEngine:
             return None
         self.settle()
         reservation = self.scheduler.reserve(spec)
-        if reservation is not None and not self._between_steps:
-            self._arm()  # fewer pages are free: somebody may be preempted earlier
+        if reservation is not None:
+            self._pages_taken()
         return reservation
+
+    def num_known_pages(self, names: Sequence[PageHash]) -> int:
+        """How many of these pages, from the first on, are cached here, now."""
+        self.settle()
+        return self.scheduler.num_known_pages(names)
+
+    def lend_prefix(self, names: Sequence[PageHash]) -> tuple[int, ...]:
+        """Those of these pages, from the first on, that are cached here and can be spared, now."""
+        self.settle()
+        lent = self.scheduler.lend_prefix(names)
+        self._pages_taken()
+        return lent
+
+    def expect_prefix(self, names: Sequence[PageHash], num_known: int) -> PrefixRoom | None:
+        """Room for a prefix of which ``num_known`` pages are cached here, now; None: there is none."""
+        if self._stopped:
+            return None
+        self.settle()
+        room = self.scheduler.expect_prefix(names, num_known)
+        self._pages_taken()
+        return room
+
+    def adopt(self, room: PrefixRoom) -> None:
+        """What a room waited for is stored: it is found from now on."""
+        if self._stopped:
+            return
+        self.settle()
+        self.scheduler.adopt(room)
+        self.submit(_nothing)  # a queue that waits for pages looks again
 
     def pause(self, seconds: float) -> None:
         """Compute nothing for so long, from the end of the present step on."""
@@ -231,6 +261,11 @@ class SimulatedEngine:
 
     # ---- when to wake up ----
 
+    def _pages_taken(self) -> None:
+        """Fewer pages are free: somebody may be preempted earlier."""
+        if not self._between_steps and not self._stopped:
+            self._arm()
+
     def _arm(self) -> None:
         """Wake up no later than at the end of the first step that somebody could notice."""
         self._cancel_timer()
@@ -280,3 +315,7 @@ class SimulatedEngine:
     def _leave(self, sequence_id: SequenceId) -> None:
         self._sampler.end((sequence_id,))
         self._silent.discard(sequence_id)
+
+
+def _nothing() -> None:
+    pass

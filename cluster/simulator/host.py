@@ -31,6 +31,7 @@ class WorkerKind:
     profile: str = ""  # name of ``cost`` in the gateway's costs
     send_bytes_per_s: float = 50e9  # what one worker sends
     grant_wait_s: float = 60.0  # of a finished prompt, for pages at its receiver
+    pull_timeout_s: float = 10.0  # no page pull takes longer
     lease_s: float = 30.0  # of K/V links: how long a silent peer is waited for
     conversion_s: float = 0.0  # for which a worker computes nothing when it changes its role
 

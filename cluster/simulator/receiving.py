@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 
 from cluster.simulator.host import Host, Publish, num_known_tokens
 from cluster.worker_client import WorkerDescription
 from core.errors import InvalidRequest
-from core.request import Role, SequenceFailure, SequenceId, SequenceSpec, SessionId, TokenChunk
+from core.request import PullReport, Role, SequenceFailure, SequenceId, SequenceSpec, SessionId, TokenChunk
 from engine.scheduler import Reservation
 
 
@@ -42,6 +42,8 @@ class _Arrival:
     session_id: SessionId | None
     query: GrantQuery | None = None  # None: not asked for yet
     reservation: Reservation | None = None
+    pulling: asyncio.Task[None] | None = None
+    pull: PullReport | None = None
     admitted: bool = False
     num_told: int = 0  # output tokens that the gateway has
 
@@ -76,15 +78,24 @@ class ReceivingHalf:
 
     # ---- the gateway ----
 
-    def decode(self, spec: SequenceSpec, publish: Publish, session_id: SessionId | None) -> None:
-        """Announce the sequence; without a session it is prefilled here."""
+    def decode(
+        self,
+        spec: SequenceSpec,
+        publish: Publish,
+        session_id: SessionId | None,
+        pull: Coroutine[None, None, PullReport] | None = None,
+    ) -> None:
+        """Announce the sequence; without a session it is prefilled here, after ``pull``."""
         arrival = _Arrival(spec, publish, session_id, num_told=len(spec.output_token_ids))
         self._arrivals[spec.sequence_id] = arrival
         if session_id is not None:
             self._by_session[session_id] = spec.sequence_id
             return
         arrival.admitted = True
-        self._engine.submit(lambda: self._queue(arrival))
+        if pull is None:
+            self._engine.submit(lambda: self._queue(arrival))
+        else:
+            arrival.pulling = self._host.loop.create_task(self._pull_and_queue(arrival, pull))
 
     def abort(self, sequence_id: SequenceId) -> None:
         """Give a sequence up in any state, quietly; unknown ones are ignored."""
@@ -92,6 +103,8 @@ class ReceivingHalf:
         if arrival is None:
             return
         self._forget(arrival)
+        if arrival.pulling is not None:
+            arrival.pulling.cancel()
         if arrival in self._waiting:
             self._waiting.remove(arrival)
             self._stop_waiting(arrival)
@@ -168,6 +181,7 @@ class ReceivingHalf:
             worker_id=self.description.worker_id,
             role=Role.DECODE,
             received_tokens=self._num_received(arrival),
+            pull=arrival.pull,
         )
         arrival.num_told = end
         if chunk.finish_reason is not None:
@@ -188,6 +202,8 @@ class ReceivingHalf:
         self._alive = False
         for arrival in self._arrivals.values():
             self._stop_waiting(arrival)
+            if arrival.pulling is not None:
+                arrival.pulling.cancel()
             if arrival.query is not None and not arrival.admitted:
                 arrival.query.lost()
 
@@ -196,6 +212,11 @@ class ReceivingHalf:
     def _arrival_of(self, session_id: SessionId) -> _Arrival | None:
         sequence_id = self._by_session.get(session_id)
         return None if sequence_id is None else self._arrivals.get(sequence_id)
+
+    async def _pull_and_queue(self, arrival: _Arrival, pull: Coroutine[None, None, PullReport]) -> None:
+        arrival.pull = await pull
+        arrival.pulling = None
+        self._engine.submit(lambda: self._queue(arrival))
 
     def _queue(self, arrival: _Arrival) -> None:
         if arrival.spec.sequence_id not in self._arrivals:

@@ -8,7 +8,8 @@ acknowledged  the receiver has everything: the pages go back, the gateway hears 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,7 +17,7 @@ from cluster.simulator.hand_over import HandOver
 from cluster.simulator.host import Host, Publish, num_known_tokens
 from cluster.simulator.receiving import GrantQuery, ReceivingHalf
 from core.errors import InvalidRequest
-from core.request import Role, SequenceFailure, SequenceId, SequenceSpec, SessionId, StageStats, TokenChunk
+from core.request import PullReport, Role, SequenceFailure, SequenceId, SequenceSpec, SessionId, StageStats, TokenChunk
 from engine.scheduler import StepItem, StepPlan
 
 
@@ -30,6 +31,8 @@ class _Prompt:
     receiver: ReceivingHalf | None  # None: nobody is at the address
     hand_over: HandOver | None = None  # None: not started
     stats: StageStats | None = None  # None: no token yet
+    pulling: asyncio.Task[None] | None = None
+    pull: PullReport | None = None
     ended: bool = False
 
 
@@ -54,17 +57,27 @@ class SendingHalf:
     # ---- the gateway ----
 
     def prefill(
-        self, spec: SequenceSpec, publish: Publish, session_id: SessionId, receiver: ReceivingHalf | None
+        self,
+        spec: SequenceSpec,
+        publish: Publish,
+        session_id: SessionId,
+        receiver: ReceivingHalf | None,
+        pull: Coroutine[None, None, PullReport] | None = None,
     ) -> None:
-        """Queue ``spec`` (``hold_kv``), its K/V to be sent to ``receiver``."""
+        """Queue ``spec`` (``hold_kv``) after ``pull``, its K/V to be sent to ``receiver``."""
         prompt = _Prompt(spec, publish, session_id, receiver)
         self._prompts[spec.sequence_id] = prompt
-        self._engine.submit(lambda: self._queue(prompt))
+        if pull is None:
+            self._engine.submit(lambda: self._queue(prompt))
+        else:
+            prompt.pulling = self._host.loop.create_task(self._pull_and_queue(prompt, pull))
 
     def abort(self, sequence_id: SequenceId) -> None:
         """Give a sequence up in any state, quietly; unknown ones are ignored."""
         prompt = self._prompts.get(sequence_id)
         if prompt is not None:
+            if prompt.pulling is not None:
+                prompt.pulling.cancel()
             self._engine.submit(lambda: self._end(prompt))
 
     def abort_all(self, publish: Publish) -> None:
@@ -98,7 +111,9 @@ class SendingHalf:
             return False
         assert chunk.stats is not None, "a prompt's one token brings its stats"
         assert prompt.hand_over is not None, "a token was made, so a step began"
-        prompt.stats = replace(chunk.stats, worker_id=self._host.description.worker_id, role=Role.PREFILL)
+        prompt.stats = replace(
+            chunk.stats, worker_id=self._host.description.worker_id, role=Role.PREFILL, pull=prompt.pull
+        )
         prompt.publish(chunk._replace(stats=prompt.stats))
         if chunk.finish_reason is None:
             prompt.hand_over.token_made()
@@ -111,11 +126,18 @@ class SendingHalf:
         self._alive = False
         for prompt in self._prompts.values():
             prompt.ended = True
+            if prompt.pulling is not None:
+                prompt.pulling.cancel()
             if prompt.hand_over is not None:
                 prompt.hand_over.cancel()
             self._tell(prompt, partial(_lose_sender, prompt.session_id))
 
     # ---- inside ----
+
+    async def _pull_and_queue(self, prompt: _Prompt, pull: Coroutine[None, None, PullReport]) -> None:
+        prompt.pull = await pull
+        prompt.pulling = None
+        self._engine.submit(lambda: self._queue(prompt))
 
     def _queue(self, prompt: _Prompt) -> None:
         if prompt.ended:

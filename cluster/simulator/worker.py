@@ -16,13 +16,14 @@ from cluster.simulator.engine import SimulatedEngine
 from cluster.simulator.host import Host, Publish, WorkerKind, num_known_tokens
 from cluster.simulator.link_reports import LinkReports
 from cluster.simulator.network import Network
+from cluster.simulator.pulling import PullingHalf
 from cluster.simulator.receiving import ReceivingHalf
 from cluster.simulator.sending import SendingHalf
 from cluster.simulator.virtual_loop import VirtualTimeLoop
 from cluster.view import WorkerLoad
 from cluster.worker_client import WorkerDescription, WorkerState
 from core.errors import InvalidRequest
-from core.request import Role, SequenceId, SequenceSpec, SessionId, TokenChunk
+from core.request import PullTask, Role, SequenceId, SequenceSpec, SessionId, TokenChunk
 from engine.scheduler import StepPlan
 
 
@@ -37,7 +38,9 @@ class SimulatedWorker:
         role: Role,
         network: Network,
         answers: AnswerBook,
+        source_at: Callable[[str], PullingHalf | None],
     ) -> None:
+        """``source_at`` finds the worker at an address that pages are to be pulled from."""
         self.kind = kind
         self.description = description
         self.role = role
@@ -48,6 +51,7 @@ class SimulatedWorker:
         host = Host(loop, kind, description, self.engine, network, self._links, answers)
         self.receiving = ReceivingHalf(host)
         self.sending = SendingHalf(host, self.receiving.serve_grants)
+        self.pulling = PullingHalf(host, source_at)
         self._page_events = PageEventLog()
         self._load = self._measure()
         self._watchers: dict[asyncio.Future[None], None] = {}
@@ -56,16 +60,37 @@ class SimulatedWorker:
     # ---- a gateway's calls ----
 
     def prefill(
-        self, spec: SequenceSpec, publish: Publish, session_id: SessionId, receiver: ReceivingHalf | None
+        self,
+        spec: SequenceSpec,
+        publish: Publish,
+        session_id: SessionId,
+        receiver: ReceivingHalf | None,
+        deadline_at: float | None = None,
+        pull: PullTask | None = None,
     ) -> None:
-        """Queue the sequence for one token, its K/V to be sent to ``receiver``. Raises ``InvalidRequest``."""
-        self._check(spec)
-        self.sending.prefill(spec, publish, session_id, receiver)
+        """Queue the sequence for one token, its K/V to be sent to ``receiver``; first fetch what ``pull`` says.
 
-    def decode(self, spec: SequenceSpec, publish: Publish, session_id: SessionId | None) -> None:
-        """Announce the sequence; without a session it is prefilled here. Raises ``InvalidRequest``."""
+        Raises ``InvalidRequest``.
+        """
         self._check(spec)
-        self.receiving.decode(spec, publish, session_id)
+        fetching = None if pull is None else self.pulling.fetch(spec, pull, deadline_at)
+        self.sending.prefill(spec, publish, session_id, receiver, fetching)
+
+    def decode(
+        self,
+        spec: SequenceSpec,
+        publish: Publish,
+        session_id: SessionId | None,
+        deadline_at: float | None = None,
+        pull: PullTask | None = None,
+    ) -> None:
+        """Announce the sequence; without a session it is prefilled here, after fetching what ``pull`` says.
+
+        Raises ``InvalidRequest``.
+        """
+        self._check(spec)
+        fetching = None if pull is None else self.pulling.fetch(spec, pull, deadline_at)
+        self.receiving.decode(spec, publish, session_id, fetching)
 
     def abort(self, sequence_id: SequenceId, stage: Role) -> None:
         """Give a sequence up in any state, quietly; unknown ones are ignored."""
@@ -130,6 +155,7 @@ class SimulatedWorker:
         self.engine.settle()
         self.receiving.die()
         self.sending.die()
+        self.pulling.die()
         self.engine.stop()
         for callback in self._mourners:
             callback()
@@ -174,6 +200,9 @@ class SimulatedWorker:
             generated_tokens=load.generated_tokens,
             cached_tokens=load.cached_tokens,
             num_preemptions=load.num_preemptions,
+            pulls=tuple(sorted((outcome.value, count) for outcome, count in self.pulling.outcomes.items())),
+            pulled_tokens=self.pulling.num_tokens,
+            pulled_bytes=self.pulling.num_bytes,
         )
 
     def _notify(self) -> None:

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.cost_model import LinearCost
-from cluster.routing_policy import make_policy
+from cluster.routing_policy import RoutingPolicy, make_policy
 from cluster.simulator.answers import AnswerBook
 from cluster.simulator.client import SimulatedClient
 from cluster.simulator.conversation import Conversation
 from cluster.simulator.gateway import SimulatedGateway
 from cluster.simulator.network import LinkSpec, Network
+from cluster.simulator.pulling import PullingHalf
 from cluster.simulator.receiving import ReceivingHalf
 from cluster.simulator.records import RequestRecord
 from cluster.simulator.scenario import ClusterSpec, Scenario, WorkerDeath
@@ -53,12 +54,16 @@ class SimulationResult:
 
 
 def simulate(
-    scenario: Scenario, conversations: Iterable[Conversation], on_progress: OnProgress | None = None
+    scenario: Scenario,
+    conversations: Iterable[Conversation],
+    on_progress: OnProgress | None = None,
+    policy: RoutingPolicy | None = None,
 ) -> SimulationResult:
-    """Run the workload through the scenario. ``conversations`` ascend by ``starts_at`` and are taken one by one."""
+    """Run the workload through the scenario. ``conversations`` ascend by ``starts_at`` and are taken one by one;
+    ``policy`` None: the one that the scenario's router names."""
 
     async def main() -> SimulationResult:
-        return await World(running_loop(), scenario).run(conversations, on_progress)
+        return await World(running_loop(), scenario, policy).run(conversations, on_progress)
 
     return run(main())
 
@@ -66,7 +71,7 @@ def simulate(
 class World:
     """Everything in one simulation."""
 
-    def __init__(self, loop: VirtualTimeLoop, scenario: Scenario) -> None:
+    def __init__(self, loop: VirtualTimeLoop, scenario: Scenario, policy: RoutingPolicy | None = None) -> None:
         self._loop = loop
         self._scenario = scenario
         self._answers = AnswerBook()
@@ -77,7 +82,8 @@ class World:
         self._at: dict[str, SimulatedWorker] = {}  # by address
         self._num_starts = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self.gateway = SimulatedGateway(loop, scenario.router, make_policy(scenario.router.policy), self._connect)
+        chosen = policy or make_policy(scenario.router.policy)
+        self.gateway = SimulatedGateway(loop, scenario.router, chosen, self._connect)
         self.gateway.know_costs(
             {cluster.kind.profile: cluster.kind.cost.seen() for cluster in scenario.clusters},
             {
@@ -146,7 +152,7 @@ class World:
             transport="simulated",
             pages_total=kind.engine.num_pages or 0,
         )
-        worker = SimulatedWorker(self._loop, kind, description, role, self.network, self._answers)
+        worker = SimulatedWorker(self._loop, kind, description, role, self.network, self._answers, self._source_at)
         self._workers[worker_id] = worker
         self._at[description.address] = worker
         self._spawn(self._keep_registered(worker, delay_s))
@@ -176,6 +182,10 @@ class World:
     def _receiver_at(self, address: str) -> ReceivingHalf | None:
         worker = self._at.get(address)
         return None if worker is None else worker.receiving
+
+    def _source_at(self, address: str) -> PullingHalf | None:
+        worker = self._at.get(address)
+        return None if worker is None else worker.pulling
 
     async def _kill(self, death: WorkerDeath) -> None:
         await asyncio.sleep(death.at_s)

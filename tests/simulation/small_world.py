@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cluster.config import RouterConfig
+from cluster.routing_policy import RoutingPolicy
 from cluster.simulator.answers import Answer
 from cluster.simulator.conversation import Conversation, Turn
 from cluster.simulator.hand_over import KvShape
@@ -71,10 +72,11 @@ def play(
     clusters: tuple[ClusterSpec, ...] = (here(),),
     links: tuple[LinkSpec, ...] = (),
     deaths: tuple[WorkerDeath, ...] = (),
-    policy: str = "least_loaded",
+    policy: str | RoutingPolicy = "least_loaded",
     lease_s: float = 5.0,
 ) -> tuple[list[RequestRecord], SimulationResult]:
     """The records by number, and everything."""
-    router = RouterConfig(policy=policy, lease_s=lease_s)
-    result = simulate(Scenario(clusters, links, router=router, deaths=deaths), conversations)
+    named = policy if isinstance(policy, str) else "least_loaded"
+    scenario = Scenario(clusters, links, router=RouterConfig(policy=named, lease_s=lease_s), deaths=deaths)
+    result = simulate(scenario, conversations, policy=None if isinstance(policy, str) else policy)
     return sorted(result.records, key=lambda record: record.number), result

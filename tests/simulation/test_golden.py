@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from cluster.routing_policy import RouteRequest
 from cluster.simulator.network import RateChange
 from cluster.simulator.scenario import WorkerDeath
-from core.request import RequestTiming, WorkerId
+from cluster.view import ClusterView, PagePull, Route
+from core.request import RequestTiming, Role, WorkerId
 from tests.simulation.small_world import KIND, away, here, kind, link, play, prompt
 
 
@@ -217,3 +219,39 @@ def test_a_mended_link_is_used_again() -> None:
 
     assert timing(during).prefill_worker == "here/prefill-0"
     assert timing(after).prefill_worker == "away/prefill-0"
+
+
+def test_pulled_pages_are_not_computed() -> None:
+    """The second prompt is the first one's, and goes to the prefill worker that does not have it. Of its 100 tokens 90
+    may come from a cache: 9 pages, 90,000 bytes, 0.09 s from the other one. 10 tokens are computed until 0.10. The
+    decode worker caches everything."""
+    (_, pulled), _ = play(
+        prompt(1, content=7), prompt(2, starts_at=5.0, content=7), clusters=(here(2, 1),), policy=TurnAbout()
+    )
+
+    assert (timing(pulled).prefill_worker, timing(pulled).cached_tokens) == ("here/prefill-1", 90)
+    assert (timing(pulled).pull_outcome, timing(pulled).pulled_tokens) == ("pulled", 90)
+    assert (timing(pulled).pull_s, pulled.ttft_s) == (about(0.09), about(0.10))
+
+
+def test_a_pull_that_takes_too_long_costs_its_limit() -> None:
+    """0.05 s are given to the pull; then all 100 tokens are computed, until 0.15."""
+    (_, late), _ = play(
+        prompt(1, content=7), prompt(2, starts_at=5.0, content=7), clusters=(here(2, 1),), policy=TurnAbout(0.05)
+    )
+
+    assert (timing(late).pull_outcome, late.ttft_s) == ("timeout", about(0.15))
+
+
+class TurnAbout:
+    """The n-th request goes to prefill worker n, and pulls from the one before it."""
+
+    uses_prefixes = False
+
+    def __init__(self, timeout_s: float | None = None) -> None:
+        self._timeout_s = timeout_s
+
+    def route(self, request: RouteRequest, view: ClusterView) -> Route:
+        prefill, decode = view.ready(Role.PREFILL), view.ready(Role.DECODE)[0]
+        pull = PagePull(prefill[request.ordinal - 1], request.num_tokens, self._timeout_s) if request.ordinal else None
+        return Route(prefill[request.ordinal], decode, "turn about", pull)
