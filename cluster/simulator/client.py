@@ -53,6 +53,7 @@ class SimulatedClient(WorkerClient):
         deadline_at = None if deadline_s is None else self._loop.time() + deadline_s
         self._worker.prefill(replace(spec, hold_kv=True), self._publish, session_id, receiver, deadline_at, pull)
         await self._back.cross(CALL_TIMEOUT_S)
+        self._accepted(spec.sequence_id)
 
     async def decode(
         self,
@@ -66,6 +67,7 @@ class SimulatedClient(WorkerClient):
         deadline_at = None if deadline_s is None else self._loop.time() + deadline_s
         self._worker.decode(spec, self._publish, session_id, deadline_at, pull)
         await self._back.cross(CALL_TIMEOUT_S)
+        self._accepted(spec.sequence_id)
 
     async def abort(self, sequence_id: SequenceId, stage: Role, reason: str) -> None:
         await self._reach()

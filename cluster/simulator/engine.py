@@ -22,12 +22,17 @@ from typing import Protocol
 
 from cluster.simulator.answers import AnswerBook, Sampler
 from cluster.simulator.step_cost import PromptChunk, StepCost
+from core.compute import StepSample
 from core.prefix_hash import PageHash
 from core.request import SequenceId, SequenceSpec, TokenChunk
 from engine.config import EngineConfig
 from engine.page_allocator import PageAllocator
 from engine.scheduler import ChunkedPrefillScheduler, PrefixRoom, Reservation, StepPlan
 
+_MAX_SAMPLES = 64  # as many as a report of a real worker has
+_NO_PROMPTS = (0, 0.0)
+
+_Sample = tuple[int, float, int, int, float]  # the fields of a StepSample
 Call = Callable[[], None]
 
 
@@ -72,12 +77,14 @@ class SimulatedEngine:
         self._ends_at = 0.0
         self._batch = 0
         self._context_tokens = 0
+        self._prompts = _NO_PROMPTS  # of the present step: tokens, and pairs of tokens that attend
         self._num_quiet = 0  # steps from the present one on whose end nobody can notice
         self._between_steps = False
         self._paused_until = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._busy_s = 0.0
         self._stopped = False
+        self._samples: deque[_Sample] | None = None  # None: nobody wants them
 
     # ---- what comes in ----
 
@@ -180,6 +187,18 @@ class SimulatedEngine:
         items = self._plan.items if self._plan is not None else ()
         return next((item.position for item in items if item.sequence_id == sequence_id), None)
 
+    def keep_samples(self) -> None:
+        """From now on, for ``take_samples``."""
+        self._samples = deque(maxlen=_MAX_SAMPLES)
+
+    def take_samples(self) -> tuple[StepSample, ...]:
+        """What the latest steps held and took, since this was called last."""
+        if not self._samples:
+            return ()
+        taken = tuple(StepSample(*sample) for sample in self._samples)
+        self._samples.clear()
+        return taken
+
     def settle(self) -> None:
         """Make the steps that have ended by now."""
         if self._between_steps or self._stopped:
@@ -237,10 +256,13 @@ class SimulatedEngine:
             return
         quiet = self._num_quiet > 0
         if quiet:
+            self._prompts = _NO_PROMPTS
             self._context_tokens += self._batch
             seconds = self._cost.step_s((), self._batch, self._context_tokens)
         else:
             seconds = self._seconds_of(plan)
+        if self._samples is not None:
+            self._samples.append((*self._prompts, self._batch, self._context_tokens, seconds))
         self._plan = plan
         self._begun_at, self._ends_at = at, at + seconds
         if self._batch < len(plan.items):
@@ -257,6 +279,10 @@ class SimulatedEngine:
             else:
                 chunks.append(PromptChunk(len(item.token_ids), item.start, item.sequence_id in started))
         self._batch, self._context_tokens = batch, context_tokens
+        self._prompts = _NO_PROMPTS
+        if chunks and self._samples is not None:
+            pairs = sum(chunk.num_tokens * (chunk.start + chunk.num_tokens / 2) for chunk in chunks)
+            self._prompts = (sum(chunk.num_tokens for chunk in chunks), pairs)
         return self._cost.step_s(chunks, batch, context_tokens)
 
     # ---- when to wake up ----

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from cluster.config import RouterConfig
-from cluster.cost_model import ComputeCost, CostView, LinearCost
+from cluster.catalogue import load_catalogue
+from cluster.cost_model import CostView
+from cluster.cost_recorder import CostRecorder
 from cluster.membership import Connect, Membership
 from cluster.router import Router
 from cluster.routing_policy import RoutingPolicy
 from cluster.simulator.conversation import Turn
 from cluster.simulator.records import OK, RequestRecord
+from cluster.simulator.scenario import Scenario
 from cluster.simulator.virtual_loop import VirtualTimeLoop
 from core.errors import PrfaasError
-from core.request import ClusterId, GatewayId, RequestTiming
+from core.request import GatewayId, RequestTiming
 from protos.channels import InternalGrpc
 
 _GATEWAY = GatewayId("gateway")
@@ -22,18 +22,30 @@ _GATEWAY = GatewayId("gateway")
 class SimulatedGateway:
     """Made on its loop. ``began_at`` is the loop's time at which the workload begins."""
 
-    def __init__(self, loop: VirtualTimeLoop, config: RouterConfig, policy: RoutingPolicy, connect: Connect) -> None:
+    def __init__(self, loop: VirtualTimeLoop, scenario: Scenario, policy: RoutingPolicy, connect: Connect) -> None:
         self._loop = loop
-        self.membership = Membership(config, _GATEWAY, loop, InternalGrpc(None), connect=connect)
-        self.router = Router(self.membership, policy, config, loop, _GATEWAY)
+        self._costs = CostRecorder(load_catalogue(), scenario.capacity) if scenario.learn_costs else None
+        self.membership = Membership(
+            scenario.router, _GATEWAY, loop, InternalGrpc(None), listener=self._costs, connect=connect
+        )
+        self.router = Router(self.membership, policy, scenario.router, loop, _GATEWAY, scenario.admission)
         self.records: list[RequestRecord] = []
         self.began_at = 0.0
 
-    def know_costs(
-        self, profiles: Mapping[str, ComputeCost], links: Mapping[tuple[ClusterId, ClusterId], LinearCost]
-    ) -> None:
-        """What policies predict with."""
-        self.membership.note_costs(CostView(profiles, links))
+    def start(self, costs: CostView) -> None:
+        """Watch leases; policies predict with ``costs``, unless they are to learn them."""
+        self.membership.watch_leases()
+        if self._costs is None:
+            self.membership.note_costs(costs)
+        else:
+            self._costs.start(self.membership)
+
+    async def close(self) -> None:
+        """Give everything up."""
+        await self.router.drain(0.0)
+        if self._costs is not None:
+            await self._costs.close()
+        await self.membership.close()
 
     async def send(self, turn: Turn) -> None:
         """Send one request, read its tokens, note what was seen."""

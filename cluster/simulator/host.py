@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cluster.cost_model import ComputeCost
 from cluster.simulator.answers import AnswerBook
 from cluster.simulator.engine import SimulatedEngine
 from cluster.simulator.hand_over import KvShape
@@ -14,6 +15,7 @@ from cluster.simulator.network import Network
 from cluster.simulator.step_cost import StepCost
 from cluster.view import ModelInfo
 from cluster.worker_client import WorkerDescription
+from core.compute import UNKNOWN_PROFILE, ComputeProfile
 from core.request import SequenceFailure, SequenceSpec, TokenChunk
 from engine.config import EngineConfig
 
@@ -28,12 +30,16 @@ class WorkerKind:
     engine: EngineConfig
     kv: KvShape
     model: ModelInfo
-    profile: str = ""  # name of ``cost`` in the gateway's costs
+    compute: ComputeProfile = UNKNOWN_PROFILE  # as workers describe themselves; names the costs
     send_bytes_per_s: float = 50e9  # what one worker sends
     grant_wait_s: float = 60.0  # of a finished prompt, for pages at its receiver
     pull_timeout_s: float = 10.0  # no page pull takes longer
     lease_s: float = 30.0  # of K/V links: how long a silent peer is waited for
     conversion_s: float = 0.0  # for which a worker computes nothing when it changes its role
+
+    def seen(self) -> ComputeCost:
+        """``cost`` as policies see it."""
+        return self.cost.seen(self.engine.max_prefill_chunk or self.engine.max_batch_tokens)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,12 @@ class ReceivingHalf:
         """Hand-overs announced or under way."""
         return len(self._by_session)
 
+    def announced(self) -> tuple[int, int]:
+        """Sequences whose K/V is to come, and the tokens of those that hold no page yet."""
+        coming = [arrival for arrival in self._arrivals.values() if not arrival.admitted]
+        without = (num_known_tokens(arrival.spec) for arrival in coming if arrival.reservation is None)
+        return len(coming), sum(without)
+
     # ---- the gateway ----
 
     def decode(

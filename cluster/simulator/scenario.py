@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cluster.config import RouterConfig
+from cluster.config import AdmissionConfig, RouterConfig
 from cluster.simulator.host import WorkerKind
 from cluster.simulator.network import LinkSpec
 from core.errors import InvalidConfig
@@ -45,6 +45,8 @@ class Scenario:
     links: tuple[LinkSpec, ...] = ()
     gateway: ClusterId | None = None  # where the gateway is; None: in the first cluster that decodes
     router: RouterConfig = field(default_factory=lambda: RouterConfig(max_inflight=1_000_000))
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    learn_costs: bool = False  # policies predict with what workers report, as live ones do; False: they know
     deaths: tuple[WorkerDeath, ...] = ()
     capacities: Mapping[tuple[ClusterId, ClusterId], float] = field(default_factory=dict)  # as configured; else links'
     sample_s: float = 1.0  # between two looks at utilisation, queues and roles
@@ -62,6 +64,11 @@ class Scenario:
                 pair = (sender.cluster_id, receiver.cluster_id)
                 if sender is not receiver and receiver.num_decode and pair not in linked:
                     raise InvalidConfig("links", f"must have one from {pair[0]} to {pair[1]}, where sequences decode")
+
+    def capacity(self, from_cluster: ClusterId, to_cluster: ClusterId) -> float | None:
+        """Configured bytes/s between two clusters; None: not configured."""
+        links = {(link.from_cluster, link.to_cluster): link.bytes_per_s for link in self.links}
+        return (links | dict(self.capacities)).get((from_cluster, to_cluster))
 
     @property
     def home(self) -> ClusterId:

@@ -12,7 +12,7 @@ Invariants: seconds are above 0 for a step that computes anything, and do not fa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from cluster.cost_fit import Sample, fit
@@ -39,8 +39,8 @@ class StepCost(Protocol):
         """Of a step over ``chunks`` and one token for each of ``batch`` sequences of ``context_tokens`` together."""
         ...
 
-    def seen(self) -> ComputeCost:
-        """The same as linear costs, for policies that predict with it."""
+    def seen(self, step_tokens: float) -> ComputeCost:
+        """The same as linear costs, for policies that predict with it. A step computes ``step_tokens`` of prompts."""
         ...
 
 
@@ -63,8 +63,8 @@ class FittedCost:
                 seconds += token * num_tokens + pair * num_tokens * (chunk.start + num_tokens / 2)
         return max(seconds, _LEAST_STEP_S)
 
-    def seen(self) -> ComputeCost:
-        return self.compute
+    def seen(self, step_tokens: float) -> ComputeCost:
+        return replace(self.compute, step_tokens=step_tokens)
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,12 @@ class ProfiledCost:
                 seconds += coefficient * (end**power - chunk.start**power)
         return max(seconds, _LEAST_STEP_S)
 
-    def seen(self) -> ComputeCost:
+    def seen(self, step_tokens: float) -> ComputeCost:
         once, token, square, *_ = (*self.prefill_s.coefficients, 0.0, 0.0)
         prefill = (once, token, 2 * square)  # a new token attends to half of the new ones
         if min(prefill) < 0:
             prefill = self._never_negative()
+        # What is paid once is paid for each prompt, in however many steps.
         return ComputeCost(LinearCost(prefill), LinearCost((self.decode_step_s, 0.0, 0.0)))
 
     def _never_negative(self) -> tuple[float, float, float]:
@@ -114,7 +115,7 @@ class RooflineCost:
         parts = [(chunk.num_tokens, chunk.start) for chunk in chunks]
         return max(self.instance.step_s(parts, batch, context_tokens), _LEAST_STEP_S)
 
-    def seen(self) -> ComputeCost:
+    def seen(self, step_tokens: float) -> ComputeCost:
         model = CostModel()
-        model.add_profile("roofline", self.instance.live())
+        model.add_profile("roofline", self.instance.live(), step_tokens)
         return model.view().profiles["roofline"]

@@ -53,7 +53,7 @@ class SimulatedWorker:
         self.sending = SendingHalf(host, self.receiving.serve_grants)
         self.pulling = PullingHalf(host, source_at)
         self._page_events = PageEventLog()
-        self._load = self._measure()
+        self._load, self._load_at = self._measure(), loop.now()
         self._watchers: dict[asyncio.Future[None], None] = {}
         self._mourners: list[Callable[[], None]] = []
 
@@ -130,8 +130,10 @@ class SimulatedWorker:
             load=self._load,
             links=self._links.estimates(),
             page_events=self._page_events.since(told),
+            load_age_s=self._loop.now() - self._load_at,
+            steps=self.engine.take_samples(),
         )
-        self._load = self._measure()
+        self._load, self._load_at = self._measure(), self._loop.now()
         changes = self.engine.allocator.take_changes()
         self._page_events.record(changes.stored, changes.removed)
         return state
@@ -187,6 +189,7 @@ class SimulatedWorker:
     def _measure(self) -> WorkerLoad:
         self.engine.settle()
         load, allocator = self.engine.scheduler.load(), self.engine.allocator
+        num_announced, num_announced_tokens = self.receiving.announced()
         return WorkerLoad(
             num_running=load.num_running,
             num_waiting=load.num_waiting,
@@ -203,6 +206,8 @@ class SimulatedWorker:
             pulls=tuple(sorted((outcome.value, count) for outcome, count in self.pulling.outcomes.items())),
             pulled_tokens=self.pulling.num_tokens,
             pulled_bytes=self.pulling.num_bytes,
+            num_announced=num_announced,
+            num_announced_tokens=num_announced_tokens,
         )
 
     def _notify(self) -> None:

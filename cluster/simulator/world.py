@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.cost_model import LinearCost
+from cluster.cost_model import CostView, LinearCost
 from cluster.routing_policy import RoutingPolicy, make_policy
 from cluster.simulator.answers import AnswerBook
 from cluster.simulator.client import SimulatedClient
@@ -83,14 +83,7 @@ class World:
         self._num_starts = 0
         self._tasks: set[asyncio.Task[None]] = set()
         chosen = policy or make_policy(scenario.router.policy)
-        self.gateway = SimulatedGateway(loop, scenario.router, chosen, self._connect)
-        self.gateway.know_costs(
-            {cluster.kind.profile: cluster.kind.cost.seen() for cluster in scenario.clusters},
-            {
-                (link.from_cluster, link.to_cluster): LinearCost((link.latency_s, 1 / link.bytes_per_s))
-                for link in scenario.links
-            },
-        )
+        self.gateway = SimulatedGateway(loop, scenario, chosen, self._connect)
 
     @property
     def workers(self) -> Iterable[SimulatedWorker]:
@@ -126,7 +119,7 @@ class World:
 
     async def _start(self) -> None:
         membership = self.gateway.membership
-        membership.watch_leases()
+        self.gateway.start(_costs_of(self._scenario))
         for cluster in self._scenario.clusters:
             for role, count in ((Role.PREFILL, cluster.num_prefill), (Role.DECODE, cluster.num_decode)):
                 for index in range(count):
@@ -142,17 +135,10 @@ class World:
         self._num_starts += 1
         cluster = self._kinds[worker_id]
         engine_id = EngineId(f"{worker_id}#{self._num_starts}")
-        kind = cluster.kind
-        description = WorkerDescription(
-            worker_id=worker_id,
-            engine_id=engine_id,
-            cluster_id=cluster.cluster_id,
-            address=engine_id,
-            model=kind.model,
-            transport="simulated",
-            pages_total=kind.engine.num_pages or 0,
+        description = _describe(cluster, worker_id, engine_id)
+        worker = SimulatedWorker(
+            self._loop, cluster.kind, description, role, self.network, self._answers, self._source_at
         )
-        worker = SimulatedWorker(self._loop, kind, description, role, self.network, self._answers, self._source_at)
         self._workers[worker_id] = worker
         self._at[description.address] = worker
         self._spawn(self._keep_registered(worker, delay_s))
@@ -233,10 +219,38 @@ class World:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for worker in self._workers.values():
             worker.die()
-        await self.gateway.router.drain(0.0)
-        await self.gateway.membership.close()
+        await self.gateway.close()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _describe(cluster: ClusterSpec, worker_id: WorkerId, engine_id: EngineId) -> WorkerDescription:
+    kind = cluster.kind
+    return WorkerDescription(
+        worker_id=worker_id,
+        engine_id=engine_id,
+        cluster_id=cluster.cluster_id,
+        address=engine_id,
+        model=kind.model,
+        transport="simulated",
+        pages_total=kind.engine.num_pages or 0,
+        max_batch_size=kind.engine.max_batch_size,
+        compute=kind.compute,
+    )
+
+
+def _costs_of(scenario: Scenario) -> CostView:
+    """What a gateway that knows everything predicts with."""
+    profiles = {
+        _describe(cluster, WorkerId(""), EngineId("")).profile: cluster.kind.seen() for cluster in scenario.clusters
+    }
+    transfers = {
+        (cluster.cluster_id, cluster.cluster_id): LinearCost((cluster.latency_s, 1 / cluster.kind.send_bytes_per_s))
+        for cluster in scenario.clusters
+    }
+    for link in scenario.links:
+        transfers[link.from_cluster, link.to_cluster] = LinearCost((link.latency_s, 1 / link.bytes_per_s))
+    return CostView(profiles, transfers)

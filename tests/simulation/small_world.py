@@ -22,6 +22,7 @@ from cluster.simulator.step_cost import ProfiledCost
 from cluster.simulator.world import SimulationResult, simulate
 from cluster.throughput_model import Polynomial
 from cluster.view import ModelInfo
+from core.compute import ComputeProfile
 from core.fingerprint import CacheFingerprint
 from core.request import ClusterId
 from engine.config import EngineConfig
@@ -33,7 +34,7 @@ KIND = WorkerKind(
     engine=EngineConfig(page_size=PAGE, num_pages=1000, max_batch_tokens=5000, max_batch_size=64),
     kv=KvShape(1000.0, num_layers=10),
     model=MODEL,
-    profile="made up",
+    compute=ComputeProfile(device="made up"),
     send_bytes_per_s=1e6,
 )
 HERE, AWAY = ClusterId("here"), ClusterId("away")  # in this order of workers' names: away/prefill-0 is first
