@@ -2,12 +2,15 @@
 
 Read as a stream, plain or gzipped; the form is told by the first line:
 
-    CSV    columns input_length, output_length; t_s and client_id if known; or Azure's TIMESTAMP, ContextTokens,
-           GeneratedTokens
+    CSV    columns input_length, output_length; t_s and client_id if known; Azure's TIMESTAMP, ContextTokens,
+           GeneratedTokens; or BurstGPT's Timestamp (s), Request tokens, Response tokens, of which those without a
+           response failed and are left out
     JSONL  Mooncake and AIPerf: timestamp (ms), input_length, output_length, hash_ids (512 tokens each), session_id,
            delay (ms)
            coding sessions: session_id, turn, t_s, think_s, input_length, output_length, hash_runs (64 tokens each)
-           texts: append or input with output, or turns with reference_output; tokens are characters / 4
+           texts: append or input with output; turns with reference_output; or prompt (vLLM's custom) or text_input
+           (AIPerf) with output_tokens or output_length; tokens are characters / 4
+    JSON   ShareGPT: a list of conversations, of which the first question and answer count, as in vLLM
 
 A line that cannot be read raises ``InvalidConfig`` with file, line and field.
 """
@@ -44,6 +47,7 @@ class TraceRequest:
     session_id: str | None = None
     turn: int = 0
     think_s: float = 0.0  # what the client waits after the last answer before it sends this turn
+    appended: bool = False  # the prompt begins with all of the session's last one
     prefix_blocks: tuple[str, ...] = ()  # names of the prompt's blocks, each standing for itself and all before it
     block_tokens: int = 0
 
@@ -109,6 +113,8 @@ def _parse(text: TextIO, path: str) -> Iterator[TraceRequest]:
         return
     if first.lstrip().startswith("{"):
         yield from _json_requests(first, text, path)
+    elif first.lstrip().startswith("["):
+        yield from _sharegpt_requests(first + text.read(), path)
     else:
         yield from _csv_requests(first, text, path)
 
@@ -119,7 +125,10 @@ def _parse(text: TextIO, path: str) -> Iterator[TraceRequest]:
 def _csv_requests(header: str, text: TextIO, path: str) -> Iterator[TraceRequest]:
     names = next(csv.reader([header]))
     azure = "ContextTokens" in names
+    burst = "Request tokens" in names
     columns = ("ContextTokens", "GeneratedTokens") if azure else ("input_length", "output_length")
+    if burst:
+        columns = ("Request tokens", "Response tokens")
     for column in columns:
         if column not in names:
             raise InvalidConfig(
@@ -135,6 +144,10 @@ def _csv_requests(header: str, text: TextIO, path: str) -> Iterator[TraceRequest
             arrival = (at - began).total_seconds()
         elif "t_s" in names:
             arrival = line.number("t_s")
+        elif burst and "Timestamp" in names:
+            arrival = line.number("Timestamp")
+        if burst and line.count(columns[1], 0) == 0:
+            continue
         yield TraceRequest(line.count(columns[0], 1), line.count(columns[1], 0), arrival)
 
 
@@ -156,6 +169,8 @@ def _json_requests(first: str, text: TextIO, path: str) -> Iterator[TraceRequest
         line = _Line(where, fields)
         if "input_length" in fields:
             yield _session_request(line) if "hash_runs" in fields else _mooncake_request(line)
+        elif "prompt" in fields or "text_input" in fields:
+            yield _prompt_request(line)
         elif "turns" in fields:
             yield TraceRequest(_text_tokens(line.texts("turns")), _text_tokens(line.optional_texts("reference_output")))
         else:
@@ -212,7 +227,37 @@ def _text_request(line: _Line, said: Mapping[str, int]) -> TraceRequest:
         arrival_s=line.number("t_s"),
         session_id=session,
         turn=line.count("turn", 0),
+        appended=appended and session in said,
     )
+
+
+def _prompt_request(line: _Line) -> TraceRequest:
+    fields = line.fields
+    asked = next((name for name in ("output_tokens", "output_length") if name in fields), None)
+    return TraceRequest(
+        input_tokens=_text_tokens(line.texts("prompt" if "prompt" in fields else "text_input")),
+        output_tokens=0 if asked is None else line.count(asked, 0),
+        arrival_s=line.number("timestamp") / 1000 if "timestamp" in fields else None,
+    )
+
+
+def _sharegpt_requests(text: str, path: str) -> Iterator[TraceRequest]:
+    try:
+        entries = json.loads(text)
+    except ValueError as error:
+        raise InvalidConfig(path, f"is not JSON: {error}") from error
+    for index, entry in enumerate(entries):
+        where = f"{path}: [{index}]"
+        if not isinstance(entry, dict):
+            raise InvalidConfig(where, f"must be a JSON object, got {type(entry).__name__}")
+        said = _Line(where, entry).list("conversations")
+        if len(said) < 2:  # as in vLLM
+            continue
+        question, answer = (
+            _Line(f"{where}.conversations[{turn}]", said[turn] if isinstance(said[turn], dict) else {})
+            for turn in (0, 1)
+        )
+        yield TraceRequest(_text_tokens(question.texts("value")), _text_tokens(answer.texts("value")))
 
 
 def _text_tokens(texts: Iterable[str]) -> int:

@@ -29,6 +29,7 @@ from cluster.simulator.scenario import ClusterSpec, Scenario, WorkerDeath
 from cluster.simulator.timeline import Sample, Timeline
 from cluster.simulator.virtual_loop import VirtualTimeLoop, run, running_loop
 from cluster.simulator.worker import SimulatedWorker
+from cluster.simulator.workload import Workload
 from cluster.worker_client import WorkerClient, WorkerDescription
 from core.errors import PeerLost, PrfaasError
 from core.request import EngineId, Role, WorkerId
@@ -55,15 +56,14 @@ class SimulationResult:
 
 def simulate(
     scenario: Scenario,
-    conversations: Iterable[Conversation],
+    workload: Workload,
     on_progress: OnProgress | None = None,
     policy: RoutingPolicy | None = None,
 ) -> SimulationResult:
-    """Run the workload through the scenario. ``conversations`` ascend by ``starts_at`` and are taken one by one;
-    ``policy`` None: the one that the scenario's router names."""
+    """Run the workload through the scenario. ``policy`` None: the one that the scenario's router names."""
 
     async def main() -> SimulationResult:
-        return await World(running_loop(), scenario, policy).run(conversations, on_progress)
+        return await World(running_loop(), scenario, policy).run(workload, on_progress)
 
     return run(main())
 
@@ -90,9 +90,7 @@ class World:
         """The living ones."""
         return self._workers.values()
 
-    async def run(
-        self, conversations: Iterable[Conversation], on_progress: OnProgress | None = None
-    ) -> SimulationResult:
+    async def run(self, workload: Workload, on_progress: OnProgress | None = None) -> SimulationResult:
         """Everything, from the workers' start to the last answer."""
         await self._start()
         gateway = self.gateway
@@ -103,7 +101,7 @@ class World:
             self._spawn(self._change(link))
         for death in self._scenario.deaths:
             self._spawn(self._kill(death))
-        await self._arrivals(conversations, on_progress)
+        await self._arrivals(workload, on_progress)
         seconds = self._loop.time() - gateway.began_at
         counters = gateway.router.counters
         await self._stop()
@@ -189,16 +187,21 @@ class World:
 
     # ---- the workload ----
 
-    async def _arrivals(self, conversations: Iterable[Conversation], on_progress: OnProgress | None) -> None:
+    async def _arrivals(self, workload: Workload, on_progress: OnProgress | None) -> None:
         began_at, loop = self.gateway.began_at, self._loop
         talking: set[asyncio.Task[None]] = set()
-        for conversation in conversations:
+        free = None if workload.num_users is None else asyncio.Semaphore(workload.num_users)
+        for conversation in workload.conversations:
+            if free is not None:
+                await free.acquire()
             wait_s = began_at + conversation.starts_at - loop.time()
             if wait_s > 0:
                 await asyncio.sleep(wait_s)
             task = loop.create_task(self._talk(conversation, on_progress))
             talking.add(task)
             task.add_done_callback(talking.discard)
+            if free is not None:
+                task.add_done_callback(lambda _: free.release())
         while talking:
             await asyncio.wait(talking)
 

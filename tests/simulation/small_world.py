@@ -12,13 +12,14 @@ from dataclasses import replace
 from cluster.config import RouterConfig
 from cluster.routing_policy import RoutingPolicy
 from cluster.simulator.answers import Answer
-from cluster.simulator.conversation import Conversation, Turn
+from cluster.simulator.conversation import Conversation, Prompt, Turn
 from cluster.simulator.hand_over import KvShape
 from cluster.simulator.host import WorkerKind
 from cluster.simulator.network import LinkSpec
 from cluster.simulator.records import RequestRecord
 from cluster.simulator.scenario import ClusterSpec, Scenario, WorkerDeath
 from cluster.simulator.step_cost import ProfiledCost
+from cluster.simulator.workload import Workload
 from cluster.simulator.world import SimulationResult, simulate
 from cluster.throughput_model import Polynomial
 from cluster.view import ModelInfo
@@ -64,7 +65,8 @@ def prompt(
     number: int, starts_at: float = 0.0, tokens: int = 100, output_tokens: int = 3, content: int | None = None
 ) -> Conversation:
     """One request; two of equal ``content`` have the same prompt."""
-    turn = Turn(number, ((number if content is None else content, tokens),), output_tokens, Answer(1000 + number))
+    said = Prompt(tokens, number if content is None else content)
+    turn = Turn(number, said, output_tokens, Answer(1000 + number))
     return Conversation(starts_at, (turn,))
 
 
@@ -79,5 +81,5 @@ def play(
     """The records by number, and everything."""
     named = policy if isinstance(policy, str) else "least_loaded"
     scenario = Scenario(clusters, links, router=RouterConfig(policy=named, lease_s=lease_s), deaths=deaths)
-    result = simulate(scenario, conversations, policy=None if isinstance(policy, str) else policy)
+    result = simulate(scenario, Workload(conversations), policy=None if isinstance(policy, str) else policy)
     return sorted(result.records, key=lambda record: record.number), result

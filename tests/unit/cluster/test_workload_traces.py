@@ -144,3 +144,53 @@ def test_a_file_that_is_cut_short_is_an_error(tmp_path: Path) -> None:
         list(read_trace(path))
     with pytest.raises(InvalidConfig, match="cannot be read"):
         list(read_trace(tmp_path / "absent"))
+
+
+def test_burstgpt_leaves_out_what_failed(tmp_path: Path) -> None:
+    text = (
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "5,ChatGPT,472,18,490,Conversation log\n45,ChatGPT,1087,0,1087,API log\n118.5,GPT-4,417,276,693,API log\n"
+    )
+
+    assert list(read_trace(written(tmp_path, text))) == [TraceRequest(472, 18, 5.0), TraceRequest(417, 276, 118.5)]
+
+
+def test_prompts_with_lengths_of_answers(tmp_path: Path) -> None:
+    text = '{"prompt": "12345678", "output_tokens": 7}\n{"text_input": "1234", "output_length": 3, "timestamp": 500}\n'
+
+    assert list(read_trace(written(tmp_path, text))) == [TraceRequest(2, 7), TraceRequest(1, 3, 0.5)]
+
+
+def test_sharegpt_counts_the_first_question_and_answer(tmp_path: Path) -> None:
+    text = (
+        '[{"id": "a", "conversations": [{"from": "human", "value": "12345678"}, {"from": "gpt", "value": "1234"}, '
+        '{"from": "human", "value": "more"}]},\n {"id": "b", "conversations": []}]'
+    )
+
+    assert list(read_trace(written(tmp_path, text))) == [TraceRequest(2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[{"conversations": [{"value": "a"}, {"from": "gpt"}]}]', r"\[0\]\.conversations\[1\]: value"),
+        ('[{"conversations": 3}]', r"\[0\]: conversations"),
+        ("[1]", r"\[0\]: must be a JSON object"),
+        ("[", "is not JSON"),
+        ('{"prompt": 3}', ":1: prompt"),
+    ],
+)
+def test_errors_in_texts_name_the_place(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InvalidConfig, match=said):
+        list(read_trace(written(tmp_path, text)))
+
+
+def test_what_is_appended_follows_the_session_s_last_prompt(tmp_path: Path) -> None:
+    text = (
+        '{"session_id": "a", "turn": 0, "t_s": 0, "append": "12345678", "output": "1234"}\n'
+        '{"session_id": "a", "turn": 1, "t_s": 1, "append": "1234", "output": "1234"}\n'
+    )
+
+    first, second = read_trace(written(tmp_path, text))
+
+    assert (first.appended, first.input_tokens, second.appended, second.input_tokens) == (False, 2, True, 3)
