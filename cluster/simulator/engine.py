@@ -181,6 +181,12 @@ class SimulatedEngine:
         computing = min(self._loop.time(), self._ends_at) - self._begun_at if self._plan is not None else 0.0
         return self._busy_s + max(0.0, computing)
 
+    def positions(self) -> dict[SequenceId, int]:
+        """Output tokens that exist by now, of each sequence in the batch."""
+        self.settle()
+        items = self._plan.items if self._plan is not None else ()
+        return {item.sequence_id: item.position for item in items}
+
     def position(self, sequence_id: SequenceId) -> int | None:
         """Output tokens that exist by now of a sequence in the batch; None if it is not in it."""
         self.settle()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from cluster.catalogue import load_catalogue
 from cluster.cost_model import CostView
 from cluster.cost_recorder import CostRecorder
+from cluster.demand import DemandMeter
 from cluster.membership import Connect, Membership
+from cluster.planner import Planner
+from cluster.planning_view import PlanningLimits
 from cluster.router import Router
 from cluster.routing_policy import RoutingPolicy
 from cluster.simulator.conversation import Turn
@@ -13,7 +18,7 @@ from cluster.simulator.records import OK, RequestRecord
 from cluster.simulator.scenario import Scenario
 from cluster.simulator.virtual_loop import VirtualTimeLoop
 from core.errors import PrfaasError
-from core.request import GatewayId, RequestTiming
+from core.request import EngineId, GatewayId, RequestTiming
 from protos.channels import InternalGrpc
 
 _GATEWAY = GatewayId("gateway")
@@ -22,13 +27,35 @@ _GATEWAY = GatewayId("gateway")
 class SimulatedGateway:
     """Made on its loop. ``began_at`` is the loop's time at which the workload begins."""
 
-    def __init__(self, loop: VirtualTimeLoop, scenario: Scenario, policy: RoutingPolicy, connect: Connect) -> None:
+    def __init__(
+        self,
+        loop: VirtualTimeLoop,
+        scenario: Scenario,
+        policy: RoutingPolicy,
+        connect: Connect,
+        num_untold: Callable[[], int],
+        retest: Callable[[EngineId, EngineId], None],
+    ) -> None:
+        """``num_untold``: tokens that workers made and did not tell yet, as a real one would have. ``retest``: of the
+        link between two engines."""
         self._loop = loop
         self._costs = CostRecorder(load_catalogue(), scenario.capacity) if scenario.learn_costs else None
         self.membership = Membership(
             scenario.router, _GATEWAY, loop, InternalGrpc(None), listener=self._costs, connect=connect
         )
-        self.router = Router(self.membership, policy, scenario.router, loop, _GATEWAY, scenario.admission)
+        demand = DemandMeter(loop, scenario.planner.demand_window_s)
+        self.router = Router(self.membership, policy, scenario.router, loop, _GATEWAY, scenario.admission, demand)
+        self.planner = Planner(
+            self.membership,
+            demand,
+            lambda: self.router.num_open_tokens + num_untold(),
+            scenario.planner,
+            loop,
+            cluster_id=scenario.home,
+            limits=PlanningLimits(scenario.home_cluster.kind.engine.max_batch_size, scenario.planner.tpot_s),
+            capacity=scenario.capacity,
+            retest=retest,
+        )
         self.records: list[RequestRecord] = []
         self.began_at = 0.0
 
@@ -40,8 +67,14 @@ class SimulatedGateway:
         else:
             self._costs.start(self.membership)
 
+    def begin(self) -> None:
+        """The workload begins now; the planner too."""
+        self.began_at = self._loop.time()
+        self.planner.start()
+
     async def close(self) -> None:
         """Give everything up."""
+        await self.planner.close()
         await self.router.drain(0.0)
         if self._costs is not None:
             await self._costs.close()

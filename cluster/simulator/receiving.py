@@ -82,6 +82,12 @@ class ReceivingHalf:
         without = (num_known_tokens(arrival.spec) for arrival in coming if arrival.reservation is None)
         return len(coming), sum(without)
 
+    def num_untold(self) -> int:
+        """Tokens that exist by now, and that a real worker would have told the gateway."""
+        positions = self._engine.positions()
+        told = ((a.num_told, positions.get(sequence_id)) for sequence_id, a in self._arrivals.items())
+        return sum(max(0, position - known) for known, position in told if position is not None)
+
     # ---- the gateway ----
 
     def decode(

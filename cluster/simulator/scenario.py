@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cluster.config import AdmissionConfig, RouterConfig
+from cluster.config import PLANNER_OFF, AdmissionConfig, PlannerConfig, RouterConfig
 from cluster.simulator.host import WorkerKind
 from cluster.simulator.network import LinkSpec
 from core.errors import InvalidConfig
@@ -46,6 +46,7 @@ class Scenario:
     gateway: ClusterId | None = None  # where the gateway is; None: in the first cluster that decodes
     router: RouterConfig = field(default_factory=lambda: RouterConfig(max_inflight=1_000_000))
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    planner: PlannerConfig = field(default_factory=lambda: PlannerConfig(mode=PLANNER_OFF))
     learn_costs: bool = False  # policies predict with what workers report, as live ones do; False: they know
     deaths: tuple[WorkerDeath, ...] = ()
     capacities: Mapping[tuple[ClusterId, ClusterId], float] = field(default_factory=dict)  # as configured; else links'
@@ -69,6 +70,11 @@ class Scenario:
         """Configured bytes/s between two clusters; None: not configured."""
         links = {(link.from_cluster, link.to_cluster): link.bytes_per_s for link in self.links}
         return (links | dict(self.capacities)).get((from_cluster, to_cluster))
+
+    @property
+    def home_cluster(self) -> ClusterSpec:
+        """The gateway's own."""
+        return next(cluster for cluster in self.clusters if cluster.cluster_id == self.home)
 
     @property
     def home(self) -> ClusterId:

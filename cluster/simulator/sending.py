@@ -16,9 +16,12 @@ from functools import partial
 from cluster.simulator.hand_over import HandOver
 from cluster.simulator.host import Host, Publish, num_known_tokens
 from cluster.simulator.receiving import GrantQuery, ReceivingHalf
+from cluster.worker_client import WorkerDescription
 from core.errors import InvalidRequest
 from core.request import PullReport, Role, SequenceFailure, SequenceId, SequenceSpec, SessionId, StageStats, TokenChunk
 from engine.scheduler import StepItem, StepPlan
+
+_PROBE_BYTES = 4 << 20
 
 
 @dataclass(slots=True, eq=False)
@@ -84,6 +87,16 @@ class SendingHalf:
         """Give up whatever a gateway sent, which is gone."""
         for prompt in [p for p in self._prompts.values() if p.publish == publish]:
             self.abort(prompt.spec.sequence_id)
+
+    def probe(self, receiver: WorkerDescription) -> None:
+        """Send a self-test's bytes to that worker, to see what the link carries now."""
+        host = self._host
+        pair = (host.description.cluster_id, receiver.cluster_id)
+        flow = host.network.open_flow(host.description.engine_id, pair, host.kind.send_bytes_per_s, lambda: None)
+        if pair[0] != pair[1]:
+            host.links.opened(receiver, flow, 2 * host.network.path(*pair).latency_s)
+        flow.add(_PROBE_BYTES)
+        flow.finish()
 
     # ---- the engine ----
 

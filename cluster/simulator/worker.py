@@ -208,6 +208,7 @@ class SimulatedWorker:
             pulled_bytes=self.pulling.num_bytes,
             num_announced=num_announced,
             num_announced_tokens=num_announced_tokens,
+            num_other_role=self.receiving.num_sequences if self.role is Role.PREFILL else self.sending.num_sessions,
         )
 
     def _notify(self) -> None:

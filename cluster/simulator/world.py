@@ -83,7 +83,7 @@ class World:
         self._num_starts = 0
         self._tasks: set[asyncio.Task[None]] = set()
         chosen = policy or make_policy(scenario.router.policy)
-        self.gateway = SimulatedGateway(loop, scenario, chosen, self._connect)
+        self.gateway = SimulatedGateway(loop, scenario, chosen, self._connect, self._num_untold, self._retest)
 
     @property
     def workers(self) -> Iterable[SimulatedWorker]:
@@ -94,7 +94,7 @@ class World:
         """Everything, from the workers' start to the last answer."""
         await self._start()
         gateway = self.gateway
-        gateway.began_at = self._loop.time()
+        gateway.begin()
         timeline = Timeline(self._scenario, self.network, gateway)
         self._spawn(timeline.watch(lambda: self._workers.values()))
         for link in self._scenario.links:
@@ -170,6 +170,14 @@ class World:
     def _source_at(self, address: str) -> PullingHalf | None:
         worker = self._at.get(address)
         return None if worker is None else worker.pulling
+
+    def _num_untold(self) -> int:
+        return sum(worker.receiving.num_untold() for worker in self._workers.values())
+
+    def _retest(self, sender: EngineId, receiver: EngineId) -> None:
+        source, target = self._at.get(sender), self._at.get(receiver)
+        if source is not None and target is not None:
+            source.sending.probe(target.description)
 
     async def _kill(self, death: WorkerDeath) -> None:
         await asyncio.sleep(death.at_s)
