@@ -38,6 +38,8 @@ from cluster.message_json import as_dict
 from cluster.plan_command import EPILOG as PLAN_EPILOG
 from cluster.plan_command import plan
 from cluster.plan_document import check_section
+from cluster.simulate_command import EPILOG as SIMULATE_EPILOG
+from cluster.simulate_command import simulate
 from cluster.tables import (
     check_table,
     cluster_link_table,
@@ -80,6 +82,7 @@ curl http://127.0.0.1:8000/v1/models""",
 config_app = typer.Typer(help="Check a configuration, or print what can be configured.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.command(epilog=PLAN_EPILOG)(plan)
+app.command(epilog=SIMULATE_EPILOG)(simulate)
 certs_app = typer.Typer(help="Make the certificates of a service's processes, or look at them.", no_args_is_help=True)
 app.add_typer(certs_app, name="certs")
 

@@ -34,6 +34,7 @@ from typing import Any
 
 from cluster.cost_fit import Sample, Samples, fit
 from core.compute import StepSample
+from core.errors import InvalidConfig
 from core.link import LinkEstimate
 from core.request import ClusterId
 
@@ -359,6 +360,25 @@ def _error(errors: deque[float]) -> CostError:
 
 def _transfer_prior(capacity: float | None) -> tuple[float, float]:
     return ASSUMED_TRANSFER_T0_S, 1 / (capacity or ASSUMED_LINK_BYTES_PER_S)
+
+
+def saved_costs(path: Path) -> ComputeCost:
+    """What a live service has learnt of its workers and kept in the file at ``path``; of several kinds of workers that
+    of which it knows most. ``InvalidConfig`` if there is none."""
+    lines = _read(path)
+    known = {name.removeprefix("prefill ") for name in lines if name.startswith("prefill ")}
+    known &= {name.removeprefix("decode ") for name in lines if name.startswith("decode ")}
+    if not known:
+        raise InvalidConfig(str(path), "holds no costs of workers (router.costs_file of a service that ran)")
+    priors = (UNKNOWN_COMPUTE.prefill_cost.coefficients, UNKNOWN_COMPUTE.decode_cost.coefficients)
+    found: list[tuple[int, str, ComputeCost]] = []
+    for profile in sorted(known):
+        prefill, decode = (
+            _Line.from_json(f"{work} {profile}", prior, lines[f"{work} {profile}"]).cost()
+            for work, prior in zip(("prefill", "decode"), priors, strict=True)
+        )
+        found.append((prefill.samples + decode.samples, profile, ComputeCost(prefill, decode)))
+    return max(found, key=lambda entry: entry[:2])[2]
 
 
 def _read(path: Path) -> dict[str, Any]:
