@@ -2,10 +2,10 @@
 
     python -m benchmarks.simulator [--json FILE] [--workers N] [--requests N] [--prompt N] [--output N]
 
-One gateway, workers of a made-up kind, Poisson arrivals at 70% of what the workers sustain, messages within the cluster
-without latency. Every request passes the real router, policy, membership, schedulers and page allocators; every token is
-planned and booked by a real scheduler. Each run is a process of its own, with another hash seed; ``same`` compares every
-byte of their results.
+One gateway, workers of a made-up kind, Poisson arrivals at 70% of what the workers sustain, messages within the
+cluster without latency. Every request passes the real router, policy, membership, schedulers and page allocators; every
+token is planned and booked by a real scheduler. Each run is a process of its own, with another hash seed; ``same``
+compares every byte of their results.
 """
 
 from __future__ import annotations

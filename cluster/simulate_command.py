@@ -1,7 +1,7 @@
 """What does ``prfaas simulate`` do? Read a document and a workload, simulate, print: effects only.
 
-A name of ``--compare`` is a routing policy, or says how ``prfaas`` routes: ``dual`` (the planner), ``local`` (nothing is
-offloaded), ``remote`` (everything is) or ``static:TOKENS``.
+A name of ``--compare`` is a routing policy, or says how ``prfaas`` routes: ``dual`` (the planner), ``local`` (nothing
+is offloaded), ``remote`` (everything is) or ``static:TOKENS``.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def simulate(
     as_json: AsJson = False,
     plot: Plot = None,
 ) -> None:
-    """Run a workload through a fleet in virtual time: the production router, planner, schedulers and page allocators."""
+    """Run a workload through a fleet in virtual time: production router, planner, schedulers and page allocators."""
     try:
         document = load_plan(config_file, PlanOptions(tuple(overrides or ()), trace, lengths, slo, catalogue))
         scenario = _scenario(document, config_file, ScenarioOptions(link_latency, costs))

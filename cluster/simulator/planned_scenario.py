@@ -33,6 +33,10 @@ from engine.config import EngineConfig
 PAGE_TOKENS = 64  # where no service says it
 MAX_MODEL_LEN = 262_144
 _MOST_SEQUENCES = 256
+# A document says nothing of a gateway's bounds: nothing is refused, and requests queue at workers.
+UNBOUNDED = AdmissionConfig(
+    max_queued=1_000_000, max_wait_s=1e9, prefill_queue_s=1e9, prefill_queue_tokens=1 << 60, decode_slots=1_000_000
+)
 _LOCAL_LATENCY_S = 0.0005
 WAN_LATENCY_S = 0.005  # of a link between clusters, one way
 
@@ -89,19 +93,9 @@ def scenario_of(
         for link in config.links.values()
     )
     if service is None:
-        return Scenario(
-            tuple(clusters), links, router=_unbounded(RouterConfig()), admission=_patient(), planner=PlannerConfig()
-        )
+        router = RouterConfig(max_inflight=1_000_000)
+        return Scenario(tuple(clusters), links, router=router, admission=UNBOUNDED, planner=PlannerConfig())
     return Scenario(tuple(clusters), links, router=service.router, admission=service.admission, planner=service.planner)
-
-
-def _unbounded(router: RouterConfig) -> RouterConfig:
-    """A document says nothing of a gateway's bounds: nothing is refused."""
-    return replace(router, max_inflight=1_000_000)
-
-
-def _patient() -> AdmissionConfig:
-    return AdmissionConfig(max_queued=1_000_000, max_wait_s=1e9)
 
 
 def _cost(cluster: ClusterPlan, catalogue: Catalogue, shape: ModelShape | None, size: int) -> StepCost:
@@ -137,15 +131,8 @@ def _kind(
         engine = replace(engine, num_pages=_num_pages(cluster, catalogue, shape, size, kv, engine, service is not None))
     fingerprint = CacheFingerprint(config.model or "as profiled", "planned", "planned", engine.page_size, "planned")
     max_len = engine.max_model_len or MAX_MODEL_LEN
-    model = ModelInfo(
-        config.model or "as profiled",
-        fingerprint,
-        max_len,
-        1 << 62,
-        (),
-        max(1, round(kv.bytes_per_token)),
-        kv.num_layers,
-    )
+    token_bytes = max(1, round(kv.bytes_per_token))
+    model = ModelInfo(fingerprint.model, fingerprint, max_len, 1 << 62, (), token_bytes, kv.num_layers)
     compute = ComputeProfile(device=f"{name} {cluster.device or 'profile'}", num_devices=size)
     return WorkerKind(cost, engine, kv, model, compute, send_bytes_per_s=cluster.network_gbps * GBPS)
 
