@@ -279,7 +279,7 @@ class SimulatedEngine:
         chunks: list[PromptChunk] = []
         batch = context_tokens = 0
         for item in plan.items:
-            if len(item.token_ids) == 1 and item.sequence_id not in started:
+            if item.start >= item.num_prompt_tokens and len(item.token_ids) == 1 and item.sequence_id not in started:
                 batch += 1
                 context_tokens += item.start + 1
             else:

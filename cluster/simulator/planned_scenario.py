@@ -7,9 +7,10 @@ planner and engine are simulated as configured; a document of its own has their 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from cluster.catalogue import Catalogue, ModelShape
 from cluster.config import AdmissionConfig, PlannerConfig, RouterConfig, ServiceConfig
@@ -109,7 +110,10 @@ def _cost(cluster: ClusterPlan, catalogue: Catalogue, shape: ModelShape | None, 
     prefill = Polynomial.fit([(point.tokens, point.seconds) for point in cluster.prefill])
     if cluster.decode is not None:
         return ProfiledCost(prefill, cluster.decode.step_s)
-    return ProfiledCost(prefill, math.inf if instance is None else instance.decode_step_s(1, 1.0))
+    # A cluster that only prefills: what a token after the first would take there is not known, and not asked.
+    return ProfiledCost(
+        prefill, float(prefill(np.asarray(1.0))) if instance is None else instance.decode_step_s(1, 1.0)
+    )
 
 
 def _kind(

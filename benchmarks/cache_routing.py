@@ -1,0 +1,173 @@
+"""What does knowing the caches give? Random, load-only, local-cache and global-cache routing on traces that share
+prefixes, in mean TTFT and hit rate, against an endless cache.
+
+    python -m benchmarks.cache_routing [--json FILE] [--traces DIR] [--requests N]
+
+    random        any prefill and any decode worker
+    load          the fewest tokens ahead (``least_loaded``)
+    local cache   predicted seconds, each worker's own cache counted (``prfaas`` without pulls)
+    global cache  likewise, and cached pages are fetched from whoever has them (``prfaas``)
+
+Four prefill and four decode workers of Llama-3.1-8B on one H100 each, by the roofline. Conversations: Mooncake's, open
+loop at its own instants, spread over their grid of 3 s. Coding sessions: a closed loop of users that think.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks.report import Cell, Report, commit, machine
+from cluster.catalogue import load_catalogue
+from cluster.config import RouterConfig
+from cluster.roofline import Instance
+from cluster.routing_policy import RouteRequest, RoutingPolicy
+from cluster.simulator.hand_over import KvShape
+from cluster.simulator.host import WorkerKind
+from cluster.simulator.planned_scenario import UNBOUNDED
+from cluster.simulator.result_report import result_as_dict
+from cluster.simulator.scenario import ClusterSpec, Scenario
+from cluster.simulator.step_cost import RooflineCost
+from cluster.simulator.workload import USERS, ArrivalPlan, Workload, from_trace
+from cluster.simulator.world import simulate
+from cluster.view import ClusterView, ModelInfo, Route
+from cluster.workload_traces import TraceRequest, read_trace, uncached_tokens
+from core.compute import ComputeProfile
+from core.fingerprint import CacheFingerprint
+from core.request import ClusterId, Role
+from engine.config import EngineConfig
+
+_ROOT = Path(__file__).resolve().parent.parent
+_COLUMNS = {
+    "trace": "trace",
+    "routing": "routing",
+    "ttft_mean_s": "TTFT mean s",
+    "ttft_p90_s": "TTFT P90 s",
+    "hit_rate": "hit rate",
+    "ideal_hit_rate": "endless cache",
+    "share_of_ideal": "of it",
+    "shipped_gb": "shipped GB",
+    "pulled_gb": "pulled GB",
+}
+_LONGEST = 131_072
+
+
+@dataclass(frozen=True)
+class _Random:
+    """Any prefill and any decode worker, by the request's ordinal."""
+
+    uses_prefixes: bool = False
+
+    def route(self, request: RouteRequest, view: ClusterView) -> Route:
+        """Equal arguments give equal routes: the ordinal is scrambled, not drawn."""
+        prefill, decode = view.ready(Role.PREFILL), view.ready(Role.DECODE)
+        scrambled = (request.ordinal + 1) * 2654435761 % 2**32
+        return Route(prefill[scrambled % len(prefill)], decode[scrambled // 7 % len(decode)], "random")
+
+
+def main() -> int:
+    """Simulate, print, and write the JSON if asked."""
+    options = _parser().parse_args()
+    rows: list[dict[str, Cell]] = []
+    conversations = _first(options.traces / "mooncake_conversation_0000-1800s.jsonl.gz", options.requests)
+    workload = from_trace(conversations, ArrivalPlan(spread_s=3.0), max_tokens=_LONGEST)
+    rows += _rows("mooncake conversation", conversations, workload, 512)
+    sessions = _first(options.traces / "claudecode_sessions_A.jsonl.gz", options.requests)
+    workload = from_trace(sessions, ArrivalPlan(USERS, num_users=12), max_tokens=_LONGEST)
+    rows += _rows("coding sessions", sessions, workload, 64)
+    report = Report(
+        benchmark="cache_routing",
+        commit=commit(),
+        machine=machine(),
+        rows=rows,
+        figures={
+            f"{name}_{trace.split()[0]}": _ratio(rows, trace, routing)
+            for trace in ("mooncake conversation", "coding sessions")
+            for name, routing in (("global_vs_load", "load"), ("global_vs_local", "local cache"))
+        },
+    )
+    report.print_table(_COLUMNS, "Routing by what caches hold")
+    if options.json is not None:
+        report.write_json(options.json)
+    return 0
+
+
+def _first(path: Path, count: int) -> list[TraceRequest]:
+    """The first ``count`` requests, whole sessions."""
+    requests: list[TraceRequest] = []
+    for request in read_trace(path):
+        if len(requests) >= count and request.turn == 0:
+            break
+        requests.append(request)
+    return requests
+
+
+def _rows(trace: str, requests: list[TraceRequest], workload: Workload, page_size: int) -> list[dict[str, Cell]]:
+    total = sum(request.input_tokens for request in requests)
+    ideal = 1 - sum(uncached_tokens(requests)) / total
+    scenario = _scenario(page_size)
+    ways: Mapping[str, tuple[RouterConfig, RoutingPolicy | None]] = {
+        "random": (scenario.router, _Random()),
+        "load": (replace(scenario.router, policy="least_loaded"), None),
+        "local cache": (replace(scenario.router, policy="prfaas", colocate="never", pulls=False), None),
+        "global cache": (replace(scenario.router, policy="prfaas", colocate="never"), None),
+    }
+    rows: list[dict[str, Cell]] = []
+    for name, (router, policy) in ways.items():
+        found = result_as_dict(simulate(replace(scenario, router=router), workload, policy=policy), None, None)
+        rows.append(
+            {
+                "trace": trace,
+                "routing": name,
+                "ttft_mean_s": found["ttft_s"]["mean"],
+                "ttft_p90_s": found["ttft_s"]["p90"],
+                "hit_rate": found["hit_rate"],
+                "ideal_hit_rate": ideal,
+                "share_of_ideal": found["hit_rate"] / ideal if ideal else None,
+                "shipped_gb": found["bytes_shipped"] / 1e9,
+                "pulled_gb": found["bytes_pulled"] / 1e9,
+            }
+        )
+    return rows
+
+
+def _scenario(page_size: int) -> Scenario:
+    catalogue = load_catalogue()
+    shape = catalogue.model("llama-3.1-8b")
+    instance = Instance(shape, catalogue.device("h100"), 1)
+    num_pages = int(instance.kv_capacity_bytes() / shape.kv_bytes_per_token / page_size)
+    fingerprint = CacheFingerprint("llama-3.1-8b", "published", "bfloat16", page_size, "gqa")
+    kind = WorkerKind(
+        cost=RooflineCost(instance),
+        engine=EngineConfig(page_size=page_size, num_pages=num_pages, max_batch_tokens=8192, max_batch_size=64),
+        kv=KvShape(shape.kv_bytes_per_token, 0.0, shape.num_layers),
+        model=ModelInfo("llama", fingerprint, _LONGEST + 8192, 1 << 62, (), int(shape.kv_bytes_per_token), 32),
+        compute=ComputeProfile(device="h100"),
+    )
+    return Scenario(
+        (ClusterSpec(ClusterId("here"), kind, 4, 4),), router=RouterConfig(max_inflight=1_000_000), admission=UNBOUNDED
+    )
+
+
+def _ratio(rows: list[dict[str, Cell]], trace: str, routing: str) -> float:
+    """Mean TTFT of another way over that of the global cache."""
+    means = {str(row["routing"]): float(row["ttft_mean_s"] or 0.0) for row in rows if row["trace"] == trace}
+    return means[routing] / means["global cache"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cache_routing", description=(__doc__ or "").partition("\n\n")[0]
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    near = (folder for folder in (_ROOT / "shared/traces", _ROOT.parent / "shared/traces") if folder.is_dir())
+    parser.add_argument("--traces", type=Path, metavar="DIR", default=next(near, None), help="the shared traces")
+    parser.add_argument("--requests", type=int, default=600, help="of each trace")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The PrfaaS paper's case study as a simulation: its document, its lengths, ways of planning side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.config import PLANNER_DUAL, PLANNER_OFF, PLANNER_STATIC, PlannerConfig
+from cluster.plan_document import PlanDocument, PlanOptions, load_plan
+from cluster.planned_fleet import demand_of, plan_fleet
+from cluster.simulator.network import RateChange
+from cluster.simulator.planned_scenario import ScenarioOptions, scenario_of
+from cluster.simulator.result_report import result_as_dict
+from cluster.simulator.scenario import Scenario
+from cluster.simulator.workload import GAMMA, POISSON, ArrivalPlan, Workload, from_lengths, log_normal
+from cluster.simulator.world import SimulationResult, simulate
+from cluster.throughput_model import OperatingPoint, best_operating_point
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "deploy/examples/prfaas-paper.yaml"
+LENGTHS = log_normal(9.90, 1.00, 128, 131072, 1024)  # PAPERS.md A.11
+TTFT_SLO_S = 10.0  # the paper has none; four times the mean idle TTFT
+TPOT_SLO_S = 0.040
+
+# How prompts are divided: the planner, nothing or everything offloaded, or the paper's threshold whatever happens.
+PLANNERS: Mapping[str, PlannerConfig] = {
+    "adaptive": PlannerConfig(mode=PLANNER_DUAL, tpot_s=TPOT_SLO_S),
+    "local": PlannerConfig(mode=PLANNER_OFF),
+    "remote": PlannerConfig(mode=PLANNER_STATIC, threshold_tokens=0),
+    "static": PlannerConfig(mode=PLANNER_STATIC, threshold_tokens=19_400),
+}
+
+
+@dataclass(frozen=True)
+class CaseStudy:
+    """The case study with a link of ``gbps``, which changes as ``fluctuation`` says."""
+
+    gbps: float = 100.0
+    fluctuation: tuple[RateChange, ...] = ()
+
+    def document(self) -> PlanDocument:
+        """The planning document."""
+        return load_plan(DOCUMENT, PlanOptions((f"links.wan.gbps={self.gbps:g}",)))
+
+    def best(self) -> OperatingPoint:
+        """What the throughput model says is best."""
+        document = self.document()
+        demand = demand_of(document.config.workload)
+        return best_operating_point(plan_fleet(document.config, document.catalogue, demand).fleet)
+
+    def scenario(self, planner: PlannerConfig, roles: tuple[int, int] | None = (3, 5)) -> Scenario:
+        """The fleet; ``roles``: prefill and decode workers of the serving cluster, None: the best for the link."""
+        document = self.document()
+        demand = demand_of(document.config.workload)
+        options = ScenarioOptions(fluctuation=self.fluctuation)
+        scenario = scenario_of(document.config, document.catalogue, demand, None, options)
+        clusters = tuple(
+            replace(cluster, num_prefill=roles[0], num_decode=roles[1])
+            if roles is not None and cluster.cluster_id == scenario.home
+            else cluster
+            for cluster in scenario.clusters
+        )
+        return replace(scenario, clusters=clusters, planner=planner)
+
+
+def requests(count: int, rate_rps: float, *, burstiness: float = 1.0, seed: int = 0) -> Workload:
+    """Prompts of the case study's lengths."""
+    process = POISSON if burstiness == 1.0 else GAMMA
+    return from_lengths(LENGTHS, count, ArrivalPlan(process, rate_rps, burstiness), seed=seed)
+
+
+def play(scenario: Scenario, workload: Workload) -> tuple[SimulationResult, dict[str, Any]]:
+    """The result, and what a report tells of it."""
+    result = simulate(scenario, workload)
+    return result, result_as_dict(result, TTFT_SLO_S, TPOT_SLO_S)
