@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from cluster.simulator.answers import AnswerBook, Sampler
+from cluster.simulator.shared_device import SharedDevice
 from cluster.simulator.step_cost import PromptChunk, StepCost
 from core.compute import StepSample
 from core.prefix_hash import PageHash
@@ -59,7 +60,9 @@ class SimulatedEngine:
         max_model_len: int,
         answers: AnswerBook,
         listener: StepListener,
+        device: SharedDevice | None = None,
     ) -> None:
+        """``device``: on which others compute as well; None: it has one to itself."""
         assert config.num_pages is not None, "a simulated pool has a size"
         self.allocator = PageAllocator(config.num_pages, config.page_size, config.prefix_cache)
         self.scheduler = ChunkedPrefillScheduler(config, self.allocator, max_model_len)
@@ -69,6 +72,9 @@ class SimulatedEngine:
         self._answers = answers
         self._listener = listener
         self._sampler = Sampler()
+        self._device = device
+        self._in_line = False  # for a turn on the device
+        self._has_turn = False
         self._silent: set[SequenceId] = set()  # whose first token was not made yet, or not here
         self._calls: deque[Call] = deque()  # to be made when the step has ended
         self._plan: StepPlan | None = None  # None: idle, paused, or within ``_finish_step``
@@ -170,6 +176,7 @@ class SimulatedEngine:
         """Compute nothing more."""
         self.settle()
         self._stopped = True
+        self._give_turn_back()
         self._calls.clear()
         self._cancel_timer()
 
@@ -236,6 +243,7 @@ class SimulatedEngine:
             self._sampler.end(ended)
             self._listener.step_ended(chunks)
             self._between_steps = False
+            self._give_turn_back()
             self._make_calls()
         self._begin(at)
 
@@ -254,11 +262,12 @@ class SimulatedEngine:
             self._begin(now)
 
     def _begin(self, at: float) -> None:
-        """Plan the next step and say when it ends; idle if there is none."""
-        if at < self._paused_until or not self.scheduler.has_work:
+        """Plan the next step and say when it ends; idle if there is none, or if it is not this engine's turn."""
+        if at < self._paused_until or not self.scheduler.has_work or not self._take_turn():
             return
         plan = self.scheduler.plan_step(at)
         if plan is None:
+            self._give_turn_back()
             return
         quiet = self._num_quiet > 0
         if quiet:
@@ -315,6 +324,8 @@ class SimulatedEngine:
     def _quiet_steps(self, plan: StepPlan) -> int:
         """How many steps, the present one first, end without anything that anyone could hear of."""
         items = plan.items
+        if self._device is not None:
+            return 0  # when a step ends is noticed by whoever has the next turn
         if self._batch < len(items) or any(item.sequence_id in self._silent for item in items):
             return 0
         steps = self._max_len
@@ -334,6 +345,31 @@ class SimulatedEngine:
         self.settle()
         if not self._stopped:
             self._wake()
+            self._arm()
+
+    # ---- turns on a shared device ----
+
+    def _take_turn(self) -> bool:
+        """Is it this engine's turn? If not it stands in line."""
+        if self._device is None or self._has_turn:
+            return True
+        if not self._in_line:
+            self._has_turn = self._device.try_take(self._on_turn)
+            self._in_line = not self._has_turn
+        return self._has_turn
+
+    def _give_turn_back(self) -> None:
+        if self._device is not None and self._has_turn:
+            self._has_turn = False
+            self._device.give_back()
+
+    def _on_turn(self) -> None:
+        self._in_line, self._has_turn = False, True
+        if not self._stopped:
+            self._wake()
+        if self._plan is None:
+            self._give_turn_back()
+        if not self._stopped:
             self._arm()
 
     def _cancel_timer(self) -> None:

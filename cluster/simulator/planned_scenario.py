@@ -82,7 +82,9 @@ def scenario_of(
         num_decode = num_instances - num_prefill
         if service is not None:
             num_prefill, num_decode = service.prefill.count, service.decode.count
-        clusters.append(ClusterSpec(ClusterId(pool.name), kind, num_prefill, num_decode, _LOCAL_LATENCY_S))
+        in_turns = service is not None and service.engine.turns_file is not None
+        name = ClusterId(pool.name)
+        clusters.append(ClusterSpec(name, kind, num_prefill, num_decode, _LOCAL_LATENCY_S, in_turns))
     links = tuple(
         LinkSpec(
             ClusterId(link.from_cluster),

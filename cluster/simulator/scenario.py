@@ -21,6 +21,7 @@ class ClusterSpec:
     num_prefill: int
     num_decode: int
     latency_s: float = 0.0005
+    shares_device: bool = False  # all its workers compute in turns (``engine.turns_file``)
 
     @property
     def num_workers(self) -> int:

@@ -19,6 +19,7 @@ from cluster.simulator.network import Network
 from cluster.simulator.pulling import PullingHalf
 from cluster.simulator.receiving import ReceivingHalf
 from cluster.simulator.sending import SendingHalf
+from cluster.simulator.shared_device import SharedDevice
 from cluster.simulator.virtual_loop import VirtualTimeLoop
 from cluster.view import WorkerLoad
 from cluster.worker_client import WorkerDescription, WorkerState
@@ -39,14 +40,15 @@ class SimulatedWorker:
         network: Network,
         answers: AnswerBook,
         source_at: Callable[[str], PullingHalf | None],
+        device: SharedDevice | None = None,
     ) -> None:
-        """``source_at`` finds the worker at an address that pages are to be pulled from."""
+        """``source_at`` finds the worker at an address that pages are to be pulled from; ``device``: that it shares."""
         self.kind = kind
         self.description = description
         self.role = role
         self.alive = True
         self._loop = loop
-        self.engine = SimulatedEngine(loop, kind.engine, kind.cost, kind.model.max_model_len, answers, self)
+        self.engine = SimulatedEngine(loop, kind.engine, kind.cost, kind.model.max_model_len, answers, self, device)
         self._links = LinkReports(loop)
         host = Host(loop, kind, description, self.engine, network, self._links, answers)
         self.receiving = ReceivingHalf(host)

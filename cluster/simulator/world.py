@@ -26,13 +26,14 @@ from cluster.simulator.pulling import PullingHalf
 from cluster.simulator.receiving import ReceivingHalf
 from cluster.simulator.records import RequestRecord
 from cluster.simulator.scenario import ClusterSpec, Scenario, WorkerDeath
+from cluster.simulator.shared_device import SharedDevice
 from cluster.simulator.timeline import Sample, Timeline
 from cluster.simulator.virtual_loop import VirtualTimeLoop, run, running_loop
 from cluster.simulator.worker import SimulatedWorker
 from cluster.simulator.workload import Workload
 from cluster.worker_client import WorkerClient, WorkerDescription
 from core.errors import PeerLost, PrfaasError
-from core.request import EngineId, Role, WorkerId
+from core.request import ClusterId, EngineId, Role, WorkerId
 
 _REGISTER_RETRY_S = 0.5  # cluster/worker_host.py
 _JOIN_TIMEOUT_S = 60.0
@@ -80,6 +81,7 @@ class World:
         self._kinds: dict[WorkerId, ClusterSpec] = {}
         self._workers: dict[WorkerId, SimulatedWorker] = {}  # the living one of each name
         self._at: dict[str, SimulatedWorker] = {}  # by address
+        self._devices: dict[ClusterId, SharedDevice] = {}
         self._num_starts = 0
         self._tasks: set[asyncio.Task[None]] = set()
         chosen = policy or make_policy(scenario.router.policy)
@@ -135,11 +137,23 @@ class World:
         engine_id = EngineId(f"{worker_id}#{self._num_starts}")
         description = _describe(cluster, worker_id, engine_id)
         worker = SimulatedWorker(
-            self._loop, cluster.kind, description, role, self.network, self._answers, self._source_at
+            self._loop,
+            cluster.kind,
+            description,
+            role,
+            self.network,
+            self._answers,
+            self._source_at,
+            self._device_of(cluster),
         )
         self._workers[worker_id] = worker
         self._at[description.address] = worker
         self._spawn(self._keep_registered(worker, delay_s))
+
+    def _device_of(self, cluster: ClusterSpec) -> SharedDevice | None:
+        if not cluster.shares_device:
+            return None
+        return self._devices.setdefault(cluster.cluster_id, SharedDevice())
 
     async def _keep_registered(self, worker: SimulatedWorker, delay_s: float) -> None:
         """As long as the process lives: each call is the lease of the next few seconds."""

@@ -221,6 +221,16 @@ def test_a_mended_link_is_used_again() -> None:
     assert timing(after).prefill_worker == "away/prefill-0"
 
 
+def test_workers_on_one_device_compute_in_turns() -> None:
+    """The first prompt until 0.1; its K/V is there at 0.11. The second prompt comes at 0.05 and stands in line before
+    the decode worker: until 0.2. Then the decode worker's step until 0.3, with the first sequence; the second one's K/V
+    is there at 0.21, too late for it. Both decode until 0.4, and the second until 0.5."""
+    (first, second), _ = play(prompt(1), prompt(2, starts_at=0.05), clusters=(replace(here(), shares_device=True),))
+
+    assert (first.ttft_s, first.total_s) == (about(0.10), about(0.40))
+    assert (second.ttft_s, second.total_s) == (about(0.15), about(0.45))
+
+
 def test_pulled_pages_are_not_computed() -> None:
     """The second prompt is the first one's, and goes to the prefill worker that does not have it. Of its 100 tokens 90
     may come from a cache: 9 pages, 90,000 bytes, 0.09 s from the other one. 10 tokens are computed until 0.10. The

@@ -1,0 +1,243 @@
+"""Does the simulator say what the real service does? The same requests to both, side by side.
+
+    python -m benchmarks.calibration [--json FILE] [--requests N] [--rate R]
+
+The default service of this machine (deploy/examples/laptop.yaml, two workers that share the cores in turns) gets the
+requests over gRPC, open loop, and keeps what its workers measured (``router.costs_file``). Then the same service is
+simulated with those seconds, and the same requests. Half of them, sent before, are a warm-up: costs are fitted to them.
+
+What is left of an error: the gateway's and the workers' Python competes with the model for two cores, which a simulated
+device does not know; steps that hold prompts and tokens alike are taken for the sum of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+
+import grpc
+import numpy as np
+
+from benchmarks.report import Cell, Report, commit, machine
+from cluster.config import PLANNER_OFF, PlannerConfig, ServiceConfig, load_config
+from cluster.cost_model import saved_costs
+from cluster.service_process import ServiceProcess
+from cluster.simulator.answers import Answer
+from cluster.simulator.conversation import Conversation, Prompt, Turn
+from cluster.simulator.hand_over import KvShape
+from cluster.simulator.host import WorkerKind
+from cluster.simulator.scenario import ClusterSpec, Scenario
+from cluster.simulator.step_cost import FittedCost
+from cluster.simulator.workload import Workload
+from cluster.simulator.world import simulate
+from cluster.view import ModelInfo
+from core.compute import ComputeProfile
+from core.fingerprint import CacheFingerprint
+from core.request import ClusterId
+from protos import serving_pb2 as pb
+from protos import serving_pb2_grpc as rpc
+
+_ROOT = Path(__file__).resolve().parent.parent
+_CONFIG = _ROOT / "deploy/examples/laptop.yaml"
+_COLUMNS = {"measure": "measure", "real": "real", "simulated": "simulated", "relative_error": "error"}
+_BLOCK = 64  # tokens of a shared prefix
+_NUM_PREFIXES = 8
+_KV_BYTES_PER_TOKEN = 23_040  # SmolLM2-135M in bfloat16: 30 layers of 3 heads, 64 + 64 values
+_NUM_LAYERS = 30
+_SEND_BYTES_PER_S = 2e9  # loopback
+_LATENCY_S = 0.001  # of a gRPC message on this machine
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One request as its gateway timed it."""
+
+    ttft_s: float
+    tpot_s: float
+    input_tokens: int
+    cached_tokens: int
+    bytes_shipped: int
+
+
+def main() -> int:
+    """Serve, simulate, print, and write the JSON if asked."""
+    options = _parser().parse_args()
+    warm_up = _workload(options.requests // 2, options.rate, seed=1, first=1_000_000)
+    workload = _workload(options.requests, options.rate, seed=2, first=0)
+    config = load_config(_CONFIG)
+    with tempfile.TemporaryDirectory(prefix="prfaas-calibration-") as folder:
+        costs_file = Path(folder) / "costs.json"
+        real = _serve(Path(folder), costs_file, (warm_up, workload))
+        simulated = _simulate(config, costs_file, (warm_up, workload))
+    rows = [_row(name, _measures(real)[name], _measures(simulated)[name]) for name in _measures(real)]
+    by_name = {str(row["measure"]): row for row in rows}
+    report = Report(
+        benchmark="calibration",
+        commit=commit(),
+        machine=machine(),
+        rows=rows,
+        figures={
+            "ttft_mean_error": abs(float(by_name["TTFT mean s"]["relative_error"] or 0.0)),
+            "tpot_mean_error": abs(float(by_name["TPOT mean s"]["relative_error"] or 0.0)),
+        },
+    )
+    report.print_table(_COLUMNS, f"{options.requests} requests at {options.rate:g}/s to the default service")
+    if options.json is not None:
+        report.write_json(options.json)
+    return 0
+
+
+def _workload(count: int, rate: float, seed: int, first: int) -> Workload:
+    """Prompts of 64 to 320 tokens, of which one or two blocks are one of a few prefixes; answers of 8 to 32 tokens."""
+    random = Random(seed)
+    at = 0.0
+    conversations = []
+    for number in range(first, first + count):
+        at += random.expovariate(rate)
+        prefix = random.randrange(_NUM_PREFIXES)
+        blocks = (100 + 2 * prefix, 101 + 2 * prefix)[: random.choice((1, 2))]
+        num_tokens = random.randint(len(blocks) * _BLOCK + 1, 320)
+        prompt = Prompt(num_tokens, 1000 + random.randrange(40_000), blocks, _BLOCK)
+        turn = Turn(number, prompt, random.randint(8, 32), Answer(100_000 + number))
+        conversations.append(Conversation(at, (turn,)))
+    return Workload(conversations)
+
+
+# ---- the real one ----
+
+
+def _serve(folder: Path, costs_file: Path, workloads: Sequence[Workload]) -> list[Seen]:
+    """What the last of ``workloads`` saw."""
+    http_port, grpc_port = _free_ports(2)
+    settings = (f"http.port={http_port}", f"grpc.port={grpc_port}", f"router.costs_file={costs_file}")
+    command = [sys.executable, "-m", "cluster", "serve", str(_CONFIG)]
+    for setting in (*settings, "planner.mode=off"):
+        command += ["--set", setting]
+    with ServiceProcess(command, f"http://127.0.0.1:{http_port}/health", folder / "service.log") as service:
+        service.wait_until_healthy(300.0)
+        seen: list[Seen] = []
+        for workload in workloads:
+            seen = asyncio.run(_send_all(f"127.0.0.1:{grpc_port}", workload))
+        return seen
+
+
+async def _send_all(address: str, workload: Workload) -> list[Seen]:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = rpc.GenerationStub(channel)
+        began_at = time.perf_counter()
+        tasks = []
+        for conversation in workload.conversations:
+            await asyncio.sleep(max(0.0, began_at + conversation.starts_at - time.perf_counter()))
+            tasks.append(asyncio.create_task(_send(stub, conversation.turns[0])))
+        return list(await asyncio.gather(*tasks))
+
+
+async def _send(stub: rpc.GenerationStub, turn: Turn) -> Seen:
+    request = pb.GenerateRequest(
+        tokenized=pb.TokenizedInput(input_ids=turn.prompt.tokens()),
+        sampling_params=pb.SamplingParams(max_new_tokens=turn.output_tokens, temperature=0.0, ignore_eos=True),
+        stream=True,
+    )
+    complete: pb.GenerateComplete | None = None
+    async for response in stub.Generate(request):
+        if response.HasField("complete"):
+            complete = response.complete
+    assert complete is not None, "a stream ends with its completion"
+    timing = complete.timing
+    return Seen(
+        timing.ttft_s,
+        (timing.total_s - timing.ttft_s) / max(1, turn.output_tokens - 1),
+        turn.input_tokens,
+        complete.usage.cached_tokens,
+        timing.bytes_shipped,
+    )
+
+
+# ---- the simulated one ----
+
+
+def _simulate(config: ServiceConfig, costs_file: Path, workloads: Sequence[Workload]) -> list[Seen]:
+    engine = replace(
+        config.engine, num_pages=config.engine.kv_cache_bytes // (_KV_BYTES_PER_TOKEN * config.engine.page_size)
+    )
+    fingerprint = CacheFingerprint("smollm2", "1", "bfloat16", engine.page_size, "smollm2")
+    kind = WorkerKind(
+        cost=FittedCost(saved_costs(costs_file)),
+        engine=engine,
+        kv=KvShape(_KV_BYTES_PER_TOKEN, 0.0, _NUM_LAYERS),
+        model=ModelInfo("smollm2", fingerprint, 8192, 1 << 62, (), _KV_BYTES_PER_TOKEN, _NUM_LAYERS),
+        compute=ComputeProfile(device="cpu"),
+        send_bytes_per_s=_SEND_BYTES_PER_S,
+    )
+    here = ClusterSpec(
+        ClusterId(config.cluster_id), kind, config.prefill.count, config.decode.count, _LATENCY_S, shares_device=True
+    )
+    scenario = Scenario(
+        (here,), router=config.router, admission=config.admission, planner=PlannerConfig(mode=PLANNER_OFF)
+    )
+    warm_up, workload = workloads
+    pause_s = warm_up.conversations[-1].starts_at + 10.0
+    later = [replace(c, starts_at=c.starts_at + pause_s) for c in workload.conversations]
+    result = simulate(scenario, Workload([*warm_up.conversations, *later]))
+    measured = {conversation.turns[0].number for conversation in later}
+    return [
+        Seen(r.ttft_s, r.tpot_s, r.input_tokens, r.timing.cached_tokens, r.timing.bytes_shipped)
+        for r in result.records
+        if r.number in measured and r.ttft_s is not None and r.tpot_s is not None and r.timing is not None
+    ]
+
+
+# ---- side by side ----
+
+
+def _measures(seen: Sequence[Seen]) -> dict[str, float]:
+    return {
+        "requests": float(len(seen)),
+        "TTFT mean s": float(np.mean([one.ttft_s for one in seen])),
+        "TTFT P90 s": float(np.percentile([one.ttft_s for one in seen], 90)),
+        "TPOT mean s": float(np.mean([one.tpot_s for one in seen])),
+        "TPOT P90 s": float(np.percentile([one.tpot_s for one in seen], 90)),
+        "hit rate": sum(one.cached_tokens for one in seen) / sum(one.input_tokens for one in seen),
+        "shipped MB": sum(one.bytes_shipped for one in seen) / 1e6,
+    }
+
+
+def _row(name: str, real: float, simulated: float) -> dict[str, Cell]:
+    return {
+        "measure": name,
+        "real": real,
+        "simulated": simulated,
+        "relative_error": simulated / real - 1 if real else None,
+    }
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.calibration", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--rate", type=float, default=2.0, help="requests/s")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
