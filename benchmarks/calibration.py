@@ -143,8 +143,7 @@ async def _send_all(address: str, workload: Workload) -> list[Seen]:
 async def _send(stub: rpc.GenerationStub, turn: Turn) -> Seen:
     request = pb.GenerateRequest(
         tokenized=pb.TokenizedInput(input_ids=turn.prompt.tokens()),
-        sampling_params=pb.SamplingParams(max_new_tokens=turn.output_tokens, temperature=0.0, ignore_eos=True),
-        stream=True,
+        sampling_params=pb.SamplingParams(max_tokens=turn.output_tokens, temperature=0.0, ignore_eos=True),
     )
     complete: pb.GenerateComplete | None = None
     async for response in stub.Generate(request):
