@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.report import Report, commit, machine
+from benchmarks.report import Cell, Report, commit, machine
 from cluster.config import RouterConfig
 from cluster.simulator.hand_over import KvShape
 from cluster.simulator.host import WorkerKind
@@ -86,7 +86,7 @@ class Size:
         return _DECODE_S * self.output_tokens / 16
 
 
-def run(size: Size) -> dict[str, object]:
+def run(size: Size) -> dict[str, Cell]:
     """Simulate once, in this process."""
     model = ModelInfo("made up", CacheFingerprint("made up", "1", "int8", _PAGE, "one"), 65536, 1 << 62, (), 100_000)
     kind = WorkerKind(
@@ -137,8 +137,8 @@ def main() -> int:
         machine=machine(),
         rows=rows,
         figures={
-            "simulated_requests_per_s": float(rows[-1]["requests_per_s"]),
-            "peak_mib": float(rows[-1]["peak_mib"]),
+            "simulated_requests_per_s": float(rows[-1]["requests_per_s"] or 0.0),
+            "peak_mib": float(rows[-1]["peak_mib"] or 0.0),
             "same": float(same),
         },
     )
@@ -148,14 +148,14 @@ def main() -> int:
     return 0 if same else 1
 
 
-def _in_a_process(size: Size, hash_seed: int) -> dict[str, object]:
+def _in_a_process(size: Size, hash_seed: int) -> dict[str, Cell]:
     asked = json.dumps({name: getattr(size, name) for name in size.__dataclass_fields__})
     command = [sys.executable, "-m", "benchmarks.simulator", "--once", asked]
     environment = os.environ | {"PYTHONHASHSEED": str(hash_seed)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    found: dict[str, object] = json.loads(done.stdout)
+    found: dict[str, Cell] = json.loads(done.stdout)
     return found
 
 
