@@ -162,7 +162,8 @@ class FleetHistory:
                 state.runs.add(run)
                 keys += _keys(run, 0, self._run_pages(run)).tolist()
         state.conversations.append(conversation)
-        return keys + _keys(conversation.name, 0, conversation.num_pages).tolist()
+        keys += _keys(conversation.name, 0, conversation.num_pages).tolist()
+        return keys
 
     def _report(self, worker: int, stored: Sequence[int] = (), removed: Sequence[int] = ()) -> Report:
         state = self._workers[worker]

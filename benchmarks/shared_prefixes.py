@@ -80,7 +80,9 @@ def made_up(count: int, seed: int = 0) -> list[TraceRequest]:
         history += [f"{conversation}-{turn}-{block}" for block in range(draw.randint(4, 12))]
         tokens = len(history) * MOONCAKE_BLOCK_TOKENS - draw.randrange(MOONCAKE_BLOCK_TOKENS // 2)
         blocks = tuple(history)
-        requests.append(TraceRequest(tokens, 320, float(number), None, 0, 0.0, blocks, MOONCAKE_BLOCK_TOKENS))
+        requests.append(
+            TraceRequest(tokens, 320, float(number), prefix_blocks=blocks, block_tokens=MOONCAKE_BLOCK_TOKENS)
+        )
     return requests
 
 

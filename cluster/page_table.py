@@ -71,7 +71,7 @@ class PageTable:
         place, entries = tag % self._capacities[shard], self._entries[shard]
         while entry := entries[place]:
             if entry >> VALUE_BITS == tag:
-                return entry & MAX_VALUE
+                return int(entry & MAX_VALUE)
             place += 1
         return 0
 
