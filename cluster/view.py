@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.cost_model import NO_COSTS, CostView
 from core.fingerprint import CacheFingerprint
@@ -141,6 +141,18 @@ class ClusterView:
     def ready(self, role: Role) -> tuple[WorkerView, ...]:
         """Workers that advertise ``role``, are not draining and whose lease has not run out."""
         return tuple(w for w in self.workers if w.role is role and not w.draining and w.lease_expires_at > self.at)
+
+    def within(self, cluster_id: ClusterId) -> ClusterView:
+        """The workers of one cluster and the links among them; the rest as it is."""
+        return replace(
+            self,
+            workers=tuple(worker for worker in self.workers if worker.cluster_id == cluster_id),
+            links={
+                pair: link
+                for pair, link in self.links.items()
+                if link.from_cluster == cluster_id and link.to_cluster == cluster_id
+            },
+        )
 
     def link(self, from_worker: WorkerId, to_worker: WorkerId) -> LinkView | None:
         """What is known of the path from one worker to another; None: nothing, good or bad."""

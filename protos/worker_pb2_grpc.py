@@ -802,7 +802,7 @@ class ProbeReceiver:
 
 
 class RegistryStub:
-    """---- membership: served by the gateway ----
+    """---- membership: served by the gateway, and by the process that starts a cluster without one ----
 
     """
 
@@ -820,7 +820,7 @@ class RegistryStub:
 
 
 class RegistryServicer:
-    """---- membership: served by the gateway ----
+    """---- membership: served by the gateway, and by the process that starts a cluster without one ----
 
     """
 
@@ -847,7 +847,7 @@ def add_RegistryServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Registry:
-    """---- membership: served by the gateway ----
+    """---- membership: served by the gateway, and by the process that starts a cluster without one ----
 
     """
 
