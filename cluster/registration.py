@@ -24,7 +24,7 @@ from protos.channels import InternalGrpc
 logger = logging.getLogger(__name__)
 
 RETRY_S = 0.5
-_CALL_TIMEOUT_S = 5.0  # the gateway connects back meanwhile
+_CALL_TIMEOUT_S = 8.0  # the gateway connects back meanwhile, and gives that 5 s: its reason is worth waiting for
 _GOODBYE_TIMEOUT_S = 1.0
 _CALLS_PER_LEASE = 3
 
@@ -60,17 +60,18 @@ class Registrations:
         self._worker_id = worker_id
         self._engine_id = engine_id
         self._address = address
+        self._registries = tuple(registries)
         self._internal = internal
-        self._said = {registry: Registration(registry, taken=False, said="not asked yet") for registry in registries}
+        self._said: dict[str, Registration] = {}  # registry |-> its last word, once it was asked
         self._changed = asyncio.Event()  # replaced at each change
 
     async def keep(self) -> None:
         """Register everywhere until cancelled."""
-        await asyncio.gather(*map(self._keep, self._said))
+        await asyncio.gather(*map(self._keep, self._registries))
 
     async def leave(self) -> None:
         """Tell every registry that the worker stops; one that is gone needs no goodbye."""
-        await asyncio.gather(*map(self._leave, self._said))
+        await asyncio.gather(*map(self._leave, self._registries))
 
     async def _keep(self, registry: str) -> None:
         while True:
@@ -107,7 +108,7 @@ class Registrations:
         return tuple(said for name, said in self._said.items() if name != registry)
 
     def _note(self, said: Registration, level: int) -> None:
-        if self._said[said.registry] == said:
+        if self._said.get(said.registry) == said:
             return
         self._said[said.registry] = said
         if said.taken:

@@ -63,9 +63,11 @@ class Worker:
         return any(gateway.taken for gateway in self.gateways)
 
 
-def gateway_line(gateway: str, workers: Iterable[Worker], num_workers: int) -> str:
-    """What a gateway says of all workers together; ``num_workers``: so many there should be."""
+def gateway_line(gateway: str, workers: Iterable[Worker], num_workers: int) -> str | None:
+    """What a gateway says of all workers together; ``num_workers``: so many there should be. None: it was not asked."""
     said = [registration for w in workers for registration in w.gateways if registration.registry == gateway]
+    if not said:
+        return None
     num_taken = sum(registration.taken for registration in said)
     reasons = Counter(registration.said for registration in said if not registration.taken)
     line = f"gateway {gateway} has taken {num_taken} of {num_workers} workers"
@@ -168,7 +170,7 @@ class _RemoteCluster:
             self._tell(workers)
             if not ready and len(workers) == self._num_workers and all(worker.is_used for worker in workers):
                 ready = True
-                say(f"ready: {self._num_workers} prefill workers of {self._config.cluster_id} are used")
+                say(f"ready: all {self._num_workers} workers of {self._config.cluster_id} are used")
                 on_ready()
             await _set_within(home.changed, _LOOK_S)
 
@@ -226,11 +228,11 @@ class _RemoteCluster:
     def _tell(self, workers: Sequence[Worker]) -> None:
         """A line for whatever has changed."""
         self._say_once("workers", f"{len(workers)} of {self._num_workers} workers run")
-        for gateway in self._config.join if workers else ():
+        for gateway in self._config.join:
             self._say_once(gateway, gateway_line(gateway, workers, self._num_workers))
 
-    def _say_once(self, subject: str, line: str) -> None:
-        if self._lines.get(subject) != line:
+    def _say_once(self, subject: str, line: str | None) -> None:
+        if line is not None and self._lines.get(subject) != line:
             self._lines[subject] = line
             say(line)
 

@@ -36,7 +36,7 @@ def test_a_model_is_enough(tmp_path):
 
 
 def test_every_example_is_valid_and_fits_the_schema():
-    for path in sorted((ROOT / "deploy/examples").glob("*.yaml")):
+    for path in sorted((ROOT / "deploy/examples").rglob("*.yaml")):
         if "clusters" in yaml.safe_load(path.read_text()):
             continue  # a planning document; test_capacity_plan.py plans it
         load_config(path)

@@ -173,7 +173,7 @@ async def test_its_workers_are_used_by_the_gateway_under_names_of_their_cluster_
     assert fleet.done == ["join", "start", "drain", "stop"]
     lines = capsys.readouterr().out.splitlines()
     assert f"prfaas: gateway {address} has taken 2 of 2 workers" in lines
-    assert "prfaas: ready: 2 prefill workers of west are used" in lines
+    assert "prfaas: ready: all 2 workers of west are used" in lines
 
 
 async def test_it_is_ready_when_one_of_two_gateways_has_taken_it_and_tells_what_the_other_says(
@@ -306,3 +306,4 @@ def test_a_line_says_how_many_are_taken_and_the_reason_of_most_that_are_not() ->
 
     assert gateway_line("g:1", workers, 5) == "gateway g:1 has taken 1 of 5 workers; it says: gone"
     assert gateway_line("h:1", workers[:2], 2) == "gateway h:1 has taken 2 of 2 workers"
+    assert gateway_line("i:1", workers, 5) is None, "nobody has asked it yet"
