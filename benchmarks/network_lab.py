@@ -15,8 +15,10 @@ behind is removed by the next lab of this machine. Needs root, ``ip``, ``tc``: `
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import itertools
+import math
 import os
 import re
 import shutil
@@ -43,6 +45,8 @@ _MIN_BURST_BYTES = 128 << 10  # two packets of segmentation offload, which tbf t
 _QUEUE_S = 0.010
 _MIN_QUEUE_BYTES = 1 << 20
 _QUEUE_PACKETS = 10_000
+
+_CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 _TUN = Path("/dev/net/tun")
 _TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
@@ -110,6 +114,12 @@ class Namespace:
         """The command line that runs ``arguments`` inside."""
         return ["ip", "netns", "exec", self.name, *arguments]
 
+    def enter(self) -> None:
+        """Move this thread inside, for good, and with it whatever threads and processes it starts from now on."""
+        with open(f"/run/netns/{self.name}", "rb") as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), f"cannot enter the namespace {self.name}")
+
 
 class NetworkLab:
     """Two namespaces and the path between them; a context manager."""
@@ -122,6 +132,7 @@ class NetworkLab:
         devices = [f"pl{os.getpid()}{side}{next(_COUNTER) % 1000}" for side in "ab"]
         self.left, self.right = (Namespace(*parts) for parts in zip(names, _ADDRESSES, devices, strict=True))
         self._cleanup = ExitStack()
+        self._cut = False
 
     def __enter__(self) -> NetworkLab:
         reason = why_unavailable(self.path)
@@ -157,13 +168,22 @@ class NetworkLab:
         for side in self._shaped():
             _run("tc", "-n", side.name, "qdisc", "change", "dev", side.device, "root", *self.path.shaping())
 
+    @property
+    def rate_now(self) -> float:
+        """Bytes/s that the path lets through, in whole frames; 0: it is cut, inf: it is not shaped."""
+        if self._cut:
+            return 0.0
+        return math.inf if self.path.rate_gbps is None else self.path.rate_gbps * 1e9 / 8
+
     def cut(self) -> None:
         """Let no packet pass, silently, until ``mend``. Only of a switched path."""
         self._set_port("down")
+        self._cut = True
 
     def mend(self) -> None:
         """Let packets pass again."""
         self._set_port("up")
+        self._cut = False
 
     def _set_port(self, state: str) -> None:
         assert self.path.switched, "only a switched path can be cut"
