@@ -1,11 +1,11 @@
 # Every target sets up .venv by itself; when pyproject.toml and constraints.txt have not changed since, that is a no-op.
 #
 #   make PYTHON=/path/to/python3.12    chooses the interpreter; otherwise the first of 3.11, 3.12, 3.13 that runs
-#   make test ARGS='-k allocator'      ARGS go to the command behind demo, serve, test and bench
+#   make test ARGS='-k allocator'      ARGS go to the command behind demo, serve, test, scenarios and bench
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: demo serve test lint protos bench bench-kv bench-overlap bench-paper constraints help
+.PHONY: demo serve test scenarios lint protos bench bench-kv bench-overlap bench-paper constraints help
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,6 +27,9 @@ serve: $(STAMP)  ## Serve deploy/examples/laptop.yaml (CONFIG=FILE: another one)
 
 test: $(STAMP)  ## Every test that needs no GPU
 	@$(BIN)/python -m pytest $(ARGS)
+
+scenarios: $(STAMP)  ## Two datacenters here, their link narrowed and cut; checked, and drawn in build/scenarios.png
+	@$(BIN)/python -m benchmarks.scenarios $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy --strict; changes nothing
 	@echo "ruff check" && $(BIN)/ruff check .

@@ -4,9 +4,10 @@
         subprocess.run(lab.left.command(["ping", "-c", "1", lab.right.address]))
 
 A path without delay is a veth pair. A path with delay is a TUN device in each namespace with a packet_relay.py process
-for each direction between them: real packets, real round-trip time, the kernel's own congestion control. Either way
-``tc tbf`` shapes what leaves each namespace; it counts whole frames, so of its rate at most ``payload_share`` can be
-payload of TCP.
+for each direction between them: real packets, real round-trip time, the kernel's own congestion control. A switched
+path is two veth pairs and a bridge in a third namespace, where it can be cut: neither end's own interface or address
+is touched, packets just stop. ``tc tbf`` shapes what leaves each end; it counts whole frames, so of its rate at most
+``payload_share`` can be payload of TCP.
 
 Invariants: everything that was made is gone after the ``with`` block, however it ended; what a killed process left
 behind is removed by the next lab of this machine. Needs root, ``ip``, ``tc``: ``why_unavailable`` says what is missing.
@@ -14,8 +15,10 @@ behind is removed by the next lab of this machine. Needs root, ``ip``, ``tc``: `
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import itertools
+import math
 import os
 import re
 import shutil
@@ -24,7 +27,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +37,7 @@ _PREFIX = "prfaas-lab"
 _OURS = re.compile(rf"^{_PREFIX}-(\d+)-")
 _ADDRESSES = ("192.0.2.1", "192.0.2.2")  # TEST-NET-1: never routed, and alone in their namespaces
 _COUNTER = itertools.count()
+_BRIDGE, _PORTS = "switch", ("port-a", "port-b")  # in the namespace between the two ends of a switched path
 
 _ETHERNET_BYTES = 14  # what tbf counts of a frame on veth; a TUN device carries bare IP
 _TCP_IP_BYTES = 20 + 20 + 12  # with timestamps
@@ -41,6 +45,8 @@ _MIN_BURST_BYTES = 128 << 10  # two packets of segmentation offload, which tbf t
 _QUEUE_S = 0.010
 _MIN_QUEUE_BYTES = 1 << 20
 _QUEUE_PACKETS = 10_000
+
+_CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 _TUN = Path("/dev/net/tun")
 _TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
@@ -57,6 +63,7 @@ class NetworkPath:
     delay_s: seconds by which every packet is held, each way.
     loss: share of packets thrown away, each way; needs a delay above 0, as the relay does it.
     mtu: bytes of the largest IP packet.
+    switched: whether it can be cut and mended; without a delay only.
     """
 
     rate_gbps: float | None = None
@@ -64,6 +71,7 @@ class NetworkPath:
     delay_s: float = 0.0
     loss: float = 0.0
     mtu: int = 1500
+    switched: bool = False
 
     def __post_init__(self) -> None:
         if self.rate_gbps is not None and self.rate_gbps <= 0:
@@ -72,6 +80,8 @@ class NetworkPath:
             raise ValueError(f"delay_s must be 0 or above, got {self.delay_s!r}")
         if not 0 <= self.loss < 1 or (self.loss and not self.delay_s):
             raise ValueError(f"loss must be in [0, 1) and needs a delay, got {self.loss!r}")
+        if self.switched and self.delay_s:
+            raise ValueError(f"switched must be false where delay_s is above 0, got {self.delay_s!r}")
 
     @property
     def relayed(self) -> bool:
@@ -104,6 +114,12 @@ class Namespace:
         """The command line that runs ``arguments`` inside."""
         return ["ip", "netns", "exec", self.name, *arguments]
 
+    def enter(self) -> None:
+        """Move this thread inside, for good, and with it whatever threads and processes it starts from now on."""
+        with open(f"/run/netns/{self.name}", "rb") as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), f"cannot enter the namespace {self.name}")
+
 
 class NetworkLab:
     """Two namespaces and the path between them; a context manager."""
@@ -111,11 +127,12 @@ class NetworkLab:
     def __init__(self, path: NetworkPath) -> None:
         """Nothing is made before ``with``. Entering raises RuntimeError naming the command that failed."""
         self.path = path
-        names = [f"{_PREFIX}-{os.getpid()}-{next(_COUNTER)}-{side}" for side in "ab"]
+        *names, self._middle = [f"{_PREFIX}-{os.getpid()}-{next(_COUNTER)}-{side}" for side in "abm"]
         # Interface names have 15 characters and live for a moment in this process's own namespace: hence the pid.
         devices = [f"pl{os.getpid()}{side}{next(_COUNTER) % 1000}" for side in "ab"]
         self.left, self.right = (Namespace(*parts) for parts in zip(names, _ADDRESSES, devices, strict=True))
         self._cleanup = ExitStack()
+        self._cut = False
 
     def __enter__(self) -> NetworkLab:
         reason = why_unavailable(self.path)
@@ -128,6 +145,8 @@ class NetworkLab:
                 _ip("netns", "add", side.name)
             if self.path.relayed:
                 self._join_by_relay(cleanup)
+            elif self.path.switched:
+                self._join_by_bridge(cleanup)
             else:
                 self._join_by_veth()
             self._bring_up()
@@ -142,6 +161,46 @@ class NetworkLab:
     def _join_by_veth(self) -> None:
         left, right = self.left, self.right
         _ip("link", "add", left.device, "netns", left.name, "type", "veth", "peer", right.device, "netns", right.name)
+
+    def reshape(self, rate_gbps: float) -> None:
+        """From now on the path carries so much; what is queued is kept. Only of a path that has a rate."""
+        self.path = replace(self.path, rate_gbps=rate_gbps)
+        for side in self._shaped():
+            _run("tc", "-n", side.name, "qdisc", "change", "dev", side.device, "root", *self.path.shaping())
+
+    @property
+    def rate_now(self) -> float:
+        """Bytes/s that the path lets through, in whole frames; 0: it is cut, inf: it is not shaped."""
+        if self._cut:
+            return 0.0
+        return math.inf if self.path.rate_gbps is None else self.path.rate_gbps * 1e9 / 8
+
+    def cut(self) -> None:
+        """Let no packet pass, silently, until ``mend``. Only of a switched path."""
+        self._set_port("down")
+        self._cut = True
+
+    def mend(self) -> None:
+        """Let packets pass again."""
+        self._set_port("up")
+        self._cut = False
+
+    def _set_port(self, state: str) -> None:
+        assert self.path.switched, "only a switched path can be cut"
+        _ip("-n", self._middle, "link", "set", _PORTS[1], state)
+
+    def _shaped(self) -> tuple[Namespace, ...]:
+        return (self.left, self.right) if self.path.both_ways else (self.left,)
+
+    def _join_by_bridge(self, cleanup: ExitStack) -> None:
+        cleanup.callback(_ip_quietly, "netns", "delete", self._middle)
+        _ip("netns", "add", self._middle)
+        _ip("-n", self._middle, "link", "add", _BRIDGE, "type", "bridge")
+        _ip("-n", self._middle, "link", "set", _BRIDGE, "up")
+        for side, port in zip((self.left, self.right), _PORTS, strict=True):
+            ends = ["link", "add", side.device, "netns", side.name, "type", "veth"]
+            _ip(*ends, "peer", "name", port, "netns", self._middle)
+            _ip("-n", self._middle, "link", "set", port, "master", _BRIDGE, "up")
 
     def _join_by_relay(self, cleanup: ExitStack) -> None:
         # Made here and moved: an open TUN device stays with its file descriptor wherever it goes.
@@ -162,7 +221,7 @@ class NetworkLab:
             _ip("-n", side.name, "link", "set", side.device, *settings)
             _ip("-n", side.name, "address", "add", f"{side.address}/24", "dev", side.device)
         if self.path.rate_gbps is not None:
-            for side in (self.left, self.right) if self.path.both_ways else (self.left,):
+            for side in self._shaped():
                 _run("tc", "-n", side.name, "qdisc", "add", "dev", side.device, "root", *self.path.shaping())
 
 

@@ -114,12 +114,20 @@ def root(show_version: Annotated[bool, typer.Option("--version", help="Print the
 
 @app.command(epilog="Example: prfaas serve deploy/examples/laptop.yaml --set http.port=8080 --set decode.count=2")
 def serve(config_file: ConfigFile, overrides: Overrides = None) -> None:
-    """Run a service until Ctrl-C or SIGTERM; running requests get to finish first."""
+    """Run a service until Ctrl-C or SIGTERM; running requests get to finish first.
+
+    A configuration with the key join runs a cluster of prefill workers for services elsewhere: it opens no door.
+    """
     with _config_errors():
         config, said = with_initial_roles(load_config(config_file, overrides or ()), config_file.parent)
         if said:
             typer.echo(f"prfaas: {said}")
-        from cluster.launch import serve as run_service  # here, because Ray takes seconds to import
+        # here, because they take seconds to import
+        if config.join:
+            from cluster.remote_cluster import serve as run_cluster
+
+            raise typer.Exit(run_cluster(config))
+        from cluster.launch import serve as run_service
 
         raise typer.Exit(run_service(config))
 
@@ -279,7 +287,10 @@ def check(
         if address is None:
             assert config_file is not None, "one of the two is given"
             with _config_errors():
-                _check_config_links(load_config(config_file, overrides or ()), note)
+                config = load_config(config_file, overrides or ())
+                if config.join:
+                    raise InvalidConfig("join", "the gateways test the links of such a cluster: prfaas check --address")
+                _check_config_links(config, note)
         else:
             with _service(address) as stub:
                 for link in stub.CheckLinks(pb.CheckLinksRequest()):

@@ -7,6 +7,7 @@ is checked here and in engine/config.py and kv_transfer/config.py, once, when th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from core.credentials import Credentials
 from core.errors import InvalidConfig
 from core.request import ClusterId, Role, Slo, WorkerId
 from engine.config import DEVICES, DTYPES, EngineConfig
-from kv_transfer.config import CHECKSUMS, CODECS, DIALS, KvTransferConfig, LinkConfig
+from kv_transfer.config import CHECKSUMS, CODECS, DIALS, KvTransferConfig, LinkConfig, require_ports
 
 PLACEMENTS = ("PACK", "SPREAD")
 WITHOUT_PREFILL = ("local", "wait", "fail")
@@ -29,6 +30,9 @@ INITIAL_ROLES = INITIAL_CONFIGURED, INITIAL_SEARCH = ("configured", "search")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ON_MISS = ("reject", "serve")
 UNSALTED = "unsalted"  # what ``admission.tenant_weights`` calls requests without a cache_salt
+CLUSTER_SEPARATOR = "/"  # in names of workers, between the cluster's and the worker's
+_DEFAULT_CLUSTER = "local"
+_HOST_AND_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 
 
 @dataclass(frozen=True)
@@ -305,14 +309,52 @@ class RayConfig:
 
 
 @dataclass(frozen=True)
+class RegistryConfig:
+    """Where workers register with this gateway. Those of other clusters must know it (``join``).
+
+    host: address to listen on; ``0.0.0.0``: every interface; null: the address at which workers reach this process.
+    port: TCP port; 0: any free one, which nobody but the service's own workers gets to know.
+    """
+
+    host: str | None = None
+    port: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.host != "", "registry.host", "must be null or an address", self.host)
+        _require(0 <= self.port < 65536, "registry.port", "must be between 0 and 65535", self.port)
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """Where each worker takes the gRPC calls of gateways and of other workers.
+
+    port: TCP port; 0: any free one.
+    last_port: workers that share a host take the first free one from ``port`` to this; null: only ``port``.
+    """
+
+    port: int = 0
+    last_port: int | None = None
+
+    def __post_init__(self) -> None:
+        require_ports("control", self.port, self.last_port)
+
+    @property
+    def ports(self) -> range:
+        """What is tried, in this order."""
+        return range(self.port, (self.last_port or self.port) + 1)
+
+
+@dataclass(frozen=True)
 class ServiceConfig:
-    """A whole service.
+    """A whole service, or with ``join`` a cluster of prefill workers for services elsewhere.
 
     model: a local folder, a hub id, a .gguf file, ``package:NAME`` (a GGUF inside an installed Python package) or
         ``dummy:PATH`` (random weights for a config.json).
     served_model_name: what clients call the model; null: ``model`` itself.
-    cluster_id: name of this datacenter's Ray cluster.
+    cluster_id: name of this datacenter's Ray cluster; no two that meet at one gateway have the same.
     host: address on which workers listen and are reached; null: Ray's address of their node.
+    join: host:port of the ``registry`` of gateways elsewhere. The workers register with each of them, and nothing is
+        served here: there is no door, no router and no decode worker (docs/two-datacenters.md).
     model_cache_dir: where converted checkpoints are kept.
     plan: what ``prfaas plan`` is told besides: a planning document, less what is known from here (docs/planning.md).
     drain_timeout_s: seconds that running requests get to finish when the service is told to stop.
@@ -322,14 +364,17 @@ class ServiceConfig:
 
     model: str
     served_model_name: str | None = None
-    cluster_id: str = "local"
+    cluster_id: str = _DEFAULT_CLUSTER
     host: str | None = None
+    join: tuple[str, ...] = ()
     model_cache_dir: str = "~/.cache/prfaas/models"
     engine: EngineConfig = field(default_factory=EngineConfig)
     prefill: PoolConfig = field(default_factory=PoolConfig)
     decode: PoolConfig = field(default_factory=PoolConfig)
     kv_transfer: KvTransferConfig = field(default_factory=KvTransferConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
+    registry: RegistryConfig = field(default_factory=RegistryConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     planner: PlannerConfig = field(default_factory=PlannerConfig)
@@ -344,19 +389,43 @@ class ServiceConfig:
     def __post_init__(self) -> None:
         _require(bool(self.model), "model", "must not be empty", self.model)
         _require(self.served_model_name != "", "served_model_name", "must not be empty", self.served_model_name)
-        _require(bool(self.cluster_id), "cluster_id", "must not be empty", self.cluster_id)
+        ok = bool(self.cluster_id) and CLUSTER_SEPARATOR not in self.cluster_id
+        _require(ok, "cluster_id", f"must not be empty and hold no {CLUSTER_SEPARATOR}", self.cluster_id)
         _require(self.drain_timeout_s >= 0, "drain_timeout_s", "must be at least 0 s", self.drain_timeout_s)
         _require(self.start_timeout_s > 0, "start_timeout_s", "must be above 0 s", self.start_timeout_s)
         _require_word(self.log_level in LOG_LEVELS, "log_level", LOG_LEVELS, self.log_level)
-        _require(self.decode.count >= 1, "decode.count", "must be at least 1", self.decode.count)
-        _require(
-            self.http.port == 0 or self.http.port != self.grpc.port,
-            "grpc.port",
-            "must not be http.port",
-            self.grpc.port,
-        )
+        if self.join:
+            self._check_join()
+        else:
+            _require(self.decode.count >= 1, "decode.count", "must be at least 1", self.decode.count)
+        _require_distinct_ports(http=self.http.port, grpc=self.grpc.port, registry=self.registry.port)
         for role in Role:
             self.engine_for(role)  # raises for what a pool's own engine section has wrong
+
+    def _check_join(self) -> None:
+        for index, address in enumerate(self.join):
+            found = _HOST_AND_PORT.fullmatch(address)
+            ok = found is not None and 0 < int(found[1]) < 65536
+            _require(ok, f"join[{index}]", "must be host:port, the port from 1 to 65535", address)
+            _require(address not in self.join[:index], f"join[{index}]", "must not be named twice", address)
+        if self.cluster_id == _DEFAULT_CLUSTER:
+            raise InvalidConfig("cluster_id", "is needed with join: gateways know the workers of clusters by its name")
+        _require(self.prefill.count >= 1, "prefill.count", "must be at least 1 with join", self.prefill.count)
+        _require(
+            self.decode.count == 0,
+            "decode.count",
+            "must be 0 with join, as K/V of a joined cluster goes to the decode workers of the gateway's",
+            self.decode.count,
+        )
+        for name in ("http", "grpc", "registry", "router", "admission", "planner"):
+            section = getattr(self, name)
+            if section != type(section)():
+                raise InvalidConfig(name, "means nothing with join: a joined cluster has no gateway; leave it out")
+
+    def worker_id(self, role: Role, index: int) -> WorkerId:
+        """The name of the worker that starts as number ``index`` of a pool, unlike any of another cluster."""
+        name = f"{role}-{index}"
+        return WorkerId(qualified(ClusterId(self.cluster_id), name) if self.join else name)
 
     @property
     def model_name(self) -> str:
@@ -393,6 +462,7 @@ class WorkerConfig:
     kv_transfer: KvTransferConfig
     host: str
     registries: tuple[str, ...]
+    control: ControlConfig = field(default_factory=ControlConfig)
     credentials: Credentials | None = None
     log_level: str = "info"
 
@@ -413,6 +483,11 @@ CHOICES: config_schema.Choices = {
     (PlannerConfig, "initial"): INITIAL_ROLES,
     (ServiceConfig, "log_level"): LOG_LEVELS,
 }
+
+
+def qualified(cluster_id: ClusterId, name: str) -> str:
+    """What a gateway of another cluster calls the worker that its own cluster calls ``name``."""
+    return f"{cluster_id}{CLUSTER_SEPARATOR}{name}"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ServiceConfig:
@@ -451,6 +526,15 @@ def _require(ok: bool, key: str, allowed: str, value: object) -> None:
 
 def _require_word(ok: bool, key: str, words: Sequence[str], value: object) -> None:
     _require(ok, key, f"must be one of {', '.join(words)}", value)
+
+
+def _require_distinct_ports(**ports: int) -> None:
+    """Fixed ports of one process are not the same."""
+    seen: dict[int, str] = {}
+    for section, port in ports.items():
+        if port and port in seen:
+            raise InvalidConfig(f"{section}.port", f"must not be {seen[port]}.port, got {port!r}")
+        seen[port] = section
 
 
 def _require_address(section: str, host: str, port: int) -> None:

@@ -116,8 +116,9 @@ def retry_after(error: Overloaded) -> int:
 def not_ready_reason(membership: ClusterMembership) -> str | None:
     """Why no request can be served now; None when requests can be.
 
-    A prefill worker is not asked for: without one, decode workers prefill for themselves. If there are some, one
-    link must work: a service that silently prefills on its decode workers is not what was asked for.
+    A prefill worker is not asked for: without one, decode workers prefill for themselves. If a cluster has both, one
+    link between them must work: a service that silently prefills on its decode workers is not what was asked for.
+    Links from other clusters may come and go.
     """
     if membership.model() is None:
         return "no worker has registered yet"
@@ -128,8 +129,13 @@ def not_ready_reason(membership: ClusterMembership) -> str | None:
 
 
 def no_usable_link_reason(view: ClusterView) -> str | None:
-    """Why no prefill worker can ship to any decode worker; None if one can, or if there is nothing to ship from."""
-    pairs = [(p, d) for p in view.ready(Role.PREFILL) for d in view.ready(Role.DECODE)]
+    """Why no prefill worker can ship to a decode worker of its cluster; None if one can, or there are no such two."""
+    pairs = [
+        (prefill, decode)
+        for prefill in view.ready(Role.PREFILL)
+        for decode in view.ready(Role.DECODE)
+        if prefill.cluster_id == decode.cluster_id
+    ]
     if not pairs or any(view.can_ship(prefill, decode) for prefill, decode in pairs):
         return None
     links = (view.link(prefill.worker_id, decode.worker_id) for prefill, decode in pairs)

@@ -5,7 +5,8 @@
                                          say to each other is encrypted is decided with it
     3  start the workers                 they load the model and register; meanwhile the tokenizer is loaded here
     4  wait until every worker is ready  with a line whenever something changed; and until every link between a
-                                         prefill and a decode worker was tested, and one of them works
+                                         prefill and a decode worker was tested, and one of them works. Workers of other
+                                         clusters may register meanwhile, and are not waited for
     5  open both doors, say where        ``on_ready``; from here on the planner plans
     6  wait for SIGINT or SIGTERM        a second one cuts every step below short
     7  drain                             no new requests; running ones get ``drain_timeout_s``, then are cancelled
@@ -23,7 +24,6 @@ import sys
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
@@ -58,6 +58,7 @@ EXIT_OK, EXIT_FAILED, EXIT_WRONG_INPUT = 0, 1, 2
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 _CHECK_INTERVAL_S = 0.25  # how often the start looks for workers that failed
 _DOOR_GRACE_S = 0.5  # for answers that are written already; requests were drained before
+_EVERY_INTERFACE = ("0.0.0.0", "::", "[::]")
 _FLEET_GRACE_S = 1.0  # for workers to say goodbye; they run nothing any more
 
 _T = TypeVar("_T")
@@ -82,6 +83,13 @@ class Fleet(Protocol):
         """Raise the reason if a worker has failed to start."""
         ...
 
+    def drain(self, timeout_s: float) -> bool:
+        """Have the workers finish what they run, for up to ``timeout_s``, and leave; does not wait for it.
+
+        Later calls only ask whether all of them have. Workers that still load are not waited for.
+        """
+        ...
+
     def stop(self, timeout_s: float) -> None:
         """End every worker, within about ``timeout_s``; 0: at once. Harmless if nothing runs."""
         ...
@@ -103,9 +111,14 @@ def serve(config: ServiceConfig, on_ready: OnReady | None = None) -> int:
 
     2: the configuration is wrong or the model cannot be served. 1: something else kept the service from starting.
     """
+    return run(config, serve_async(config, on_ready))
+
+
+def run(config: ServiceConfig, serving: Coroutine[Any, Any, None]) -> int:
+    """Run to its end what ``config`` describes; the process's exit code, as ``serve`` says."""
     logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format=_LOG_FORMAT)
     try:
-        asyncio.run(serve_async(config, on_ready))
+        asyncio.run(serving)
     except (InvalidConfig, UnsupportedModel) as error:
         print(f"prfaas: {error}", file=sys.stderr, flush=True)
         return EXIT_WRONG_INPUT
@@ -122,14 +135,14 @@ async def serve_async(
     clock: Clock | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM. Raises what kept the service from starting; everything is closed by then."""
-    with _Signals() as signals:
-        service = _Service(config, (make_fleet or _ray_fleet)(config), clock or WallClock(), signals)
+    with Signals() as signals:
+        service = _Service(config, (make_fleet or ray_fleet)(config), clock or WallClock(), signals)
         try:
             if await signals.unless_stopped(service.start()):
-                _say(f"ready: {config.model_name} at {service.endpoints.http} and grpc://{service.endpoints.grpc}")
+                say(f"ready: {config.model_name} at {service.endpoints.http} and grpc://{service.endpoints.grpc}")
                 (on_ready or _ignore)(service.endpoints)
                 await signals.first.wait()
-                _say(f"stopping: running requests get {config.drain_timeout_s:g} s; a second signal stops at once")
+                say(f"stopping: running requests get {config.drain_timeout_s:g} s; a second signal stops at once")
                 await signals.unless_repeated(service.drain())
         finally:
             await service.stop()
@@ -147,8 +160,8 @@ async def check_links(
     Raises what kept the workers from starting.
     """
     asked = replace(config, kv_transfer=replace(config.kv_transfer, self_test=False))  # each once, not also unasked
-    with _Signals() as signals:
-        service = _Service(asked, (make_fleet or _ray_fleet)(asked), clock or WallClock(), signals)
+    with Signals() as signals:
+        service = _Service(asked, (make_fleet or ray_fleet)(asked), clock or WallClock(), signals)
 
         async def check() -> None:
             cluster = await service.start_workers()
@@ -176,7 +189,7 @@ class _Cluster:
 class _Service:
     """What was started so far, and how each part is closed."""
 
-    def __init__(self, config: ServiceConfig, fleet: Fleet, clock: Clock, signals: _Signals) -> None:
+    def __init__(self, config: ServiceConfig, fleet: Fleet, clock: Clock, signals: Signals) -> None:
         self._config = config
         self._fleet = fleet
         self._clock = clock
@@ -201,26 +214,49 @@ class _Service:
         began_at = self._clock.now()
         folder = await resolve_model(config.model, config.model_cache_dir)
         self._opened.push_async_callback(self._stop_fleet)
-        host = await _to_the_end(asyncio.to_thread(self._fleet.join))
+        host = await to_the_end(asyncio.to_thread(self._fleet.join))
         self._signals.listen()
-        tls = InternalTls(config.tls, (host, config.kv_transfer.host or host), ClusterId(config.cluster_id))
+        own_cluster = ClusterId(config.cluster_id)
+        listening = config.registry.host or host
+        tls = InternalTls(config.tls, (host, config.kv_transfer.host or host, listening), own_cluster)
         self._opened.callback(tls.close)
-        _say(f"internal TLS {tls.decision}")
+        say(f"internal TLS {tls.decision}")
         internal = InternalGrpc(tls.open(gateway_id))
         self_test = config.kv_transfer.self_test
         costs = CostRecorder(load_catalogue(), config.kv_transfer.capacity, config.router.costs_path)
         self._opened.push_async_callback(costs.close)
-        membership = Membership(config.router, gateway_id, self._clock, internal, self_test=self_test, listener=costs)
+        membership = Membership(
+            config.router,
+            gateway_id,
+            self._clock,
+            internal,
+            self_test=self_test,
+            listener=costs,
+            cluster_id=own_cluster,
+        )
         self._opened.push_async_callback(membership.close)
         costs.start(membership)
         tester = LinkTester(membership, self._clock, unasked=self_test)
         self._opened.push_async_callback(tester.close)
         tester.start()
-        registry = await membership.start(host)
-        await _to_the_end(asyncio.to_thread(self._fleet.start, registry, tls.proof_of))
+        registry = await self._open_registry(membership, tls.decision, listening, host)
+        await to_the_end(asyncio.to_thread(self._fleet.start, registry, tls.proof_of))
         tokenizer = await asyncio.to_thread(_load_tokenizer, folder)
         await self._wait_for_workers(membership, began_at)
         return _Cluster(gateway_id, began_at, membership, tester, tokenizer, tls.decision)
+
+    async def _open_registry(self, membership: Membership, tls: TlsDecision, listening: str, host: str) -> str:
+        """Let workers register; returns where those of this service do. Says where those of other clusters may."""
+        port = self._config.registry.port
+        registry = await membership.start(listening, port)
+        if port and tls.on and not self._config.tls.has_files:
+            logger.warning(
+                "registry.port is set, but no other cluster can join: certificates are made for this run and nobody "
+                "else has one; give tls.ca_file, tls.cert_file and tls.key_file (docs/two-datacenters.md)"
+            )
+        elif port:
+            say(f"other clusters may join at {registry}")
+        return f"{host}:{registry.rpartition(':')[2]}" if listening in _EVERY_INTERFACE else registry
 
     async def _open_doors(self, cluster: _Cluster) -> None:
         config, membership = self._config, cluster.membership
@@ -276,16 +312,19 @@ class _Service:
 
     async def _wait_for_workers(self, membership: Membership, began_at: float) -> None:
         """Every configured worker is ready, or ``NotReadyInTime``; what failed to start is raised as it is."""
+        own_cluster = ClusterId(self._config.cluster_id)
         wanted = {role: self._config.pool(role).count for role in Role}
         said = ""
         while True:
-            await _to_the_end(asyncio.to_thread(self._fleet.check))
-            line = _progress(membership.view(), wanted)
+            await to_the_end(asyncio.to_thread(self._fleet.check))
+            line = _progress(membership.view().within(own_cluster), wanted)
             if line != said:
                 said = line
-                _say(f"workers ready: {line}")
-            if await membership.wait_until(partial(_all_ready, wanted=wanted), _CHECK_INTERVAL_S):
-                _say(f"workers ready: all, {self._clock.now() - began_at:.1f} s after the start")
+                say(f"workers ready: {line}")
+            if await membership.wait_until(
+                lambda view: _all_ready(view.within(own_cluster), wanted), _CHECK_INTERVAL_S
+            ):
+                say(f"workers ready: all, {self._clock.now() - began_at:.1f} s after the start")
                 return
             if self._clock.now() - began_at > self._config.start_timeout_s:
                 raise NotReadyInTime(f"after {self._config.start_timeout_s:g} s the workers ready are {line}")
@@ -294,19 +333,21 @@ class _Service:
         """Every link was tested and one of them works, or ``NotReadyInTime`` with the reason."""
         if not self._config.kv_transfer.self_test:
             return
-        said = ""
-        while not await cluster.membership.wait_until(_links_tested, _CHECK_INTERVAL_S):
+        said, own_cluster = "", ClusterId(self._config.cluster_id)
+        while not await cluster.membership.wait_until(
+            lambda view: _links_tested(view.within(own_cluster)), _CHECK_INTERVAL_S
+        ):
             reason = no_usable_link_reason(cluster.membership.view())
             if reason is not None and reason != said:
                 said = reason
-                _say(reason)
+                say(reason)
             if self._clock.now() - cluster.began_at > self._config.start_timeout_s:
                 raise NotReadyInTime(f"after {self._config.start_timeout_s:g} s {said or 'not every link was tested'}")
-        links = cluster.membership.view().links.values()
+        links = cluster.membership.view().within(own_cluster).links.values()
         for link in links:
             if not link.usable:
-                _say(f"link {link.from_worker} to {link.to_worker} is not used: {link.reason}")
-        _say(f"links tested: {sum(link.usable for link in links)} of {len(links)} work")
+                say(f"link {link.from_worker} to {link.to_worker} is not used: {link.reason}")
+        say(f"links tested: {sum(link.usable for link in links)} of {len(links)} work")
 
 
 async def resolve_model(model: str, cache_dir: str) -> str:
@@ -328,7 +369,7 @@ async def resolve_model(model: str, cache_dir: str) -> str:
     try:
         async for line in child.stderr:
             last_line = line.decode(errors="replace").rstrip()
-            _say(last_line)
+            say(last_line)
         lines = (await child.stdout.read()).decode().split("\n")
         exit_code = await child.wait()
     finally:
@@ -340,14 +381,14 @@ async def resolve_model(model: str, cache_dir: str) -> str:
     return lines[-2]
 
 
-class _Signals:
+class Signals:
     """SIGINT and SIGTERM, counted: the first asks for an orderly stop, the second for one at once."""
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> Signals:
         self.listen()
         return self
 
@@ -389,8 +430,8 @@ async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool
         await asyncio.wait({doing, waiting})
 
 
-async def _to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
-    """Cancelling waits: a thread in Ray cannot be interrupted, and Ray cannot be stopped beside it."""
+async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
+    """Await it; cancelling waits: a thread in Ray cannot be interrupted, and Ray cannot be stopped beside it."""
     task = asyncio.create_task(work)
     try:
         return await asyncio.shield(task)
@@ -399,7 +440,8 @@ async def _to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
         raise
 
 
-def _ray_fleet(config: ServiceConfig) -> Fleet:
+def ray_fleet(config: ServiceConfig) -> Fleet:
+    """The workers as Ray actors."""
     from cluster.ray_fleet import RayFleet  # here, because importing ray takes half a second
 
     return RayFleet(config)
@@ -433,6 +475,6 @@ def _ignore(endpoints: Endpoints) -> None:
     """Nobody waits for the service to be ready."""
 
 
-def _say(line: str) -> None:
-    """To the person or the job log that started the service."""
+def say(line: str) -> None:
+    """Tell the person or the job log that started the service."""
     print(f"prfaas: {line}", flush=True)

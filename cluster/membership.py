@@ -13,8 +13,12 @@ Invariants:
 - one worker id has at most one engine id in the view, the one that registered last; a replaced engine never returns;
 - a link from a prefill to a decode worker is usable from the self-test that it passed to the end of either engine, or
   to a test that it fails; every other link is, as all are where self-tests are off;
-- every worker in the view serves the model of the first worker that ever registered: a worker with another model,
-  revision or vocabulary is refused with FAILED_PRECONDITION (a client's tokens must not depend on the route).
+- every worker of the gateway's own cluster has a plain name, every other one its cluster's name in front
+  (``west/prefill-0``): names of two clusters cannot meet. A worker that is named otherwise is refused, like one of
+  another model;
+- every worker in the view serves the model of the first worker that ever registered, which is one of the gateway's
+  own cluster: a worker with another model, revision or vocabulary is refused with FAILED_PRECONDITION (a client's
+  tokens must not depend on the route).
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from typing import Protocol
 
 import grpc
 
-from cluster.config import RouterConfig
+from cluster.config import CLUSTER_SEPARATOR, RouterConfig, qualified
 from cluster.cost_model import NO_COSTS, CostView
 from cluster.live_view import LiveView
 from cluster.prefix_index import PrefixIndex, PrefixMatch
@@ -42,10 +46,10 @@ from cluster.worker_client import (
 )
 from core.clock import Clock
 from core.compute import StepSample
-from core.errors import Incompatible, PeerLost, PrfaasError, ProtocolViolation
+from core.errors import Incompatible, InvalidConfig, PeerLost, PrfaasError, ProtocolViolation
 from core.link import ProbeReport
 from core.prefix_hash import PageHash
-from core.request import EngineId, GatewayId, WorkerId
+from core.request import ClusterId, EngineId, GatewayId, WorkerId
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
 from protos.channels import InternalGrpc
@@ -56,10 +60,15 @@ Connect = Callable[[str], Awaitable[WorkerClient]]  # by the worker's address; r
 
 _Context = grpc.aio.ServicerContext[pb.RegisterRequest, pb.RegisterReply]
 
+_SERVER_OPTIONS = (("grpc.so_reuseport", 0),)  # a port in use is an error, not a second gateway that shares it
 _TICKS_PER_LEASE = 10  # how often leases are looked at: a dead worker is noticed at most a tenth of a lease too late
 _SWEEPS_PER_TICK = 8  # shards of the prefix index that are cleared of lost workers; 256 make a round
 _WATCHES_PER_LEASE = 4  # heartbeats asked of a worker per lease, so that one or two may be late
 _MAX_WATCH_INTERVAL_S = 0.25  # routing by load wants it fresh, whatever the lease
+
+
+class NotYet(PrfaasError):
+    """The worker comes too early; it is to ask again."""
 
 
 class WorkerListener(Protocol):
@@ -91,10 +100,14 @@ class Membership:
         self_test: bool = False,
         listener: WorkerListener | None = None,
         connect: Connect | None = None,
+        cluster_id: ClusterId | None = None,
     ) -> None:
         """``self_test``: links are used only after their self-test has passed (``note_probe``). ``connect``: how
-        workers are reached; None: over gRPC."""
+        workers are reached; None: over gRPC. ``cluster_id``: the gateway's own cluster; None: names of workers are not
+        looked at.
+        """
         self._listener = listener
+        self._cluster_id = cluster_id
         self._lease_s = config.lease_s
         self._gateway_id = gateway_id
         self._clock = clock
@@ -170,12 +183,18 @@ class Membership:
     # ---- what changes it ----
 
     async def start(self, host: str, port: int = 0) -> str:
-        """Serve the Registry on ``host`` (port 0: any free one); returns the host:port that workers are to be given."""
+        """Serve the Registry on ``host`` (port 0: any free one); returns the host:port that workers are to be given.
+
+        Raises ``InvalidConfig`` if the port cannot be had.
+        """
         assert self._server is None, "membership was started already"
         self.watch_leases()
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(options=_SERVER_OPTIONS)
         rpc.add_RegistryServicer_to_server(_RegistryService(self), self._server)
-        bound = self._internal.listen(self._server, f"{host}:{port}")
+        try:
+            bound = self._internal.listen(self._server, f"{host}:{port}")
+        except RuntimeError as error:
+            raise InvalidConfig("registry.port", f"{host}:{port} cannot be listened on: {error}") from error
         await self._server.start()
         return f"{host}:{bound}"
 
@@ -200,7 +219,8 @@ class Membership:
         """Take the worker in, or renew its lease.
 
         Raises ``PeerLost`` if it cannot be reached at ``address``, ``Incompatible`` if it serves another model,
-        ``ProtocolViolation`` if a newer engine has registered under its name.
+        ``NotYet`` if it is of another cluster and no worker of this one has told yet what is served, ``InvalidConfig``
+        if it is not named after its cluster, ``ProtocolViolation`` if a newer engine has registered under its name.
         """
         member = self._members.get(worker_id)
         if member is not None and member.engine_id == engine_id:
@@ -270,7 +290,9 @@ class Membership:
         """``engine_id`` is from now on the engine of that name; the one before it is over."""
         before = self._latest.get(worker_id)
         if engine_id in self._replaced:
-            raise ProtocolViolation(f"{worker_id}: engine {engine_id} was replaced by engine {before}")
+            said = f"{worker_id}: engine {engine_id} was replaced by engine {before}"
+            hint = "" if CLUSTER_SEPARATOR not in worker_id else "; do two clusters that joined have one cluster_id?"
+            raise ProtocolViolation(said + hint)
         if before is not None and before != engine_id:
             self._replaced.add(before)
             member = self._members.get(worker_id)
@@ -286,7 +308,8 @@ class Membership:
             description = client.description
             if (description.worker_id, description.engine_id) != (worker_id, engine_id):
                 raise PeerLost(f"at {address} answers {description.worker_id}, engine {description.engine_id}")
-            self._require_same_model(description.model)
+            self._require_own_name(description)
+            self._require_same_model(description)
             states = client.watch(min(self._lease_s / _WATCHES_PER_LEASE, _MAX_WATCH_INTERVAL_S))
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 first = await anext(states)
@@ -387,9 +410,24 @@ class Membership:
             member.task.cancel()
         self._notify()
 
-    def _require_same_model(self, theirs: ModelInfo) -> None:
-        ours = self._model
+    def _require_own_name(self, theirs: WorkerDescription) -> None:
+        """The name says of which cluster the worker is, or is of this gateway's own."""
+        own, cluster, worker_id = self._cluster_id, theirs.cluster_id, theirs.worker_id
+        if own is None:
+            return
+        joined = CLUSTER_SEPARATOR in worker_id
+        if joined and cluster == own:
+            raise InvalidConfig("cluster_id", f"{own} is this gateway's own cluster; one that joins needs another name")
+        if cluster != own and not worker_id.startswith(qualified(cluster, "")):
+            raise InvalidConfig(
+                "worker_id", f"must be {qualified(cluster, 'NAME')} in cluster {cluster}, got {worker_id}"
+            )
+
+    def _require_same_model(self, description: WorkerDescription) -> None:
+        ours, theirs = self._model, description.model
         if ours is None:
+            if self._cluster_id not in (None, description.cluster_id):
+                raise NotYet(f"no worker of {self._cluster_id} has registered yet: they say which model is served")
             return
         for name, mine, other in (
             ("model", ours.fingerprint.model, theirs.fingerprint.model),
@@ -503,7 +541,7 @@ class _RegistryService(rpc.RegistryServicer):
             return pb.RegisterReply()
         try:
             await self._membership.register(worker_id, engine_id, request.address)
-        except PeerLost as error:
+        except (PeerLost, NotYet) as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         except PrfaasError as error:
             self._membership.log_refusal(worker_id, engine_id, error)

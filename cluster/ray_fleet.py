@@ -68,6 +68,7 @@ class RayFleet:
         self._workers: dict[WorkerId, Any] = {}  # worker id |-> actor handle
         self._starting: dict[Any, WorkerId] = {}  # reference to the actor's start |-> worker id
         self._groups: list[PlacementGroup] = []
+        self._stopping: list[Any] | None = None  # references to the workers' answers that they stopped
 
     def join(self) -> str:
         """Start or join Ray; returns this node's address, as workers reach it. ``InvalidConfig`` if that fails."""
@@ -90,15 +91,16 @@ class RayFleet:
         return self._config.host or _node_address()
 
     def start(self, registry: str, issue_proof: IssueProof) -> None:
-        """Start every worker; they register at ``registry`` (host:port). Returns before any of them is ready.
+        """Start every worker. Returns before any of them is ready.
 
+        They register at ``registry`` (host:port) and, in a cluster that joins, at the gateways elsewhere.
         What ``issue_proof`` gives for a worker travels in its actor's arguments, which Ray keeps for restarts.
         """
         service = uuid4().hex[:8]  # two services of one namespace may have workers of one name
         for role in Role:
             pool = self._config.pool(role)
             for index, placing in enumerate(self._places(role, pool)):
-                worker_id = WorkerId(f"{role}-{index}")
+                worker_id = self._config.worker_id(role, index)
                 actor: Any = ray.remote(WorkerActor).options(
                     name=f"{worker_id}@{service}",
                     num_cpus=pool.num_cpus,
@@ -126,14 +128,22 @@ class RayFleet:
             if failure is not None:
                 _raise_here(worker_id, failure)
 
+    def drain(self, timeout_s: float) -> bool:
+        """Have the workers finish what they run, for up to ``timeout_s``, and leave their gateways; does not wait.
+
+        True once all have. One that still loads is not asked: it would answer only after that.
+        """
+        if self._stopping is None:
+            loading = self._loading()
+            self._stopping = [a.stop.remote(timeout_s) for name, a in self._workers.items() if name not in loading]
+        return self._all_stopped(0.0)
+
     def stop(self, timeout_s: float) -> None:
         """Ask the workers to stop within ``timeout_s``, kill what is left, leave Ray. Harmless if nothing runs."""
         if not ray.is_initialized():
             return
-        loading = set(self._starting.values())  # one that still loads would answer only after that
-        asked = [actor.stop.remote(timeout_s) for name, actor in self._workers.items() if name not in loading]
-        if asked and timeout_s > 0:
-            ray.wait(asked, num_returns=len(asked), timeout=timeout_s + _STOP_SLACK_S)
+        if not self.drain(timeout_s) and timeout_s > 0:
+            self._all_stopped(timeout_s + _STOP_SLACK_S)
         for actor in self._workers.values():
             ray.kill(actor, no_restart=True)
         for group in self._groups:
@@ -141,7 +151,20 @@ class RayFleet:
         self._workers.clear()
         self._starting.clear()
         self._groups.clear()
+        self._stopping = None
         ray.shutdown()
+
+    def _loading(self) -> set[WorkerId]:
+        """Workers whose actors are not made yet."""
+        references = list(self._starting)
+        _, pending = ray.wait(references, num_returns=len(references), timeout=0) if references else ([], [])
+        return {self._starting[reference] for reference in pending}
+
+    def _all_stopped(self, timeout_s: float) -> bool:
+        """Did every worker that was asked answer, or die? Waits up to ``timeout_s`` for it."""
+        asked = self._stopping or []
+        done, _ = ray.wait(asked, num_returns=len(asked), timeout=timeout_s) if asked else ([], [])
+        return len(done) == len(asked)
 
     def _places(self, role: Role, pool: PoolConfig) -> Iterator[str | PlacementGroupSchedulingStrategy]:
         """Where each worker of a pool goes."""
@@ -204,7 +227,8 @@ def worker_config(
         engine=config.engine_for(role),
         kv_transfer=config.kv_transfer,
         host=host,
-        registries=(registry,),
+        registries=(registry, *config.join),
+        control=config.control,
         credentials=credentials,
         log_level=config.log_level,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -293,6 +293,18 @@ class ClusterView:
 
     def _is_ready(self, worker: WorkerView, role: Role) -> bool:
         return worker.role is role and not worker.draining and worker.lease_expires_at > self.at
+
+    def within(self, cluster_id: ClusterId) -> ClusterView:
+        """The workers of one cluster and the links among them; the rest as it is."""
+        return replace(
+            self,
+            workers=tuple(worker for worker in self.workers if worker.cluster_id == cluster_id),
+            links={
+                pair: link
+                for pair, link in self.links.items()
+                if link.from_cluster == cluster_id and link.to_cluster == cluster_id
+            },
+        )
 
     def link(self, from_worker: WorkerId, to_worker: WorkerId) -> LinkView | None:
         """What is known of the path from one worker to another; None: nothing, good or bad."""

@@ -32,6 +32,7 @@ from pydantic import TypeAdapter
 from cluster.config import WorkerConfig
 from cluster.output_streams import OutputStreams
 from cluster.page_events import PageEventLog
+from cluster.registration import Registrations
 from cluster.step_log import StepLog
 from core.clock import Clock, WallClock
 from core.compute import StepSample
@@ -82,7 +83,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-REGISTER_RETRY_S = 0.5
 EXPIRY_CHECK_S = 0.5
 IDLE_POLL_S = 0.05
 EXIT_ENGINE_DIED = 70
@@ -292,6 +292,7 @@ class _Parts(rpc.WorkerServicer):
         self._puller.attach(self._receiver)
         engine.listener = self._prefill
         self._server = grpc.aio.server(options=GRPC_OPTIONS)
+        self._registrations: Registrations | None = None  # None: not started
         self.address = ""
 
     # ---- start and stop ----
@@ -321,13 +322,16 @@ class _Parts(rpc.WorkerServicer):
             ),
             self._server,
         )
-        port = self._internal.listen(self._server, f"{self._config.host}:0")
+        port = self._internal.listen_on_first(self._server, self._config.host, self._config.control.ports)
         self.address = f"{self._config.host}:{port}"
         await self._server.start()
         self._spawn(self._expire_leases())
         self._spawn(self._watch_links())
-        for registry in self._config.registries:
-            self._spawn(self._keep_registered(registry))
+        config = self._config
+        self._registrations = Registrations(
+            config.worker_id, self._engine_id, self.address, config.registries, self._internal
+        )
+        self._spawn(self._registrations.keep())
 
     async def stop(self, timeout_s: float) -> None:
         self._draining = True
@@ -338,7 +342,8 @@ class _Parts(rpc.WorkerServicer):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(self._leave(registry) for registry in self._config.registries))
+        if self._registrations is not None:
+            await self._registrations.leave()
         self._outputs.close()
         await self._server.stop(grace=1.0)
         await self._grants.close()
@@ -405,39 +410,7 @@ class _Parts(rpc.WorkerServicer):
                 self._decode.on_failure(failure)
         self._loop.call_soon_threadsafe(self._decode.pages_may_be_free)
 
-    # ---- membership ----
-
-    async def _keep_registered(self, registry: str) -> None:
-        """Register for as long as the process lives: each call is the lease of the next few seconds."""
-        request = pb.RegisterRequest(worker_id=self._config.worker_id, engine_id=self._engine_id, address=self.address)
-        refused = ""
-        while True:
-            try:
-                async with self._internal.channel(registry) as channel:
-                    while True:
-                        reply = await rpc.RegistryStub(channel).Register(request, timeout=5.0)
-                        refused = ""
-                        await asyncio.sleep(reply.lease_s / 3)
-            except grpc.aio.AioRpcError as error:
-                said = f"{error.code().name} {error.details()}"
-                if said != refused:
-                    wrong = error.code() is grpc.StatusCode.FAILED_PRECONDITION  # else it may come back, or be cut off
-                    logger.log(
-                        logging.ERROR if wrong else logging.WARNING,
-                        "gateway %s does not take this worker: %s",
-                        registry,
-                        said,
-                    )
-                refused = said
-            await asyncio.sleep(REGISTER_RETRY_S)
-
-    async def _leave(self, registry: str) -> None:
-        request = pb.RegisterRequest(
-            worker_id=self._config.worker_id, engine_id=self._engine_id, address=self.address, leaving=True
-        )
-        with suppress(grpc.aio.AioRpcError):  # a gateway that is gone needs no goodbye
-            async with self._internal.channel(registry) as channel:
-                await rpc.RegistryStub(channel).Register(request, timeout=1.0)
+    # ---- gateways ----
 
     def _gateway_gone(self, gateway_id: GatewayId) -> None:
         reason = f"gateway {gateway_id} is gone"

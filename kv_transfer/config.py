@@ -63,7 +63,8 @@ class KvTransferConfig:
     transport: ``tcp`` between processes and hosts; ``nixl`` over RDMA, NVLink or shared memory; ``local`` only inside
         one process (tests, one-process demos).
     host: address that peers connect to; null: the worker's own host.
-    port: TCP port of the receiving end; 0: any free one (needed when workers share a host).
+    port: TCP port of a worker's end; 0: any free one.
+    last_port: workers that share a host take the first free one from ``port`` to this; null: only ``port``.
     lease_s: how long pages stay granted, or held, for a peer from which nothing is heard.
     self_test: before a prefill worker ships to a decode worker, random pages must have gone that way unchanged, and
         the service is not ready before one pair works; false: every pair is used untested.
@@ -77,6 +78,7 @@ class KvTransferConfig:
     transport: str = "tcp"
     host: str | None = None
     port: int = 0
+    last_port: int | None = None
     lease_s: float = 30.0
     grant_wait_s: float = 60.0
     pull_timeout_s: float = 10.0
@@ -93,8 +95,12 @@ class KvTransferConfig:
         if self.staging_mib is not None and not 1 <= self.staging_mib <= 65536:
             allowed = "must be null or between 1 and 65536 MiB"
             raise InvalidConfig("kv_transfer.staging_mib", f"{allowed}, got {self.staging_mib!r}")
-        if not 0 <= self.port < 65536:
-            raise InvalidConfig("kv_transfer.port", f"must be between 0 and 65535, got {self.port!r}")
+        require_ports("kv_transfer", self.port, self.last_port)
+
+    @property
+    def ports(self) -> range:
+        """What is tried, in this order."""
+        return range(self.port, (self.last_port or self.port) + 1)
 
     def link(self, from_cluster: ClusterId, to_cluster: ClusterId) -> LinkConfig:
         """The settings of links from ``from_cluster`` to ``to_cluster``."""
@@ -105,6 +111,14 @@ class KvTransferConfig:
         """Bytes/s that the path between the clusters is configured to carry; None: not configured."""
         gbps = self.link(from_cluster, to_cluster).capacity_gbps
         return None if gbps is None else gbps * BYTES_PER_GBIT
+
+
+def require_ports(section: str, port: int, last_port: int | None) -> None:
+    """``InvalidConfig`` unless they are one TCP port (0: any), or the first and the last of some."""
+    _require(0 <= port < 65536, f"{section}.port", "must be between 0 and 65535", port)
+    if last_port is not None:
+        ok = 0 < port <= last_port < 65536
+        _require(ok, f"{section}.last_port", f"must be null or from {section}.port, above 0, to 65535", last_port)
 
 
 def _require(ok: bool, key: str, allowed: str, value: object) -> None:

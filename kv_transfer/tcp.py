@@ -15,10 +15,12 @@ the transport that it dials, the link's id, and the connection's number. Rules:
 
 from __future__ import annotations
 
+import errno
 import hmac
 import logging
 import secrets
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from threading import Condition, Thread, current_thread
@@ -100,7 +102,7 @@ class TcpTransport:
         """Also raises OSError when the address cannot be bound."""
         assert self._listener is None, "a transport serves once"
         self._events = events
-        self._listener = _listen(self._endpoint.config.host, self._endpoint.config.port)
+        self._listener = _listen(self._endpoint.config.host, self._endpoint.config.ports)
         self._acceptor = Thread(target=self._accept, args=(self._listener,), name="kv-accept", daemon=True)
         self._acceptor.start()
 
@@ -341,8 +343,19 @@ class TcpTransport:
         return end
 
 
-def _listen(host: str | None, port: int) -> socket.socket:
-    """A listening socket, on every address of both families where no host is given. Raises OSError."""
+def _listen(host: str | None, ports: Sequence[int]) -> socket.socket:
+    """A listening socket on the first port that is free. Raises OSError."""
+    for port in ports:
+        try:
+            return _listen_at(host, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or port == ports[-1]:
+                raise
+    raise AssertionError("there is a port to try")
+
+
+def _listen_at(host: str | None, port: int) -> socket.socket:
+    """A listening socket, on every address of both families where no host is given."""
     if host is None:
         if socket.has_dualstack_ipv6():
             with suppress(OSError):  # compiled in, but switched off

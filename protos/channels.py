@@ -56,6 +56,16 @@ class InternalGrpc:
         secrets = grpc.dynamic_ssl_server_credentials(current(), current, require_client_authentication=True)
         return server.add_secure_port(address, secrets)
 
+    def listen_on_first(self, server: grpc.aio.Server, host: str, ports: Sequence[int]) -> int:
+        """``listen`` on the first of ``ports`` that is free; ``server`` must not share ports (``so_reuseport`` 0)."""
+        for port in ports:
+            try:
+                return self.listen(server, f"{host}:{port}")
+            except RuntimeError:
+                if port == ports[-1]:
+                    raise
+        raise AssertionError("there is a port to try")
+
 
 def _configuration(pem: Pem) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration([(pem.key, pem.cert)], root_certificates=pem.ca)

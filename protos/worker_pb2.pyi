@@ -639,16 +639,28 @@ class ProbeDigestReply(_message.Message):
     def __init__(self, digest: _Optional[bytes] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("worker_id", "engine_id", "address", "leaving")
+    __slots__ = ("worker_id", "engine_id", "address", "leaving", "others")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     engine_id: str
     address: str
     leaving: bool
-    def __init__(self, worker_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., address: _Optional[str] = ..., leaving: _Optional[bool] = ...) -> None: ...
+    others: _containers.RepeatedCompositeFieldContainer[Registration]
+    def __init__(self, worker_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., address: _Optional[str] = ..., leaving: _Optional[bool] = ..., others: _Optional[_Iterable[_Union[Registration, _Mapping]]] = ...) -> None: ...
+
+class Registration(_message.Message):
+    __slots__ = ("registry", "taken", "said")
+    REGISTRY_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    SAID_FIELD_NUMBER: _ClassVar[int]
+    registry: str
+    taken: bool
+    said: str
+    def __init__(self, registry: _Optional[str] = ..., taken: _Optional[bool] = ..., said: _Optional[str] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
     __slots__ = ("lease_s",)

@@ -846,7 +846,7 @@ class ProbeReceiver:
 
 
 class RegistryStub:
-    """---- membership: served by the gateway ----
+    """---- membership: served by the gateway, and by the process that starts a cluster without one ----
 
     """
 
@@ -864,7 +864,7 @@ class RegistryStub:
 
 
 class RegistryServicer:
-    """---- membership: served by the gateway ----
+    """---- membership: served by the gateway, and by the process that starts a cluster without one ----
 
     """
 
@@ -891,7 +891,7 @@ def add_RegistryServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Registry:
-    """---- membership: served by the gateway ----
+    """---- membership: served by the gateway, and by the process that starts a cluster without one ----
 
     """
 

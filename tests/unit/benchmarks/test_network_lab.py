@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import suppress
 
 import pytest
 
-from benchmarks.network_lab import NetworkLab, NetworkPath, remove_leftovers, why_unavailable
+from benchmarks.network_lab import Namespace, NetworkLab, NetworkPath, remove_leftovers, why_unavailable
 
 NUM_BYTES = 16 << 20
 
@@ -59,6 +60,13 @@ def send_through(lab: NetworkLab) -> tuple[float, float]:
     return connect_s, transfer_s
 
 
+def answers(side: Namespace, address: str) -> bool:
+    """Does a host with that address say anything, seen from one side? A port that is closed is an answer."""
+    ask = "import socket, sys; sys.exit(socket.socket().connect_ex((sys.argv[1], 9)) != 111)"
+    command = side.command([sys.executable, "-c", f"import socket; socket.setdefaulttimeout(1.0); {ask}", address])
+    return subprocess.run(command, timeout=30).returncode == 0
+
+
 def namespaces() -> str:
     return subprocess.run(["ip", "netns", "list"], stdout=subprocess.PIPE, text=True, check=True).stdout
 
@@ -68,6 +76,21 @@ def test_a_shaped_pair_passes_bytes_no_faster_than_its_rate() -> None:
         _, transfer_s = send_through(lab)
 
     assert 0.9 * NUM_BYTES * 8 / 1e9 < transfer_s < 10
+
+
+def test_a_switched_path_is_narrowed_cut_and_mended_while_it_stands() -> None:
+    with lab_or_skip(NetworkPath(rate_gbps=10.0, switched=True)) as lab:
+        lab.reshape(1.0)
+        _, transfer_s = send_through(lab)
+        lab.cut()
+        across, own = answers(lab.left, lab.right.address), answers(lab.right, lab.right.address)
+        lab.mend()
+        send_through(lab)
+
+    assert 0.9 * NUM_BYTES * 8 / 1e9 < transfer_s < 10
+    assert not across
+    assert own, "the address of a side is its own, whatever happens between them"
+    assert not any(line.startswith(f"prfaas-lab-{os.getpid()}-") for line in namespaces().splitlines())
 
 
 def test_a_long_path_delays_both_ways() -> None:

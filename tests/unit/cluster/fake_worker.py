@@ -84,6 +84,7 @@ class FakeWorker(rpc.WorkerServicer):
     worker_id: str
     role: Role
     engine_id: str = ""
+    cluster_id: str = "local"
     fingerprint: CacheFingerprint = FINGERPRINT
     draining: bool = False
     pages_free: int = 1000
@@ -168,7 +169,7 @@ class FakeWorker(rpc.WorkerServicer):
         return pb.WorkerDescription(
             worker_id=self.worker_id,
             engine_id=self.engine_id,
-            cluster_id="test",
+            cluster_id=self.cluster_id,
             address=self.address,
             fingerprint=wire.fingerprint_to_message(self.fingerprint),
             architecture="Fake",

@@ -36,7 +36,7 @@ def test_a_model_is_enough(tmp_path):
 
 
 def test_every_example_is_valid_and_fits_the_schema():
-    for path in sorted((ROOT / "deploy/examples").glob("*.yaml")):
+    for path in sorted((ROOT / "deploy/examples").rglob("*.yaml")):
         if "clusters" in yaml.safe_load(path.read_text()):
             continue  # a planning document; test_capacity_plan.py plans it
         load_config(path)
@@ -149,6 +149,11 @@ def test_a_section_with_every_key_commented_out_is_the_default(tmp_path):
         ("model: m\ntls: {mode: maybe}", "tls.mode", "must be one of auto, on, off"),
         ("model: m\ntls: {cert_file: c.pem}", "tls.ca_file", "come together"),
         ("model: m\ntls: {ca_file: a, cert_file: c.pem, key_file: ''}", "tls.key_file", "null or a path"),
+        ("model: m\ngrpc: {port: 7}\nregistry: {port: 7}", "registry.port", "must not be grpc.port"),
+        ("model: m\nregistry: {host: ''}", "registry.host", "null or an address"),
+        ("model: m\ncontrol: {last_port: 9}", "control.last_port", "from control.port, above 0, to 65535"),
+        ("model: m\nkv_transfer: {port: 9, last_port: 8}", "kv_transfer.last_port", "from kv_transfer.port"),
+        ("model: m\ncluster_id: a/b", "cluster_id", "hold no /"),
         ("model: 7", "model", "must be text, got 7"),
         ("model: ''", "model", "must not be empty"),
     ],
@@ -157,6 +162,49 @@ def test_a_wrong_key_or_value_is_named_with_what_is_allowed(tmp_path, text, key,
     error = refusal(tmp_path, text)
     assert error.key == key
     assert said in error.message
+
+
+JOINS = "model: m\ncluster_id: west\njoin: [gateway:9100]\ndecode: {count: 0}"
+
+
+def test_a_cluster_that_joins_names_its_workers_after_itself_and_one_with_a_gateway_does_not(tmp_path):
+    assert load(tmp_path, JOINS).worker_id(Role.PREFILL, 1) == "west/prefill-1"
+    assert load(tmp_path, "model: m").worker_id(Role.PREFILL, 1) == "prefill-1"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "said"),
+    [
+        ("join=[gateway]", "join[0]", "must be host:port"),
+        ("join=[a:1, 'b:70000']", "join[1]", "the port from 1 to 65535, got 'b:70000'"),
+        ("join=['http://gateway:9100']", "join[0]", "must be host:port"),
+        ("join=[a:1, a:1]", "join[1]", "must not be named twice"),
+        ("cluster_id=local", "cluster_id", "is needed with join"),
+        ("decode.count=1", "decode.count", "must be 0 with join"),
+        ("prefill.count=0", "prefill.count", "at least 1 with join"),
+        ("http.port=8001", "http", "means nothing with join"),
+        ("router.policy=round_robin", "router", "means nothing with join"),
+        ("registry.port=9100", "registry", "means nothing with join"),
+    ],
+)
+def test_what_a_cluster_that_joins_cannot_have_is_named(tmp_path, override, key, said):
+    error = refusal(tmp_path, JOINS, override)
+    assert error.key == key
+    assert said in error.message
+
+
+def test_addresses_to_join_may_be_names_and_ip_addresses_of_both_kinds(tmp_path):
+    addresses = ("gateway.east.example:9100", "192.0.2.1:9100", "[2001:db8::1]:9100")
+
+    assert load(tmp_path, JOINS, f"join={list(addresses)}").join == addresses
+
+
+def test_ports_of_workers_are_any_one_or_some(tmp_path):
+    config = load(tmp_path, "model: m\ncontrol: {port: 7000, last_port: 7002}\nkv_transfer: {port: 7100}")
+
+    assert list(config.control.ports) == [7000, 7001, 7002]
+    assert list(config.kv_transfer.ports) == [7100]
+    assert list(load(tmp_path, "model: m").control.ports) == [0]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from cluster.front_door import not_ready_reason
 from cluster.view import LinkView
-from core.request import Role
+from core.request import ClusterId, Role
 from tests.unit.cluster.scripted_router import FixedMembership, worker
 
 
@@ -54,3 +54,12 @@ def test_without_prefill_workers_no_link_is_asked_for() -> None:
     assert not_ready_reason(membership) is None
     membership.workers = tuple(replace(w, draining=True) for w in membership.workers)
     assert not_ready_reason(membership) == "no decode worker is ready"
+
+
+def test_a_link_from_another_cluster_makes_a_service_no_less_ready() -> None:
+    membership = FixedMembership()
+    decode, prefill = membership.workers
+    membership.workers = (decode, replace(prefill, cluster_id=ClusterId("west")))
+    link(membership, usable=False)
+
+    assert not_ready_reason(membership) is None

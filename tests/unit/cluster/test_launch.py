@@ -20,7 +20,7 @@ import grpc
 import pytest
 
 from cluster.certificates import Authority, private_files, write_files
-from cluster.config import GrpcConfig, HttpConfig, PoolConfig, RouterConfig, ServiceConfig, TlsConfig
+from cluster.config import GrpcConfig, HttpConfig, PoolConfig, RegistryConfig, RouterConfig, ServiceConfig, TlsConfig
 from cluster.internal_tls import IssueProof
 from cluster.launch import (
     EXIT_WRONG_INPUT,
@@ -107,6 +107,10 @@ class FakeFleet:
     def check(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+    def drain(self, timeout_s: float) -> bool:
+        self.done.append("drain")
+        return True
 
     def stop(self, timeout_s: float) -> None:
         self.done.append("stop" if timeout_s > 0 else "stop at once")
@@ -286,6 +290,70 @@ async def test_a_port_in_use_is_an_error_of_the_configuration_and_leaves_nothing
             await serve_async(clash, None, fleet.make)
 
     assert fleet.done == ["join", "start", "stop"]
+
+
+class EarlyGuests(FakeFleet):
+    """A prefill worker of another cluster registers before the service's own, at the registry that others know."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self.guest = FakeWorker("west/prefill-0", Role.PREFILL, cluster_id="west")
+        self.guest.probe = failing_probe
+        self._address = address
+        self.refused = ""
+
+    async def _start(self, registry: str) -> None:
+        await self.guest.start({})
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await register(self._address, self.guest)
+        self.refused = caught.value.details() or ""
+        own, self.workers = self.workers, self.workers[1:]  # the decode workers, without the only prefill worker
+        await super()._start(registry)
+        await register(self._address, self.guest)
+        self.late, self.workers = own[0], [*own, self.guest]
+
+    async def complete(self) -> None:
+        await self.late.start(self.workers[1]._fabric)
+        await register(self.registry, self.late)
+
+
+async def test_workers_of_other_clusters_come_to_a_known_port_and_are_not_waited_for(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    fleet = EarlyGuests(f"127.0.0.1:{port}")
+    service = asyncio.create_task(
+        serve_async(
+            replace(config(model), registry=RegistryConfig("0.0.0.0", port), tls=TlsConfig("off")), None, fleet.make
+        )
+    )
+    while "workers ready: 0 of 1 prefill, 2 of 2 decode" not in capsys.readouterr().out:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.3)
+    assert "ready: tiny" not in capsys.readouterr().out, "the guest is not the prefill worker that was asked for"
+
+    await fleet.complete()
+    said = ""
+    while "ready: tiny" not in said:
+        said += capsys.readouterr().out
+        await asyncio.sleep(0.01)
+    interrupt()
+    await asyncio.wait_for(service, PATIENCE_S)
+
+    assert "no worker of local has registered yet" in fleet.refused
+    assert fleet.registry == f"127.0.0.1:{port}", "where the service's own workers reach it"
+    assert "links tested: 2 of 2 work" in said, "those within the cluster"
+
+
+async def test_a_known_port_that_nobody_elses_certificates_open_is_warned_of(
+    model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    closed = replace(config(model), registry=RegistryConfig(port=port), tls=TlsConfig("on"))
+    async with serving(FakeFleet(), closed):
+        assert "no other cluster can join" in caplog.text
 
 
 async def failing_probe(request: worker_pb2.ProbeRequest) -> ProbeReport:

@@ -9,10 +9,12 @@ from dataclasses import replace
 import grpc
 import pytest
 
+from cluster.cluster_links import by_cluster_pair
 from cluster.config import RouterConfig
 from cluster.membership import Membership
 from cluster.worker_client import SequenceEvent, WorkerLost
-from core.clock import VirtualClock
+from core.clock import VirtualClock, WallClock
+from core.errors import InvalidConfig
 from core.link import LinkEstimate, ProbeReport
 from core.prefix_hash import PageEvents, page_hashes, page_key
 from core.request import ClusterId, EngineId, Role, SequenceId, WorkerId
@@ -380,3 +382,81 @@ async def test_a_worker_whose_page_events_have_a_gap_joins_again(caplog: pytest.
         await register(g.registry, g["prefill-0"])
         await g["prefill-0"].change(page_events=PageEvents(8, snapshot=True, stored=KEYS[:2]))
         await until(lambda: g.membership.match_prefix(HASHES).pages_on(sender) == 2)
+
+
+async def refused_by(own_cluster: str, worker: FakeWorker, first: FakeWorker | None = None) -> str:
+    """What a gateway of that cluster, which has taken ``first``, says to the worker."""
+    membership = Membership(CONFIG, GATEWAY, WallClock(), InternalGrpc(None), cluster_id=ClusterId(own_cluster))
+    registry = await membership.start("127.0.0.1")
+    try:
+        for other in [first] if first is not None else []:
+            await other.start({})
+            await register(registry, other)
+        await worker.start({})
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await register(registry, worker)
+        return f"{caught.value.code().name} {caught.value.details()}"
+    finally:
+        await membership.close()
+        for other in [worker, *([first] if first is not None else [])]:
+            await other.kill()
+
+
+async def test_a_name_that_could_meet_one_of_another_cluster_is_refused_by_its_key() -> None:
+    own = FakeWorker("decode-0", Role.DECODE, cluster_id="east")
+
+    alike = FakeWorker("east/prefill-0", Role.PREFILL, cluster_id="east")
+    assert "PRECONDITION cluster_id: east is this gateway's own" in await refused_by("east", alike, own)
+    plain = FakeWorker("prefill-0", Role.PREFILL, cluster_id="west")
+    assert "PRECONDITION worker_id: must be west/NAME" in await refused_by("east", plain, own)
+    borrowed = FakeWorker("north/prefill-0", Role.PREFILL, cluster_id="west")
+    assert "PRECONDITION worker_id: must be west/NAME" in await refused_by("east", borrowed, own)
+
+
+async def test_no_other_cluster_says_first_which_model_is_served() -> None:
+    early = FakeWorker("west/prefill-0", Role.PREFILL, cluster_id="west")
+
+    assert await refused_by("east", early) == (
+        "UNAVAILABLE no worker of east has registered yet: they say which model is served"
+    )
+
+
+async def test_of_two_clusters_with_one_name_the_one_that_is_replaced_hears_what_may_be_wrong() -> None:
+    async with gateway(0, 0) as g:
+        first = await g.add(FakeWorker("west/prefill-0", Role.PREFILL, cluster_id="west"))
+        second = FakeWorker("west/prefill-0", Role.PREFILL, engine_id="another", cluster_id="west")
+        await second.start(g.fabric)
+        g.workers["second"] = second
+        await register(g.registry, second)
+
+        with pytest.raises(grpc.aio.AioRpcError, match="do two clusters that joined have one cluster_id"):
+            await register(g.registry, first)
+
+
+async def test_a_registry_port_in_use_is_an_error_of_the_configuration() -> None:
+    async with gateway(0, 0) as g:
+        port = int(g.registry.rpartition(":")[2])
+        another = Membership(CONFIG, GATEWAY, WallClock(), InternalGrpc(None))
+
+        with pytest.raises(InvalidConfig, match=r"registry\.port"):
+            await another.start("127.0.0.1", port)
+        await another.close()
+
+
+async def test_workers_and_links_of_two_clusters_are_in_the_view_and_can_be_looked_at_apart() -> None:
+    async with gateway(1, 1) as g:
+        far = await g.add(FakeWorker("west/prefill-0", Role.PREFILL, cluster_id="west"))
+        crossing = LinkEstimate(WorkerId("decode-0"), ClusterId("local"), "tcp", 4, throughput=5e6, goodput=1e7)
+        await far.change(links=(crossing,))
+        pair = (WorkerId("west/prefill-0"), WorkerId("decode-0"))
+        await until(lambda: (link := g.membership.view().links.get(pair)) is not None and link.estimate is not None)
+        view = g.membership.view()
+
+        assert (view.links[pair].from_cluster, view.links[pair].to_cluster) == ("west", "local")
+        sums = by_cluster_pair(view, lambda source, _: 2e7 if source == "west" else None)
+        within, over = sums  # local to local, west to local
+        assert (over.from_cluster, over.to_cluster, over.capacity) == ("west", "local", 2e7)
+        assert (over.throughput, over.utilisation, within.throughput) == (5e6, 0.25, 0.0)
+        assert [w.worker_id for w in view.within(ClusterId("local")).workers] == ["decode-0", "prefill-0"]
+        assert list(view.within(ClusterId("local")).links) == [("prefill-0", "decode-0")]
+        assert view.within(ClusterId("west")).links == {}

@@ -124,11 +124,13 @@ def make_worker(
     link: LinkConfig | None = None,
     credentials: Credentials | None = None,
     host: str = "127.0.0.1",
+    port: int = 0,
+    last_port: int | None = None,
     lease_s: float = 5.0,
     name: str = "w",
     fingerprint: CacheFingerprint = FINGERPRINT,
 ) -> Worker:
-    config = KvTransferConfig(host=host, lease_s=lease_s, links=(link or LinkConfig(),))
+    config = KvTransferConfig(host=host, port=port, last_port=last_port, lease_s=lease_s, links=(link or LinkConfig(),))
     identity = PeerIdentity(WorkerId(name), ClusterId("c"))
     size = NUM_PAGES * PAGE_BYTES
     pool = [bytearray(size if fill is None else random.Random(fill + i).randbytes(size)) for i in range(2)]

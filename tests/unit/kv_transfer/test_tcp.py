@@ -327,3 +327,14 @@ def test_ipv6_is_spoken_where_the_host_has_it() -> None:
     finally:
         prefill.transport.close()
         decode.transport.close()
+
+
+def test_workers_of_one_host_take_the_next_free_port_of_those_that_are_open(decode: Worker) -> None:
+    first = decode.descriptor.port
+    another = make_worker(port=first, last_port=min(first + 20, 65535))
+    try:
+        assert first < another.descriptor.port <= first + 20
+        with pytest.raises(OSError, match="in use"):
+            make_worker(port=first, last_port=first)
+    finally:
+        another.transport.close()

@@ -155,3 +155,17 @@ async def test_many_channels_at_once_share_nothing_but_the_port(tmp_path):
         ours = issued(tmp_path / "worker")
         assert await asyncio.gather(*(register(address, ours) for _ in range(16))) == [7.0] * 16
     assert len(registry.peers) == 16
+
+
+async def test_servers_of_one_host_take_the_next_free_port_and_none_is_shared():
+    servers = [grpc.aio.server(options=(("grpc.so_reuseport", 0),)) for _ in range(3)]
+    internal = InternalGrpc(None)
+    first = internal.listen(servers[0], "127.0.0.1:0")
+
+    second = internal.listen_on_first(servers[1], "127.0.0.1", range(first, min(first + 20, 65536)))
+
+    assert second > first
+    with pytest.raises(RuntimeError):
+        internal.listen_on_first(servers[2], "127.0.0.1", (first, second))
+    for server in servers:
+        await server.stop(grace=None)
