@@ -206,6 +206,7 @@ def _plan_sample(sample: PlanSample, now: float) -> pb.PlanSample:
         prfaas_queue_s=sample.prfaas_queue_s,
         local_queue_s=sample.local_queue_s,
         decode_queue=sample.decode_queue,
+        gateway_queue=sample.gateway_queue,
         rate=sample.rate_rps,
         change=sample.change,
     )

@@ -195,7 +195,6 @@ class PlannerConfig:
     interval_s: between two looks at the fleet.
     demand_window_s: what came so long ago counts e times less than what comes now.
     retest_s: a path from a PrfaaS cluster on which nothing went for so long is tested, to know what it carries.
-    tpot_s: objective for the time between tokens, to which decode batches are taken to be kept; null: there is none.
     convert_timeout_s: a worker that has not changed its role by then is no longer waited for; it goes on changing.
     """
 
@@ -205,7 +204,6 @@ class PlannerConfig:
     interval_s: float = 0.25
     demand_window_s: float = 30.0
     retest_s: float = 5.0
-    tpot_s: float | None = None
     convert_timeout_s: float = 60.0
     dual: PlannerSettings = field(default_factory=PlannerSettings)
 
@@ -213,7 +211,6 @@ class PlannerConfig:
         _require_word(self.mode in PLANNER_MODES, "planner.mode", PLANNER_MODES, self.mode)
         _require_word(self.initial in INITIAL_ROLES, "planner.initial", INITIAL_ROLES, self.initial)
         _require(self.threshold_tokens >= 0, "planner.threshold_tokens", "must be at least 0", self.threshold_tokens)
-        _require(self.tpot_s is None or self.tpot_s > 0, "planner.tpot_s", "must be null or above 0 s", self.tpot_s)
         for name in ("interval_s", "demand_window_s", "retest_s", "convert_timeout_s"):
             _require(getattr(self, name) > 0, f"planner.{name}", "must be above 0 s", getattr(self, name))
 

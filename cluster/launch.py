@@ -41,7 +41,6 @@ from cluster.membership import Membership
 from cluster.message_json import as_dict
 from cluster.metrics import Metrics
 from cluster.planner import Planner
-from cluster.planning_view import PlanningLimits
 from cluster.router import Router
 from cluster.routing_policy import make_policy
 from cluster.tokenizer import Tokenizer
@@ -287,13 +286,13 @@ class _Service:
         planner = Planner(
             cluster.membership,
             demand,
-            lambda: router.num_open_tokens,
+            router,
             config.planner,
             self._clock,
             cluster_id=ClusterId(config.cluster_id),
-            limits=PlanningLimits(config.engine_for(Role.DECODE).max_batch_size, config.planner.tpot_s),
             capacity=config.kv_transfer.capacity,
             retest=cluster.tester.retest,
+            tpot_s=config.admission.tpot_slo_s,
         )
         self._opened.push_async_callback(planner.close)
         planner.start()

@@ -40,7 +40,7 @@ from cluster.planning_policy import (
     PlanningView,
     StaticPlan,
 )
-from cluster.planning_view import Fleets, PlanningLimits, fleets, planning_view, silent_links
+from cluster.planning_view import Fleets, fleets, planning_view, silent_links
 from cluster.role_conversion import Conversion, Ending, Outcome, choose, ending
 from cluster.throughput_model import OFFLOAD_NOTHING
 from cluster.view import ClusterView, Offload
@@ -73,6 +73,20 @@ class PlannedMembership(Protocol):
     def note_offload(self, offload: Offload) -> None: ...
 
 
+class Traffic(Protocol):
+    """What a planner needs of the router."""
+
+    @property
+    def num_open_tokens(self) -> int:
+        """Tokens that the requests in flight have so far."""
+        ...
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait in the gateway for their turn."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PlanSample:
     """The plan and what it rested on, at one moment of the gateway's Clock."""
@@ -91,6 +105,7 @@ class PlanSample:
     prfaas_queue_s: float
     local_queue_s: float
     decode_queue: int
+    gateway_queue: int
     rate_rps: float
     change: str = ""  # what was new; empty: nothing
 
@@ -125,25 +140,25 @@ class Planner:
         self,
         membership: PlannedMembership,
         demand: DemandMeter,
-        num_open_tokens: Callable[[], int],
+        traffic: Traffic,
         config: PlannerConfig,
         clock: Clock,
         *,
         cluster_id: ClusterId,
-        limits: PlanningLimits,
         capacity: Capacity,
         retest: Callable[[EngineId, EngineId], None],
+        tpot_s: float | None = None,
     ) -> None:
-        """``num_open_tokens``: that requests in flight have so far. ``cluster_id``: of this gateway. ``capacity``:
-        configured bytes/s between two clusters (``KvTransferConfig.capacity``). ``retest``: of the link between two
-        engines (``LinkTester.retest``)."""
+        """``cluster_id``: of this gateway. ``capacity``: configured bytes/s between two clusters
+        (``KvTransferConfig.capacity``). ``retest``: of the link between two engines (``LinkTester.retest``).
+        ``tpot_s``: objective for the time between tokens, to which decode batches are kept; None: there is none."""
         self._membership = membership
         self._demand = demand
-        self._num_open_tokens = num_open_tokens
+        self._traffic = traffic
         self._config = config
         self._clock = clock
         self._cluster_id = cluster_id
-        self._limits = limits
+        self._tpot_s = tpot_s
         self._capacity = capacity
         self._retest = retest
         self._retested_at: dict[tuple[ClusterId, ClusterId], float] = {}
@@ -194,9 +209,17 @@ class Planner:
         now, view = self._clock.now(), self._membership.view()
         found = fleets(view, self._cluster_id, self._capacity)
         self._follow_conversions(view, found, now)
-        demand = self._demand.measured(self._num_open_tokens())
+        demand = self._demand.measured(self._traffic.num_open_tokens)
         becoming = {engine_id: conversion.role for engine_id, conversion in self._changing.items()}
-        seen = planning_view(found, view.costs, demand, self._limits, becoming, now)
+        seen = planning_view(
+            found,
+            view.costs,
+            demand,
+            becoming=becoming,
+            tpot_s=self._tpot_s,
+            num_queued=self._traffic.num_queued,
+            now=now,
+        )
         target, self._memory = self._policy.plan(seen, demand, self._memory)
         changes = self._changes_of(target, seen)
         for kind, said in changes.items():
@@ -331,6 +354,7 @@ class Planner:
                 prfaas_queue_s=seen.prfaas_queue_s,
                 local_queue_s=seen.local_queue_s,
                 decode_queue=seen.decode_queue,
+                gateway_queue=seen.num_queued,
                 rate_rps=target.numbers.get("rate_rps", 0.0),
                 change=change,
             )

@@ -75,6 +75,7 @@ class PlanningView:
     local_queue_s: float  # likewise before a local prefill worker
     decode_queue: int  # sequences that wait for a place in a decode batch
     link_queue_s: float = 0.0  # until what is queued on the links has left
+    num_queued: int = 0  # requests that wait in the gateway for room on the workers
     decode_step_of: Curve | None = None  # seconds by batch size; None: as for the largest batch
     tpot_s: float | None = None  # the objective that ``max_batch_size`` keeps to; None: there is none
     unknown: str = ""  # why the curves mean nothing yet; empty: they do
@@ -166,7 +167,7 @@ class PlannerSettings:
 
     high_utilisation: float = 0.9
     low_utilisation: float = 0.6
-    high_queue_s: float = 2.0
+    high_queue_s: float = 1.0
     back_off_factor: float = 1.25
     max_back_off: int = 12
     raise_after_s: float = 0.5
@@ -417,7 +418,8 @@ class DualTimescale:
         memory = replace(memory, verdict=verdict, verdicts=in_a_row if verdict else 0)
         if not verdict:
             return self._stay(now, why, memory)
-        pressed = view.decode_queue > 0 or max(view.local_queue_s, view.prfaas_queue_s) >= chosen.high_queue_s
+        queue_s = max(view.local_queue_s, view.prfaas_queue_s)
+        pressed = view.num_queued > 0 or view.decode_queue > 0 or queue_s >= chosen.high_queue_s
         needed = chosen.patience if pressed else 2 * chosen.patience
         if memory.verdicts < needed:
             return self._stay(now, _Why("patience", f"{why.text}, seen {memory.verdicts} of {needed} times"), memory)
@@ -537,6 +539,7 @@ def _numbers(view: PlanningView, demand: MeasuredDemand) -> dict[str, float]:
         "prfaas_queue_s": view.prfaas_queue_s,
         "local_queue_s": view.local_queue_s,
         "decode_queue": float(view.decode_queue),
+        "gateway_queue": float(view.num_queued),
         "rate_rps": demand.rate_rps,
         "mean_uncached_tokens": 0.0 if demand.lengths is None else demand.lengths.mean_tokens,
         "mean_cached_tokens": demand.mean_cached_tokens,

@@ -11,6 +11,7 @@ to prefill tells their own. Without costs of a local worker nothing is predicted
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from cluster.view import ClusterView, LinkView, WorkerView
 from core.request import ClusterId, EngineId, Role
 
 _UNKNOWN_CURVE = Polynomial((0.0,))
+_ASSUMED_BATCH = 64  # sequences of a step, of a worker that did not say
 _LEAST_S = 1e-9  # no work takes no time: rates stay finite
 
 
@@ -36,18 +38,6 @@ class Fleets:
     local: tuple[WorkerView, ...]  # of the serving clusters, in either role
     prfaas: tuple[WorkerView, ...]  # prefill workers of the PrfaaS clusters
     paths: tuple[ClusterPair, ...] = ()  # from a PrfaaS to a serving cluster, with a link that may be used
-
-
-@dataclass(frozen=True, slots=True)
-class PlanningLimits:
-    """What no worker tells of itself.
-
-    max_batch_size: sequences in one step of a decode worker (``engine.max_batch_size``).
-    tpot_s: objective for a decode step, to which the batch is kept; None: there is none.
-    """
-
-    max_batch_size: int
-    tpot_s: float | None = None
 
 
 def fleets(view: ClusterView, own: ClusterId, capacity: Capacity) -> Fleets:
@@ -66,15 +56,18 @@ def planning_view(
     found: Fleets,
     costs: CostView,
     demand: MeasuredDemand,
-    limits: PlanningLimits,
+    *,
     becoming: Mapping[EngineId, Role],
+    tpot_s: float | None,
+    num_queued: int,
     now: float,
 ) -> PlanningView:
-    """The fleet now. ``becoming``: local workers whose change of role is under way, and what they will be."""
+    """The fleet now. ``becoming``: local workers whose change of role is under way, and what they will be. ``tpot_s``:
+    objective for a decode step, to which batches are kept. ``num_queued``: requests that wait in the gateway."""
     by_role = {role: [w for w in found.local if becoming.get(w.engine_id, w.role) is role] for role in Role}
     local, prfaas = _Costs.of(found.local, costs), _Costs.of(found.prfaas, costs)
     cached = demand.mean_cached_tokens
-    batch, step_s, step_of = _decode(found.local, local, demand, limits)
+    batch, step_s, step_of = _decode(found.local, local, demand, tpot_s)
     uncached = 0.0 if demand.lengths is None else demand.lengths.mean_tokens
     local_s = local.prefill(cached)
     prfaas_s = prfaas.prefill(cached) if prfaas.known else local_s
@@ -96,7 +89,8 @@ def planning_view(
         decode_queue=sum(_waiting_to_decode(worker, demand) for worker in by_role[Role.DECODE]),
         link_queue_s=max((pair.bytes_queued / max(1.0, _carries(pair)) for pair in found.paths), default=0.0),
         decode_step_of=step_of,
-        tpot_s=limits.tpot_s,
+        num_queued=num_queued,
+        tpot_s=tpot_s,
         unknown="" if local.known else "no costs are known yet",
     )
 
@@ -156,28 +150,35 @@ class _Costs:
         return mixed
 
 
-def _prefill_curve(cost: ComputeCost, cached: float) -> Polynomial:
-    """a + b n + c n (cached + n/2), as a polynomial in n."""
+def _prefill_curve(cost: ComputeCost, cached: float) -> Curve:
+    """``ComputeCost.prefill`` of many lengths at once: a k + b n + c n (cached + n/2) in k steps."""
     constant, each, pair = cost.prefill_cost.coefficients
-    return Polynomial((max(constant, _LEAST_S), each + pair * cached, pair / 2))
+    of_one_step = Polynomial((max(constant, _LEAST_S), each + pair * cached, pair / 2))
+    if math.isinf(cost.step_tokens):
+        return of_one_step
+
+    def seconds(tokens: Numbers) -> Numbers:
+        further_steps = np.maximum(0.0, np.ceil(np.asarray(tokens) / cost.step_tokens) - 1)
+        return np.asarray(of_one_step(tokens) + constant * further_steps, dtype=float)
+
+    return seconds
 
 
 def _decode(
-    workers: Sequence[WorkerView], costs: _Costs, demand: MeasuredDemand, limits: PlanningLimits
+    workers: Sequence[WorkerView], costs: _Costs, demand: MeasuredDemand, tpot_s: float | None
 ) -> tuple[float, float, Curve | None]:
     """The largest batch of one decode worker, the seconds of its step, and those of any batch.
 
-    The batch is what ``limits``, the pages and the objective allow, at the mean context. Any local worker may decode.
+    The batch is what the engine, its pages and the objective allow, at the mean context. Any local worker may decode.
     """
     if not costs.known or not workers:
-        return float(limits.max_batch_size), _LEAST_S, None
+        return float(_ASSUMED_BATCH), _LEAST_S, None
     context = _mean_context(demand)
     longest = max(1.0, context + demand.mean_output_tokens / 2)
-    held = sum(w.pages_total * w.model.fingerprint.page_size for w in workers) / len(workers) / longest
-    most = max(1.0, min(float(limits.max_batch_size), held))
+    most = max(1.0, sum(_most_sequences(worker, longest) for worker in workers) / len(workers))
     parts = [(*_step_line(cost, context), n) for cost, n in costs.known]
     total = sum(n for *_, n in parts)
-    batches = [max(1.0, min(most, _batch_within(limits.tpot_s, fixed, each))) for fixed, each, _ in parts]
+    batches = [max(1.0, min(most, _batch_within(tpot_s, fixed, each))) for fixed, each, _ in parts]
     rate = sum(
         n * batch / max(_LEAST_S, fixed + each * batch) for batch, (fixed, each, n) in zip(batches, parts, strict=True)
     )
@@ -185,6 +186,12 @@ def _decode(
     fixed = sum(n * fixed for fixed, _, n in parts) / total
     each = sum(n * each for _, each, n in parts) / total
     return mean_batch, total * mean_batch / rate, Polynomial((max(fixed, _LEAST_S), each))
+
+
+def _most_sequences(worker: WorkerView, longest: float) -> float:
+    """Sequences of so many tokens that it can have in a step."""
+    held = worker.pages_total * worker.model.fingerprint.page_size / longest
+    return min(float(worker.max_batch_size or _ASSUMED_BATCH), held)
 
 
 def _step_line(cost: ComputeCost, context: float) -> tuple[float, float]:

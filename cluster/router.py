@@ -200,6 +200,11 @@ class Router:
         return len(self._flights)
 
     @property
+    def num_queued(self) -> int:
+        """Requests that wait for their turn."""
+        return self._admission.num_waiting
+
+    @property
     def num_open_tokens(self) -> int:
         """Tokens that the requests in flight have so far."""
         return sum(flight.num_tokens for flight in self._flights.values())

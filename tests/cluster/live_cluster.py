@@ -227,7 +227,7 @@ async def live_cluster(
     tester.start()
     registry = await membership.start("127.0.0.1")
     routing = make_policy(policy, router.routing) if isinstance(policy, str) else policy
-    requests = Router(membership, routing, router, clock, gateway_id, observer)
+    requests = Router(membership, routing, router, clock, gateway_id, observer=observer)
     cluster = LiveCluster(membership, requests, internal, registry)
     files = ExitStack()
     roles = [(Role.PREFILL, i) for i in range(num_prefill)] + [(Role.DECODE, i) for i in range(num_decode)]

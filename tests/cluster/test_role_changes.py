@@ -14,7 +14,6 @@ from cluster.cost_model import ComputeCost, CostView, LinearCost
 from cluster.demand import DemandMeter
 from cluster.planner import Planner
 from cluster.planning_policy import PlannerSettings
-from cluster.planning_view import PlanningLimits
 from cluster.role_conversion import Outcome
 from cluster.view import ClusterView, WorkerView
 from core.clock import WallClock
@@ -154,11 +153,10 @@ async def test_the_planner_turns_a_worker_when_answers_become_long_and_back(
         planner = Planner(
             cluster.membership,
             demand,
-            lambda: cluster.router.num_open_tokens,
+            cluster.router,
             config,
             clock,
             cluster_id=ClusterId("test"),
-            limits=PlanningLimits(ENGINE.max_batch_size),
             capacity=lambda *_: None,
             retest=lambda *_: None,
         )

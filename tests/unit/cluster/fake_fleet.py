@@ -16,7 +16,6 @@ from cluster.config import PlannerConfig
 from cluster.cost_model import ComputeCost, CostView, LinearCost
 from cluster.demand import DemandMeter
 from cluster.planner import Planner
-from cluster.planning_view import PlanningLimits
 from cluster.routing_policy import RouteRequest
 from cluster.view import ClusterView, LinkView, ModelInfo, Offload, Route, WorkerLoad, WorkerView
 from core.clock import VirtualClock
@@ -80,6 +79,7 @@ class Worker:
             model=MODEL,
             transport="fake",
             pages_total=100_000,
+            max_batch_size=20,
             load=WorkerLoad(**{name: getattr(self.load, name) for name in _LOADS}, num_other_role=left),
             profile="local" if self.cluster_id == HOME else "fast",
         )
@@ -124,6 +124,7 @@ class Fleet:
         for worker in self.workers.values():
             worker.now = self.clock.now
         self.costs = COSTS
+        self.num_queued = 0
         self.retested: list[tuple[float, EngineId, EngineId]] = []
         self.offloads: list[tuple[float, Offload]] = []
         self.link_bytes_per_s = 1e9
@@ -134,11 +135,10 @@ class Fleet:
         self.planner = Planner(
             self,
             self.demand,
-            lambda: int(self.open_tokens),
+            self,
             config or PlannerConfig(),
             self.clock,
             cluster_id=HOME,
-            limits=PlanningLimits(max_batch_size=20),
             capacity=lambda *_: 1e9,
             retest=self.retest,
         )
@@ -190,7 +190,7 @@ class Fleet:
     # ---- what happens ----
 
     @property
-    def open_tokens(self) -> float:
+    def num_open_tokens(self) -> int:
         now = self.clock.now()
         return sum(int(tokens - (end - now) / TPOT_S) for end, tokens in self._running)
 

@@ -245,7 +245,7 @@ def planned() -> PlannerStatus:
         {"roles": "more_decode"},
     )
     changing = Conversion(WorkerId("prefill-9"), EngineId("e"), Role.DECODE, 0.0)
-    quiet = PlanSample(1.0, math.inf, False, 2, 2, 0, 1, 0, 1e9, 0.25, 0.5, 1.5, 0.0, 7, 2.5)
+    quiet = PlanSample(1.0, math.inf, False, 2, 2, 0, 1, 0, 1e9, 0.25, 0.5, 1.5, 0.0, 7, 4, 2.5)
     return PlannerStatus(
         mode="dual",
         target=target,

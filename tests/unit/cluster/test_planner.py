@@ -18,7 +18,6 @@ from cluster.cost_model import NO_COSTS
 from cluster.demand import DemandMeter
 from cluster.planner import HISTORY_KEPT, POLICIES, Planner
 from cluster.planning_policy import PlannerSettings
-from cluster.planning_view import PlanningLimits
 from cluster.role_conversion import Outcome
 from core.request import ClusterId, EngineId, Role
 from tests.unit.cluster.fake_fleet import Fleet, Stream
@@ -68,11 +67,15 @@ async def test_a_surge_of_long_answers_turns_a_prefill_worker_to_decode_and_back
     assert status.target.numbers["mean_output_tokens"] == pytest.approx(128, rel=0.2)
 
 
-async def test_while_a_queue_grows_the_surge_is_answered_within_half_a_minute() -> None:
+@pytest.mark.parametrize("where", ["worker", "gateway"])
+async def test_while_a_queue_grows_the_surge_is_answered_within_half_a_minute(where: str) -> None:
     fleet = Fleet(2, 2)
     await run(fleet, 60, SHORT)
-    for name in ("decode-0", "decode-1"):
-        fleet.workers[name].load = replace(fleet.workers[name].load, num_waiting=4)
+    if where == "worker":
+        for name in ("decode-0", "decode-1"):
+            fleet.workers[name].load = replace(fleet.workers[name].load, num_waiting=4)
+    else:
+        fleet.num_queued = 3
     surge = await run(fleet, 30, LONG)
 
     assert surge[-1][1] == (1, 3)
@@ -212,11 +215,10 @@ async def test_over_grpc_a_worker_has_changed_when_its_last_sequence_of_the_earl
         planner = Planner(
             g.membership,
             DemandMeter(g.clock, 30.0),
-            lambda: g.router.num_open_tokens,
+            g.router,
             PlannerConfig(interval_s=0.01),
             g.clock,
             cluster_id=ClusterId("test"),
-            limits=PlanningLimits(16),
             capacity=lambda *_: None,
             retest=lambda *_: None,
         )

@@ -11,7 +11,7 @@ import pytest
 from cluster.cost_model import ASSUMED_LINK_BYTES_PER_S, ComputeCost, CostView, LinearCost
 from cluster.length_distribution import LengthDistribution
 from cluster.planning_policy import MeasuredDemand, PlanningView
-from cluster.planning_view import Fleets, PlanningLimits, fleets, planning_view, silent_links
+from cluster.planning_view import Fleets, fleets, planning_view, silent_links
 from cluster.view import ClusterView, Links, LinkView, WorkerLoad, WorkerView
 from core.link import LinkEstimate
 from core.request import ClusterId, EngineId, Role, WorkerId
@@ -19,7 +19,6 @@ from tests.unit.cluster.scripted_router import MODEL, worker
 
 HOME, EAST, WEST = ClusterId("local"), ClusterId("east"), ClusterId("west")
 DEMAND = MeasuredDemand(LengthDistribution.from_sample([1000]), 2.0, mean_output_tokens=200, mean_cached_tokens=500)
-LIMITS = PlanningLimits(max_batch_size=64)
 COSTS = CostView(
     {
         "slow": ComputeCost(LinearCost((0.1, 1e-3, 1e-6)), LinearCost((0.01, 1e-3, 1e-6))),
@@ -31,7 +30,7 @@ COSTS = CostView(
 
 def member(name: str, role: Role, cluster: ClusterId = HOME, profile: str = "slow", **load: int) -> WorkerView:
     found = worker(name, role, load=WorkerLoad(**{"pages_free": 90, **load}))
-    return replace(found, cluster_id=cluster, profile=profile, pages_total=10_000)
+    return replace(found, cluster_id=cluster, profile=profile, pages_total=10_000, max_batch_size=64)
 
 
 def link(sender: WorkerView, receiver: WorkerView, *, usable: bool = True, **numbers: float) -> Links:
@@ -50,13 +49,13 @@ def seen(
     *workers: WorkerView,
     links: Links | None = None,
     demand: MeasuredDemand = DEMAND,
-    limits: PlanningLimits = LIMITS,
+    tpot_s: float | None = None,
     costs: CostView = COSTS,
     becoming: dict[EngineId, Role] | None = None,
     capacity: float | None = None,
 ) -> PlanningView:
     found = found_in(ClusterView(0.0, workers, links or {}), capacity)
-    return planning_view(found, costs, demand, limits, becoming or {}, 7.0)
+    return planning_view(found, costs, demand, becoming=becoming or {}, tpot_s=tpot_s, num_queued=0, now=7.0)
 
 
 P, D = member("p", Role.PREFILL), member("d", Role.DECODE)
@@ -92,6 +91,14 @@ def test_prefill_seconds_are_those_behind_the_mean_cached_prefix() -> None:
     assert float(view.local_prefill_s(np.asarray(1000.0))) == pytest.approx(COSTS.profiles["slow"].prefill(1000, 500))
 
 
+def test_a_prompt_of_many_steps_pays_for_each_of_them() -> None:
+    stepped = replace(COSTS.profiles["slow"], step_tokens=256)
+    view = seen(P, D, costs=CostView({"slow": stepped}, {}))
+
+    tokens = np.asarray([1.0, 256.0, 257.0, 1000.0])
+    assert view.local_prefill_s(tokens) == pytest.approx([stepped.prefill(float(n), 500) for n in tokens])
+
+
 def test_workers_that_differ_are_added_up_by_their_rates() -> None:
     view = seen(P, replace(D, profile="fast"))
     slow, fast = COSTS.profiles["slow"].prefill(1000, 500), COSTS.profiles["fast"].prefill(1000, 500)
@@ -108,13 +115,15 @@ def test_a_decode_batch_is_what_limits_pages_and_objective_allow() -> None:
     assert free.decode_step_of is not None
     assert float(free.decode_step_of(np.asarray(8.0))) == pytest.approx(step(8, 8 * context))
 
+    small = seen(*(replace(w, max_batch_size=8) for w in (P, D)))
+    assert small.max_batch_size == 8
     few_pages = seen(*(replace(w, pages_total=1700) for w in (P, D)))  # 27,200 tokens: 16 sequences of 1,700
     assert few_pages.max_batch_size == 16
-    held = seen(P, D, limits=PlanningLimits(64, tpot_s=0.05))
+    held = seen(P, D, tpot_s=0.05)
     assert held.tpot_s == 0.05
     assert held.decode_step_s == pytest.approx(0.05)
     assert held.max_batch_size == pytest.approx(0.04 / (1e-3 + 1e-6 * context))
-    assert seen(P, D, limits=PlanningLimits(64, tpot_s=0.001)).max_batch_size == 1  # met by none: one at a time
+    assert seen(P, D, tpot_s=0.001).max_batch_size == 1  # met by none: one at a time
 
 
 def test_the_decode_rate_of_workers_that_differ_is_the_sum_of_theirs() -> None:
