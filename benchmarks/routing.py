@@ -3,8 +3,8 @@
     python -m benchmarks.routing [--json FILE] [--traces DIR] [--requests N] [--rate R] [--quick]
 
 The default model behind two prefill and two decode workers of `prfaas serve CONFIG`, started anew for each policy, so
-that all begin with empty caches. Prompts share beginnings as in a trace of conversations
-(benchmarks/shared_prefixes.py) and come at the same instants, whatever became of those before.
+that all begin with empty caches. Prompts share beginnings as those of a trace of conversations do, and come at the same
+instants, whatever became of those before (benchmarks/shared_prefixes.py).
 
     TTFT      from sending to the first token at the client
     hit rate  cached prompt tokens, as the service says, of all; beside it what one endless cache would give
