@@ -116,8 +116,8 @@ def test_a_link_that_narrows_slows_what_is_under_way() -> None:
 
 
 def test_a_prompt_waits_in_the_gateway_for_room_to_decode() -> None:
-    """The decode worker has 11 pages, enough for one sequence of 103 tokens. Admission holds the second prompt until the
-    first sequence has ended, at 0.31; then it is computed until 0.41, its K/V has arrived at 0.42, and steps end at
+    """The decode worker has 11 pages, enough for one sequence of 103 tokens. Admission holds the second prompt until
+    the first sequence has ended, at 0.31; then it is computed until 0.41, its K/V has arrived at 0.42, and steps end at
     0.52 and 0.62."""
     small = replace(KIND, engine=replace(KIND.engine, num_pages=11))
 
