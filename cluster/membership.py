@@ -123,7 +123,7 @@ class Membership:
         self._model: ModelInfo | None = None
         self._live_view = LiveView(self_test=self_test)
         self._view: ClusterView | None = None  # None: something changed since
-        self._changed_members: set[_Member] = set()  # that changed since it was made
+        self._changed_members: dict[_Member, None] = {}  # that changed since it was made, in that order
         self._costs: CostView = NO_COSTS
         self._offload: Offload = NO_OFFLOAD
         self._probes_by_outcome: Counter[str] = Counter()
@@ -400,7 +400,7 @@ class Membership:
         del self._members[worker_id], self._engines[member.engine_id]
         self._prefixes.remove_worker(member.engine_id)
         self._live_view.remove(worker_id)
-        self._changed_members.discard(member)
+        self._changed_members.pop(member, None)
         self._forget_view()
         num_open = member.client.num_open
         logger.log(level, "worker %s (%s) is out: %s; %d open sequences", worker_id, member.engine_id, reason, num_open)
@@ -471,7 +471,7 @@ class Membership:
     def _forget_member(self, member: _Member) -> None:
         """What is known of one worker has changed; nothing happens if it is not in the view any more."""
         if self._engines.get(member.engine_id) is member:
-            self._changed_members.add(member)
+            self._changed_members[member] = None
             self._view = None
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
