@@ -12,6 +12,7 @@ Invariant: what was started is stopped, in order, when the ``with`` block ends, 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from contextlib import ExitStack, suppress
@@ -23,7 +24,7 @@ from typing import Any, Self
 import psutil
 import yaml
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.network_lab import Namespace, NetworkLab
 from cluster.service_process import ServiceProcess
@@ -37,6 +38,7 @@ LEASE_S = 3.0
 
 _MODEL = {
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -51,7 +53,7 @@ _MODEL = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
-_ENGINE = {
+_ENGINE: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
     "threads": 1,
@@ -66,7 +68,7 @@ _ENGINE = {
 def save_model(folder: Path) -> str:
     """A configuration and a tokenizer in ``folder``; returns the name by which a service loads it."""
     folder.mkdir(parents=True)
-    LlamaConfig(**_MODEL).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(_MODEL), encoding="utf-8")
     words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCAB_SIZE)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(str(folder))
     return f"dummy:{folder}"

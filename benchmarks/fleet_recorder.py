@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -19,6 +20,9 @@ from benchmarks.datacenters import EAST, WEST
 from benchmarks.steady_load import Request
 from protos import serving_pb2 as pb
 from protos import serving_pb2_grpc as rpc
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 INTERVAL_S = 0.2
 _TIMEOUT_S = 5.0
@@ -78,7 +82,7 @@ class FleetRecorder:
     async def __aexit__(self, *_: object) -> None:
         self._sampling.cancel()
         await asyncio.gather(self._sampling, return_exceptions=True)
-        await self._channel.close()
+        await self._channel.close(None)
 
     def mark(self, label: str) -> float:
         """Note that something is done now; returns the instant."""
@@ -161,7 +165,7 @@ def _sample(info: pb.GetClusterInfoResponse, at: float, received: float, shaped:
     )
 
 
-def write_json(path: Path, recorder: FleetRecorder, requests: Sequence[Request], more: dict[str, object]) -> None:
+def write_json(path: Path, recorder: FleetRecorder, requests: Sequence[Request], more: Mapping[str, object]) -> None:
     """The time series, for whoever compares runs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
@@ -183,10 +187,10 @@ def draw(path: Path, recorder: FleetRecorder, requests: Sequence[Request], longe
     samples = recorder.samples
     at = [sample.at for sample in samples]
 
-    def line(axes, values, label, **style):  # type: ignore[no-untyped-def]
+    def line(axes: Axes, values: Sequence[float], label: str, **style: Any) -> None:
         axes.plot(at, values, label=label, linewidth=1.3, drawstyle="steps-post", **style)
 
-    def dots(found: Sequence[Request], label: str, **style: object) -> None:
+    def dots(found: Sequence[Request], label: str, **style: Any) -> None:
         shown = [(request.sent_at, len(request.prompt_ids)) for request in found]
         if shown:
             lengths.scatter(*zip(*shown, strict=True), s=12, label=label, **style)

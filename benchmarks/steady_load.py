@@ -97,7 +97,7 @@ class SteadyLoad:
         for task in self._under_way:
             task.cancel()
         await asyncio.gather(*self._under_way, return_exceptions=True)
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def stop(self) -> None:
         """Send nothing more."""
@@ -126,7 +126,7 @@ class SteadyLoad:
     def next_length(self, number: int) -> int:
         """Tokens of the prompt with that number."""
         shortest, longest = self.mix.prompt_tokens
-        return round(shortest * (longest / shortest) ** (number * _GOLDEN % 1.0))
+        return round(float(shortest * (longest / shortest) ** (number * _GOLDEN % 1.0)))
 
     async def _send(self) -> None:
         number, due = 0, self.now

@@ -417,7 +417,7 @@ class ServiceConfig:
             "must be 0 with join, as K/V of a joined cluster goes to the decode workers of the gateway's",
             self.decode.count,
         )
-        for name in ("http", "grpc", "registry", "router"):
+        for name in ("http", "grpc", "registry", "router", "admission", "planner"):
             section = getattr(self, name)
             if section != type(section)():
                 raise InvalidConfig(name, "means nothing with join: a joined cluster has no gateway; leave it out")
