@@ -36,8 +36,9 @@ from engine.engine import Engine
 WIDE_GBPS = 0.5
 NARROW_GBPS = WIDE_GBPS / 10
 SHORTEST, LONGEST = 48, 1024  # tokens of a prompt
-CALM = Mix(rate_rps=3.0, prompt_tokens=(SHORTEST, LONGEST), output_tokens=8)
-SURGE = Mix(rate_rps=1.5, prompt_tokens=(SHORTEST, 4 * SHORTEST), output_tokens=160)
+CALM = Mix(rate_rps=2.0, prompt_tokens=(SHORTEST, LONGEST), output_tokens=8)
+LONG_ANSWERS = Mix(rate_rps=0.5, prompt_tokens=(SHORTEST, 4 * SHORTEST), output_tokens=128)
+BURST = 24  # of them at once, more than are decoded at a time: a queue grows
 
 READY_WITHIN_S = 120.0
 MOVES_WITHIN_S = 2.0
@@ -148,8 +149,10 @@ class Story:
         """c: the roles of east are those that its workers themselves advertise."""
         say("c  a surge of long answers")
         before = self._roles()
-        self._load.mix = SURGE
+        self._load.mix = LONG_ANSWERS
         began_at = self._recorder.mark("c: long answers")
+        for number in range(BURST):
+            self._load.spawn(self._load.next_length(number), LONG_ANSWERS.output_tokens)
         more = await self._recorder.wait_for(lambda sample: sample.num_decode > before[1], CONVERTS_WITHIN_S)
         took_s = math.inf if more is None else more.at - began_at
         self._check(
@@ -242,7 +245,7 @@ def compare_with_one_engine(model: str, load: SteadyLoad, checks: Checks) -> Non
         "prefilled in west": [r for r in answered if r.prefill_worker.startswith(WEST) and r.num_attempts == 1],
         "prefilled in east": [r for r in answered if not r.prefill_worker.startswith(WEST) and r.num_attempts == 1],
         "moved under way": [r for r in answered if r.num_attempts > 1],
-        "long answers": [r for r in answered if r.output_tokens == SURGE.output_tokens],
+        "long answers": [r for r in answered if r.output_tokens == LONG_ANSWERS.output_tokens],
     }
     chosen = {kind: found[-2:] for kind, found in kinds.items() if found}
     engine = Engine.load_model(engine_config(), model, WallClock())
