@@ -25,7 +25,7 @@ TPOT_SLO_S = 0.040
 
 # How prompts are divided: the planner, nothing or everything offloaded, or the paper's threshold whatever happens.
 PLANNERS: Mapping[str, PlannerConfig] = {
-    "adaptive": PlannerConfig(mode=PLANNER_DUAL, tpot_s=TPOT_SLO_S),
+    "adaptive": PlannerConfig(mode=PLANNER_DUAL),
     "local": PlannerConfig(mode=PLANNER_OFF),
     "remote": PlannerConfig(mode=PLANNER_STATIC, threshold_tokens=0),
     "static": PlannerConfig(mode=PLANNER_STATIC, threshold_tokens=19_400),
@@ -61,7 +61,7 @@ class CaseStudy:
             else cluster
             for cluster in scenario.clusters
         )
-        return replace(scenario, clusters=clusters, planner=planner)
+        return replace(scenario, clusters=clusters, planner=planner, tpot_slo_s=TPOT_SLO_S)
 
 
 def requests(count: int, rate_rps: float, *, burstiness: float = 1.0, seed: int = 0) -> Workload:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from cluster.catalogue import load_catalogue
 from cluster.cost_model import CostView
@@ -10,7 +11,6 @@ from cluster.cost_recorder import CostRecorder
 from cluster.demand import DemandMeter
 from cluster.membership import Connect, Membership
 from cluster.planner import Planner
-from cluster.planning_view import PlanningLimits
 from cluster.router import Router
 from cluster.routing_policy import RoutingPolicy
 from cluster.simulator.conversation import Turn
@@ -22,6 +22,22 @@ from core.request import EngineId, GatewayId, RequestTiming
 from protos.channels import InternalGrpc
 
 _GATEWAY = GatewayId("gateway")
+
+
+@dataclass(frozen=True)
+class _Traffic:
+    """What the planner asks of the router."""
+
+    router: Router
+    num_untold: Callable[[], int]
+
+    @property
+    def num_open_tokens(self) -> int:
+        return self.router.num_open_tokens + self.num_untold()
+
+    @property
+    def num_queued(self) -> int:
+        return self.router.num_queued
 
 
 class SimulatedGateway:
@@ -48,13 +64,13 @@ class SimulatedGateway:
         self.planner = Planner(
             self.membership,
             demand,
-            lambda: self.router.num_open_tokens + num_untold(),
+            _Traffic(self.router, num_untold),
             scenario.planner,
             loop,
             cluster_id=scenario.home,
-            limits=PlanningLimits(scenario.home_cluster.kind.engine.max_batch_size, scenario.planner.tpot_s),
             capacity=scenario.capacity,
             retest=retest,
+            tpot_s=scenario.tpot_slo_s or scenario.admission.tpot_slo_s,
         )
         self.records: list[RequestRecord] = []
         self.began_at = 0.0

@@ -47,6 +47,7 @@ class Scenario:
     gateway: ClusterId | None = None  # where the gateway is; None: in the first cluster that decodes
     router: RouterConfig = field(default_factory=lambda: RouterConfig(max_inflight=1_000_000))
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    tpot_slo_s: float | None = None  # that the planner keeps decode batches to; None: admission's
     planner: PlannerConfig = field(default_factory=lambda: PlannerConfig(mode=PLANNER_OFF))
     learn_costs: bool = False  # policies predict with what workers report, as live ones do; False: they know
     deaths: tuple[WorkerDeath, ...] = ()
