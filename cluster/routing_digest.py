@@ -243,7 +243,9 @@ def cached_tokens(
     levels: dict[Pool, list[tuple[int, int]]] = {}
     array: Floats | None = None
     for page_size, match in matches.items():
-        digest.know_slots(match.slots)  # the same of all: there is one prefix index
+        if not match.levels:
+            continue
+        digest.know_slots(match.slots)  # the same of all that have some: there is one prefix index
         pools = digest.pools_by_page_size.get(page_size, ())
         for level in match.levels:
             tokens, in_all = min(level.num_pages * page_size, num_tokens - 1), 0

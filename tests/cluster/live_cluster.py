@@ -49,7 +49,7 @@ from protos.channels import InternalGrpc
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 120
 PLAIN = TlsConfig(mode="off")
-ROUTER = RouterConfig(lease_s=3.0, no_route_wait_s=60.0, max_attempts=6)
+ROUTER = RouterConfig(lease_s=3.0, no_route_wait_s=60.0, max_attempts=6, costs_file=None)
 
 
 @dataclass

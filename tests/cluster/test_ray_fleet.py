@@ -66,7 +66,7 @@ def service(model: str, **changes: object) -> ServiceConfig:
         engine=EngineConfig(device="cpu", dtype="float32", num_pages=64, max_batch_tokens=64, max_batch_size=8),
         prefill=PoolConfig(count=1, num_cpus=0.5),
         decode=PoolConfig(count=1, num_cpus=0.5, placement="PACK"),
-        router=RouterConfig(lease_s=3.0),
+        router=RouterConfig(lease_s=3.0, costs_file=None),
         http=HttpConfig(port=0),
         grpc=GrpcConfig(port=0),
         drain_timeout_s=2.0,

@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 
+from core.compute import UNKNOWN_PROFILE, ComputeProfile, StepSample
 from core.fingerprint import CacheFingerprint
 from core.link import LinkEstimate, ProbeReport
 from core.prefix_hash import PageEvents
@@ -89,6 +90,7 @@ class FakeWorker(rpc.WorkerServicer):
     draining: bool = False
     pages_free: int = 1000
     step_s: float = 0.0
+    compute: ComputeProfile = UNKNOWN_PROFILE
     hooks: dict[str, Hook] = field(default_factory=dict)
     internal: InternalGrpc = field(default_factory=lambda: InternalGrpc(None))
 
@@ -104,6 +106,8 @@ class FakeWorker(rpc.WorkerServicer):
         self.aborts: list[tuple[str, Role]] = []
         self.links: tuple[LinkEstimate, ...] = ()  # what Watch says of them
         self._page_events: PageEvents | None = None  # said once
+        self._steps: tuple[StepSample, ...] = ()  # said once
+        self.load_age_s = 0.0  # what Watch says of its load
         self.probe: Probe = passing_probe
         self.probed: list[str] = []  # workers to which a self-test was asked for
         self.watchers: list[float] = []  # interval asked for by each Watch stream
@@ -149,9 +153,10 @@ class FakeWorker(rpc.WorkerServicer):
         draining: bool | None = None,
         links: tuple[LinkEstimate, ...] | None = None,
         page_events: PageEvents | None = None,
+        steps: tuple[StepSample, ...] = (),
     ) -> None:
         """Advertise something else."""
-        self._page_events = page_events
+        self._page_events, self._steps = page_events, steps
         self.links = self.links if links is None else links
         self.role = role or self.role
         self.draining = self.draining if draining is None else draining
@@ -179,12 +184,14 @@ class FakeWorker(rpc.WorkerServicer):
             kv_bytes_per_token=64,
             transport="fake",
             pages_total=1000,
+            compute=wire.compute_to_message(self.compute),
         )
 
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WorkerState]:  # noqa: N802
         self.watchers.append(request.interval_s)
         while True:
             events, self._page_events = self._page_events, None
+            steps, self._steps = self._steps, ()
             yield pb.WorkerState(
                 engine_id=self.engine_id,
                 role=self.role.value,
@@ -195,6 +202,8 @@ class FakeWorker(rpc.WorkerServicer):
                 num_other_role=self.num_other_role,
                 links=map(wire.link_to_message, self.links),
                 page_events=None if events is None else wire.page_events_to_message(events),
+                steps=map(wire.step_to_message, steps),
+                load_age_s=self.load_age_s,
             )
             if self.silent.is_set():
                 await asyncio.Event().wait()

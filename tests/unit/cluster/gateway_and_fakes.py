@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from cluster.config import AdmissionConfig, RouterConfig
-from cluster.membership import Membership
+from cluster.membership import Membership, WorkerListener
 from cluster.router import RequestObserver, Router
 from cluster.routing_policy import RoundRobin, RoutingPolicy
 from core.clock import WallClock
@@ -29,7 +29,7 @@ from protos.channels import InternalGrpc
 from tests.unit.cluster.fake_worker import FakeWorker
 
 GATEWAY = GatewayId("gateway-1")
-CONFIG = RouterConfig(lease_s=2.0, no_route_wait_s=2.0, max_attempts=4, max_inflight=64)
+CONFIG = RouterConfig(lease_s=2.0, no_route_wait_s=2.0, max_attempts=4, max_inflight=64, costs_file=None)
 PROMPT = (1, 2, 3, 4, 5)
 PATIENCE_S = 5.0
 
@@ -143,10 +143,11 @@ async def gateway(
     self_test: bool = False,
     admission: AdmissionConfig | None = None,
     observer: RequestObserver | None = None,
+    listener: WorkerListener | None = None,
 ) -> AsyncIterator[Gateway]:
     """A gateway with so many fake workers, ``prefill-0``, ``decode-0``, ...; whatever happens, nothing is left."""
     clock = WallClock()
-    membership = Membership(config, GATEWAY, clock, InternalGrpc(None), self_test=self_test)
+    membership = Membership(config, GATEWAY, clock, InternalGrpc(None), self_test=self_test, listener=listener)
     registry = await membership.start("127.0.0.1")
     router = Router(membership, policy or RoundRobin(), config, clock, GATEWAY, admission, observer)
     running = Gateway(membership, router, registry, clock)

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, replace
 
 from cluster.admission import AdmissionCounters
 from cluster.config import ServiceConfig
+from cluster.cost_model import ComputeCost, CostError, CostView, LinearCost
 from cluster.generation import Generation
 from cluster.link_tester import Pair, PairResult
 from cluster.metrics import Metrics
 from cluster.planner import PlannerStatus
 from cluster.tokenizer import Tokenizer
-from cluster.view import ClusterView, Links, ModelInfo, WorkerLoad, WorkerView
+from cluster.view import ClusterView, Links, ModelInfo, Offload, WorkerLoad, WorkerView
 from core.clock import WallClock
 from core.errors import Cancelled, PrfaasError
 from core.fingerprint import CacheFingerprint
@@ -52,6 +53,21 @@ TIMING = RequestTiming(
     admission_s=0.125,
     slo_ttft_met=True,
     slo_miss_expected="slo_ttft: late",
+    tpot_s=0.02,
+    fallback="link_down",
+    expected_ttft_s=0.2,
+    expected_tpot_s=0.025,
+    expected_bytes_shipped=2048,
+    colocated_ttft_s=0.3,
+    colocated_tpot_s=0.03,
+)
+COSTS = CostView(
+    {
+        "tiny on a cpu": ComputeCost(
+            LinearCost((0.03, 2e-4, 5e-9), 7, CostError(7, 0.1, 0.2, -0.05)), LinearCost((0.02, 1e-3, 1e-7))
+        )
+    },
+    {(ClusterId("local"), ClusterId("local")): LinearCost((1e-3, 1e-9))},
 )
 
 
@@ -79,9 +95,10 @@ class FixedMembership:
         self.served: ModelInfo | None = MODEL
         self.links: Links = {}
         self.probes_by_outcome: Mapping[str, int] = {}
+        self.offload = Offload(2048, reason="balances both prefill stages")
 
     def view(self) -> ClusterView:
-        return ClusterView(at=0.0, workers=self.workers, links=self.links)
+        return ClusterView(0.0, self.workers, self.links, COSTS, self.offload)
 
     def model(self) -> ModelInfo | None:
         return self.served
@@ -115,8 +132,8 @@ class Counters:
     retries_by_reason: Mapping[str, int] = field(default_factory=lambda: {"prefill worker lost": 2})
     resumes_by_reason: Mapping[str, int] = field(default_factory=lambda: {"decode worker lost": 1})
     admission: AdmissionCounters = field(default_factory=AdmissionCounters)
-    fallbacks_by_reason: Mapping[str, int] = field(default_factory=dict)
-    routes_by_place: Mapping[str, int] = field(default_factory=lambda: {"local": 5})
+    fallbacks_by_reason: Mapping[str, int] = field(default_factory=lambda: {"link_down": 3})
+    routes_by_place: Mapping[str, int] = field(default_factory=lambda: {"local": 4, "colocated": 1})
 
 
 class ScriptedRouter:

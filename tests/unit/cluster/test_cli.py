@@ -27,7 +27,7 @@ from cluster.link_tester import Pair, PairResult
 from cluster.planner import PlannerStatus, PlanSample
 from cluster.planning_policy import FleetTarget, Roles
 from cluster.role_conversion import Conversion
-from cluster.view import LinkView
+from cluster.view import NO_OFFLOAD, LinkView
 from core.credentials import Credentials
 from core.errors import NoRoute, Overloaded, UnsupportedModel
 from core.link import LinkEstimate, ProbeReport
@@ -108,8 +108,12 @@ async def test_generate_raw_continues_standard_input(service, run):
 async def test_generate_shows_timings_apart_from_the_answer(run):
     result = await run("generate", "hello", "--timing")
     assert result.stdout == ANSWER + "\n"
-    for words in ("prefill-0", "decode-0", "4.0 KiB", "least loaded", "2 tokens, 256 B in 0.125 s (pulled)"):
-        assert words in result.stderr
+    for words in (
+        *("prefill-0", "decode-0", "4.0 KiB", "least loaded", "2 tokens, 256 B in 0.125 s (pulled)"),
+        *("first token 0.200 s (was 0.125), 25.0 ms a token (was 20.0), 2.0 KiB shipped (was 4.0 KiB)",),
+        *("first token 0.300 s, 30.0 ms a token", "link_down"),
+    ):
+        assert words in " ".join(result.stderr.split())
 
 
 async def test_generate_json_is_one_object(service, run):
@@ -201,6 +205,25 @@ async def test_status_shows_workers_and_counters(service, run):
         "internal TLS on: work",
     ):
         assert words in result.stdout
+
+
+async def test_status_shows_costs_with_their_errors_and_where_prompts_go(service, run):
+    result = await run("status")
+    for words in (
+        "tiny on a cpu",
+        "200 us",
+        "5 ns",
+        "10%",
+        "-5%",
+        "local to local",
+        "offload to PrfaaS clusters beyond: 2,048 tokens, bandwidth scarce: balances both prefill stages",
+        "routes: 1 colocated, 4 local",
+        "fallbacks: 3 link_down",
+    ):
+        assert words in result.stdout
+    service.membership.offload = NO_OFFLOAD
+    assert "beyond: none goes, bandwidth scarce: nothing was planned yet" in (await run("status")).stdout
+    assert json.loads((await run("status", "--json")).stdout)["routes_by_place"] == {"local": 4, "colocated": 1}
 
 
 async def test_status_json_has_numbers_as_numbers(run):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import FrozenInstanceError
+import math
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.cost_model import ASSUMED_LINK_BYTES_PER_S, CostModel, CostView, Roofline
+from cluster.cost_model import (
+    ASSUMED_LINK_BYTES_PER_S,
+    UNKNOWN_COMPUTE,
+    ComputeCost,
+    CostModel,
+    CostView,
+    LinearCost,
+    Roofline,
+    cost_lines,
+)
+from core.compute import StepSample
 from core.link import LinkEstimate
 from core.request import ClusterId, WorkerId
 
@@ -325,3 +336,46 @@ def test_failed_save_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypat
 
     assert path.read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["costs.json"]
+
+
+def test_a_prompt_of_several_steps_pays_the_constant_of_each() -> None:
+    cost = ComputeCost(LinearCost((0.03, 1e-3, 0.0)), LinearCost((0.0, 0.0, 0.0)), step_tokens=100)
+    assert [cost.prefill(tokens) for tokens in (1, 100, 101, 250)] == pytest.approx([0.031, 0.13, 0.161, 0.34])
+    assert replace(cost, step_tokens=math.inf).prefill(250) == pytest.approx(0.28)
+    assert cost.prefill(0) == 0
+
+
+def test_steps_are_learnt_from_by_what_they_held() -> None:
+    model = new()
+    for tokens in (100, 200, 400, 800) * 4:
+        pairs = 3 * tokens * tokens / 6  # of three prompts: no single one of as many tokens has so few
+        model.observe_step("8b h100", StepSample(tokens, pairs, 0, 0, 0.03 + 5e-5 * tokens + 2e-9 * pairs))
+        model.observe_step("8b h100", StepSample(0, 0.0, tokens // 100, tokens, 0.007 + 3e-5 * tokens // 100))
+    model.observe_step("8b h100", StepSample(100, 5e3, 1, 10, 99.0))
+    model.observe_step("8b h100", StepSample(0, 0.0, 0, 0, 99.0))
+    cost = model.view().profiles["8b h100"]
+    assert (cost.prefill_cost.samples, cost.decode_cost.samples) == (16, 16)
+    assert cost.prefill(600) == pytest.approx(0.03 + 5e-5 * 600, rel=0.02)
+
+
+def test_of_a_profile_that_was_never_named_something_is_assumed() -> None:
+    assert new().view().compute("8b h100").prefill_cost.samples == 0
+    assert new().view().compute("another") is UNKNOWN_COMPUTE
+    assert UNKNOWN_COMPUTE.prefill(8192) == pytest.approx(0.28, rel=0.05), "about what an 8B model takes on an H100"
+
+
+def test_what_is_to_be_saved_is_of_the_moment_in_which_it_was_asked_for(tmp_path: Path) -> None:
+    model = new(tmp_path / "costs.json")
+    saving = model.saving()
+    teach(model)
+    saving()
+    assert new(tmp_path / "costs.json").view().profiles["8b h100"].prefill_cost.samples == 0
+
+
+def test_every_line_of_a_view_has_a_name() -> None:
+    lines = list(cost_lines(new().view()))
+    assert [(line.work, line.of) for line in lines] == [
+        ("prefill", "8b h100"),
+        ("decode", "8b h100"),
+        ("transfer", "far to near"),
+    ]

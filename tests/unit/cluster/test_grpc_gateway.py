@@ -1,6 +1,7 @@
 """The gRPC door, through a real server and a real client."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from cluster.config import GrpcConfig, ServiceConfig
 from cluster.front_door import Door
 from cluster.grpc_gateway import GrpcGateway, _shortest
 from cluster.internal_tls import TlsDecision
+from cluster.view import Offload
 from core.errors import (
     DeadlineExceeded,
     GrantRefused,
@@ -96,6 +98,9 @@ async def test_chunks_stream_and_one_final_message_ends_them(service, stub):
     assert (timing.bytes_shipped, timing.num_attempts, timing.route_reason) == (4096, 1, "least loaded")
     pulled = (timing.pull_outcome, timing.pulled_tokens, timing.bytes_pulled, timing.pull_s)
     assert pulled == ("pulled", 2, 256, 0.125)
+    assert (timing.tpot_s, timing.fallback) == (0.02, "link_down")
+    assert (timing.expected_ttft_s, timing.expected_tpot_s, timing.expected_bytes_shipped) == (0.2, 0.025, 2048)
+    assert (timing.colocated_ttft_s, timing.colocated_tpot_s) == (0.3, 0.03)
 
 
 async def test_the_clients_request_id_is_used_and_one_is_made_up_otherwise(stub):
@@ -397,6 +402,27 @@ async def test_cluster_info_says_who_waits_and_who_was_refused(service, stub):
     info = await stub.GetClusterInfo(pb.GetClusterInfoRequest())
 
     assert (info.num_queued, dict(info.refusals), dict(info.misses_served)) == (3, {"max_queued": 2}, {"slo_ttft": 1})
+
+
+async def test_cluster_info_tells_costs_with_their_errors_and_where_prompts_go(service, stub):
+    info = await stub.GetClusterInfo(pb.GetClusterInfoRequest())
+    assert [(c.work, c.of, c.samples) for c in info.costs] == [
+        ("prefill", "tiny on a cpu", 7),
+        ("decode", "tiny on a cpu", 0),
+        ("transfer", "local to local", 0),
+    ]
+    prefill = info.costs[0]
+    assert (list(prefill.coefficients), prefill.error_p50, prefill.error_p90) == ([0.03, 2e-4, 5e-9], 0.1, 0.2)
+    assert prefill.bias == -0.05
+    assert (info.offload.threshold_tokens, info.offload.mode) == (2048, "scarce")
+    assert info.offload.reason == "balances both prefill stages"
+    assert (dict(info.routes_by_place), dict(info.fallbacks_by_reason)) == (
+        {"local": 4, "colocated": 1},
+        {"link_down": 3},
+    )
+    service.membership.offload = Offload(math.inf, abundant=True)
+    info = await stub.GetClusterInfo(pb.GetClusterInfoRequest())
+    assert (info.offload.HasField("threshold_tokens"), info.offload.mode) == (False, "abundant")
 
 
 async def test_health_follows_the_cluster(service, channel):

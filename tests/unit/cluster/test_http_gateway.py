@@ -127,6 +127,7 @@ async def test_timings_and_worker_headers_come_with_the_answer(client):
     (timing,) = response.json()["prfaas"]["timing"]
     assert (timing["index"], timing["prefill_worker"], timing["bytes_shipped"]) == (0, "prefill-0", 4096)
     assert (timing["pull_outcome"], timing["pulled_tokens"], timing["bytes_pulled"]) == ("pulled", 2, 256)
+    assert (timing["expected_ttft_s"], timing["expected_bytes_shipped"], timing["fallback"]) == (0.2, 2048, "link_down")
     assert timing["tokenize_s"] >= 0
     *_, last = await events(client, CHAT, {"messages": HELLO})
     assert last["prfaas"]["timing"][0]["decode_worker"] == "decode-0"

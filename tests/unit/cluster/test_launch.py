@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -32,6 +33,7 @@ from cluster.launch import (
     serve_async,
 )
 from cluster.link_tester import PairResult
+from core.compute import ComputeProfile, StepSample
 from core.credentials import Pem
 from core.errors import InvalidConfig, UnsupportedModel
 from core.link import ProbeReport
@@ -59,7 +61,7 @@ def config(model: str, *, start_timeout_s: float = PATIENCE_S, drain_timeout_s: 
         served_model_name="tiny",
         prefill=PoolConfig(count=1),
         decode=PoolConfig(count=2),
-        router=RouterConfig(lease_s=2.0),
+        router=RouterConfig(lease_s=2.0, costs_file=None),
         http=HttpConfig(port=0),
         grpc=GrpcConfig(port=0),
         start_timeout_s=start_timeout_s,
@@ -162,6 +164,34 @@ async def test_a_service_answers_through_both_doors_and_stops_in_order(model: st
     assert (plan["mode"], plan["num_prefill"], plan["num_decode"]) == ("dual", 1, 2)
     assert "no PrfaaS worker" in plan["reason"]
     assert fleet.done == ["join", "start", "stop"]
+
+
+async def test_what_was_measured_is_in_the_status_and_kept_for_the_next_start(model: str, tmp_path: Path) -> None:
+    path, fleet = tmp_path / "costs.json", FakeFleet()
+    router = RouterConfig(lease_s=2.0, costs_file=str(path))
+    cpu = ComputeProfile("cpu", 1, weight_bytes=10**6, weight_flops=1e6, attention_flops=10.0, step_tokens=64)
+
+    def make(asked: ServiceConfig) -> FakeFleet:
+        fleet.make(asked)
+        for worker in fleet.workers:
+            worker.compute = cpu
+        return fleet
+
+    fleet_like = SimpleNamespace(make=make)
+    async with serving(fleet_like, replace(config(model), router=router)) as (_, endpoints):  # type: ignore[arg-type]
+        await fleet.workers[0].change(steps=(StepSample(64, 2048.0, 0, 0, 0.5),))
+        async with grpc.aio.insecure_channel(endpoints.grpc) as channel:
+            stub = rpc.GenerationStub(channel)
+            async with asyncio.timeout(PATIENCE_S):
+                while not (info := await stub.GetClusterInfo(pb.GetClusterInfoRequest())).costs[0].samples:
+                    await asyncio.sleep(0.05)
+
+    profile = "fake float32 on 1 x cpu, 64 tokens a step"
+    assert [(cost.work, cost.of, cost.samples) for cost in info.costs][:2] == [
+        ("prefill", profile, 1),
+        ("decode", profile, 0),
+    ]
+    assert json.loads(path.read_text())["lines"][f"prefill {profile}"]["samples"]
 
 
 def files_in(folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import grpc
@@ -11,9 +12,12 @@ import pytest
 
 from cluster.cluster_links import by_cluster_pair
 from cluster.config import RouterConfig
+from cluster.cost_model import CostView
 from cluster.membership import Membership
-from cluster.worker_client import SequenceEvent, WorkerLost
+from cluster.view import Offload
+from cluster.worker_client import Assignment, SequenceEvent, WorkerDescription, WorkerLost
 from core.clock import VirtualClock, WallClock
+from core.compute import StepSample
 from core.errors import InvalidConfig
 from core.link import LinkEstimate, ProbeReport
 from core.prefix_hash import PageEvents, page_hashes, page_key
@@ -460,3 +464,57 @@ async def test_workers_and_links_of_two_clusters_are_in_the_view_and_can_be_look
         assert [w.worker_id for w in view.within(ClusterId("local")).workers] == ["decode-0", "prefill-0"]
         assert list(view.within(ClusterId("local")).links) == [("prefill-0", "decode-0")]
         assert view.within(ClusterId("west")).links == {}
+
+
+class Listener:
+    """Notes what it hears."""
+
+    def __init__(self) -> None:
+        self.joined: list[str] = []
+        self.steps: list[tuple[str, StepSample]] = []
+        self.tested: list[tuple[str, str, bool]] = []
+
+    def worker_joined(self, worker: WorkerDescription) -> None:
+        self.joined.append(worker.worker_id)
+
+    def steps_measured(self, worker: WorkerDescription, steps: Sequence[StepSample]) -> None:
+        self.steps += [(worker.worker_id, step) for step in steps]
+
+    def link_tested(self, sender: WorkerDescription, receiver: WorkerDescription, report: ProbeReport) -> None:
+        self.tested.append((sender.worker_id, receiver.worker_id, report.passed))
+
+
+async def test_a_listener_hears_of_workers_steps_and_links() -> None:
+    listener, step = Listener(), StepSample(3, 4.5, 0, 0, 0.25)
+    async with gateway(1, 1, listener=listener) as g:
+        assert listener.joined == ["prefill-0", "decode-0"]
+        await g["prefill-0"].change(steps=(step,))
+        await until(lambda: listener.steps)
+        assert listener.steps == [("prefill-0", step)]
+        report = ProbeReport("tcp", 10, True, 10, 0.5)
+        g.membership.note_probe(EngineId("prefill-0-engine-1"), EngineId("decode-0-engine-1"), report)
+        assert listener.tested == [("prefill-0", "decode-0", True)]
+
+
+async def test_a_worker_is_the_same_object_in_every_view_until_something_of_it_changes() -> None:
+    async with gateway(1, 1) as g:
+        decode, prefill = g.membership.view().workers
+        client = g.membership.client(prefill.engine_id)
+        assert client is not None
+        client.open_sequence(SequenceId("s"), lambda _: None, Assignment(tokens=5, kv_tokens=9))
+
+        now_decode, now_prefill = g.membership.view().workers
+
+        assert now_decode is decode
+        assert now_prefill is not prefill
+        sent = (now_prefill.num_unreported, now_prefill.unreported_tokens, now_prefill.unreported_kv_tokens)
+        assert sent == (1, 5, 9)
+
+
+async def test_costs_and_the_planners_word_are_in_the_next_view() -> None:
+    async with gateway(1, 1) as g:
+        costs, offload = CostView({}, {}), Offload(100.0, abundant=True, reason="a test")
+        g.membership.note_costs(costs)
+        g.membership.note_offload(offload)
+        assert g.membership.view().costs is costs
+        assert g.membership.view().offload is offload

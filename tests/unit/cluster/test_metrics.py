@@ -8,7 +8,7 @@ import pytest
 from cluster.admission import WAIT_BUCKETS_S, AdmissionCounters
 from cluster.colocation import Gain, Served
 from cluster.front_door import Door
-from cluster.metrics import Metrics, RequestRecord, SloResult
+from cluster.metrics import Metrics, RequestRecord, SloResult, forecast_errors
 from cluster.metrics import Outcome as RequestOutcome
 from cluster.planner import PlannerStatus
 from cluster.planning_policy import FleetTarget, Roles
@@ -26,7 +26,7 @@ from core.errors import (
 )
 from core.link import LinkEstimate
 from core.request import ClusterId, Role, WorkerId
-from tests.unit.cluster.scripted_router import FixedMembership, ScriptedPlanner, ScriptedRouter, worker
+from tests.unit.cluster.scripted_router import TIMING, FixedMembership, ScriptedPlanner, ScriptedRouter, worker
 
 
 @pytest.fixture
@@ -159,6 +159,31 @@ def test_pulls_are_counted_by_how_they_ended(metrics, membership):
     assert value("prfaas_worker_pulls_total", {**labels, "outcome": "timeout"}) == 2
     assert value("prfaas_worker_pulled_tokens_total", labels) == 640
     assert value("prfaas_worker_pulled_bytes_total", labels) == 81920
+
+
+def test_routes_and_fallbacks_come_from_the_router(metrics):
+    value = metrics.registry.get_sample_value
+    assert value("prfaas_fallbacks_total", {"reason": "link_down"}) == 3
+    assert value("prfaas_routes_total", {"place": "local"}) == 4
+
+
+def test_costs_are_published_with_their_errors(metrics):
+    value, labels = metrics.registry.get_sample_value, {"work": "prefill", "of": "tiny on a cpu"}
+    assert value("prfaas_cost_samples_total", labels) == 7
+    errors = [value("prfaas_cost_relative_error", labels | {"statistic": name}) for name in ("p50", "p90", "bias")]
+    assert errors == [0.1, 0.2, -0.05]
+    assert value("prfaas_cost_samples_total", {"work": "transfer", "of": "local to local"}) == 0
+
+
+def test_a_forecast_is_held_against_what_came_of_it(metrics):
+    timing = replace(TIMING, route_s=0.05, admission_s=0.0)
+    assert forecast_errors(timing) == pytest.approx({"ttft": 0.0, "tpot": 0.25, "bytes_shipped": -0.5})
+    assert forecast_errors(replace(timing, num_attempts=2)) == {}
+    assert forecast_errors(replace(timing, expected_ttft_s=None, tpot_s=None, prefill_worker=None)) == {}
+    metrics.observe(record(timings=(timing, timing)))
+    value = metrics.registry.get_sample_value
+    assert value("prfaas_forecast_relative_error_count", {"of": "tpot"}) == 2
+    assert value("prfaas_forecast_relative_error_bucket", {"of": "bytes_shipped", "le": "-0.5"}) == 2
 
 
 def test_two_gateways_in_one_process_do_not_share_a_registry(metrics, membership):

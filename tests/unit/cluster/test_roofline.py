@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from cluster.catalogue import AttentionLayers, DeviceSpec, ModelShape, load_catalogue
-from cluster.roofline import Efficiency, Instance
+from cluster.roofline import Efficiency, Instance, of_engine
+from core.compute import ComputeProfile
 from core.errors import InvalidConfig
 
 # 1e9 parameters; 1 TFLOPS: 2 GB of weights over 100 GB/s are 20 ms.
@@ -66,3 +67,31 @@ def test_the_live_cost_model_begins_at_the_same_seconds() -> None:
 def test_an_efficiency_is_a_share() -> None:
     with pytest.raises(InvalidConfig, match=r"memory: must be above 0 and at most 1, got 1.5"):
         Efficiency(memory=1.5)
+
+
+LIVE = ComputeProfile("", 2, weight_bytes=10**9, weight_flops=2e9, attention_flops=1e5, step_tokens=512)
+
+
+@pytest.mark.parametrize(
+    ("name", "flops_per_s", "bytes_per_s"),
+    [
+        ("NVIDIA H100 80GB HBM3", 2 * 989.4e12 * 0.6, 2 * 3350e9 * 0.75),
+        ("NVIDIA H20", 2 * 148e12 * 0.6, 2 * 4000e9 * 0.75),
+        ("NVIDIA A100-SXM4-80GB", 2 * 312e12 * 0.6, 2 * 2039e9 * 0.75),
+        ("cpu Intel(R) Xeon(R) Processor", 2 * 2.5e11, 1e10),
+        ("NVIDIA GeForce RTX 9090", 1e14, 7e11),
+    ],
+)
+def test_a_live_engine_begins_at_its_device_or_at_an_assumption(
+    name: str, flops_per_s: float, bytes_per_s: float
+) -> None:
+    roofline = of_engine(replace(LIVE, device=name), "bfloat16", 1000, load_catalogue(), Efficiency())
+
+    assert (roofline.flops_per_s, roofline.bytes_per_s) == pytest.approx((flops_per_s, bytes_per_s))
+    assert (roofline.weight_flops, roofline.attention_flops) == (2e9, 1e5)
+    assert (roofline.weight_bytes, roofline.kv_bytes_per_token) == (10**9, 1000)
+
+
+def test_a_cpu_is_slower_in_float32() -> None:
+    roofline = of_engine(replace(LIVE, device="cpu Xeon"), "float32", 1000, load_catalogue(), Efficiency())
+    assert roofline.flops_per_s == 2 * 1e11

@@ -12,7 +12,9 @@ import grpc
 import pytest
 
 from cluster.config import AdmissionConfig
-from cluster.routing_policy import RoundRobin, RouteRequest, make_policy
+from cluster.output_lengths import ASSUMED_TOKENS
+from cluster.prfaas_routing import PrfaasRouting
+from cluster.routing_policy import RoundRobin, RouteRequest, RoutingSettings, make_policy
 from cluster.view import ClusterView, Forecast, Route
 from core.errors import (
     Cancelled,
@@ -151,6 +153,98 @@ async def test_without_prefill_workers_the_decode_worker_prefills_and_the_reason
         assert answer.timing.prefill_worker is None
         assert "no prefill worker is ready" in answer.timing.route_reason
         assert answer.timing.cached_tokens == 1
+
+
+async def test_a_fallback_is_counted_logged_once_and_named_in_the_response(caplog: pytest.LogCaptureFixture) -> None:
+    async with gateway(num_prefill=0) as g:
+        answers = [await g.generate(g.request()) for _ in range(3)]
+
+        assert [answer.timing.fallback for answer in answers] == ["no_prefill_worker"] * 3
+        assert g.router.counters.fallbacks_by_reason == {"no_prefill_worker": 3}
+        assert g.router.counters.routes_by_place == {"colocated": 3}
+        assert caplog.text.count("fallback no_prefill_worker") == 1
+
+
+async def test_without_prefill_fail_ends_the_request_at_once_with_the_reason() -> None:
+    async with gateway(num_prefill=0, config=replace(CONFIG, without_prefill="fail", no_route_wait_s=60.0)) as g:
+        with pytest.raises(NoRoute, match=r"router\.without_prefill is fail.*no prefill worker is ready"):
+            await g.generate(g.request())
+
+        assert g.router.counters.fallbacks_by_reason == {"no_prefill_worker": 1}
+        assert g.router.counters.routes_by_place == {}
+        assert g["decode-0"].decodes == []
+
+
+async def test_without_prefill_wait_takes_the_prefill_worker_that_comes() -> None:
+    async with gateway(num_prefill=0, config=replace(CONFIG, without_prefill="wait")) as g:
+        asked = asyncio.create_task(g.generate(g.request()))
+        await asyncio.sleep(0.05)
+        assert not asked.done()
+        await g.add(FakeWorker("prefill-0", Role.PREFILL))
+
+        timing = (await asked).timing
+
+        assert (timing.prefill_worker, timing.fallback) == ("prefill-0", "")
+        assert g.router.counters.fallbacks_by_reason == {}
+
+
+async def test_without_prefill_wait_gives_up_in_the_end() -> None:
+    async with gateway(num_prefill=0, config=replace(CONFIG, without_prefill="wait", no_route_wait_s=0.05)) as g:
+        with pytest.raises(NoRoute, match=r"router\.without_prefill is wait"):
+            await g.generate(g.request())
+
+        assert g.router.counters.fallbacks_by_reason == {"no_prefill_worker": 1}
+
+
+async def test_a_colocated_route_by_choice_is_no_fallback() -> None:
+    config = replace(CONFIG, without_prefill="fail")
+    policy = PrfaasRouting(RoutingSettings(colocate="always"))
+    async with gateway(config=config, policy=policy) as g:
+        timing = (await g.generate(g.request())).timing
+
+        assert (timing.prefill_worker, timing.fallback) == (None, "")
+        assert g.router.counters.routes_by_place == {"colocated": 1}
+
+
+async def test_what_was_expected_stands_beside_what_came_of_it() -> None:
+    async with gateway(policy=PrfaasRouting(RoutingSettings(colocate="never"))) as g:
+        timing = (await g.generate(g.request())).timing
+
+        assert timing.expected_bytes_shipped == len(PROMPT) * 64
+        seconds = (timing.expected_ttft_s, timing.expected_tpot_s, timing.colocated_ttft_s, timing.colocated_tpot_s)
+        assert all(value is not None and value > 0 for value in seconds)
+        assert timing.tpot_s is not None
+        assert timing.tpot_s == pytest.approx((timing.total_s - timing.ttft_s) / 7, abs=0.05)
+
+
+async def test_what_was_sent_counts_on_its_workers_until_they_report_it() -> None:
+    async with gateway(policy=PrfaasRouting(RoutingSettings(colocate="never"))) as g:
+        for worker in g.workers.values():
+            worker.load_age_s = 60.0  # its reports are of before
+        g["prefill-0"].hooks[FIRST_TOKEN] = stall
+        asked = asyncio.create_task(g.generate(g.request(num_tokens=8)))
+        await until(lambda: all(worker.num_unreported for worker in g.membership.view().workers))
+
+        decode, prefill = g.membership.view().workers
+        assert (prefill.unreported_tokens, prefill.unreported_kv_tokens) == (len(PROMPT), 0)
+        assert (decode.unreported_tokens, decode.unreported_kv_tokens) == (0, len(PROMPT) + 8)
+        asked.cancel()
+        await until(lambda: not any(worker.num_unreported for worker in g.membership.view().workers))
+
+
+async def test_a_policy_is_told_how_much_output_to_expect() -> None:
+    asked: list[RouteRequest] = []
+
+    class Noting(RoundRobin):
+        def route(self, request: RouteRequest, view: ClusterView) -> Route:
+            asked.append(request)
+            return super().route(request, view)
+
+    async with gateway(policy=Noting()) as g:
+        await g.generate(g.request(num_tokens=8))
+        await g.generate(g.request(num_tokens=30))
+
+        assert [(request.num_output, request.mean_output) for request in asked] == [(8, ASSUMED_TOKENS), (8, 8.0)]
 
 
 async def test_a_finish_does_not_wait_for_ever_for_the_report_of_the_hand_over() -> None:

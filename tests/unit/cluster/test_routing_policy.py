@@ -12,6 +12,7 @@ from cluster.prefix_index import PrefixLevel, PrefixMatch
 from cluster.routing_policy import (
     POLICIES,
     CacheAware,
+    Fallback,
     LeastLoaded,
     RoundRobin,
     RouteRequest,
@@ -110,6 +111,7 @@ def test_a_route_is_made_of_ready_compatible_workers_and_has_a_reason(
     route = policy.route(request, cluster)
 
     assert route.reason
+    assert bool(route.fallback) == (route.prefill is None)
     assert route == make_policy(name, APART).route(request, cluster)
     assert route.decode in cluster.ready(Role.DECODE)
     if route.prefill is not None:
@@ -163,6 +165,7 @@ def test_without_prefill_workers_the_decode_worker_prefills_and_the_reason_says_
     route = LeastLoaded().route(request(), view(worker("d0", Role.DECODE)))
 
     assert route.prefill is None
+    assert route.fallback == Fallback.NO_PREFILL_WORKER
     assert "d0 prefills: no prefill worker is ready" in route.reason
 
 
@@ -170,6 +173,7 @@ def test_without_a_compatible_prefill_worker_the_reason_names_what_differs() -> 
     route = LeastLoaded().route(request(), view(worker("d0", Role.DECODE), other_layout(worker("p0", Role.PREFILL))))
 
     assert route.prefill is None
+    assert route.fallback == Fallback.INCOMPATIBLE
     assert "layout differs" in route.reason
 
 
@@ -273,6 +277,7 @@ def test_a_decode_worker_that_nobody_can_ship_to_comes_last_and_says_why(policy:
     assert {policy.route(request(ordinal), one_left).decode.worker_id for ordinal in range(4)} == {"d1"}
     alone = policy.route(request(), none_left)
     assert alone.prefill is None
+    assert alone.fallback == Fallback.LINK_DOWN
     assert "no link from a prefill worker can be used (p0 to it: PeerLost: no answer)" in alone.reason
 
 

@@ -10,9 +10,19 @@ from dataclasses import replace
 import grpc
 import pytest
 
-from cluster.worker_client import GrpcWorkerClient, SequenceEvent, WorkerLost
+from cluster.worker_client import Assignment, GrpcWorkerClient, SequenceEvent, WorkerLost
+from core.compute import ComputeProfile
 from core.errors import InvalidRequest, PeerLost, PrfaasError, SequenceFailed
-from core.request import Role, SamplingParams, SequenceFailure, SequenceId, SequenceSpec, SessionId, TokenChunk
+from core.request import (
+    Role,
+    SamplingParams,
+    SequenceFailure,
+    SequenceId,
+    SequenceSpec,
+    SessionId,
+    TokenChunk,
+    WorkerId,
+)
 from protos.channels import InternalGrpc
 from tests.unit.cluster.fake_worker import ANNOUNCED, FakeWorker, Refusal, Visit
 from tests.unit.cluster.gateway_and_fakes import GATEWAY, until
@@ -154,3 +164,38 @@ async def test_a_status_becomes_the_error_that_says_what_to_do(code: grpc.Status
 
         with pytest.raises(error, match="prompt: too long"):
             await client.decode(SPEC, None)
+
+
+async def test_what_is_sent_counts_until_a_report_could_count_it() -> None:
+    async with connection() as (_, client, _):
+        asked = Assignment(tokens=3, kv_tokens=7)
+        client.open_sequence(SPEC.sequence_id, lambda _: None, asked)
+        client.note_report(0.0)
+        assert client.unreported == (asked,), "the worker has not said that it has it"
+
+        await client.decode(SPEC, None)
+        client.note_report(5.0)
+        assert [sent.tokens for sent in client.unreported] == [3], "that load is older"
+        client.note_report(0.0)
+        assert client.unreported == ()
+        assert client.num_open == 1
+
+
+async def test_what_is_closed_or_lost_is_no_longer_waited_for() -> None:
+    async with connection() as (_, client, _):
+        client.open_sequence(SequenceId("a"), lambda _: None, Assignment(1))
+        client.open_sequence(SequenceId("b"), lambda _: None, Assignment(2))
+        client.close_sequence(SequenceId("a"))
+        assert client.unreported == (Assignment(2),)
+        client.fail("gone")
+        assert client.unreported == ()
+
+
+async def test_workers_alike_in_model_device_and_step_share_a_profile() -> None:
+    async with connection() as (_, client, _):
+        described = client.description
+        assert described.profile == "", "nothing is known of its device"
+        one = replace(described, compute=ComputeProfile("NVIDIA H100", 2, step_tokens=512))
+        assert one.profile == "fake float32 on 2 x NVIDIA H100, 512 tokens a step"
+        assert one.profile == replace(one, worker_id=WorkerId("decode-1")).profile
+        assert one.profile != replace(one, compute=replace(one.compute, step_tokens=256)).profile
