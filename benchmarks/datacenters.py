@@ -96,7 +96,7 @@ def _datacenter(lab: NetworkLab, name: str, model: str, folder: Path, capacity_g
         "served_model_name": "random-llama",
         "cluster_id": name,
         "host": namespace.address,
-        "engine": {**_ENGINE, "turns_file": str(folder / f"turns-{name}")},
+        "engine": _ENGINE,  # of one thread each: the kernel shares the core out
         "kv_transfer": {
             "lease_s": 10.0,
             "links": [{"from_cluster": WEST, "to_cluster": EAST, "connections": 2, "capacity_gbps": capacity_gbps}],

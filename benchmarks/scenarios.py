@@ -36,8 +36,9 @@ from engine.engine import Engine
 WIDE_GBPS = 0.5
 NARROW_GBPS = WIDE_GBPS / 10
 SHORTEST, LONGEST = 48, 1024  # tokens of a prompt
-CALM = Mix(rate_rps=2.0, prompt_tokens=(SHORTEST, LONGEST), output_tokens=8)
+CALM = Mix(rate_rps=1.5, prompt_tokens=(SHORTEST, LONGEST), output_tokens=8)
 LONG_ANSWERS = Mix(rate_rps=0.5, prompt_tokens=(SHORTEST, 4 * SHORTEST), output_tokens=128)
+LONG_PROMPTS = Mix(rate_rps=1.5, prompt_tokens=(4 * SHORTEST, LONGEST), output_tokens=4)
 BURST = 24  # of them at once, more than are decoded at a time: a queue grows
 
 READY_WITHIN_S = 120.0
@@ -160,7 +161,7 @@ class Story:
             "a worker turns to decode",
             f"after {took_s:.1f} s, {_roles(before)} to {_roles(self._roles())}",
         )
-        self._load.mix = CALM
+        self._load.mix = LONG_PROMPTS
         ended_at = self._recorder.mark("c: short ones")
         back = await self._recorder.wait_for(lambda sample: sample.num_decode == before[1], CONVERTS_BACK_WITHIN_S)
         took_s = math.inf if back is None else back.at - ended_at
@@ -169,6 +170,7 @@ class Story:
     async def the_link_is_cut_and_mended(self) -> None:
         """d: packets stop; no interface of either side goes down."""
         say("d  the link is cut, and mended")
+        self._load.mix = CALM
         await self._recorder.wait_for(lambda sample: sample.num_west_usable > 0, 10.0)
         self._lab.cut()
         cut_at = self._recorder.mark("d: cut")
