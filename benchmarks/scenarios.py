@@ -38,16 +38,16 @@ NARROW_GBPS = WIDE_GBPS / 10
 WIDE = WIDE_GBPS * 1e9 / 8  # bytes/s
 _BUSY = 0.1  # share of the wide link from which K/V is known to be on it
 SHORTEST, LONGEST = 48, 1024  # tokens of a prompt
-CALM = Mix(rate_rps=1.5, prompt_tokens=(SHORTEST, LONGEST), output_tokens=8)
-LONG_ANSWERS = Mix(rate_rps=0.5, prompt_tokens=(SHORTEST, 4 * SHORTEST), output_tokens=128)
-LONG_PROMPTS = Mix(rate_rps=1.5, prompt_tokens=(4 * SHORTEST, LONGEST), output_tokens=4)
-BURST = 16  # of them at once, more than are decoded at a time: a queue grows
+CALM = Mix(rate_rps=1.5, prompt_tokens=(SHORTEST, LONGEST), output_tokens=6)
+LONG_ANSWERS = Mix(rate_rps=0.5, prompt_tokens=(SHORTEST, 4 * SHORTEST), output_tokens=48)
+LONG_PROMPTS = Mix(rate_rps=3.0, prompt_tokens=(4 * SHORTEST, LONGEST), output_tokens=4)
+BURST = 32  # of them at once, more than are decoded at a time: a queue grows
 
 READY_WITHIN_S = 120.0
 MOVES_WITHIN_S = 2.0
 MOVES_BACK_WITHIN_S = 25.0
 CONVERTS_WITHIN_S = 30.0
-CONVERTS_BACK_WITHIN_S = 45.0
+CONVERTS_BACK_WITHIN_S = 60.0
 WEST_IS_BACK_WITHIN_S = 25.0
 
 # Everything that a planner of a fleet does in minutes, in seconds.
@@ -62,6 +62,7 @@ PLANNER: dict[str, Any] = {
         "high_queue_s": 1.0,
         "period_s": 1.0,
         "min_requests": 8,
+        "min_role_gain": 0.05,
         "patience": 1,
         "cooldown_s": 4.0,
         "conversion_s": 1.0,
