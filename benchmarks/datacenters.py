@@ -1,7 +1,7 @@
-"""How do two datacenters come to this machine? A network namespace each, a core each, a Ray cluster each, and one link.
+"""How do two datacenters come to this machine? A network namespace each, a Ray cluster each, and one link.
 
-    east   the gateway, two workers that prefill and one that decodes      core 0
-    west   a worker that only prefills, and joins east's gateway           core 1, which the load generator shares
+    east   the gateway, two workers that prefill and one that decodes
+    west   a worker that only prefills, and joins east's gateway
 
 Both are what an operator starts: ``prfaas serve FILE``. The model is a small Llama with random weights, whose K/V is
 large for what it computes (16 KiB a token), so that a link of a few hundred Mbit/s is what limits, as 100 Gbit/s is in
@@ -13,15 +13,13 @@ Invariant: what was started is stopped, in order, when the ``with`` block ends, 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
 import yaml
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -61,7 +59,7 @@ _ENGINE: dict[str, Any] = {
     "num_pages": 1024,
     "max_model_len": MAX_MODEL_LEN,
     "max_batch_tokens": 256,
-    "max_batch_size": 8,
+    "max_batch_size": 2,  # so that answers need not be long for decoding to be what limits
 }
 
 
@@ -85,7 +83,6 @@ class Datacenter:
 
     name: str
     namespace: Namespace
-    core: int
     config: dict[str, Any]
 
 
@@ -96,7 +93,7 @@ def _datacenter(lab: NetworkLab, name: str, model: str, folder: Path, capacity_g
         "served_model_name": "random-llama",
         "cluster_id": name,
         "host": namespace.address,
-        "engine": {**_ENGINE, "turns_file": str(folder / f"turns-{name}")},
+        "engine": _ENGINE,  # one thread each: the kernel shares the cores out
         "kv_transfer": {
             "lease_s": 10.0,
             "links": [{"from_cluster": WEST, "to_cluster": EAST, "connections": 2, "capacity_gbps": capacity_gbps}],
@@ -121,19 +118,7 @@ def _datacenter(lab: NetworkLab, name: str, model: str, folder: Path, capacity_g
             "prefill": {"count": 1, **pool},
             "decode": {"count": 0},
         }
-    return Datacenter(name, namespace, (0, 1)[name == WEST], config)
-
-
-def keep_to_core(process_id: int, core: int) -> None:
-    """Bind a process, its descendants and all their threads to a core, if the machine has it."""
-    if core not in os.sched_getaffinity(0):
-        return
-    family = [psutil.Process(process_id)]
-    family += family[0].children(recursive=True)
-    for process in family:
-        with suppress(psutil.NoSuchProcess, ProcessLookupError):
-            for thread in process.threads():
-                os.sched_setaffinity(thread.id, {core})
+    return Datacenter(name, namespace, config)
 
 
 class TwoDatacenters:
@@ -167,11 +152,6 @@ class TwoDatacenters:
     def wait_until_ready(self, timeout_s: float) -> float:
         """Return after how many seconds east serves; raises ``ServiceNotHealthy`` with the end of a log otherwise."""
         return self._services[EAST].wait_until_healthy(timeout_s)
-
-    def keep_to_cores(self) -> None:
-        """From now on each datacenter computes on its own core; until then, all of them load on all."""
-        for side in self._sides:
-            keep_to_core(self._services[side.name].pid, side.core)
 
     def log(self, name: str) -> str:
         """The last lines that a datacenter's service wrote."""

@@ -50,6 +50,7 @@ class Sample:
     num_west_usable: int  # links from west that may be used
     num_running: int
     num_under_way: int  # requests of the load
+    reason: str  # of the plan
 
 
 @dataclass
@@ -162,6 +163,7 @@ def _sample(info: pb.GetClusterInfoResponse, at: float, received: float, shaped:
         num_west_usable=sum(link.from_cluster == WEST and link.state == "usable" for link in info.links),
         num_running=sum(worker.num_running for worker in info.workers),
         num_under_way=num_under_way,
+        reason=plan.reason,
     )
 
 

@@ -35,16 +35,19 @@ from engine.engine import Engine
 
 WIDE_GBPS = 0.5
 NARROW_GBPS = WIDE_GBPS / 10
+WIDE = WIDE_GBPS * 1e9 / 8  # bytes/s
+_BUSY = 0.1  # share of the wide link from which K/V is known to be on it
 SHORTEST, LONGEST = 48, 1024  # tokens of a prompt
-CALM = Mix(rate_rps=2.0, prompt_tokens=(SHORTEST, LONGEST), output_tokens=8)
-LONG_ANSWERS = Mix(rate_rps=0.5, prompt_tokens=(SHORTEST, 4 * SHORTEST), output_tokens=128)
-BURST = 24  # of them at once, more than are decoded at a time: a queue grows
+CALM = Mix(rate_rps=1.5, prompt_tokens=(SHORTEST, LONGEST), output_tokens=6)
+LONG_ANSWERS = Mix(rate_rps=0.5, prompt_tokens=(SHORTEST, 4 * SHORTEST), output_tokens=48)
+LONG_PROMPTS = Mix(rate_rps=3.0, prompt_tokens=(4 * SHORTEST, LONGEST), output_tokens=4)
+BURST = 32  # of them at once, more than are decoded at a time: a queue grows
 
 READY_WITHIN_S = 120.0
 MOVES_WITHIN_S = 2.0
 MOVES_BACK_WITHIN_S = 25.0
 CONVERTS_WITHIN_S = 30.0
-CONVERTS_BACK_WITHIN_S = 45.0
+CONVERTS_BACK_WITHIN_S = 60.0
 WEST_IS_BACK_WITHIN_S = 25.0
 
 # Everything that a planner of a fleet does in minutes, in seconds.
@@ -59,6 +62,7 @@ PLANNER: dict[str, Any] = {
         "high_queue_s": 1.0,
         "period_s": 1.0,
         "min_requests": 8,
+        "min_role_gain": 0.05,
         "patience": 1,
         "cooldown_s": 4.0,
         "conversion_s": 1.0,
@@ -126,6 +130,9 @@ class Story:
         """b: by ``tc``, while K/V is on it."""
         say(f"b  the link from {WIDE_GBPS:g} to {NARROW_GBPS:g} Gbit/s, and back")
         before = self._recorder.last.threshold_tokens or math.inf
+        for _ in range(2):
+            self._load.spawn(LONGEST, CALM.output_tokens)
+        await self._recorder.wait_for(lambda sample: sample.link_received > _BUSY * WIDE, 10.0)
         self._lab.reshape(NARROW_GBPS)
         narrowed_at = self._recorder.mark("b: link / 10")
         moved = await self._recorder.wait_for(lambda sample: _threshold(sample) > 1.02 * before, 10.0)
@@ -160,7 +167,7 @@ class Story:
             "a worker turns to decode",
             f"after {took_s:.1f} s, {_roles(before)} to {_roles(self._roles())}",
         )
-        self._load.mix = CALM
+        self._load.mix = LONG_PROMPTS
         ended_at = self._recorder.mark("c: short ones")
         back = await self._recorder.wait_for(lambda sample: sample.num_decode == before[1], CONVERTS_BACK_WITHIN_S)
         took_s = math.inf if back is None else back.at - ended_at
@@ -169,6 +176,7 @@ class Story:
     async def the_link_is_cut_and_mended(self) -> None:
         """d: packets stop; no interface of either side goes down."""
         say("d  the link is cut, and mended")
+        self._load.mix = CALM
         await self._recorder.wait_for(lambda sample: sample.num_west_usable > 0, 10.0)
         self._lab.cut()
         cut_at = self._recorder.mark("d: cut")
@@ -265,9 +273,7 @@ def alone(engine: Engine, request: Request) -> tuple[int, ...]:
     return tokens
 
 
-async def run(
-    lab: NetworkLab, fleet: TwoDatacenters, load: SteadyLoad, recorder: FleetRecorder, checks: Checks
-) -> None:
+async def run(lab: NetworkLab, load: SteadyLoad, recorder: FleetRecorder, checks: Checks) -> None:
     """The story, once the fleet serves."""
     async with AsyncExitStack() as opened:
         await opened.enter_async_context(recorder)
@@ -275,7 +281,6 @@ async def run(
         checks(joined is not None, "west joins east's gateway, and its link passes its self-test")
         if joined is None:
             return
-        fleet.keep_to_cores()
         await opened.enter_async_context(load)
         await Story(lab, load, recorder, checks).tell()
         await load.stop()
@@ -312,7 +317,7 @@ def _story(lab: NetworkLab, folder: Path, options: argparse.Namespace) -> int:
             say("starting two datacenters, each with a Ray cluster of its own")
             fleet.wait_until_ready(READY_WITHIN_S)
             say(f"east serves, {load.now:.0f} s after the start")
-            asyncio.run(run(lab, fleet, load, recorder, checks))
+            asyncio.run(run(lab, load, recorder, checks))
             if checks.num_failed:
                 for name in (EAST, WEST):
                     print(f"\n---- the last lines of {name} ----\n{fleet.log(name)}", file=sys.stderr)

@@ -59,7 +59,7 @@ def test_lengths_cover_the_range_evenly_over_their_logarithm() -> None:
     assert all(10 <= length <= 1000 for length in lengths)
     assert abs(sum(length < 100 for length in lengths) - 20) <= 1
     assert max(lengths) > 900
-    assert min(lengths) < 11
+    assert min(lengths) < 12
 
 
 def info(threshold: float | None) -> pb.GetClusterInfoResponse:

@@ -191,9 +191,9 @@ async def test_it_waits_for_a_gateway_for_as_long_as_it_takes_and_comes_back_to_
     async with gateway() as (_, address):
         pass  # where one will be
     fleet = JoiningFleet()
-    async with serving(fleet, replace(config(model, address), start_timeout_s=0.2)) as (task, ready):
+    async with serving(fleet, replace(config(model, address), start_timeout_s=1.5)) as (task, ready):
         await until(lambda: fleet.workers)
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1.7)
         assert not task.done(), "the time to start is that of the workers"
         for _ in range(2):
             async with gateway(address) as (membership, _):
