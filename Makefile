@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: demo serve test scenarios lint protos bench bench-kv bench-overlap bench-paper constraints help
+.PHONY: demo serve test scenarios lint protos bench bench-kv bench-overlap bench-paper bench-router bench-routing constraints help
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -54,6 +54,14 @@ bench-overlap: $(STAMP)  ## What of a hand-over hides behind prefill; writes bui
 bench-paper: $(STAMP)  ## Numbers of the PrfaaS, DistServe and Mooncake papers beside ours; writes build/paper.json
 	@mkdir -p build
 	@$(BIN)/python -m benchmarks.paper --json build/paper.json $(ARGS)
+
+bench-router: $(STAMP)  ## Decisions and page events of a gateway with 1,000 workers; writes build/router.json
+	@mkdir -p build
+	@$(BIN)/python -m benchmarks.router --json build/router.json $(ARGS)
+
+bench-routing: $(STAMP)  ## Every routing policy on the same prompts, on the real service; writes build/routing.json
+	@mkdir -p build
+	@$(BIN)/python -m benchmarks.routing --json build/routing.json $(ARGS)
 
 constraints: $(STAMP)  ## Pin what .venv holds; to upgrade: empty constraints.txt, rm -r .venv, make constraints
 	@{ sed -n '/^#/p' constraints.txt; \
