@@ -44,7 +44,7 @@ from engine.config import EngineConfig
 from engine.page_allocator import PageAllocator
 from engine.prefix_loan import PrefixLoans
 from engine.scheduler import ChunkedPrefillScheduler, PrefixRoom
-from kv_transfer.config import KvTransferConfig
+from kv_transfer.config import KvTransferConfig, LinkConfig
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.sender import KvSender
 from kv_transfer.session import SendReport
@@ -159,7 +159,13 @@ class Worker:
     """Everything of a worker that a pull meets, at either end of it."""
 
     def __init__(
-        self, name: str, transport: str, layout: KvLayout = LAYOUT, prefix_cache: bool = True, **differs: str
+        self,
+        name: str,
+        transport: str,
+        layout: KvLayout = LAYOUT,
+        prefix_cache: bool = True,
+        dial: str = "sender",
+        **differs: str,
     ) -> None:
         self.identity = PeerIdentity(WorkerId(name), ClusterId("here"))
         self.engine_id = EngineId(f"{name}-engine")
@@ -171,7 +177,9 @@ class Worker:
         self.orders: list[SendOrder] = []  # in which it sent
         self.loop = asyncio.get_running_loop()
         fingerprint = replace(FINGERPRINT, page_size=layout.page_size, **differs)  # type: ignore[arg-type]
-        config = KvTransferConfig(transport=transport, host="127.0.0.1", lease_s=5.0, staging_mib=1)
+        config = KvTransferConfig(
+            transport=transport, host="127.0.0.1", lease_s=5.0, staging_mib=1, links=(LinkConfig(dial=dial),)
+        )
         made = create_transport(config, fingerprint, WallClock(), self.identity)
         self.transport: Any = MeddledTransport(made, self)
         pages = (LayerPages(layout.page_bytes(i), layer.dtype) for i, layer in enumerate(layout.layers))
@@ -337,6 +345,14 @@ async def test_what_the_source_caches_is_cached_here_afterwards_byte_for_byte(tr
         assert puller.puller.outcomes == {PullOutcome.PULLED: 1}
         assert (puller.puller.num_tokens, puller.puller.num_bytes) == (28, report.num_bytes)
         assert puller.engine.allocator.take_changes().stored == puller.names(PROMPT), "gateways are told"
+
+
+async def test_the_puller_may_be_the_end_that_dials() -> None:
+    """Where the source's cluster lets nobody out, and the puller's nobody in but what it asked for."""
+    async with workers("tcp", {"dial": "receiver"}, {"dial": "receiver"}) as (puller, source):
+        source.compute(PROMPT)
+        assert (await puller.pull(source)).outcome is PullOutcome.PULLED
+        assert puller.num_right(PROMPT) == 7
 
 
 async def test_only_what_is_missing_travels_and_only_what_was_asked_for() -> None:
