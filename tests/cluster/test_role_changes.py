@@ -149,7 +149,8 @@ async def test_the_planner_turns_a_worker_when_answers_become_long_and_back(
     async with live_cluster(
         str(tiny_model.folder), engine=ENGINE, num_prefill=2, num_decode=2, self_test=True, observer=demand
     ) as cluster:
-        cluster.membership.note_costs(CostView({"": costs}, {}))
+        profiles = {found.profile for found in cluster.membership.view().workers}
+        cluster.membership.note_costs(CostView(dict.fromkeys(profiles, costs), {}))
         planner = Planner(
             cluster.membership,
             demand,
