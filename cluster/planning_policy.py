@@ -118,6 +118,8 @@ class PlannerMemory:
     judged: Mapping[str, float] = field(default_factory=dict)  # its numbers
     gain: Gain | None = None
     advice: str = ""
+    advised: str = ""  # what the last looks would have advised
+    advised_times: int = 0  # in a row
     abundant: bool = False
     calm_since_s: float | None = None  # since when bandwidth has been plentiful; None: it is not
 
@@ -445,13 +447,21 @@ class DualTimescale:
     ) -> tuple[int, _Why, PlannerMemory]:
         """+1, -1 or 0, by what equations 3 to 6 say of one worker more on either side; and the gain of it all."""
         if view.unknown:
-            return 0, _Why("no_costs", view.unknown), replace(memory, judged={}, gain=None, advice="")
+            return 0, _Why("no_costs", view.unknown), replace(memory, judged={}, gain=None, advice="", advised_times=0)
         fleet = _fleet(view, demand, now)
         if fleet is None:
-            return 0, _Why("no_demand", "no demand has been measured"), replace(memory, judged={}, gain=None, advice="")
+            return (
+                0,
+                _Why("no_demand", "no demand has been measured"),
+                replace(memory, judged={}, gain=None, advice="", advised_times=0),
+            )
         if min(now.num_prefill, now.num_decode) < 1:
             # Whoever runs the service left it empty, or its workers will be back: a planner does not guess which.
-            return 0, _Why("empty_pool", "a pool is empty"), replace(memory, judged={}, gain=None, advice="")
+            return (
+                0,
+                _Why("empty_pool", "a pool is empty"),
+                replace(memory, judged={}, gain=None, advice="", advised_times=0),
+            )
         rates = {step: self._throughput_rps(view, demand, now, step) for step in (0, 1, -1)}
         memory = replace(
             memory,
@@ -489,14 +499,18 @@ class DualTimescale:
     def _advise(
         self, view: PlanningView, demand: MeasuredDemand, fleet: Fleet, now: Roles, memory: PlannerMemory
     ) -> PlannerMemory:
-        """Colocation is advised once it would sustain ``min_role_gain`` more, and until it would not sustain more."""
+        """Colocation is advised once it would sustain ``min_role_gain`` more, until it would not sustain more; either
+        after as many equal looks as a conversion takes while nothing queues."""
         point = operating_point(fleet, now.num_prefill)
         step_of = view.decode_step_of or Polynomial((view.decode_step_s,))
         gain = disaggregation_gain(fleet, point, step_of, demand.rate_rps, view.tpot_s)
         if gain is None:
-            return replace(memory, gain=None, advice="")
+            return replace(memory, gain=None, advice="", advised_times=0)
         enough = 1.0 if memory.advice == COLOCATE else 1 / (1 + self.settings.min_role_gain)
-        return replace(memory, gain=gain, advice=COLOCATE if gain.throughput_ratio < enough else DISAGGREGATE)
+        advised = COLOCATE if gain.throughput_ratio < enough else DISAGGREGATE
+        times = memory.advised_times + 1 if advised == memory.advised else 1
+        advice = advised if times >= 2 * self.settings.patience else memory.advice
+        return replace(memory, gain=gain, advice=advice, advised=advised, advised_times=times)
 
 
 def _fleet(view: PlanningView, demand: MeasuredDemand, roles: Roles) -> Fleet | None:

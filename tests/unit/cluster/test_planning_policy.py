@@ -283,16 +283,28 @@ def test_bandwidth_is_abundant_after_a_while_and_between_the_marks_stays_what_it
 
 
 def test_colocation_is_advised_where_it_sustains_enough_more_and_until_it_does_not() -> None:
-    even = replace(VIEW, num_prfaas=0, num_prefill=1, num_decode=5)  # one prefill worker is far too few for this
-    lop, memory = POLICY.plan(even, CHAT, FRESH)
+    # One prefill worker is far too few for this; it stays so, as the others are needed as they are.
+    keep = DualTimescale(PlannerSettings(max_prefill=1))
+
+    def look(view: PlanningView, memory: PlannerMemory, times: int) -> tuple[FleetTarget, PlannerMemory]:
+        for _ in range(times):
+            view = replace(view, at_s=view.at_s + 5.0)
+            target, memory = keep.plan(view, CHAT, memory)
+        return target, memory
+
+    lopsided = replace(VIEW, num_prfaas=0, num_prefill=1, num_decode=5)
+    soon, memory = look(lopsided, FRESH, 3)
+    assert soon.advice == ""
+    lop, memory = look(replace(lopsided, at_s=15.0), memory, 1)
     assert lop.advice == "colocate"
     assert lop.gain is not None
     assert lop.gain.throughput_ratio < 1 / 1.1
     assert lop.numbers["judged_throughput_rps"] == pytest.approx(lop.gain.disaggregated.throughput_rps)
 
-    both = replace(VIEW, num_prfaas=2, at_s=100.0)
-    balanced, _ = POLICY.plan(both, CHAT, memory)
-    assert balanced.advice == "disaggregate"
+    balanced = replace(VIEW, num_prfaas=2, at_s=100.0)
+    once, memory = look(balanced, memory, 1)
+    assert once.advice == "colocate", "one look changes nothing"
+    assert look(replace(balanced, at_s=105.0), memory, 3)[0].advice == "disaggregate"
 
 
 def test_static_plan_keeps_what_it_was_told() -> None:
