@@ -54,7 +54,7 @@ def pack_linears(model: nn.Module) -> int:
 
     A weight that is shared with an embedding stays there and is packed as a copy.
     """
-    works = {dtype for dtype in _DTYPES if _operators_work(dtype)}
+    works = {dtype for dtype in _DTYPES if operators_work(dtype)}
     found = [
         (parent, name, child)
         for parent in model.modules()
@@ -66,7 +66,8 @@ def pack_linears(model: nn.Module) -> int:
     return len(found)
 
 
-def _operators_work(dtype: torch.dtype) -> bool:
+def operators_work(dtype: torch.dtype) -> bool:
+    """Can this torch, on this processor, pack weights of that type? bfloat16 takes AVX-512 or AVX-NE-CONVERT."""
     probe = torch.ones(1, 16, dtype=dtype)
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(probe.expand(16, 16).contiguous(), None)
