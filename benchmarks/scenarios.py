@@ -49,7 +49,7 @@ MOVES_BACK_WITHIN_S = 25.0
 CONVERTS_WITHIN_S = 30.0
 CONVERTS_BACK_WITHIN_S = 60.0
 WEST_IS_BACK_WITHIN_S = 25.0
-# What its first self-test measures on a path that TCP still believes to be lossy is a thousandth of what it carries; the
+# What its first self-test measures on a path that TCP still takes for lossy is a thousandth of what it carries; the
 # planner believes that until its next look, and then lowers t a step at a time.
 WEST_PREFILLS_WITHIN_S = 45.0
 
