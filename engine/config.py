@@ -15,8 +15,8 @@ class EngineConfig:
     """One model on one device.
 
     device: where the model runs; ``auto`` is the GPU if there is one.
-    dtype: of weights and K/V; ``auto`` is bfloat16 on CPU (2.7 times faster in prefill than float32 there) and the
-        checkpoint's on GPU.
+    dtype: of weights and K/V; ``auto`` is bfloat16 on a CPU with instructions for it (2.7 times faster in prefill than
+        float32 there), float32 on another, and the checkpoint's on GPU.
     page_size: tokens of one page of K/V; the same in both pools.
     kv_cache_bytes: bytes of the page pool; ``num_pages`` sets it in pages instead and wins if given.
     num_pages: pages of the pool; null: what ``kv_cache_bytes`` holds.

@@ -27,7 +27,7 @@ from engine.config import EngineConfig
 from engine.model_costs import compute_profile
 from engine.model_runner import ATTENTION_NAME, probe_layers, register_attention
 from engine.model_source import ModelSource, SourceKind
-from engine.packed_linear import pack_linears
+from engine.packed_linear import operators_work, pack_linears
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +152,11 @@ def _rope_type(text_config: Any) -> str | None:
 def _dtype(config: EngineConfig, model_config: Any, device: torch.device) -> torch.dtype:
     name = config.dtype
     if name == "auto":
+        if device.type == "cpu":
+            # A processor without instructions for bfloat16 computes it many times slower than float32.
+            return torch.bfloat16 if operators_work(torch.bfloat16) else torch.float32
         stored = getattr(model_config.get_text_config(), "dtype", None)
-        return stored if device.type != "cpu" and isinstance(stored, torch.dtype) else torch.bfloat16
+        return stored if isinstance(stored, torch.dtype) else torch.bfloat16
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
