@@ -41,6 +41,7 @@ _RENEWALS = SessionId("")  # a lane of their own: they must not wait behind the 
 @dataclass(slots=True)
 class _Entry:
     session: SendSession
+    raw: bool  # whatever the codec of its link
     link: SendLink | None = None  # from the grant on
     lease_s: float = 0.0
     said_at: float = 0.0  # when something was last queued
@@ -104,10 +105,13 @@ class KvSender:
         num_pages: int,
         order: SendOrder = SendOrder(),
         num_tokens: int | None = None,
+        *,
+        raw: bool = False,
     ) -> None:
         """Begin a session for a sequence of ``num_pages`` pages here; ``order``: its place among others on a link.
 
         ``num_tokens``: tokens of it, of which the last page may hold fewer than it could; None: it is full.
+        ``raw``: its bytes must arrive as they are, also on a link whose codec changes numbers a little.
 
         ``on_closed`` will be called exactly once for it; after that no byte of its source pages is read.
         Raises ProtocolViolation if it is open already, or the sender is closed.
@@ -122,7 +126,7 @@ class KvSender:
             assert self._layout.num_pages(num_tokens) == num_pages, "a page for every token"
             geometry = self._transport.region.geometry
             self._entries[session_id] = _Entry(
-                SendSession(session_id, num_tokens, geometry, self._layout, order, self._transport.pieces)
+                SendSession(session_id, num_tokens, geometry, self._layout, order, self._transport.pieces), raw
             )
 
     def pages_stored(self, session_id: SessionId, layer: int, first_page: int, src_page_ids: Sequence[int]) -> None:
@@ -266,7 +270,7 @@ class KvSender:
 
     def _encoded(self, entry: _Entry, write: Write) -> Write:
         """With the codec that it is to have on the wire."""
-        if self._codec_for is None:
+        if self._codec_for is None or entry.raw:
             return write
         layers = self._transport.region.geometry.layers[write.first_layer : write.layers.stop]
         codec = self._codec_for(entry.session.receiver, layers, write)

@@ -183,7 +183,7 @@ class LinkProber:
         with self._lock:
             self._open[session_id] = session
         try:
-            self._sender.open(session_id, len(pages), num_tokens=num_tokens)
+            self._sender.open(session_id, len(pages), num_tokens=num_tokens, raw=True)
         except PrfaasError:
             with self._lock:
                 del self._open[session_id]

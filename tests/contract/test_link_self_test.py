@@ -17,6 +17,7 @@ from core.kv_layout import KvLayer, KvLayout
 from core.link import ProbeReport
 from core.request import ClusterId, SessionId, WorkerId
 from decode_worker.link_probe import ProbeReceiver
+from kv_transfer.codec import Codec
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.link_monitor import LinkMonitor
 from kv_transfer.receiver import KvReceiver
@@ -29,7 +30,9 @@ from prefill_worker.link_probe import FIRST_BYTES, MAX_BYTES, LinkProber, next_b
 pytestmark = pytest.mark.timeout(60)
 
 FINGERPRINT = CacheFingerprint("model", "revision", "bfloat16", 16, "layout")
-GEOMETRY = PageGeometry((LayerPages(65536), LayerPages(65536), LayerPages(4096)), num_pages=64)
+GEOMETRY = PageGeometry(
+    (LayerPages(65536, "bfloat16"), LayerPages(65536, "bfloat16"), LayerPages(4096, "bfloat16")), num_pages=64
+)
 PATIENCE_S = 20.0
 
 
@@ -81,8 +84,13 @@ class Worker:
 
         self.prober = LinkProber(self.loans, self.transport, self.layout, self.monitor, transport)  # type: ignore[arg-type]
         self.probed = ProbeReceiver(self.loans, self.region, self.layout, run_soon)  # type: ignore[arg-type]
+        self.codec = Codec.RAW  # of its link to the other worker
         self.sender = KvSender(
-            self.transport, WallClock(), lambda s, report: self.is_ours(self.prober.closed(s, report)), self.layout
+            self.transport,
+            WallClock(),
+            lambda s, report: self.is_ours(self.prober.closed(s, report)),
+            self.layout,
+            codec_for=lambda peer, layers, write: self.codec,
         )
         self.receiver = KvReceiver(
             self.transport,
@@ -159,6 +167,15 @@ async def test_a_whole_link_passes_and_is_measured(transport: str) -> None:
         assert estimate is not None
         assert estimate.samples == 1
         assert decode.receiver.bytes_received == report.num_bytes
+
+
+@everywhere
+async def test_a_link_that_carries_less_exact_numbers_is_tested_raw(transport: str) -> None:
+    async with two(transport) as (prefill, decode):
+        prefill.codec = Codec.INT8
+        report = await probe(prefill, decode)
+
+    assert report.passed, report
 
 
 @everywhere
