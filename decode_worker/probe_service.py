@@ -8,6 +8,8 @@ from core.errors import PrfaasError
 from core.fingerprint import CacheFingerprint
 from core.request import SessionId
 from decode_worker.link_probe import ProbeReceiver
+from decode_worker.service import grant_to_message
+from kv_transfer.transport import ANONYMOUS
 from protos import transfer_status, wire
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
@@ -33,15 +35,7 @@ class ProbeReceiverService(rpc.ProbeReceiverServicer):
             grant = await self._receiver.grant(session_id, max_tokens, layout, request.sender_descriptor)
         except PrfaasError as error:
             await transfer_status.abort(context, error)
-        assert grant.layout is not None, "a receiver knows its own pool"
-        return pb.GrantReply(
-            token=grant.token,
-            first_page=grant.first_page,
-            pages=grant.pages,
-            transport_descriptor=grant.descriptor,
-            lease_s=grant.lease_s,
-            layout=wire.kv_layout_to_message(grant.layout),
-        )
+        return grant_to_message(grant, ANONYMOUS)  # the sending end knows whom it tests
 
     async def Digest(  # noqa: N802
         self,

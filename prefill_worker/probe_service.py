@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import grpc
@@ -14,6 +15,7 @@ from core.request import ClusterId, SessionId, WorkerId
 from kv_transfer.session import Grant
 from kv_transfer.transport import PeerIdentity
 from prefill_worker.link_probe import LinkProber
+from prefill_worker.service import grant_from_message
 from protos import transfer_status, wire
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
@@ -85,16 +87,7 @@ class _Target:
             sender_descriptor=self._descriptor,
         )
         reply = await self._typed(self._stub.Grant(request, timeout=CALL_TIMEOUT_S))
-        return Grant(
-            session_id=session_id,
-            token=reply.token,
-            first_page=reply.first_page,
-            pages=tuple(reply.pages),
-            descriptor=reply.transport_descriptor,
-            lease_s=reply.lease_s,
-            layout=wire.kv_layout_from_message(reply.layout),
-            receiver=self._peer,
-        )
+        return replace(grant_from_message(session_id, reply), receiver=self._peer)
 
     async def digest(self, session_id: SessionId, wait_s: float) -> tuple[bytes, int]:
         request = pb.ProbeDigestRequest(session_id=session_id, wait_s=wait_s)
