@@ -202,10 +202,8 @@ class PagePuller:
             if task_here is None or task_here.cancelling():
                 self._outcomes[PullOutcome.ABORTED] += 1
                 raise
-            outcome, reason = (
-                PullOutcome.FAILED,
-                "the call was cancelled",
-            )  # not by who waits for it: the channel closed
+            # Not by who waits for it: the channel closed.
+            outcome, reason = PullOutcome.FAILED, "the call was cancelled"
         except TimeoutError:
             outcome, reason = PullOutcome.TIMEOUT, f"not there after {timeout_s:.3g} s"
         except _BackingOff as error:
