@@ -1,12 +1,13 @@
 """What does it matter where prompts go? Every routing policy on the same prompts, on the real default service.
 
-    python -m benchmarks.routing [--json FILE] [--traces DIR] [--requests N] [--rate R] [--quick]
+    python -m benchmarks.routing [--json FILE] [--traces DIR] [--requests N] [--load SHARE | --rate R] [--quick]
 
 The default model behind two prefill and two decode workers of `prfaas serve CONFIG`, started anew for each policy, so
 that all begin with empty caches. Prompts share beginnings as those of a trace of conversations do, and come at the same
-instants, whatever became of those before (benchmarks/shared_prefixes.py).
+instants, whatever became of those before (benchmarks/shared_prefixes.py). Their tokens are a share of what this machine
+prefills without any cache, which is measured first, on the first policy's service.
 
-    TTFT      from sending to the first token at the client
+    TTFT      from sending to the first token at the client; of what was served. What was refused is counted
     hit rate  cached prompt tokens, as the service says, of all; beside it what one endless cache would give
     shipped   K/V bytes from prefill to decode workers
 """
@@ -30,7 +31,7 @@ from rich.console import Console
 from benchmarks import arms, report
 from benchmarks.report import Cell, percentile
 from benchmarks.shared_prefixes import SharedPrompt, ideal_hit_rate, shared_prompts
-from benchmarks.streaming_client import UNLIMITED, stream
+from benchmarks.streaming_client import UNLIMITED, Refused, stream
 from cluster.config import load_config
 from cluster.routing_policy import POLICIES
 
@@ -49,6 +50,7 @@ COLUMNS = {
     "hit_of_ideal": "of the ideal",
     "mib_shipped": "MiB shipped",
     "num_colocated": "not shipped at all",
+    "num_refused": "refused",
     "wall_s": "all s",
 }
 
@@ -68,10 +70,11 @@ class Served:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every policy, print the table, write the JSON."""
     options = _parser().parse_args(arguments)
-    count, rate = (8, 2.0) if options.quick else (options.requests, options.rate)
-    prompts = shared_prompts(options.traces, count, rate, MAX_PROMPT_TOKENS)
+    count = 8 if options.quick else options.requests
+    rate: float | None = options.rate
+    prompts = shared_prompts(options.traces, count, rate or 1.0, MAX_PROMPT_TOKENS)
     config = load_config(options.config, options.set)
-    ideal = ideal_hit_rate(prompts)
+    ideal, tokens = ideal_hit_rate(prompts), mean(len(prompt.token_ids) for prompt in prompts)
     console = Console(stderr=True)
     rows: list[dict[str, Cell]] = []
     with tempfile.TemporaryDirectory(prefix="prfaas-bench-") as folder:
@@ -81,36 +84,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 console.status(f"{policy}: starting"),
                 arms.prfaas_service(options.config, settings, Path(folder)) as base_url,
             ):
+                speed = asyncio.run(warm_up(base_url, config.model_name))
+                if rate is None:
+                    rate = options.load * speed / tokens
+                    console.print(f"{speed:.0f} tokens/s alone, {tokens:.0f} tokens a prompt: {rate:.3f} prompts/s")
+                    prompts = shared_prompts(options.traces, count, rate, MAX_PROMPT_TOKENS)
+                console.print(f"{policy}: about {count / rate:.0f} s")
                 began_at = time.perf_counter()
                 served = asyncio.run(serve_all(base_url, config.model_name, prompts))
                 rows.append(row(policy, served, time.perf_counter() - began_at, ideal))
             console.print(f"{policy}: {rows[-1]['wall_s']:.0f} s")
     finished = report.Report("routing", report.commit(), report.machine(), rows, figures(rows, ideal))
-    tokens = mean(len(prompt.token_ids) for prompt in prompts)
-    title = f"{count} prompts of {tokens:.0f} tokens on average at {rate:g}/s, {finished.commit[:12]}"
+    title = f"{len(prompts)} prompts of {tokens:.0f} tokens on average at {rate or 0:.3g}/s, {finished.commit[:12]}"
     finished.print_table(COLUMNS, title)
     if options.json:
         finished.write_json(options.json)
     return 0
 
 
-async def serve_all(base_url: str, model: str, prompts: Sequence[SharedPrompt]) -> list[Served]:
-    """Send each prompt at its time; wait for all."""
+async def warm_up(base_url: str, model: str) -> float:
+    """Let every worker take its first, slow steps; then tokens/s of a prompt that no cache knows, alone."""
     async with httpx.AsyncClient(base_url=base_url, timeout=_TIMEOUT_S, limits=UNLIMITED) as client:
-        warm_up = SharedPrompt(0.0, tuple(range(500, 532)), 4)  # every worker's first step is slow
-        await asyncio.gather(*(_serve(client, model, warm_up, 0.0) for _ in range(_WARM_UPS)))
+        prompts = [[first, *range(500, 531)] for first in range(600, 600 + _WARM_UPS)]
+        await asyncio.gather(*(stream(client, model, prompt, 4) for prompt in prompts))
+        times, _ = await stream(client, model, range(300, 300 + _TIMED_TOKENS), 2)
+        return _TIMED_TOKENS / times.ttft_s
+
+
+async def serve_all(base_url: str, model: str, prompts: Sequence[SharedPrompt]) -> list[Served | None]:
+    """Send each prompt at its time; wait for all. None: it was refused."""
+    async with httpx.AsyncClient(base_url=base_url, timeout=_TIMEOUT_S, limits=UNLIMITED) as client:
         began_at = time.perf_counter()
         return list(await asyncio.gather(*(_serve(client, model, prompt, began_at) for prompt in prompts)))
 
 
 _TIMEOUT_S = 600.0
 _WARM_UPS = 4
+_TIMED_TOKENS = 512
 
 
-async def _serve(client: httpx.AsyncClient, model: str, prompt: SharedPrompt, began_at: float) -> Served:
-    if began_at:
-        await asyncio.sleep(max(0.0, began_at + prompt.at_s - time.perf_counter()))
-    times, last = await stream(client, model, prompt.token_ids, prompt.num_new_tokens)
+async def _serve(client: httpx.AsyncClient, model: str, prompt: SharedPrompt, began_at: float) -> Served | None:
+    await asyncio.sleep(max(0.0, began_at + prompt.at_s - time.perf_counter()))
+    try:
+        times, last = await stream(client, model, prompt.token_ids, prompt.num_new_tokens)
+    except Refused:
+        return None
     (timing,) = last["prfaas"]["timing"]
     return served_of(len(prompt.token_ids), times.ttft_s, times.tpot_s, timing)
 
@@ -127,13 +145,15 @@ def served_of(num_prompt_tokens: int, ttft_s: float, tpot_s: float, timing: Mapp
     )
 
 
-def row(policy: str, served: Sequence[Served], wall_s: float, ideal: float) -> dict[str, Cell]:
-    """The report's row for one policy."""
+def row(policy: str, answers: Sequence[Served | None], wall_s: float, ideal: float) -> dict[str, Cell]:
+    """The report's row for one policy; one answer at least was no refusal."""
+    served = [answer for answer in answers if answer is not None]
     ttfts = [one.ttft_s for one in served]
     hit_rate = sum(one.cached_tokens for one in served) / sum(one.num_prompt_tokens for one in served)
     return {
         "policy": policy,
-        "num_requests": len(served),
+        "num_requests": len(answers),
+        "num_refused": len(answers) - len(served),
         "ttft_mean_s": mean(ttfts),
         "ttft_p50_s": percentile(ttfts, 50),
         "ttft_p90_s": percentile(ttfts, 90),
@@ -172,8 +192,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one of its keys")
     near = (folder for folder in (_ROOT / "shared/traces", _ROOT.parent / "shared/traces") if folder.is_dir())
     parser.add_argument("--traces", type=Path, metavar="DIR", default=next(near, None), help="the shared traces")
-    parser.add_argument("--requests", type=int, default=48, metavar="N", help="prompts for each policy")
-    parser.add_argument("--rate", type=float, default=0.8, metavar="R", help="prompts a second")
+    parser.add_argument("--requests", type=int, default=36, metavar="N", help="prompts for each policy")
+    parser.add_argument(
+        "--load",
+        type=float,
+        default=0.6,
+        metavar="SHARE",
+        help="the prompts' tokens a second, of those that the machine prefills without a cache (default %(default)s)",
+    )
+    parser.add_argument("--rate", type=float, metavar="R", help="prompts a second, instead")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, metavar="NAME", help="not all, but these")
     parser.add_argument("--quick", action="store_true", help="eight prompts")
     return parser

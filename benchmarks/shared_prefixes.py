@@ -1,9 +1,9 @@
 """Which prompts share beginnings, as real ones do, and are short enough for this machine?
 
 From a trace whose requests name the blocks of their prompts (Mooncake's conversations, shared/traces): whole
-conversations in the trace's order, those of more than one turn, until there are enough requests. A block of 512 tokens
-becomes one page of 16, made up from its name, so equal blocks are equal tokens; lengths shrink alike. Arrivals keep
-their order and proportions and are as many a second as asked for.
+conversations of more than one turn, evenly from the whole trace (those that begin first begin all at once), until there
+are enough requests. A block of 512 tokens becomes one page of 16, made up from its name, so equal blocks are equal
+tokens; lengths shrink alike. Arrivals keep their order and proportions and are as many a second as asked for.
 
 Without the trace, conversations are made up: one system prompt, turns that each add a few blocks.
 """
@@ -52,7 +52,7 @@ def shared_prompts(traces: Path | None, count: int, rate: float, max_tokens: int
 
 
 def conversations(requests: Iterable[TraceRequest], count: int) -> list[TraceRequest]:
-    """Whole conversations of more than one turn, the first to begin first, cut to ``count`` requests.
+    """Whole conversations of more than one turn, evenly from all that there are, cut to ``count`` requests.
 
     Every prompt of the trace begins with the same block, so the second block names the conversation.
     """
@@ -60,12 +60,12 @@ def conversations(requests: Iterable[TraceRequest], count: int) -> list[TraceReq
     for request in requests:
         if len(request.prefix_blocks) > 1:
             turns.setdefault(request.prefix_blocks[1], []).append(request)
+    several = [conversation for conversation in turns.values() if len(conversation) > 1]
     chosen: list[TraceRequest] = []
-    for conversation in turns.values():
+    for num_chosen in range(1, len(several) + 1):
+        chosen = [turn for number in range(num_chosen) for turn in several[number * len(several) // num_chosen]]
         if len(chosen) >= count:
             break
-        if len(conversation) > 1:
-            chosen += conversation
     return sorted(chosen, key=lambda request: request.arrival_s or 0.0)[:count]
 
 

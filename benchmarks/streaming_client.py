@@ -26,6 +26,10 @@ class StreamFailed(Exception):
     """The server refused a request or ended its stream early; the message holds what it said."""
 
 
+class Refused(StreamFailed):
+    """The server has too much to do: it said 429."""
+
+
 async def run_wave(base_url: str, model: str, wave: Wave) -> WaveTimes:
     """Send every request of ``wave`` at once and wait for all."""
     async with httpx.AsyncClient(base_url=base_url, timeout=_TIMEOUT_S, limits=UNLIMITED) as client:
@@ -57,6 +61,8 @@ async def stream(
             if first_at is None and _EVENT in received:
                 first_at = time.perf_counter()
         ended_at = time.perf_counter()
+    if response.status_code == 429:
+        raise Refused(f"429: {received.decode(errors='replace')[-500:]}")
     if response.status_code != 200 or first_at is None:
         raise StreamFailed(f"{response.status_code}: {received.decode(errors='replace')[-500:]}")
     said = _last_words(bytes(received))

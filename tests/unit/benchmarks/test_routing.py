@@ -31,6 +31,13 @@ def test_whole_conversations_of_several_turns_are_taken_in_the_order_of_their_tu
     assert conversations([first, lonely, second, answer, reply], 2) == [first, answer]
 
 
+def test_conversations_are_taken_from_the_whole_trace() -> None:
+    begun = [turn(at, "s", f"{at}") for at in range(8)]
+    ended = [turn(8 + at, "s", f"{at}", "end") for at in range(8)]
+
+    assert [request.arrival_s for request in conversations(begun + ended, 4)] == [0, 4, 8, 12]
+
+
 def test_made_up_prompts_keep_their_bounds_share_beginnings_and_come_at_the_rate(tmp_path: Path) -> None:
     prompts = shared_prompts(tmp_path, 12, rate=2.0, max_tokens=300)
 
@@ -54,10 +61,11 @@ def test_rows_and_figures_by_hand() -> None:
     timing = {"cached_tokens": 16, "bytes_shipped": 2**20, "prefill_worker": "prefill-0"}
     alone = {"cached_tokens": 0, "bytes_shipped": 0, "prefill_worker": None}
     by_turns = row("round_robin", [served_of(64, 1.0, 0.1, timing), served_of(64, 3.0, 0.1, timing)], 9.0, 0.5)
-    better = row("prfaas", [served_of(64, 1.0, 0.1, timing), served_of(64, 1.0, 0.1, alone)], 9.0, 0.5)
+    better = row("prfaas", [served_of(64, 1.0, 0.1, timing), None, served_of(64, 1.0, 0.1, alone)], 9.0, 0.5)
 
     assert (by_turns["hit_rate"], by_turns["hit_of_ideal"], by_turns["mib_shipped"]) == (0.25, 0.5, 2.0)
     assert (by_turns["ttft_mean_s"], by_turns["num_colocated"], better["num_colocated"]) == (2.0, 0, 1)
+    assert [(cells["num_requests"], cells["num_refused"]) for cells in (by_turns, better)] == [(2, 0), (3, 1)]
     found = figures([by_turns, better], 0.5)
     assert found["ttft_mean_over_round_robin_prfaas"] == 0.5
     assert found["shipped_over_round_robin_prfaas"] == 0.5
