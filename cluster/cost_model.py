@@ -144,6 +144,9 @@ class ComputeCost:
 UNKNOWN_COMPUTE = ComputeCost(LinearCost((8e-3, 2.7e-5, 9e-10)), LinearCost((6.7e-3, 5.5e-5, 1e-7)), 2048)
 
 
+_UNKNOWN_TRANSFER = LinearCost((ASSUMED_TRANSFER_T0_S, 1 / ASSUMED_LINK_BYTES_PER_S))
+
+
 @dataclass(frozen=True, slots=True)
 class CostView:
     """Everything that the model knew at one moment; the sole source of seconds for policies."""
@@ -168,8 +171,8 @@ class CostView:
         known = None if link is None else link.seconds(int(queued_bytes + num_bytes))
         if known is not None:
             return known
-        cost = self.transfers.get(pair) or LinearCost(_transfer_prior(None))
-        return cost.seconds(transfer_features(queued_bytes + num_bytes))
+        t0_s, byte_s = self.transfers.get(pair, _UNKNOWN_TRANSFER).coefficients
+        return t0_s + byte_s * (queued_bytes + num_bytes)
 
 
 @dataclass(frozen=True, slots=True)

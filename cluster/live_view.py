@@ -23,7 +23,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.cost_model import CostView
-from cluster.view import ClusterView, Flags, LinkView, Offload, Pools, WorkerPool, WorkerView, alike
+from cluster.view import (
+    ClusterView,
+    Flags,
+    LinkView,
+    Offload,
+    Pools,
+    WorkerPool,
+    WorkerView,
+    alike,
+    identities_of,
+    identities_with,
+)
 from core.link import LinkEstimate, ProbeReport
 from core.request import EngineId, Role, WorkerId
 
@@ -44,6 +55,7 @@ class LiveView:
         self._probes_changed = False  # since the last view
         # As of the last view:
         self._rows: list[WorkerView] = []  # [position]
+        self._identities = identities_of(())  # [position]
         self._position_of: dict[WorkerId, int] = {}
         self._leases: NDArray[np.float64] = np.zeros(0)  # [position], instants
         self._pools = _NOWHERE
@@ -107,7 +119,7 @@ class LiveView:
         links = _Links(self._senders.copy(), self._self_test)
         # Whose lease has run out is not ready, though it was not dropped yet: the view finds out who is.
         pools = self._pools if everybody_lives else None
-        return ClusterView(now, tuple(self._rows), links, costs, offload, pools)
+        return ClusterView(now, tuple(self._rows), links, costs, offload, pools, self._identities)
 
     # ---- inside ----
 
@@ -115,6 +127,7 @@ class LiveView:
         self._workers = dict(sorted(self._workers.items()))
         self._senders = {worker_id: self._senders[worker_id].seen_anew(w) for worker_id, w in self._workers.items()}
         self._rows = list(self._workers.values())
+        self._identities = identities_of(self._rows)
         self._position_of = {worker_id: i for i, worker_id in enumerate(self._workers)}
         self._leases = np.array([w.lease_expires_at for w in self._rows], np.float64)
         staying = [w for w in self._rows if not w.draining]
@@ -129,9 +142,11 @@ class LiveView:
 
     def _replace_changed(self) -> None:
         changed = [self._workers[worker_id] for worker_id in self._changed]
-        for worker in changed:
-            position = self._position_of[worker.worker_id]
-            self._rows[position], self._leases[position] = worker, worker.lease_expires_at
+        positions = [self._position_of[worker.worker_id] for worker in changed]
+        for position, worker in zip(positions, changed, strict=True):
+            self._rows[position] = worker
+        self._leases[positions] = [worker.lease_expires_at for worker in changed]
+        self._identities = identities_with(self._identities, positions, changed)
         pools = self._pools
         self._pools = Pools(_with(pools.prefill, changed), _with(pools.decode, changed), pools.may_ship)
 
@@ -231,8 +246,10 @@ class _Links(Mapping[tuple[WorkerId, WorkerId], LinkView]):
         self._self_test = self_test
 
     def __getitem__(self, pair: tuple[WorkerId, WorkerId]) -> LinkView:
-        sender, receiver = (self._senders.get(worker_id) for worker_id in pair)
-        link = None if sender is None or receiver is None else sender.link(receiver.worker, self._self_test)
+        sender, receiver = self._senders.get(pair[0]), self._senders.get(pair[1])
+        if sender is None or receiver is None:
+            raise KeyError(pair)
+        link = sender.made.get(pair[1]) or sender.link(receiver.worker, self._self_test)
         if link is None:
             raise KeyError(pair)
         return link

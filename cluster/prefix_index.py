@@ -160,7 +160,11 @@ class PrefixIndex:
         """How many of the prompt's leading pages each followed worker holds."""
         if not hashes:
             return NO_MATCH
-        holders = self._holders
+        bitmaps, get, alive = self._sets.bitmaps, self._table.get, self._alive
+
+        def holders(page_hash: PageHash) -> int:
+            return bitmaps[get(page_key(page_hash))] & alive
+
         first, last = holders(hashes[0]), holders(hashes[-1])
         ends: list[tuple[int, int]] = []  # (page, its holders) wherever they are not those of the page before
         intervals = [(0, first, len(hashes) - 1, last)]  # (page, its holders, later page, its holders); first ones last
@@ -189,11 +193,6 @@ class PrefixIndex:
             levels.append(PrefixLevel(len(hashes), staying))
         return PrefixMatch(tuple(reversed(levels)), self._slot_of)
 
-    # ---- inside ----
-
-    def _holders(self, page_hash: PageHash) -> int:
-        return self._sets.bitmap(self._table.get(page_key(page_hash))) & self._alive
-
 
 class _SlotSets:
     """Interned bitmaps, each known by an id as long as some page has it; 0 is the empty one's."""
@@ -207,8 +206,10 @@ class _SlotSets:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def bitmap(self, set_id: int) -> int:
-        return self._bitmaps[set_id]
+    @property
+    def bitmaps(self) -> Sequence[int]:
+        """id |-> bitmap; of the moment."""
+        return self._bitmaps
 
     def adding(self, slots: int) -> Callable[[int], int]:
         """Id of a set |-> id of that set with ``slots``."""

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +59,7 @@ JOINING = 1.0
 SHIPPING_WEIGHT = 0.1
 COMPARED = 2  # decode workers of a PD cluster, and prefill workers of each cluster, that are compared with their links
 
-_TIGHT, _FULL, _FAILED = 1, 2, 4  # what speaks against a decode worker; a sum of them is its rank
+_TIGHT, _FULL, _FAILED = 1, 2, 4  # what speaks against a decode worker; a sum of them is its rank; as True, 1 is _TIGHT
 _RANKS = (
     (0, _TIGHT),
     (_FULL, _FULL | _TIGHT),
@@ -89,16 +89,14 @@ class PrfaasRouting:
         return _Decision(request, view, digest, self._settings).route()
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
+class _Source(NamedTuple):
     """Of whom pages may be fetched, and how many tokens at most: whole pages."""
 
     place: int
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Prefill:
+class _Prefill(NamedTuple):
     """One prefill worker as it would serve this request."""
 
     place: int
@@ -110,8 +108,7 @@ class _Prefill:
     pull_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
+class _Pair(NamedTuple):
     """A prefill and a decode worker."""
 
     cost: float
@@ -121,16 +118,14 @@ class _Pair:
     exposed_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Colocated:
+class _Colocated(NamedTuple):
     """A decode worker that does both."""
 
     cost: float
     place: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Offloading:
+class _Offloading(NamedTuple):
     """Does the prompt go from a PD cluster to PrfaaS clusters, and by which count of tokens?"""
 
     goes: bool
@@ -156,6 +151,7 @@ class _Decision:
         self._prefill_s = self._seconds_of_prefill()
         self._first_s: Floats = self._prefill_s + digest.queue_s
         self._tpot_s = self._seconds_per_token()
+        self._later_s: Floats = self._tpot_s * self._num_later  # all tokens but the first
         self._prefills: dict[int, _Prefill] = {}
         self._sources: dict[ClusterId, _Source | None] = {}
 
@@ -178,15 +174,18 @@ class _Decision:
         spare, least = digest.spare(request.mean_output)
         if least >= needed and not self._failed:
             return None
-        ranks = np.where(spare >= needed, 0, _TIGHT).astype(np.int8)
-        ranks[digest.room <= self._num_tokens] += _FULL
-        ranks[list(self._failed)] += _FAILED
+        ranks = (spare < needed).view(np.int8)  # _TIGHT or 0
+        full = digest.room <= self._num_tokens
+        if full.any():
+            ranks[full] += _FULL
+        if self._failed:
+            ranks[list(self._failed)] += _FAILED
         return ranks
 
     def _of_rank(self, costs: Floats, places: slice, rank: int) -> Floats:
         """``costs`` of ``places``, infinite where the worker has another rank. They are written to."""
         if self._ranks is not None:
-            costs[self._ranks[places] != rank] = math.inf
+            np.putmask(costs, self._ranks[places] != rank, math.inf)
         elif rank:
             costs[:] = math.inf
         return costs
@@ -298,8 +297,7 @@ class _Decision:
         """The cluster's decode workers of that rank, as they would cost behind ``prefill`` on a link that is as the
         two clusters' links are."""
         digest, places = self._digest, pd.decode
-        costs = self._tpot_s[places] * self._num_later
-        costs += digest.queue_s[places]
+        costs: Floats = self._later_s[places] + digest.queue_s[places]
         if self._cached_tokens is not None and any(pool in self._levels for pool in pd.decode_pools):
             ends = (digest.workers[prefill].cluster_id, pd.cluster_id)
             token_s = self._view.costs.transfer(ends, 1e9) * 1e-9 * pd.decode_pools[0].kv_bytes
@@ -411,7 +409,7 @@ class _Decision:
             costs = digest.batch[places] + JOINING
             costs *= self._prefill_s[places]
             costs += self._first_s[places]
-            costs += self._tpot_s[places] * self._num_later
+            costs += self._later_s[places]
             costs = self._of_rank(costs, places, rank)
             index = int(costs.argmin())
             found = _Colocated(float(costs[index]), places.start + index)
@@ -536,7 +534,7 @@ class _Decision:
 
     def _decode_s(self, place: int) -> float:
         """All tokens but the first; what the worker prefills for others goes first, in the same steps."""
-        return float(self._tpot_s[place]) * self._num_later + float(self._digest.queue_s[place])
+        return float(self._later_s[place]) + float(self._digest.queue_s[place])
 
 
 class _Ascending:

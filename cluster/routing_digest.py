@@ -81,6 +81,7 @@ class RoutingDigest:
     prfaas: list[ClusterPlaces]
     clusters: dict[ClusterId, ClusterPlaces]  # both
     pools_by_page_size: dict[int, list[Pool]]
+    _first_expiry_at: float  # no ready worker's lease runs out before
     _spare: tuple[float, Floats, float] | None  # for which mean output, what and the least; None: something changed
     _slots: Mapping[EngineId, int] | None  # that ``Pool.bits`` are of
 
@@ -100,20 +101,22 @@ class RoutingDigest:
         if view.costs is not known.costs or len(view.workers) != len(known.workers) or view.at < known.at:
             self._build(view)
             return
-        changed = [(new, old) for new, old in zip(view.workers, known.workers, strict=True) if new is not old]
-        if any(_shape(new) != _shape(old) or _alive(new, view) != _alive(old, known) for new, old in changed):
-            self._build(view)
-            return
-        for worker, _ in changed:
+        for position in (view.identities != known.identities).nonzero()[0].tolist():
+            worker = view.workers[position]
             place = self._place_of.get(worker.engine_id)
+            is_ready = not worker.draining and _alive(worker, view)
+            if is_ready != (place is not None) or not _keeps_place(worker, known.workers[position]):
+                self._build(view)
+                return
             if place is not None:
                 self.workers[place] = worker
                 self._fill(place, worker)
-        if changed:
-            self._spare = None
+                self._spare = None
         self.view = view
-        if (self._leases <= view.at).any():
-            self._build(view)
+        if self._first_expiry_at <= view.at:
+            self._first_expiry_at = min((w.lease_expires_at for w in self.workers), default=math.inf)
+            if self._first_expiry_at <= view.at:
+                self._build(view)
 
     def place_of(self, engine_id: EngineId) -> int | None:
         """The place of a ready engine."""
@@ -168,11 +171,13 @@ class RoutingDigest:
             self.clusters[cluster_id] = self._add_cluster(cluster_id, list(members))
         self.pd = [cluster for cluster_id, cluster in self.clusters.items() if cluster_id in decodes]
         self.prfaas = [cluster for cluster_id, cluster in self.clusters.items() if cluster_id not in decodes]
-        self._leases, self.queue_s, self.step_s = _zeros(ready), _zeros(ready), _zeros(ready)
+        self._first_expiry_at = min((w.lease_expires_at for w in ready), default=math.inf)
+        self.queue_s, self.step_s = _zeros(ready), _zeros(ready)
         self.token_s, self.half_pair_s, self.per_step = _zeros(ready), _zeros(ready), _zeros(ready)
         self.batch, self.room = _zeros(ready), _zeros(ready)
         self.tpot_base, self.tpot_context, self.tpot_growth = _zeros(ready), _zeros(ready), _zeros(ready)
         for place, worker in enumerate(ready):
+            self._begin(place, worker)
             self._fill(place, worker)
         self._spare = None
         self._slots = None
@@ -200,31 +205,40 @@ class RoutingDigest:
             tuple(pools[Role.DECODE]),
         )
 
-    def _fill(self, place: int, worker: WorkerView) -> None:
-        """What of a worker changes from report to report."""
-        load, pool = worker.load, self.pool_of[place]
-        step_s, token_s, pair_s = pool.costs.prefill_cost.coefficients
-        decode_s, sequence_s, context_s = pool.costs.decode_cost.coefficients
-        page_size = pool.fingerprint.page_size
-        self._leases[place] = worker.lease_expires_at
-        promised = load.num_announced_tokens + worker.unreported_kv_tokens
-        num_prompts = load.num_waiting + worker.num_unreported
-        if worker.role is Role.DECODE:
-            batch = load.num_running + load.num_waiting + load.num_announced + worker.num_unreported
-            context = max(0, worker.pages_total - load.pages_free) * page_size + promised
-            step_s += sequence_s * load.num_running + context_s * context
-            self.batch[place] = batch
-            self.room[place] = load.pages_free * page_size - promised
-            self.tpot_base[place] = decode_s + sequence_s * (batch + 1) + context_s * context
-            self.tpot_context[place] = context_s
-            self.tpot_growth[place] = context_s * (batch + 1) / 2
-        else:
-            num_prompts += load.num_running
-            self.room[place] = math.inf  # nobody asks for it, and it must not look full
-        self.step_s[place] = step_s
+    def _begin(self, place: int, worker: WorkerView) -> None:
+        """What of a worker stays from report to report."""
+        pool = self.pool_of[place]
+        _, token_s, pair_s = pool.costs.prefill_cost.coefficients
         self.token_s[place] = token_s
         self.half_pair_s[place] = pair_s / 2
         self.per_step[place] = 1 / pool.step_tokens
+        if worker.role is Role.DECODE:
+            self.tpot_context[place] = pool.costs.decode_cost.coefficients[2]
+        else:
+            self.step_s[place] = pool.costs.prefill_cost.coefficients[0]
+            self.room[place] = math.inf  # nobody asks for it, and it must not look full
+
+    def _fill(self, place: int, worker: WorkerView) -> None:
+        """What changes."""
+        load, pool = worker.load, self.pool_of[place]
+        step_s, token_s, pair_s = pool.costs.prefill_cost.coefficients
+        num_prompts = load.num_waiting + worker.num_unreported
+        if worker.lease_expires_at < self._first_expiry_at:
+            self._first_expiry_at = worker.lease_expires_at
+        if worker.role is Role.DECODE:
+            decode_s, sequence_s, context_s = pool.costs.decode_cost.coefficients
+            page_size = pool.fingerprint.page_size
+            promised = load.num_announced_tokens + worker.unreported_kv_tokens
+            batch = num_prompts + load.num_running + load.num_announced
+            context_of_all_s = context_s * (max(0, worker.pages_total - load.pages_free) * page_size + promised)
+            step_s += sequence_s * load.num_running + context_of_all_s
+            self.step_s[place] = step_s
+            self.batch[place] = batch
+            self.room[place] = load.pages_free * page_size - promised
+            self.tpot_base[place] = decode_s + sequence_s * (batch + 1) + context_of_all_s
+            self.tpot_growth[place] = context_s * (batch + 1) / 2
+        else:
+            num_prompts += load.num_running
         queue_s, ahead = 0.0, load.num_waiting_tokens + worker.unreported_tokens
         if ahead:
             mean = ahead / max(1, num_prompts)  # lengths are not reported; equal ones attend least
@@ -280,9 +294,16 @@ def _kind(worker: WorkerView) -> tuple[object, ...]:
     )
 
 
-def _shape(worker: WorkerView) -> tuple[object, ...]:
-    """What must not change if workers are to keep their places."""
-    return worker.engine_id, worker.draining, worker.cluster_id, _kind(worker)
+def _keeps_place(worker: WorkerView, known: WorkerView) -> bool:
+    """Has nothing changed that decides about places and pools?"""
+    return (
+        worker.engine_id == known.engine_id
+        and worker.draining == known.draining
+        and worker.role is known.role
+        and worker.cluster_id == known.cluster_id
+        and worker.profile == known.profile
+        and (worker.model is known.model or worker.model == known.model)
+    )
 
 
 def _alive(worker: WorkerView, view: ClusterView) -> bool:

@@ -10,7 +10,7 @@ as columns of numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from functools import cached_property
 
@@ -208,6 +208,18 @@ class WorkerPool:
         return row
 
 
+def identities_of(workers: Sequence[WorkerView]) -> Integers:
+    """``id`` of each, in order."""
+    return _frozen(np.fromiter(map(id, workers), np.int64, len(workers)))
+
+
+def identities_with(known: Integers, positions: Sequence[int], workers: Sequence[WorkerView]) -> Integers:
+    """``known`` after the workers at some positions have become others."""
+    identities = known.copy()
+    identities[positions] = [id(worker) for worker in workers]
+    return _frozen(identities)
+
+
 def _frozen(numbers: Integers) -> Integers:
     numbers.setflags(write=False)
     return numbers
@@ -259,8 +271,8 @@ class ClusterView:
     """Every worker that this gateway holds a live lease of, ordered by worker id, and the links between them.
 
     ``links`` has every pair of a prefill and a decode worker, and whatever else carried bytes. ``costs`` predicts
-    seconds; ``offload`` is the planner's last word. ``pools`` follow from the rest; who made them already, as
-    ``Membership`` does, gives them as ``made_pools``.
+    seconds; ``offload`` is the planner's last word. ``pools`` and ``identities`` follow from the rest; who made them
+    already, as ``Membership`` does, gives them as ``made_pools`` and ``made_identities``.
     """
 
     at: float
@@ -269,10 +281,13 @@ class ClusterView:
     costs: CostView = NO_COSTS
     offload: Offload = NO_OFFLOAD
     made_pools: InitVar[Pools | None] = None
+    made_identities: InitVar[Integers | None] = None
 
-    def __post_init__(self, made_pools: Pools | None) -> None:
+    def __post_init__(self, made_pools: Pools | None, made_identities: Integers | None) -> None:
         if made_pools is not None:
             self.__dict__["pools"] = made_pools
+        if made_identities is not None:
+            self.__dict__["identities"] = made_identities
 
     @cached_property
     def pools(self) -> Pools:
@@ -286,6 +301,11 @@ class ClusterView:
                 may_ship = np.ones((len(prefill), len(decode)), np.bool_) if may_ship is None else may_ship
                 may_ship[senders[sender], receivers[receiver]] = False
         return Pools(prefill, decode, may_ship)
+
+    @cached_property
+    def identities(self) -> Integers:
+        """``id`` of each worker's view: where two views that both still live differ, something became of the worker."""
+        return identities_of(self.workers)
 
     def ready(self, role: Role) -> tuple[WorkerView, ...]:
         """Workers that advertise ``role``, are not draining and whose lease has not run out."""

@@ -120,13 +120,13 @@ def test_lookups_grow_with_the_logarithm_of_the_prompt_and_the_number_of_distinc
         index.add_worker(EngineId(f"w{i}"))
         index.stored(EngineId(f"w{i}"), keys(hashes[:depth]))
     count = 0
-    holders = index._holders
+    get = index._table.get
 
-    def counted(page_hash: PageHash) -> int:
+    def counted(key: int) -> int:
         nonlocal count
         count += 1
-        return holders(page_hash)
+        return get(key)
 
-    index._holders = counted  # type: ignore[method-assign]
+    index._table.get = counted  # type: ignore[method-assign]
     assert {level.num_pages for level in index.match(hashes).levels} == depths
     assert count <= 2 + len(depths) * 11
