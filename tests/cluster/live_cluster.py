@@ -1,7 +1,7 @@
 """A real service without Ray: workers, gRPC, KV transfer and a router, for tests that must see it whole.
 
 Workers run as threads of the test process (``threads``: fast, can be asked whether their pools are whole) or as
-processes (``processes``: can be killed). The gateway's half is the production Membership and Router.
+processes (``processes``: can be killed). The gateway's half is the production Membership, Router and CostRecorder.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from cluster.catalogue import Catalogue
 from cluster.certificates import write_files
 from cluster.config import RouterConfig, TlsConfig, WorkerConfig
+from cluster.cost_recorder import CostRecorder
 from cluster.internal_tls import InternalTls, Proof
 from cluster.link_tester import LinkTester
 from cluster.membership import Membership
@@ -222,7 +224,9 @@ async def live_cluster(
     gateway_id = GatewayId("test-gateway")
     internal_tls = InternalTls(tls, ("127.0.0.1",), ClusterId("test"))
     internal = InternalGrpc(internal_tls.open(gateway_id))
-    membership = Membership(router, gateway_id, clock, internal, self_test=self_test)
+    costs = CostRecorder(Catalogue(), lambda *_: None)
+    membership = Membership(router, gateway_id, clock, internal, self_test=self_test, listener=costs)
+    costs.start(membership)
     tester = LinkTester(membership, clock, unasked=self_test)
     tester.start()
     registry = await membership.start("127.0.0.1")
@@ -263,6 +267,7 @@ async def live_cluster(
         for worker in cluster.processes.values():
             await asyncio.to_thread(worker.stop)
         await tester.close()
+        await costs.close()
         await membership.close()
         files.close()
         internal_tls.close()

