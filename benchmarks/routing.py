@@ -29,6 +29,7 @@ import httpx
 from rich.console import Console
 
 from benchmarks import arms, report
+from benchmarks.orderly_exit import exit_on_sigterm
 from benchmarks.report import Cell, percentile
 from benchmarks.shared_prefixes import SharedPrompt, ideal_hit_rate, shared_prompts
 from benchmarks.streaming_client import UNLIMITED, Refused, stream
@@ -70,6 +71,7 @@ class Served:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every policy, print the table, write the JSON."""
     options = _parser().parse_args(arguments)
+    exit_on_sigterm()
     count = 8 if options.quick else options.requests
     rate: float | None = options.rate
     prompts = shared_prompts(options.traces, count, rate or 1.0, MAX_PROMPT_TOKENS)

@@ -29,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import arms, report
 from benchmarks.measurement import WaveTimes, row
+from benchmarks.orderly_exit import exit_on_sigterm
 from benchmarks.report import Cell
 from benchmarks.workload import Wave, waves
 from cluster.config import ServiceConfig, load_config
@@ -51,6 +52,7 @@ COLUMNS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the chosen arms, print the table, write the JSON."""
     options = _parser().parse_args(arguments)
+    exit_on_sigterm()
     console = Console(stderr=True)
     config = load_config(options.config, options.set)
     model_folder = _model_folder(config)
