@@ -147,7 +147,6 @@ def test_a_sum_that_is_kept_is_the_sum_of_what_is_there(gone: list[Released], th
     assert load_at(seen, None).sequences == 2 + sum(released.demand.num_sequences for released in there)
 
 
-
 @given(st.lists(st.floats(0, 100), max_size=20).map(sorted).map(tuple), st.floats(0, 50), st.floats(0, 50))
 def test_chances_are_chances_and_fall_with_time(durations: tuple[float, ...], age_s: float, longer_s: float) -> None:
     now, later = lasts(durations, age_s, longer_s), lasts(durations, age_s, longer_s + 1.0)
