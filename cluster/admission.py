@@ -36,6 +36,7 @@ from cluster.load_forecast import (
     Demand,
     Outlook,
     Released,
+    ReleasedSum,
     load_at,
     pages_needed,
     predict_tpot,
@@ -221,6 +222,26 @@ class Ticket:
         return f"<ticket of {self.request.request_id}, {self._state.value}>"
 
 
+class _Booked:
+    """What of this gateway's own decodes on one worker, or will. What it adds up to is kept: it is asked for with every
+    decision."""
+
+    def __init__(self) -> None:
+        self.released: dict[Ticket, Released] = {}
+        self.sum = ReleasedSum()
+
+    def put(self, ticket: Ticket) -> None:
+        """It is there, as it is now."""
+        before, now = self.released.get(ticket), ticket._as_released()
+        rest = self.sum if before is None else self.sum.without(before)
+        self.released[ticket], self.sum = now, rest.with_one(now)
+
+    def drop(self, ticket: Ticket) -> None:
+        """It is there no more."""
+        self.sum = self.sum.without(self.released.pop(ticket))
+
+
+_NOBODY = _Booked()  # never written
 Propose = Callable[[Ticket], Proposal | None]  # None: no worker can take it now
 
 
@@ -232,7 +253,7 @@ class Admission:
         self._clock = clock
         self._queue: FairQueue[Ticket] = FairQueue(config.weight_of)
         self._numbers = count()
-        self._on_decode: dict[WorkerId, dict[Ticket, Released]] = {}  # decode there, or will
+        self._on_decode: dict[WorkerId, _Booked] = {}
         self._foreign: dict[WorkerId, tuple[WorkerLoad, int]] = {}  # last report |-> sequences in it that are not ours
         self._measured = Measurements()
         self._drain = DrainRate()
@@ -343,7 +364,7 @@ class Admission:
         if ticket._tokens_to_first is not None:
             self._measured.first_token(ticket._tokens_to_first, now - ticket._released_at, now)
         if ticket._decode is not None:
-            self._on_decode[ticket._decode][ticket] = ticket._as_released()
+            self._on_decode[ticket._decode].put(ticket)
             ticket._batch_at_first = self._present(ticket._decode)
         self.moved.set()
 
@@ -385,7 +406,7 @@ class Admission:
 
     def _outlook(self, proposal: Proposal, now: float) -> Outlook:
         route = proposal.route
-        ours = self._on_decode.get(route.decode.worker_id, {})
+        ours = self._on_decode.get(route.decode.worker_id, _NOBODY)
         return Outlook(
             now=now,
             prefill=route.prefill or route.decode,
@@ -393,8 +414,9 @@ class Admission:
             costs=proposal.view.costs,
             times=self._measured.times(now),
             expected=route.expected,
-            released=tuple(ours.values()),
+            released=tuple(ours.released.values()),
             foreign=self._count_foreign(route.decode),
+            known_sum=ours.sum,
         )
 
     def _count_foreign(self, worker: WorkerView) -> int:
@@ -410,7 +432,7 @@ class Admission:
     def _present(self, decode: WorkerId) -> int:
         """Sequences there now."""
         _, foreign = self._foreign.get(decode, (None, 0))
-        return foreign + sum(t._place.size for t in self._on_decode.get(decode, ()) if t._decodes)
+        return foreign + self._on_decode.get(decode, _NOBODY).sum.present
 
     def _release(
         self,
@@ -436,13 +458,13 @@ class Admission:
         assert ticket._demand is not None, "it is set when it is released"
         if ticket._demand.max_tokens > 1:
             ticket._decode = route.decode.worker_id
-            self._on_decode.setdefault(ticket._decode, {})[ticket] = ticket._as_released()
+            self._on_decode.setdefault(ticket._decode, _Booked()).put(ticket)
 
     def _unbook(self, ticket: Ticket) -> None:
         if ticket._decode is not None:
-            page = self._on_decode[ticket._decode]
-            del page[ticket]
-            if not page:
+            booked = self._on_decode[ticket._decode]
+            booked.drop(ticket)
+            if not booked.released:
                 del self._on_decode[ticket._decode]
             ticket._decode = None
 

@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 
 from cluster.cost_model import ComputeCost, CostView
 from cluster.service_times import ServiceTimes
@@ -53,6 +55,34 @@ class Released:
 
 
 @dataclass(frozen=True, slots=True)
+class ReleasedSum:
+    """What some of those add up to. Tokens are whole or halves, so they add up exactly in whatever order."""
+
+    present: int = 0  # sequences of those that decode
+    sequences: int = 0  # of all
+    growth: float = 0.0  # tokens that all will store yet: of those that decode half of what they generate, on average
+
+    def with_one(self, released: Released) -> ReleasedSum:
+        """With one more."""
+        return self._changed_by(released, 1)
+
+    def without(self, released: Released) -> ReleasedSum:
+        """With one of them less."""
+        return self._changed_by(released, -1)
+
+    def _changed_by(self, released: Released, sign: int) -> ReleasedSum:
+        size, growth = sign * released.demand.num_sequences, sign * released.demand.growth
+        if released.decodes:
+            return ReleasedSum(self.present + size, self.sequences + size, self.growth + growth / 2)
+        return ReleasedSum(self.present, self.sequences + size, self.growth + growth)
+
+
+def sum_of(released: Iterable[Released]) -> ReleasedSum:
+    """Of several."""
+    return reduce(ReleasedSum.with_one, released, ReleasedSum())
+
+
+@dataclass(frozen=True, slots=True)
 class Outlook:
     """All that may be known of one route: its two workers and what of this gateway's own is on them."""
 
@@ -64,6 +94,12 @@ class Outlook:
     expected: Forecast | None = None  # the policy's, from now on; None: it predicts nothing
     released: tuple[Released, ...] = ()  # ours for ``decode``
     foreign: int = 0  # sequences on ``decode``, or announced there, that are not ours
+    known_sum: ReleasedSum | None = None  # of ``released``; None: it is added up when it is asked for
+
+    @property
+    def sum(self) -> ReleasedSum:
+        """What ``released`` adds up to."""
+        return sum_of(self.released) if self.known_sum is None else self.known_sum
 
 
 def waiting_tokens(outlook: Outlook) -> int:
@@ -127,9 +163,14 @@ def load_at(outlook: Outlook, horizon_s: float | None) -> DecodeLoad:
     a page that is free now may be spoken for. None: if all had come and none ended, which is no less at any time."""
     decode = outlook.decode
     sequences, tokens = float(outlook.foreign), float(decode.load.num_announced_tokens + decode.unreported_kv_tokens)
+    if horizon_s is None:
+        in_all = outlook.sum
+        return DecodeLoad(
+            sequences + in_all.sequences, decode.load.pages_free - _pages(outlook, tokens + in_all.growth)
+        )
     for released in outlook.released:
         demand = released.demand
-        stays = 1.0 if horizon_s is None else _presence(outlook, released, outlook.now + horizon_s)
+        stays = _presence(outlook, released, outlook.now + horizon_s)
         sequences += demand.num_sequences * stays
         if released.decodes:
             # Its prompt's pages are taken: what ends gives them back, what stays has half of its growth to come.
@@ -170,7 +211,7 @@ _LOOKS = 8  # into the future, up to the longest decode that was measured
 
 def _present(outlook: Outlook) -> int:
     """Sequences on the decode worker now."""
-    return outlook.foreign + sum(r.demand.num_sequences for r in outlook.released if r.decodes)
+    return outlook.foreign + outlook.sum.present
 
 
 def _presence(outlook: Outlook, released: Released, at: float) -> float:

@@ -491,6 +491,7 @@ class _Member:
 
     def __init__(self, client: WorkerClient, state: WorkerState, now: float, lease_s: float) -> None:
         self.client = client
+        self.profile = client.description.profile
         self.state = state
         self.heard_at = now  # when ``state`` came
         self.lease_expires_at = now + lease_s
@@ -506,7 +507,7 @@ class _Member:
         return self.client.description.engine_id
 
     def view(self) -> WorkerView:
-        description, unreported = self.client.description, self.client.unreported
+        client, description, unreported = self.client, self.client.description, self.client.unreported
         return WorkerView(
             worker_id=description.worker_id,
             engine_id=description.engine_id,
@@ -519,12 +520,12 @@ class _Member:
             transport=description.transport,
             pages_total=description.pages_total,
             load=self.state.load,
-            num_assigned=self.client.num_open,
+            num_assigned=client.num_open,
             max_batch_size=description.max_batch_size,
-            profile=description.profile,
-            num_unreported=len(unreported),
-            unreported_tokens=sum(sent.tokens for sent in unreported),
-            unreported_kv_tokens=sum(sent.kv_tokens for sent in unreported),
+            profile=self.profile,
+            num_unreported=client.num_unreported,
+            unreported_tokens=unreported.tokens,
+            unreported_kv_tokens=unreported.kv_tokens,
         )
 
 

@@ -486,10 +486,10 @@ class Router:
             return None
         if proposal.view is view:
             return proposal.route
-        ready = {(w.engine_id, w.role) for role in Role for w in view.ready(role)}
-        route = proposal.route
-        wanted = {(w.engine_id, w.role) for w in (route.prefill, route.decode) if w is not None}
-        return route if wanted <= ready else None
+        route, pools = proposal.route, view.pools
+        workers = (route.decode,) if route.prefill is None else (route.prefill, route.decode)
+        is_ready = all(worker.engine_id in pools.of(worker.role).roster.position_of for worker in workers)
+        return route if is_ready else None
 
     def _refusal(self, route: Route) -> NoRoute | None:
         """Why the route is not to be taken: there should be a prefill worker, and ``without_prefill`` minds."""

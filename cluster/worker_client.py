@@ -14,9 +14,10 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import math
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Self, TypeVar
 
 import grpc
@@ -121,14 +122,18 @@ Deliver = Callable[[SequenceEvent], None]
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What a sequence asks of a worker: tokens to compute before its first one, and tokens to hold in pages.
-
-    ``accepted_at``: when the worker had it in its queue, on the event loop's clock; None: it has not said so yet.
-    """
+    """What a sequence asks of a worker: tokens to compute before its first one, and tokens to hold in pages."""
 
     tokens: int = 0
     kv_tokens: int = 0
-    accepted_at: float | None = None
+
+
+@dataclass(slots=True)
+class _Sent:
+    """An assignment that is in no report yet, and when the worker had it in its queue, on the event loop's clock."""
+
+    assignment: Assignment
+    accepted_at: float = math.inf  # the worker has not said so yet
 
 
 class WorkerClient(ABC):
@@ -140,7 +145,10 @@ class WorkerClient(ABC):
     def __init__(self, description: WorkerDescription) -> None:
         self.description = description
         self._deliver: dict[SequenceId, Deliver] = {}
-        self._unreported: dict[SequenceId, Assignment] = {}  # of open sequences that are in no report of its load yet
+        self._unreported: dict[SequenceId, _Sent] = {}  # of open sequences that are in no report of its load yet
+        # What those add up to, kept because every view of the cluster asks for it:
+        self._unreported_tokens = 0
+        self._unreported_kv_tokens = 0
         self._now = asyncio.get_running_loop().time
         self._lost: WorkerLost | None = None
         self.on_change: Callable[[], None] = lambda: None
@@ -151,19 +159,23 @@ class WorkerClient(ABC):
         return len(self._deliver)
 
     @property
-    def unreported(self) -> Sequence[Assignment]:
-        """What was sent there and is in no report of its load yet."""
-        return tuple(self._unreported.values())
+    def num_unreported(self) -> int:
+        """Sequences that were sent there and are in no report of its load yet."""
+        return len(self._unreported)
+
+    @property
+    def unreported(self) -> Assignment:
+        """What those ask of it in all."""
+        return Assignment(self._unreported_tokens, self._unreported_kv_tokens)
 
     def note_report(self, load_age_s: float) -> None:
         """A report of its load has come, for which the engine was asked ``load_age_s`` ago: what it had in its queue
         by then is in it. The message's own way is not known and taken for nothing."""
+        if not self._unreported:
+            return
         asked_at = self._now() - load_age_s
-        self._unreported = {
-            sequence_id: sent
-            for sequence_id, sent in self._unreported.items()
-            if sent.accepted_at is None or sent.accepted_at > asked_at
-        }
+        for sequence_id in [name for name, sent in self._unreported.items() if sent.accepted_at <= asked_at]:
+            self._count_no_more(sequence_id)
 
     def open_sequence(self, sequence_id: SequenceId, deliver: Deliver, assignment: Assignment = Assignment()) -> None:
         """From now on ``deliver`` gets the sequence's events, until ``close_sequence``. ``assignment``: what it asks of
@@ -173,13 +185,15 @@ class WorkerClient(ABC):
             deliver(self._lost)
             return
         self._deliver[sequence_id] = deliver
-        self._unreported[sequence_id] = assignment
+        self._unreported[sequence_id] = _Sent(assignment)
+        self._unreported_tokens += assignment.tokens
+        self._unreported_kv_tokens += assignment.kv_tokens
         self.on_change()
 
     def close_sequence(self, sequence_id: SequenceId) -> None:
         """No more events of it; nothing happens if it is not open."""
         if self._deliver.pop(sequence_id, None) is not None:
-            self._unreported.pop(sequence_id, None)
+            self._count_no_more(sequence_id)
             self.on_change()
 
     def fail(self, reason: str) -> None:
@@ -189,6 +203,7 @@ class WorkerClient(ABC):
         self._lost = WorkerLost(worker_id=self.description.worker_id, reason=reason)
         listeners, self._deliver = list(self._deliver.values()), {}
         self._unreported.clear()
+        self._unreported_tokens = self._unreported_kv_tokens = 0
         for deliver in listeners:
             deliver(self._lost)
 
@@ -196,7 +211,14 @@ class WorkerClient(ABC):
         """The worker has it in its queue."""
         sent = self._unreported.get(sequence_id)
         if sent is not None:
-            self._unreported[sequence_id] = replace(sent, accepted_at=self._now())
+            sent.accepted_at = self._now()
+
+    def _count_no_more(self, sequence_id: SequenceId) -> None:
+        """It is in a report, or over; nothing happens the second time."""
+        sent = self._unreported.pop(sequence_id, None)
+        if sent is not None:
+            self._unreported_tokens -= sent.assignment.tokens
+            self._unreported_kv_tokens -= sent.assignment.kv_tokens
 
     def _require_alive(self) -> None:
         if self._lost is not None:

@@ -270,6 +270,7 @@ class ChunkedPrefillScheduler:
         self._sequences: dict[SequenceId, Sequence] = {}  # whatever is not finished
         self._waiting: deque[Sequence] = deque()  # next to start first
         self._running: list[Sequence] = []  # oldest start first; those beyond max_batch_size wait for a place
+        self._num_running_growing = 0  # of them, those that ask for pages until they end
         self._reserved: dict[SequenceId, _Reserved] = {}
         self._num_lent = 0
         self._stalled = False  # the last plan was empty and nothing changed since
@@ -371,7 +372,7 @@ class ChunkedPrefillScheduler:
         self._cached_tokens += sequence.num_cached_tokens
         self._register_pages(sequence)
         self._sequences[spec.sequence_id] = sequence
-        self._running.append(sequence)
+        self._join_batch(sequence)
 
     def release(self, sequence_id: SequenceId) -> bool:
         sequence = self._sequences.get(sequence_id)
@@ -387,7 +388,7 @@ class ChunkedPrefillScheduler:
         if sequence.status is SequenceStatus.WAITING:
             self._waiting.remove(sequence)
         elif sequence.status is SequenceStatus.RUNNING:
-            self._running.remove(sequence)
+            self._leave_batch(sequence)
         self._forget(sequence)
         return True
 
@@ -395,35 +396,36 @@ class ChunkedPrefillScheduler:
 
     def plan_step(self, now: float) -> StepPlan | None:
         batch = self._running[: self._max_batch_size]
-        self._make_room(batch)
-        decodes = [_item(s, 1) for s in batch if s.status is SequenceStatus.RUNNING and s.num_remaining == 1]
+        decodes = self._continue_decoding(batch, now)
         chunks: list[StepItem] = []
         budget = self._max_batch_tokens - len(decodes)
         if len(decodes) < len(batch):
             budget = self._continue_chunks(batch, chunks, budget)
         # A victim of this step cannot start again in it: it was taken because no page was free, and one of its own
         # went to somebody else, so at least that one is missing.
-        started = self._start_waiting(decodes, chunks, budget)
+        started = self._start_waiting(decodes, chunks, budget, now)
         self._stalled = not decodes and not chunks
         if self._stalled:
             return None
-        self._note_start(decodes, now)
-        self._note_start(chunks, now)
         return StepPlan((*decodes, *chunks), tuple(started))
 
     def commit_step(self, plan: StepPlan, sampled: Mapping[SequenceId, SampledToken], now: float) -> list[TokenChunk]:
         chunks: list[TokenChunk] = []
         self._stalled = False
+        sequences, page_size = self._sequences, self._page_size
+        somebody_left = False
         for item in plan.items:
-            sequence = self._sequences.get(item.sequence_id)
+            sequence_id = item.sequence_id
+            sequence = sequences.get(sequence_id)
             if sequence is None or sequence.status is not SequenceStatus.RUNNING:
                 continue  # aborted (and perhaps queued anew) while the step was computed
-            sequence.num_computed += len(item.token_ids)
-            if sequence.num_computed // self._page_size > sequence.num_registered:
+            num_computed = sequence.num_computed = sequence.num_computed + len(item.token_ids)
+            if num_computed >= (sequence.num_registered + 1) * page_size:
                 self._register_pages(sequence)
             if item.samples:
-                chunks.append(self._append_token(sequence, sampled[item.sequence_id], now))
-        if any(chunk.stats is not None for chunk in chunks):  # only then may a sequence have left
+                chunks.append(self._append_token(sequence, sampled[sequence_id], now))
+                somebody_left = somebody_left or sequence.status is not SequenceStatus.RUNNING
+        if somebody_left:
             self._running = [s for s in self._running if s.status is SequenceStatus.RUNNING]
         return chunks
 
@@ -450,22 +452,58 @@ class ChunkedPrefillScheduler:
 
     # ---- planning ----
 
-    def _make_room(self, batch: list[Sequence]) -> None:
-        """Give each sequence of the batch pages for its known tokens, preempting the youngest where none are free."""
-        page_size = self._page_size
+    def _join_batch(self, sequence: Sequence) -> None:
+        """The youngest of those that run, from now on."""
+        self._running.append(sequence)
+        self._num_running_growing += not sequence.spec.hold_kv
+
+    def _leave_batch(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._num_running_growing -= not sequence.spec.hold_kv
+
+    def _continue_decoding(self, batch: list[Sequence], now: float) -> list[StepItem]:
+        """The next token of each sequence of the batch that decodes. This loop is what decoding costs a scheduler."""
+        items: list[StepItem] = []
+        page_size, running = self._page_size, SequenceStatus.RUNNING
         for sequence in batch:
-            # A victim is younger than the one it makes room for, so it comes later in this loop: skip it then.
-            while (
-                sequence.status is SequenceStatus.RUNNING and sequence.num_tokens > len(sequence.page_ids) * page_size
-            ):
-                page_ids = self._allocator.allocate(1)
-                if page_ids is None:
-                    self._preempt(next(s for s in reversed(self._running) if not s.spec.hold_kv))
-                else:
-                    sequence.page_ids += tuple(page_ids)
+            token_ids, start = sequence.token_ids, sequence.num_computed
+            num_tokens = len(token_ids)
+            if num_tokens > len(sequence.page_ids) * page_size:
+                self._make_room(sequence)
+            # A victim is younger than the one it makes room for, so it comes later in this loop: it is skipped here.
+            if num_tokens - start != 1 or sequence.status is not running:
+                continue
+            if sequence.started_at is None:
+                sequence.started_at = now
+            spec = sequence.spec
+            items.append(
+                StepItem(
+                    spec.sequence_id,
+                    (token_ids[start],),
+                    start,
+                    sequence.page_ids,
+                    True,
+                    spec.sampling,
+                    token_ids,
+                    sequence.num_prompt_tokens,
+                )
+            )
+        return items
+
+    def _make_room(self, sequence: Sequence) -> None:
+        """Give a running sequence pages for its known tokens, preempting the youngest where none are free: be it this
+        one. Nothing happens if it does not run any more."""
+        while (
+            sequence.status is SequenceStatus.RUNNING and sequence.num_tokens > len(sequence.page_ids) * self._page_size
+        ):
+            page_ids = self._allocator.allocate(1)
+            if page_ids is None:
+                self._preempt(next(s for s in reversed(self._running) if not s.spec.hold_kv))
+            else:
+                sequence.page_ids += tuple(page_ids)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
+        self._leave_batch(sequence)
         self._allocator.release(sequence.page_ids)
         sequence.page_ids = ()
         sequence.num_computed = 0
@@ -485,14 +523,18 @@ class ChunkedPrefillScheduler:
                 budget -= len(chunks[-1].token_ids)
         return budget
 
-    def _start_waiting(self, decodes: list[StepItem], chunks: list[StepItem], budget: int) -> list[StartedSequence]:
+    def _start_waiting(
+        self, decodes: list[StepItem], chunks: list[StepItem], budget: int, now: float
+    ) -> list[StartedSequence]:
         started: list[StartedSequence] = []
         while self._waiting and budget > 0 and len(self._running) < self._max_batch_size:
             sequence = self._waiting[0]
             if not self._start(sequence):
                 break
             self._waiting.popleft()
-            self._running.append(sequence)
+            self._join_batch(sequence)
+            if sequence.started_at is None:
+                sequence.started_at = now
             started.append(StartedSequence(sequence.spec, sequence.num_computed, sequence.page_ids))
             item = _item(sequence, min(sequence.num_remaining, self._max_chunk, budget))
             budget -= len(item.token_ids)
@@ -536,7 +578,7 @@ class ChunkedPrefillScheduler:
 
     def _num_growing(self) -> int:
         """Sequences that hold pages and will ask for more."""
-        return len(self._reserved) + sum(not s.spec.hold_kv for s in self._running)
+        return len(self._reserved) + self._num_running_growing
 
     def _pages_to_leave(self) -> int:
         """Free pages that whoever is not a waiting sequence leaves: rules 5 and 6."""
@@ -549,32 +591,31 @@ class ChunkedPrefillScheduler:
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
 
-    def _note_start(self, items: list[StepItem], now: float) -> None:
-        for item in items:
-            sequence = self._sequences[item.sequence_id]
-            if sequence.started_at is None:
-                sequence.started_at = now
-
     # ---- booking ----
 
     def _append_token(self, sequence: Sequence, token: SampledToken, now: float) -> TokenChunk:
         """Book a sampled token; ends or holds the sequence if it was its last one here."""
-        position = len(sequence.token_ids) - sequence.num_prompt_tokens
-        sequence.token_ids.append(token.token_id)
+        token_ids, spec, token_id = sequence.token_ids, sequence.spec, token.token_id
+        position = len(token_ids) - sequence.num_prompt_tokens
+        token_ids.append(token_id)
         self._generated_tokens += 1
+        logprobs = () if token.logprob is None else (token.logprob,)
         end = self._end_of(sequence)
-        last = end is not None or sequence.spec.hold_kv
-        stats = _stats(sequence, now) if last or not sequence.reported else None
+        last = end is not None or spec.hold_kv
+        if not last and sequence.reported:  # nearly always
+            return TokenChunk(spec.sequence_id, position, (token_id,), logprobs)
+        stats = _stats(sequence, now)
         sequence.reported = True
-        if sequence.spec.hold_kv:
+        if spec.hold_kv:
             sequence.move(SequenceStatus.HELD)
         elif last:
+            self._num_running_growing -= 1
             self._forget(sequence)
         return TokenChunk(
-            sequence.spec.sequence_id,
+            spec.sequence_id,
             position,
-            (token.token_id,),
-            () if token.logprob is None else (token.logprob,),
+            (token_id,),
+            logprobs,
             end.reason if end else None,
             end.stop_token_id if end else None,
             stats,
@@ -582,12 +623,10 @@ class ChunkedPrefillScheduler:
 
     def _end_of(self, sequence: Sequence) -> _End | None:
         """Whether the newest output token is the last one, and why."""
-        sampling = sequence.spec.sampling
-        token_ids = sequence.token_ids
-        num_outputs = len(token_ids) - sequence.num_prompt_tokens
-        if token_ids[-1] in sequence.stop_ids and num_outputs > sampling.min_tokens:
+        token_ids, stop_ids = sequence.token_ids, sequence.stop_ids
+        if stop_ids and token_ids[-1] in stop_ids and sequence.num_output_tokens > sequence.spec.sampling.min_tokens:
             return _End(FinishReason.STOP, token_ids[-1])
-        if num_outputs == sampling.max_tokens or len(token_ids) >= self._max_len:
+        if len(token_ids) >= sequence.most_tokens or len(token_ids) >= self._max_len:
             return _End(FinishReason.LENGTH)
         return None
 

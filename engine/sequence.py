@@ -17,6 +17,7 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 from array import array
 from enum import Enum, auto
 from types import MappingProxyType
@@ -49,6 +50,7 @@ class Sequence:
 
     __slots__ = (
         "arrived_at",
+        "most_tokens",
         "num_cached_tokens",
         "num_computed",
         "num_preemptions",
@@ -80,6 +82,8 @@ class Sequence:
         self.num_preemptions = 0
         self.reported = False  # a chunk with stats has left: the next stats go with the last chunk
         own = frozenset(spec.sampling.stop_token_ids)
+        limit = spec.sampling.max_tokens
+        self.most_tokens = math.inf if limit is None else self.num_prompt_tokens + limit  # prompt and output
         self.stop_ids = own if spec.sampling.ignore_eos else own | eos_token_ids
 
     @property

@@ -24,6 +24,7 @@ from cluster.load_forecast import (
     predict_ttft,
     queue_s,
     seconds_until_tpot,
+    sum_of,
 )
 from cluster.service_times import Line, ServiceTimes
 from cluster.view import Forecast, WorkerLoad, WorkerView
@@ -124,6 +125,26 @@ def test_the_policys_tpot_is_moved_from_the_load_now_to_the_load_when_prefill_en
 
 
 # ---- the load then ----
+
+_RELEASED = st.builds(
+    Released,
+    st.builds(Demand, st.integers(1, 9), st.integers(0, 9), st.integers(1, 3), st.integers(1, 999), st.just(50)),
+    st.just(100.0),
+    st.booleans(),
+)
+
+
+@given(st.lists(_RELEASED, max_size=12), st.lists(_RELEASED, max_size=12))
+def test_a_sum_that_is_kept_is_the_sum_of_what_is_there(gone: list[Released], there: list[Released]) -> None:
+    kept = sum_of([*gone, *there])
+
+    for released in gone:
+        kept = kept.without(released)
+
+    assert kept == sum_of(there)
+    seen = outlook(released=tuple(there), foreign=2)
+    assert load_at(replace(seen, known_sum=kept), None) == load_at(seen, None)
+    assert load_at(seen, None).sequences == 2 + sum(released.demand.num_sequences for released in there)
 
 
 @given(st.lists(st.floats(0, 100), max_size=20).map(sorted).map(tuple), st.floats(0, 50), st.floats(0, 50))

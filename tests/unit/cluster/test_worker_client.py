@@ -171,13 +171,13 @@ async def test_what_is_sent_counts_until_a_report_could_count_it() -> None:
         asked = Assignment(tokens=3, kv_tokens=7)
         client.open_sequence(SPEC.sequence_id, lambda _: None, asked)
         client.note_report(0.0)
-        assert client.unreported == (asked,), "the worker has not said that it has it"
+        assert (client.num_unreported, client.unreported) == (1, asked), "the worker has not said that it has it"
 
         await client.decode(SPEC, None)
         client.note_report(5.0)
-        assert [sent.tokens for sent in client.unreported] == [3], "that load is older"
+        assert client.unreported == asked, "that load is older"
         client.note_report(0.0)
-        assert client.unreported == ()
+        assert (client.num_unreported, client.unreported) == (0, Assignment())
         assert client.num_open == 1
 
 
@@ -186,9 +186,9 @@ async def test_what_is_closed_or_lost_is_no_longer_waited_for() -> None:
         client.open_sequence(SequenceId("a"), lambda _: None, Assignment(1))
         client.open_sequence(SequenceId("b"), lambda _: None, Assignment(2))
         client.close_sequence(SequenceId("a"))
-        assert client.unreported == (Assignment(2),)
+        assert (client.num_unreported, client.unreported) == (1, Assignment(2))
         client.fail("gone")
-        assert client.unreported == ()
+        assert (client.num_unreported, client.unreported) == (0, Assignment())
 
 
 async def test_workers_alike_in_model_device_and_step_share_a_profile() -> None:
