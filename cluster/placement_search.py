@@ -136,11 +136,12 @@ def simulate_prefill(
     while len(done) < len(arrivals_s):
         start = max(free_at, arrivals_s[len(done)])
         batch: list[int] = []
-        for arrived_at, request in zip(arrivals_s[len(done) :], workload.requests[len(done) :], strict=True):
-            too_many = sum(batch) + request.prompt_tokens > workload.prefill_batch_tokens
-            if arrived_at > start or (batch and too_many):
+        for index in range(len(done), len(arrivals_s)):
+            prompt_tokens = workload.requests[index].prompt_tokens
+            too_many = sum(batch) + prompt_tokens > workload.prefill_batch_tokens
+            if arrivals_s[index] > start or (batch and too_many):
                 break
-            batch.append(request.prompt_tokens)
+            batch.append(prompt_tokens)
         seconds = costs.prefill_s(parallelism, batch)
         done += [start + seconds] * len(batch)
         free_at = start + seconds / parallelism.pipeline

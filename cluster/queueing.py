@@ -12,6 +12,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 def md1_ttft_s(rate_rps: float, service_s: float) -> float:
     """DistServe equation 1: D + R D^2 / (2 (1 - R D))."""
@@ -52,6 +55,15 @@ class Wait:
         if not self.mean_if_any_s:
             return 1.0
         return 1 - self.probability * math.exp(-seconds / self.mean_if_any_s)
+
+    def each_at_most(self, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``at_most`` of every element."""
+        if math.isinf(self.mean_if_any_s):
+            return np.zeros_like(seconds)
+        if not self.mean_if_any_s:
+            return np.where(seconds < 0, 0.0, 1.0)
+        waiting = self.probability * np.exp(np.maximum(seconds, 0.0) / -self.mean_if_any_s)
+        return np.where(seconds < 0, 0.0, 1 - waiting)
 
 
 NO_WAIT = Wait(0.0, 0.0)

@@ -42,6 +42,7 @@ GEOMETRY = PageGeometry((Pages(64), Pages(96), Pages(4096)), num_pages=40)
 A, B = SessionId("a"), SessionId("b")
 TOKEN = bytes(range(16))
 PATIENCE_S = 20.0
+LEASE_S = 4.0  # so long may a reader take nothing before TCP gives it up: longer than a busy machine stops a test
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def make_end(request: pytest.FixtureRequest, credentials: Credentials) -> Iterat
 
     def make(fill: random.Random | None = None, fingerprint: CacheFingerprint = FINGERPRINT) -> End:
         config = KvTransferConfig(
-            transport=variant.transport, host="127.0.0.1", lease_s=0.4, links=(variant.link,), staging_mib=1
+            transport=variant.transport, host="127.0.0.1", lease_s=LEASE_S, links=(variant.link,), staging_mib=1
         )
         identity = PeerIdentity(WorkerId(f"w{len(ends)}"), ClusterId("here"))
         tls = credentials if variant.tls else None
@@ -439,7 +440,7 @@ def test_the_sending_end_tells_of_its_links(prefill: End, decode: End) -> None:
         Event().wait(0.01)
     assert decode.transport.stats() == ()
     assert stats.peer == PeerIdentity(WorkerId("w1"), ClusterId("here"))
-    assert (stats.bytes_queued, stats.reconnects, stats.retransmits) == (0, 0, 0)
+    assert (stats.bytes_queued, stats.reconnects) == (0, 0)  # no word of retransmits: a busy kernel has some
     assert stats.bytes_sent == num_bytes
     assert stats.connections >= 1
     assert stats.path

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.queueing import (
     NO_WAIT,
+    Wait,
     erlang_c,
     md1_pipelined_ttft_s,
     md1_tensor_parallel_ttft_s,
@@ -62,3 +64,10 @@ def test_the_tail_has_the_mean_that_it_states(num_servers: int, load: float, var
 def test_nobody_waits_where_nobody_comes() -> None:
     assert mgc_wait(0, 3, 1, 1) == NO_WAIT
     assert NO_WAIT.at_most(0) == 1
+
+
+@pytest.mark.parametrize("wait", [NO_WAIT, Wait(0.25, 2.0), Wait(1.0, 1e-12), Wait(1.0, math.inf)])
+def test_many_waits_at_once_are_each_what_one_is(wait: Wait) -> None:
+    seconds = [-1e9, -1e-3, 0.0, 1e-3, 1.0, 700.0, 1e9, math.inf]
+
+    assert wait.each_at_most(np.array(seconds)).tolist() == pytest.approx([wait.at_most(one) for one in seconds])
