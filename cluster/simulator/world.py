@@ -84,7 +84,7 @@ class World:
         self._devices: dict[ClusterId, SharedDevice] = {}
         self._num_starts = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        chosen = policy or make_policy(scenario.router.policy)
+        chosen = policy or make_policy(scenario.router.policy, scenario.router.routing)
         self.gateway = SimulatedGateway(loop, scenario, chosen, self._connect, self._num_untold, self._retest)
 
     @property
