@@ -18,7 +18,8 @@ that ran out or new costs make everything anew. So a digest is a function of its
     room          tokens that its pages can take, those taken off that were promised to somebody
     tpot_base     a decode step with one sequence more, which has L tokens now and generates O, takes
     tpot_context  tpot_base + tpot_context * L + tpot_growth * O: every sequence of the batch grows by a token a step,
-    tpot_growth   so by O / 2 on average over the time of this one
+    tpot_growth   so by O / 2 on average over the time of this one. Of more sequences than a batch holds it is the mean
+                  time between two tokens of one, its wait for a place spread over them
 """
 
 from __future__ import annotations
@@ -235,7 +236,10 @@ class RoutingDigest:
             self.step_s[place] = step_s
             self.batch[place] = batch
             self.room[place] = load.pages_free * page_size - promised
-            self.tpot_base[place] = decode_s + sequence_s * (batch + 1) + context_of_all_s
+            # Those that a full batch leaves out wait for a place. All in all it is as if all took turns, a batch at a
+            # time: what a step costs whatever it holds is paid for every turn.
+            turns = max(1.0, (batch + 1) / (worker.max_batch_size or math.inf))
+            self.tpot_base[place] = decode_s * turns + sequence_s * (batch + 1) + context_of_all_s
             self.tpot_growth[place] = context_s * (batch + 1) / 2
         else:
             num_prompts += load.num_running

@@ -86,7 +86,7 @@ class World:
         self._absent: set[WorkerId] = set()  # of those that the workload waits for: not in the view yet
         self._all_joined = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        chosen = policy or make_policy(scenario.router.policy)
+        chosen = policy or make_policy(scenario.router.policy, scenario.router.routing)
         self.gateway = SimulatedGateway(loop, scenario, chosen, self._connect, self._num_untold, self._retest)
 
     @property
