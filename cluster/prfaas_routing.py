@@ -520,9 +520,8 @@ class _Decision:
 
     def _seconds(self, pool: Pool, cached: int, uncached: int) -> float:
         """Likewise, on a prefill worker of ``pool`` that caches so many."""
-        step_s, token_s, pair_s = pool.costs.prefill_cost.coefficients
         num_steps = math.ceil(uncached / pool.step_tokens)
-        return step_s * num_steps + uncached * (token_s + pair_s / 2 * (2 * cached + uncached))
+        return pool.step_s * num_steps + uncached * (pool.token_s + pool.half_pair_s * (2 * cached + uncached))
 
     def _seconds_per_token(self) -> Floats:
         """place |-> seconds of a decode step with this request in it."""

@@ -45,7 +45,7 @@ _NOWHERE = -1  # the place of a slot whose worker is not ready
 _FEW_BITS = 12  # of a bitmap: up to so many are walked one by one, which is faster than unpacking all
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class Pool:
     """Workers that differ in their load alone. ``bits``: their slots in the prefix index."""
 
@@ -55,6 +55,12 @@ class Pool:
     step_tokens: float
     costs: ComputeCost
     bits: int = 0
+
+    def __post_init__(self) -> None:
+        self.page_size = self.fingerprint.page_size
+        self.step_s, self.token_s, pair_s = self.costs.prefill_cost.coefficients
+        self.half_pair_s = pair_s / 2
+        self.decode_s, self.sequence_s, self.context_s = self.costs.decode_cost.coefficients
 
 
 @dataclass(eq=False, slots=True)
@@ -129,7 +135,8 @@ class RoutingDigest:
         known = self._spare
         if known is None or known[0] != mean_output:
             spare = self.room - self.batch * (mean_output / 2)
-            known = self._spare = (mean_output, spare, float(spare.min(initial=math.inf)))
+            least = float(spare[spare.argmin()]) if len(spare) else math.inf
+            known = self._spare = (mean_output, spare, least)
         return known[1:]
 
     def know_slots(self, slots: Mapping[EngineId, int]) -> None:
@@ -209,44 +216,43 @@ class RoutingDigest:
     def _begin(self, place: int, worker: WorkerView) -> None:
         """What of a worker stays from report to report."""
         pool = self.pool_of[place]
-        _, token_s, pair_s = pool.costs.prefill_cost.coefficients
-        self.token_s[place] = token_s
-        self.half_pair_s[place] = pair_s / 2
+        self.token_s[place] = pool.token_s
+        self.half_pair_s[place] = pool.half_pair_s
         self.per_step[place] = 1 / pool.step_tokens
         if worker.role is Role.DECODE:
-            self.tpot_context[place] = pool.costs.decode_cost.coefficients[2]
+            self.tpot_context[place] = pool.context_s
         else:
-            self.step_s[place] = pool.costs.prefill_cost.coefficients[0]
+            self.step_s[place] = pool.step_s
             self.room[place] = math.inf  # nobody asks for it, and it must not look full
 
     def _fill(self, place: int, worker: WorkerView) -> None:
         """What changes."""
-        load, pool = worker.load, self.pool_of[place]
-        step_s, token_s, pair_s = pool.costs.prefill_cost.coefficients
+        load, pool, step_s = worker.load, self.pool_of[place], self.pool_of[place].step_s
         num_prompts = load.num_waiting + worker.num_unreported
         if worker.lease_expires_at < self._first_expiry_at:
             self._first_expiry_at = worker.lease_expires_at
         if worker.role is Role.DECODE:
-            decode_s, sequence_s, context_s = pool.costs.decode_cost.coefficients
-            page_size = pool.fingerprint.page_size
             promised = load.num_announced_tokens + worker.unreported_kv_tokens
             batch = num_prompts + load.num_running + load.num_announced
-            context_of_all_s = context_s * (max(0, worker.pages_total - load.pages_free) * page_size + promised)
-            step_s += sequence_s * load.num_running + context_of_all_s
+            pages_taken = worker.pages_total - load.pages_free
+            context_s = pool.context_s * ((pages_taken * pool.page_size if pages_taken > 0 else 0) + promised)
+            step_s += pool.sequence_s * load.num_running + context_s
             self.step_s[place] = step_s
             self.batch[place] = batch
-            self.room[place] = load.pages_free * page_size - promised
-            # Those that a full batch leaves out wait for a place. All in all it is as if all took turns, a batch at a
-            # time: what a step costs whatever it holds is paid for every turn.
-            turns = max(1.0, (batch + 1) / (worker.max_batch_size or math.inf))
-            self.tpot_base[place] = decode_s * turns + sequence_s * (batch + 1) + context_of_all_s
-            self.tpot_growth[place] = context_s * (batch + 1) / 2
+            self.room[place] = load.pages_free * pool.page_size - promised
+            base_s = pool.decode_s
+            if worker.max_batch_size is not None and batch >= worker.max_batch_size:
+                # Those that a full batch leaves out wait for a place. All in all it is as if all took turns, a batch at
+                # a time: what a step costs whatever it holds is paid for every turn.
+                base_s *= (batch + 1) / worker.max_batch_size
+            self.tpot_base[place] = base_s + pool.sequence_s * (batch + 1) + context_s
+            self.tpot_growth[place] = pool.context_s * (batch + 1) / 2
         else:
             num_prompts += load.num_running
         queue_s, ahead = 0.0, load.num_waiting_tokens + worker.unreported_tokens
         if ahead:
-            mean = ahead / max(1, num_prompts)  # lengths are not reported; equal ones attend least
-            queue_s = step_s * math.ceil(ahead / pool.step_tokens) + ahead * (token_s + pair_s / 2 * mean)
+            mean = ahead / (num_prompts or 1)  # lengths are not reported; equal ones attend least
+            queue_s = step_s * math.ceil(ahead / pool.step_tokens) + ahead * (pool.token_s + pool.half_pair_s * mean)
         self.queue_s[place] = queue_s
 
 
