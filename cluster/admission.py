@@ -36,7 +36,7 @@ from cluster.load_forecast import (
     Demand,
     Outlook,
     Released,
-    ReleasedSum,
+    RunningSum,
     load_at,
     pages_needed,
     predict_tpot,
@@ -228,17 +228,19 @@ class _Booked:
 
     def __init__(self) -> None:
         self.released: dict[Ticket, Released] = {}
-        self.sum = ReleasedSum()
+        self.sum = RunningSum()
 
     def put(self, ticket: Ticket) -> None:
         """It is there, as it is now."""
         before, now = self.released.get(ticket), ticket._as_released()
-        rest = self.sum if before is None else self.sum.without(before)
-        self.released[ticket], self.sum = now, rest.with_one(now)
+        if before is not None:
+            self.sum.subtract(before)
+        self.released[ticket] = now
+        self.sum.add(now)
 
     def drop(self, ticket: Ticket) -> None:
         """It is there no more."""
-        self.sum = self.sum.without(self.released.pop(ticket))
+        self.sum.subtract(self.released.pop(ticket))
 
 
 _NOBODY = _Booked()  # never written
@@ -350,9 +352,10 @@ class Admission:
                 ticket._tokens_to_first = None
                 ticket._decodes_from = ticket._decodes_from if ticket._decodes else self._clock.now()
             ticket._demand = ticket._demand or _demand(ticket, len(ticket.request.prompt_token_ids))
+            if ticket._begun or ticket._decode != route.decode.worker_id:  # else it is booked as it should be
+                self._unbook(ticket)
+                self._book(ticket, route)
             ticket._begun, ticket.proposal = True, None  # a view is large
-            self._unbook(ticket)
-            self._book(ticket, route)
         self.moved.set()
 
     def first_token(self, ticket: Ticket) -> None:
@@ -416,7 +419,7 @@ class Admission:
             expected=route.expected,
             released=tuple(ours.released.values()),
             foreign=self._count_foreign(route.decode),
-            known_sum=ours.sum,
+            known_sum=ours.sum.now(),
         )
 
     def _count_foreign(self, worker: WorkerView) -> int:

@@ -22,7 +22,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
 
 from cluster.cost_model import ComputeCost, CostView
 from cluster.service_times import ServiceTimes
@@ -62,24 +61,39 @@ class ReleasedSum:
     sequences: int = 0  # of all
     growth: float = 0.0  # tokens that all will store yet: of those that decode half of what they generate, on average
 
-    def with_one(self, released: Released) -> ReleasedSum:
-        """With one more."""
-        return self._changed_by(released, 1)
 
-    def without(self, released: Released) -> ReleasedSum:
-        """With one of them less."""
-        return self._changed_by(released, -1)
+class RunningSum:
+    """A ``ReleasedSum`` as they come and go."""
 
-    def _changed_by(self, released: Released, sign: int) -> ReleasedSum:
-        size, growth = sign * released.demand.num_sequences, sign * released.demand.growth
+    def __init__(self, released: Iterable[Released] = ()) -> None:
+        self.present = 0
+        self.sequences = 0
+        self.growth = 0.0
+        for one in released:
+            self.add(one)
+
+    def add(self, released: Released) -> None:
+        """One comes."""
+        self._change(released, 1)
+
+    def subtract(self, released: Released) -> None:
+        """One goes."""
+        self._change(released, -1)
+
+    def now(self) -> ReleasedSum:
+        """What those that are there add up to."""
+        return ReleasedSum(self.present, self.sequences, self.growth)
+
+    def _change(self, released: Released, sign: int) -> None:
+        demand = released.demand
+        size = sign * demand.num_sequences
+        growth = size * demand.num_output
+        self.sequences += size
         if released.decodes:
-            return ReleasedSum(self.present + size, self.sequences + size, self.growth + growth / 2)
-        return ReleasedSum(self.present, self.sequences + size, self.growth + growth)
-
-
-def sum_of(released: Iterable[Released]) -> ReleasedSum:
-    """Of several."""
-    return reduce(ReleasedSum.with_one, released, ReleasedSum())
+            self.present += size
+            self.growth += growth / 2
+        else:
+            self.growth += growth
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +113,7 @@ class Outlook:
     @property
     def sum(self) -> ReleasedSum:
         """What ``released`` adds up to."""
-        return sum_of(self.released) if self.known_sum is None else self.known_sum
+        return RunningSum(self.released).now() if self.known_sum is None else self.known_sum
 
 
 def waiting_tokens(outlook: Outlook) -> int:

@@ -507,7 +507,7 @@ class _Member:
         return self.client.description.engine_id
 
     def view(self) -> WorkerView:
-        client, description, unreported = self.client, self.client.description, self.client.unreported
+        client, description = self.client, self.client.description
         return WorkerView(
             worker_id=description.worker_id,
             engine_id=description.engine_id,
@@ -524,8 +524,8 @@ class _Member:
             max_batch_size=description.max_batch_size,
             profile=self.profile,
             num_unreported=client.num_unreported,
-            unreported_tokens=unreported.tokens,
-            unreported_kv_tokens=unreported.kv_tokens,
+            unreported_tokens=client.unreported_tokens,
+            unreported_kv_tokens=client.unreported_kv_tokens,
         )
 
 

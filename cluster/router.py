@@ -36,7 +36,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -748,11 +748,7 @@ class _Continuation:
 
     def next_chunk(self, now: float, chunk: TokenChunk) -> OutputChunk:
         """Tokens for the client, who has them from here on."""
-        self._token_ids += chunk.token_ids
-        if chunk.token_ids:
-            self._last_token_at = now
-            if self._first_token_at is None:
-                self._first_token_at = now
+        self._take(now, chunk)
         return OutputChunk(
             index=self.index,
             token_ids=chunk.token_ids,
@@ -760,14 +756,24 @@ class _Continuation:
             cached_tokens=self._cached_tokens(),
         )
 
+    def _take(self, now: float, chunk: TokenChunk) -> None:
+        self._token_ids += chunk.token_ids
+        if chunk.token_ids:
+            self._last_token_at = now
+            if self._first_token_at is None:
+                self._first_token_at = now
+
     def last_chunk(self, now: float, reason: FinishReason | None, chunk: TokenChunk | None = None) -> OutputChunk:
         """The end; ``chunk`` brings the last tokens, if there are any."""
-        last = self.next_chunk(now, chunk) if chunk is not None else OutputChunk(self.index)
+        if chunk is not None:
+            self._take(now, chunk)
         self._finished = True
-        return replace(
-            last,
+        return OutputChunk(
+            index=self.index,
+            token_ids=() if chunk is None else chunk.token_ids,
+            logprobs=() if chunk is None else chunk.logprobs,
             finish_reason=reason,
-            stop_token_id=chunk.stop_token_id if chunk is not None else None,
+            stop_token_id=None if chunk is None else chunk.stop_token_id,
             cached_tokens=self._cached_tokens(),
             timing=self._timing(now),
         )

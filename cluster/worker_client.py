@@ -146,9 +146,9 @@ class WorkerClient(ABC):
         self.description = description
         self._deliver: dict[SequenceId, Deliver] = {}
         self._unreported: dict[SequenceId, _Sent] = {}  # of open sequences that are in no report of its load yet
-        # What those add up to, kept because every view of the cluster asks for it:
-        self._unreported_tokens = 0
-        self._unreported_kv_tokens = 0
+        # What those ask of the worker in all, kept because every view of the cluster asks for it:
+        self.unreported_tokens = 0
+        self.unreported_kv_tokens = 0
         self._now = asyncio.get_running_loop().time
         self._lost: WorkerLost | None = None
         self.on_change: Callable[[], None] = lambda: None
@@ -162,11 +162,6 @@ class WorkerClient(ABC):
     def num_unreported(self) -> int:
         """Sequences that were sent there and are in no report of its load yet."""
         return len(self._unreported)
-
-    @property
-    def unreported(self) -> Assignment:
-        """What those ask of it in all."""
-        return Assignment(self._unreported_tokens, self._unreported_kv_tokens)
 
     def note_report(self, load_age_s: float) -> None:
         """A report of its load has come, for which the engine was asked ``load_age_s`` ago: what it had in its queue
@@ -186,8 +181,8 @@ class WorkerClient(ABC):
             return
         self._deliver[sequence_id] = deliver
         self._unreported[sequence_id] = _Sent(assignment)
-        self._unreported_tokens += assignment.tokens
-        self._unreported_kv_tokens += assignment.kv_tokens
+        self.unreported_tokens += assignment.tokens
+        self.unreported_kv_tokens += assignment.kv_tokens
         self.on_change()
 
     def close_sequence(self, sequence_id: SequenceId) -> None:
@@ -203,7 +198,7 @@ class WorkerClient(ABC):
         self._lost = WorkerLost(worker_id=self.description.worker_id, reason=reason)
         listeners, self._deliver = list(self._deliver.values()), {}
         self._unreported.clear()
-        self._unreported_tokens = self._unreported_kv_tokens = 0
+        self.unreported_tokens = self.unreported_kv_tokens = 0
         for deliver in listeners:
             deliver(self._lost)
 
@@ -217,8 +212,8 @@ class WorkerClient(ABC):
         """It is in a report, or over; nothing happens the second time."""
         sent = self._unreported.pop(sequence_id, None)
         if sent is not None:
-            self._unreported_tokens -= sent.assignment.tokens
-            self._unreported_kv_tokens -= sent.assignment.kv_tokens
+            self.unreported_tokens -= sent.assignment.tokens
+            self.unreported_kv_tokens -= sent.assignment.kv_tokens
 
     def _require_alive(self) -> None:
         if self._lost is not None:

@@ -115,7 +115,7 @@ class SamplingParams:
         """The parameters of continuation ``index`` of n: its own seed, n = 1."""
         assert self.seed is not None, "the gateway draws a seed before a request is split"
         if index == 0:
-            return replace(self, n=1)
+            return self if self.n == 1 else replace(self, n=1)
         digest = hashlib.blake2b(f"{self.seed}/{index}".encode(), digest_size=8).digest()
         return replace(self, n=1, seed=int.from_bytes(digest, "little", signed=True))
 
@@ -245,9 +245,11 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
 
 
-@dataclass(frozen=True, slots=True)
-class StageStats:
-    """What one worker did for one sequence; durations in seconds, measured where they passed."""
+class StageStats(NamedTuple):
+    """What one worker did for one sequence; durations in seconds, measured where they passed.
+
+    A tuple, as chunks are: engine and worker make seven of them for each sequence.
+    """
 
     worker_id: WorkerId
     role: Role

@@ -254,8 +254,7 @@ class DecodeWorker:
         if arrival is None:
             return False
         if chunk.stats is not None:
-            stats = replace(
-                chunk.stats,
+            stats = chunk.stats._replace(
                 worker_id=self._worker_id,
                 role=Role.DECODE,
                 received_tokens=self._num_received(arrival),

@@ -229,7 +229,7 @@ class PrefillWorker:
         if handover is None:
             return False
         if chunk.stats is not None:
-            handover.stats = replace(chunk.stats, worker_id=self._worker_id, role=Role.PREFILL, pull=handover.pull)
+            handover.stats = chunk.stats._replace(worker_id=self._worker_id, role=Role.PREFILL, pull=handover.pull)
         handover.token = chunk
         self._publish(handover.gateway_id, chunk._replace(stats=handover.stats))
         if handover.query is None:
@@ -311,8 +311,7 @@ class PrefillWorker:
             return
         if report.error is None:
             stats = handover.stats or StageStats(self._worker_id, Role.PREFILL, pull=handover.pull)
-            stats = replace(
-                stats,
+            stats = stats._replace(
                 transfer_s=report.transfer_s,
                 exposed_transfer_s=report.exposed_s,
                 bytes_shipped=report.bytes_sent,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 
 from cluster.simulator.control_path import ControlPath
 from cluster.simulator.receiving import ReceivingHalf
@@ -51,7 +50,10 @@ class SimulatedClient(WorkerClient):
         await self._reach()
         receiver = self._receiver_at(decode_address)
         deadline_at = None if deadline_s is None else self._loop.time() + deadline_s
-        self._worker.prefill(replace(spec, hold_kv=True), self._publish, session_id, receiver, deadline_at, pull)
+        held = SequenceSpec(
+            spec.sequence_id, spec.prompt_token_ids, spec.sampling, spec.output_token_ids, spec.salt, hold_kv=True
+        )
+        self._worker.prefill(held, self._publish, session_id, receiver, deadline_at, pull)
         await self._back.cross(CALL_TIMEOUT_S)
         self._accepted(spec.sequence_id)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cluster.simulator.host import Host, Publish, num_known_tokens
 from cluster.worker_client import WorkerDescription
@@ -138,9 +138,10 @@ class ReceivingHalf:
             query.refused(f"session {query.session_id} was not announced here, or has its grant")
         else:
             arrival.query = query
-            query.timer = self._host.loop.call_later(self._host.kind.grant_wait_s, self._refuse, arrival)
             self._waiting.append(arrival)
             self.serve_grants()
+            if arrival.reservation is None:
+                query.timer = self._host.loop.call_later(self._host.kind.grant_wait_s, self._refuse, arrival)
 
     def committed(self, session_id: SessionId, num_bytes: float) -> bool:
         """Everything of a session has arrived; False: it is not waited for any more."""
@@ -188,8 +189,7 @@ class ReceivingHalf:
             return False
         assert chunk.stats is not None, "first and last tokens bring their stats"
         start, end = arrival.num_told, chunk.position + 1
-        stats = replace(
-            chunk.stats,
+        stats = chunk.stats._replace(
             worker_id=self.description.worker_id,
             role=Role.DECODE,
             received_tokens=self._num_received(arrival),

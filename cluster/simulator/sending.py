@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from cluster.simulator.hand_over import HandOver
@@ -124,8 +124,8 @@ class SendingHalf:
             return False
         assert chunk.stats is not None, "a prompt's one token brings its stats"
         assert prompt.hand_over is not None, "a token was made, so a step began"
-        prompt.stats = replace(
-            chunk.stats, worker_id=self._host.description.worker_id, role=Role.PREFILL, pull=prompt.pull
+        prompt.stats = chunk.stats._replace(
+            worker_id=self._host.description.worker_id, role=Role.PREFILL, pull=prompt.pull
         )
         prompt.publish(chunk._replace(stats=prompt.stats))
         if chunk.finish_reason is None:
@@ -211,12 +211,11 @@ class SendingHalf:
         self._end(prompt)
         cost = hand_over.cost(self._host.loop.time())
         self.bytes_sent += cost.num_bytes
-        if prompt.receiver is not None:
-            self._host.links.transferred(
-                prompt.receiver.description, cost.tail_bytes, min(cost.exposed_s, cost.transfer_s)
-            )
-        stats = replace(
-            prompt.stats or StageStats(self._host.description.worker_id, Role.PREFILL),
+        there = prompt.receiver
+        if there is not None and there.description.cluster_id != self._host.description.cluster_id:
+            self._host.links.transferred(there.description, cost.tail_bytes, min(cost.exposed_s, cost.transfer_s))
+        stats = prompt.stats or StageStats(self._host.description.worker_id, Role.PREFILL)
+        stats = stats._replace(
             transfer_s=cost.transfer_s,
             exposed_transfer_s=cost.exposed_s,
             bytes_shipped=cost.num_bytes,
