@@ -82,14 +82,14 @@ class Service:
 def main() -> int:
     """Serve, simulate, print, and write the JSON if asked."""
     options = _parser().parse_args()
-    warm_up = _workload(round(_WARM_UP_S * options.rate), options.rate, seed=1, first=1_000_000)
-    workload = _workload(options.requests, options.rate, seed=2, first=0)
+    warm_up = workload_of(round(_WARM_UP_S * options.rate), options.rate, seed=1, first=1_000_000)
+    workload = workload_of(options.requests, options.rate, seed=2, first=0)
     config = load_config(_CONFIG)
     with tempfile.TemporaryDirectory(prefix="prfaas-calibration-") as folder:
         costs_file = Path(folder) / "costs.json"
         service, real = _serve(Path(folder), costs_file, (warm_up, workload))
         simulated = _simulate(config, service, costs_file, (warm_up, workload))
-    rows = [_row(name, _measures(real)[name], _measures(simulated)[name]) for name in _measures(real)]
+    rows = [row(name, measures(real)[name], measures(simulated)[name]) for name in measures(real)]
     by_name = {str(row["measure"]): row for row in rows}
     report = Report(
         benchmark="calibration",
@@ -107,7 +107,7 @@ def main() -> int:
     return 0
 
 
-def _workload(count: int, rate: float, seed: int, first: int) -> Workload:
+def workload_of(count: int, rate: float, seed: int, first: int) -> Workload:
     """Prompts of 64 to 320 tokens, of which one or two blocks are one of a few prefixes; answers of 8 to 32 tokens."""
     random = Random(seed)
     at = 0.0
@@ -223,7 +223,7 @@ def _simulate(config: ServiceConfig, service: Service, costs_file: Path, workloa
 # ---- side by side ----
 
 
-def _measures(seen: Sequence[Seen]) -> dict[str, float]:
+def measures(seen: Sequence[Seen]) -> dict[str, float]:
     return {
         "requests": float(len(seen)),
         "TTFT mean s": float(np.mean([one.ttft_s for one in seen])),
@@ -235,7 +235,7 @@ def _measures(seen: Sequence[Seen]) -> dict[str, float]:
     }
 
 
-def _row(name: str, real: float, simulated: float) -> dict[str, Cell]:
+def row(name: str, real: float, simulated: float) -> dict[str, Cell]:
     return {
         "measure": name,
         "real": real,
