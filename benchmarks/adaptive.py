@@ -1,10 +1,12 @@
 """Is the planner worth it? Against nothing offloaded, everything offloaded and the paper's threshold, on links of 2 to
 100 Gbit/s, on one that falls to a fifth for a minute, and under bursts.
 
-    python -m benchmarks.adaptive [--json FILE] [--requests N] [--rate R]
+    python -m benchmarks.adaptive [--json FILE] [--traces DIR] [--requests N] [--rate R] [--case NAME ...]
 
-Goodput is requests/s within 10 s to the first token and 40 ms between later ones. All start with the same 3 + 5 roles;
-only ``adaptive`` may change them.
+Goodput is requests/s within 10 s to the first token and 40 ms between later ones, of all that came. All start with the
+same 3 + 5 roles and know nothing of what will come; only ``adaptive`` may change roles. Bursts are gamma gaps of shape
+0.25, and the instants of Azure's code trace (variance of counts in 10 s: 75 times a Poisson process's), stretched to
+the same rate.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.case_study import PLANNERS, CaseStudy, play, requests
+from benchmarks.case_study import PLANNERS, CaseStudy, at_instants_of, play, requests
 from benchmarks.report import Cell, Report, commit, machine
+from benchmarks.simulation_runs import run_all, shared_traces
 from cluster.simulator.network import RateChange
 from cluster.simulator.workload import Workload
 
@@ -25,74 +29,120 @@ _COLUMNS = {
     "goodput_rps": "goodput req/s",
     "ttft_p90_s": "TTFT P90 s",
     "ttft_mean_s": "TTFT mean s",
+    "tpot_p90_s": "TPOT P90 s",
     "offloaded": "offloaded",
     "behind_best": "behind the best",
 }
 _GBPS = (2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
-FLUCTUATING = "10 Gbit/s, a fifth from 40 to 100 s"
+_FALL = (RateChange(40.0, 0.2), RateChange(100.0, 1.0))
+_BURSTINESS = 0.25
+_BURSTY_TRACE = "azure2023_code_0000-1800s.csv.gz"
+FLUCTUATING = "10 Gbit/s, 2 from 40 to 100 s"
+ADAPTIVE = "adaptive"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One planner in one case. ``trace``: whose instants requests come at; None: at random, ``burstiness`` 1 evenly."""
+
+    case: str
+    planner: str
+    gbps: float
+    num_requests: int
+    rate_rps: float
+    changes: tuple[RateChange, ...] = ()
+    burstiness: float = 1.0
+    trace: Path | None = None
 
 
 def main() -> int:
     """Simulate, print, and write the JSON if asked."""
     options = _parser().parse_args()
-    steady = requests(options.requests, options.rate)
-    cases: list[tuple[str, CaseStudy, Workload]] = [(f"{gbps:g} Gbit/s", CaseStudy(gbps), steady) for gbps in _GBPS]
-    falling = (RateChange(40.0, 0.2), RateChange(100.0, 1.0))
-    cases.append((FLUCTUATING, CaseStudy(10.0, falling), steady))
-    bursts = requests(options.requests, options.rate, burstiness=0.25)
-    cases.append(("20 Gbit/s, bursts", CaseStudy(20.0), bursts))
-    rows = [row for case in cases for row in _rows(*case)]
-    adaptive = [row for row in rows if row["planner"] == "adaptive"]
-    report = Report(
-        benchmark="adaptive",
-        commit=commit(),
-        machine=machine(),
-        rows=rows,
-        figures={
-            "adaptive_behind_best": max(float(row["behind_best"] or 0.0) for row in adaptive),
-            "adaptive_ahead_fluctuating": _ahead(rows, FLUCTUATING),
-        },
-    )
+    tasks = [
+        run
+        for run in runs(options.requests, options.rate, options.traces)
+        if not options.case or run.case in options.case
+    ]
+    if not tasks:
+        print(f"no case is called {' or '.join(options.case)}", file=sys.stderr)
+        return 2
+    rows = behind_best(run_all(row_of, tasks))
+    adaptive = [row for row in rows if row["planner"] == ADAPTIVE]
+    figures = {"adaptive_behind_best": max(float(row["behind_best"] or 0.0) for row in adaptive)}
+    if any(row["case"] == FLUCTUATING for row in rows):
+        figures["adaptive_ahead_fluctuating"] = ahead(rows, FLUCTUATING)
+    report = Report(benchmark="adaptive", commit=commit(), machine=machine(), rows=rows, figures=figures)
     report.print_table(_COLUMNS, f"The case study at {options.rate:g} req/s")
     if options.json is not None:
         report.write_json(options.json)
     return 0
 
 
-def _rows(case: str, study: CaseStudy, workload: Workload) -> list[dict[str, Cell]]:
-    rows: list[dict[str, Cell]] = []
-    for name, planner in PLANNERS.items():
-        _, found = play(study.scenario(planner), workload)
-        rows.append(
-            {
-                "case": case,
-                "planner": name,
-                "goodput_rps": found["goodput_rps"],
-                "ttft_p90_s": found["ttft_s"]["p90"],
-                "ttft_mean_s": found["ttft_s"]["mean"],
-                "offloaded": found["places"].get("prfaas", 0) / max(1, found["num_finished"]),
-            }
-        )
-    best = max(float(row["goodput_rps"] or 0.0) for row in rows)
+def runs(num_requests: int, rate_rps: float, traces: Path | None) -> list[Run]:
+    """Every planner in every case; without ``traces`` those of a trace are left out."""
+
+    def case(name: str, gbps: float, **how: object) -> list[Run]:
+        return [Run(name, planner, gbps, num_requests, rate_rps, **how) for planner in PLANNERS]  # type: ignore[arg-type]
+
+    cases = [case(f"{gbps:g} Gbit/s", gbps) for gbps in _GBPS]
+    cases.append(case(FLUCTUATING, 10.0, changes=_FALL))
+    cases.append(case("20 Gbit/s, gamma bursts", 20.0, burstiness=_BURSTINESS))
+    if traces is not None:
+        cases.append(case("20 Gbit/s, Azure's bursts", 20.0, trace=traces / _BURSTY_TRACE))
+    return [run for each in cases for run in each]
+
+
+def row_of(run: Run) -> dict[str, Cell]:
+    """Simulate one."""
+    study = CaseStudy(run.gbps, run.changes)
+    _, found = play(study.scenario(PLANNERS[run.planner]), _workload(run))
+    return {
+        "case": run.case,
+        "planner": run.planner,
+        "goodput_rps": found["goodput_rps"],
+        "within_slo": found["slo_attainment"],
+        "throughput_rps": found["throughput_rps"],
+        "ttft_p90_s": found["ttft_s"]["p90"],
+        "ttft_mean_s": found["ttft_s"]["mean"],
+        "tpot_p90_s": found["tpot_s"]["p90"],
+        "offloaded": found["places"].get("prfaas", 0) / max(1, found["num_finished"]),
+    }
+
+
+def _workload(run: Run) -> Workload:
+    if run.trace is not None:
+        return at_instants_of(run.trace, run.num_requests, run.rate_rps)
+    return requests(run.num_requests, run.rate_rps, burstiness=run.burstiness)
+
+
+def behind_best(rows: Sequence[dict[str, Cell]]) -> list[dict[str, Cell]]:
+    """The rows, each with how far its goodput is behind the best one of its case, relative."""
+    best: dict[Cell, float] = {}
     for row in rows:
-        row["behind_best"] = 1 - float(row["goodput_rps"] or 0.0) / best if best else 0.0
-    return rows
+        best[row["case"]] = max(best.get(row["case"], 0.0), _goodput(row))
+    return [row | {"behind_best": 1 - _goodput(row) / best[row["case"]] if best[row["case"]] else 0.0} for row in rows]
 
 
-def _ahead(rows: Sequence[dict[str, Cell]], case: str) -> float:
+def ahead(rows: Sequence[dict[str, Cell]], case: str) -> float:
     """How far ahead of the best other one the planner is, relative; below 0: behind."""
-    by_planner = {str(row["planner"]): float(row["goodput_rps"] or 0.0) for row in rows if row["case"] == case}
-    others = max(rate for name, rate in by_planner.items() if name != "adaptive")
-    return by_planner["adaptive"] / others - 1 if others else 0.0
+    by_planner = {str(row["planner"]): _goodput(row) for row in rows if row["case"] == case}
+    others = max(rate for name, rate in by_planner.items() if name != ADAPTIVE)
+    return by_planner[ADAPTIVE] / others - 1 if others else 0.0
+
+
+def _goodput(row: dict[str, Cell]) -> float:
+    return float(row["goodput_rps"] or 0.0)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.adaptive", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m benchmarks.adaptive", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    parser.add_argument("--traces", type=Path, metavar="DIR", default=shared_traces(), help="the shared traces")
     parser.add_argument("--requests", type=int, default=400, help="of each run")
     parser.add_argument("--rate", type=float, default=2.2, help="requests/s")
+    parser.add_argument("--case", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
     return parser
 
 

@@ -4,7 +4,8 @@
 
 The default service of this machine (deploy/examples/laptop.yaml, two workers that share the cores in turns) gets the
 requests over gRPC, open loop, and keeps what its workers measured (``router.costs_file``). Then the same service is
-simulated with those seconds, and the same requests. Half of them, sent before, are a warm-up: costs are fitted to them.
+simulated with those seconds, and the same requests. A warm-up of as many as the rate brings in half a minute goes
+before, for both: what is measured of the first steps of a fresh service is not what they take later.
 
 What is left of an error: the gateway's and the workers' Python competes with the model for two cores, which a simulated
 device does not know; steps that hold prompts and tokens alike are taken for the sum of both.
@@ -50,9 +51,11 @@ _CONFIG = _ROOT / "deploy/examples/laptop.yaml"
 _COLUMNS = {"measure": "measure", "real": "real", "simulated": "simulated", "relative_error": "error"}
 _BLOCK = 64  # tokens of a shared prefix
 _NUM_PREFIXES = 8
-_KV_BYTES_PER_TOKEN = 23_040  # SmolLM2-135M in bfloat16: 30 layers of 3 heads, 64 + 64 values
-_NUM_LAYERS = 30
-_SEND_BYTES_PER_S = 2e9  # loopback
+_NUM_LAYERS = 30  # of SmolLM2-135M
+_WARM_UP_S = 30.0
+_PAUSE_S = 10.0  # between warm-up and measurement: nothing of it is under way then
+_SEND_BYTES_PER_S = 1e9  # loopback
+_NO_PROXY = (("grpc.enable_http_proxy", 0),)
 _LATENCY_S = 0.001  # of a gRPC message on this machine
 
 
@@ -67,17 +70,26 @@ class Seen:
     bytes_shipped: int
 
 
+@dataclass(frozen=True)
+class Service:
+    """What the running service says of itself."""
+
+    kv_bytes_per_token: int
+    max_model_len: int
+    pages_total: int  # of each worker
+
+
 def main() -> int:
     """Serve, simulate, print, and write the JSON if asked."""
     options = _parser().parse_args()
-    warm_up = _workload(options.requests // 2, options.rate, seed=1, first=1_000_000)
-    workload = _workload(options.requests, options.rate, seed=2, first=0)
+    warm_up = workload_of(round(_WARM_UP_S * options.rate), options.rate, seed=1, first=1_000_000)
+    workload = workload_of(options.requests, options.rate, seed=2, first=0)
     config = load_config(_CONFIG)
     with tempfile.TemporaryDirectory(prefix="prfaas-calibration-") as folder:
         costs_file = Path(folder) / "costs.json"
-        real = _serve(Path(folder), costs_file, (warm_up, workload))
-        simulated = _simulate(config, costs_file, (warm_up, workload))
-    rows = [_row(name, _measures(real)[name], _measures(simulated)[name]) for name in _measures(real)]
+        service, real = _serve(Path(folder), costs_file, (warm_up, workload))
+        simulated = _simulate(config, service, costs_file, (warm_up, workload))
+    rows = [row(name, measures(real)[name], measures(simulated)[name]) for name in measures(real)]
     by_name = {str(row["measure"]): row for row in rows}
     report = Report(
         benchmark="calibration",
@@ -95,7 +107,7 @@ def main() -> int:
     return 0
 
 
-def _workload(count: int, rate: float, seed: int, first: int) -> Workload:
+def workload_of(count: int, rate: float, seed: int, first: int) -> Workload:
     """Prompts of 64 to 320 tokens, of which one or two blocks are one of a few prefixes; answers of 8 to 32 tokens."""
     random = Random(seed)
     at = 0.0
@@ -114,23 +126,38 @@ def _workload(count: int, rate: float, seed: int, first: int) -> Workload:
 # ---- the real one ----
 
 
-def _serve(folder: Path, costs_file: Path, workloads: Sequence[Workload]) -> list[Seen]:
+def _serve(folder: Path, costs_file: Path, workloads: Sequence[Workload]) -> tuple[Service, list[Seen]]:
     """What the last of ``workloads`` saw."""
     http_port, grpc_port = _free_ports(2)
-    settings = (f"http.port={http_port}", f"grpc.port={grpc_port}", f"router.costs_file={costs_file}")
+    settings = (
+        f"http.port={http_port}",
+        f"grpc.port={grpc_port}",
+        f"router.costs_file={costs_file}",
+        f"engine.turns_file={folder / 'turns'}",
+        "planner.mode=off",
+    )
     command = [sys.executable, "-m", "cluster", "serve", str(_CONFIG)]
-    for setting in (*settings, "planner.mode=off"):
+    for setting in settings:
         command += ["--set", setting]
     with ServiceProcess(command, f"http://127.0.0.1:{http_port}/health", folder / "service.log") as service:
         service.wait_until_healthy(300.0)
         seen: list[Seen] = []
         for workload in workloads:
+            time.sleep(_PAUSE_S)
             seen = asyncio.run(_send_all(f"127.0.0.1:{grpc_port}", workload))
-        return seen
+        return _ask(f"127.0.0.1:{grpc_port}"), seen
+
+
+def _ask(address: str) -> Service:
+    with grpc.insecure_channel(address, options=_NO_PROXY) as channel:
+        stub = rpc.GenerationStub(channel)
+        model = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=10.0)
+        workers = stub.GetClusterInfo(pb.GetClusterInfoRequest(), timeout=10.0).workers
+    return Service(model.kv_bytes_per_token, model.max_model_len, min(worker.pages_total for worker in workers))
 
 
 async def _send_all(address: str, workload: Workload) -> list[Seen]:
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with grpc.aio.insecure_channel(address, options=_NO_PROXY) as channel:
         stub = rpc.GenerationStub(channel)
         began_at = time.perf_counter()
         tasks = []
@@ -163,16 +190,15 @@ async def _send(stub: rpc.GenerationStub, turn: Turn) -> Seen:
 # ---- the simulated one ----
 
 
-def _simulate(config: ServiceConfig, costs_file: Path, workloads: Sequence[Workload]) -> list[Seen]:
-    engine = replace(
-        config.engine, num_pages=config.engine.kv_cache_bytes // (_KV_BYTES_PER_TOKEN * config.engine.page_size)
-    )
-    fingerprint = CacheFingerprint("smollm2", "1", "bfloat16", engine.page_size, "smollm2")
+def _simulate(config: ServiceConfig, service: Service, costs_file: Path, workloads: Sequence[Workload]) -> list[Seen]:
+    engine = replace(config.engine, num_pages=service.pages_total)
+    fingerprint = CacheFingerprint("smollm2", "1", "float32", engine.page_size, "smollm2")
+    kv_bytes = service.kv_bytes_per_token
     kind = WorkerKind(
         cost=FittedCost(saved_costs(costs_file)),
         engine=engine,
-        kv=KvShape(_KV_BYTES_PER_TOKEN, 0.0, _NUM_LAYERS),
-        model=ModelInfo("smollm2", fingerprint, 8192, 1 << 62, (), _KV_BYTES_PER_TOKEN, _NUM_LAYERS),
+        kv=KvShape(kv_bytes, 0.0, _NUM_LAYERS),
+        model=ModelInfo("smollm2", fingerprint, service.max_model_len, 1 << 62, (), kv_bytes, _NUM_LAYERS),
         compute=ComputeProfile(device="cpu"),
         send_bytes_per_s=_SEND_BYTES_PER_S,
     )
@@ -183,7 +209,7 @@ def _simulate(config: ServiceConfig, costs_file: Path, workloads: Sequence[Workl
         (here,), router=config.router, admission=config.admission, planner=PlannerConfig(mode=PLANNER_OFF)
     )
     warm_up, workload = workloads
-    pause_s = warm_up.conversations[-1].starts_at + 10.0
+    pause_s = warm_up.conversations[-1].starts_at + _PAUSE_S
     later = [replace(c, starts_at=c.starts_at + pause_s) for c in workload.conversations]
     result = simulate(scenario, Workload([*warm_up.conversations, *later]))
     measured = {conversation.turns[0].number for conversation in later}
@@ -197,7 +223,7 @@ def _simulate(config: ServiceConfig, costs_file: Path, workloads: Sequence[Workl
 # ---- side by side ----
 
 
-def _measures(seen: Sequence[Seen]) -> dict[str, float]:
+def measures(seen: Sequence[Seen]) -> dict[str, float]:
     return {
         "requests": float(len(seen)),
         "TTFT mean s": float(np.mean([one.ttft_s for one in seen])),
@@ -209,7 +235,7 @@ def _measures(seen: Sequence[Seen]) -> dict[str, float]:
     }
 
 
-def _row(name: str, real: float, simulated: float) -> dict[str, Cell]:
+def row(name: str, real: float, simulated: float) -> dict[str, Cell]:
     return {
         "measure": name,
         "real": real,
@@ -234,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--rate", type=float, default=2.0, help="requests/s")
+    parser.add_argument("--rate", type=float, default=1.5, help="requests/s")
     return parser
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from cluster.config import PLANNER_DUAL, PLANNER_OFF, PLANNER_STATIC, PlannerConfig
 from cluster.plan_document import PlanDocument, PlanOptions, load_plan
-from cluster.planned_fleet import demand_of, plan_fleet
+from cluster.planned_fleet import Demand, demand_of, plan_fleet
 from cluster.simulator.network import RateChange
 from cluster.simulator.planned_scenario import ScenarioOptions, scenario_of
 from cluster.simulator.result_report import result_as_dict
 from cluster.simulator.scenario import Scenario
-from cluster.simulator.workload import GAMMA, POISSON, ArrivalPlan, Workload, from_lengths, log_normal
+from cluster.simulator.workload import GAMMA, POISSON, ArrivalPlan, Workload, from_lengths, from_trace, log_normal
 from cluster.simulator.world import SimulationResult, simulate
-from cluster.throughput_model import OperatingPoint, best_operating_point
+from cluster.throughput_model import Fleet
+from cluster.workload_traces import TraceRequest, read_trace
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "deploy/examples/prfaas-paper.yaml"
 LENGTHS = log_normal(9.90, 1.00, 128, 131072, 1024)  # PAPERS.md A.11
@@ -39,20 +43,14 @@ class CaseStudy:
     gbps: float = 100.0
     fluctuation: tuple[RateChange, ...] = ()
 
-    def document(self) -> PlanDocument:
-        """The planning document."""
-        return load_plan(DOCUMENT, PlanOptions((f"links.wan.gbps={self.gbps:g}",)))
-
-    def best(self) -> OperatingPoint:
-        """What the throughput model says is best."""
-        document = self.document()
-        demand = demand_of(document.config.workload)
-        return best_operating_point(plan_fleet(document.config, document.catalogue, demand).fleet)
+    def fleet(self) -> Fleet:
+        """As the throughput model takes it."""
+        document, demand = _planned(self.gbps)
+        return plan_fleet(document.config, document.catalogue, demand).fleet
 
     def scenario(self, planner: PlannerConfig, roles: tuple[int, int] | None = (3, 5)) -> Scenario:
         """The fleet; ``roles``: prefill and decode workers of the serving cluster, None: the best for the link."""
-        document = self.document()
-        demand = demand_of(document.config.workload)
+        document, demand = _planned(self.gbps)
         options = ScenarioOptions(fluctuation=self.fluctuation)
         scenario = scenario_of(document.config, document.catalogue, demand, None, options)
         clusters = tuple(
@@ -64,10 +62,27 @@ class CaseStudy:
         return replace(scenario, clusters=clusters, planner=planner, tpot_slo_s=TPOT_SLO_S)
 
 
+@cache
+def _planned(gbps: float) -> tuple[PlanDocument, Demand]:
+    """The planning document with that link, and its demand."""
+    document = load_plan(DOCUMENT, PlanOptions((f"links.wan.gbps={gbps:g}",)))
+    return document, demand_of(document.config.workload)
+
+
 def requests(count: int, rate_rps: float, *, burstiness: float = 1.0, seed: int = 0) -> Workload:
     """Prompts of the case study's lengths."""
     process = POISSON if burstiness == 1.0 else GAMMA
     return from_lengths(LENGTHS, count, ArrivalPlan(process, rate_rps, burstiness), seed=seed)
+
+
+def at_instants_of(trace: Path, count: int, rate_rps: float, *, seed: int = 0) -> Workload:
+    """Likewise, at the instants of the trace's first ``count`` requests, stretched to a rate."""
+    random = Random(seed)
+    drawn = []
+    for recorded in islice(read_trace(trace), count):
+        tokens, output = LENGTHS(random)
+        drawn.append(TraceRequest(tokens, output, recorded.arrival_s))
+    return from_trace(drawn, ArrivalPlan(rate_rps=rate_rps), seed=seed)
 
 
 def play(scenario: Scenario, workload: Workload) -> tuple[SimulationResult, dict[str, Any]]:

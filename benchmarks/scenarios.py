@@ -50,7 +50,7 @@ CONVERTS_WITHIN_S = 30.0
 CONVERTS_BACK_WITHIN_S = 60.0
 WEST_IS_BACK_WITHIN_S = 25.0
 # What its first self-test measures on a path that TCP still takes for lossy is a thousandth of what it carries; the
-# planner believes that until its next look, and then lowers t a step at a time.
+# planner believes that until its next look.
 WEST_PREFILLS_WITHIN_S = 45.0
 
 # Everything that a planner of a fleet does in minutes, in seconds.
@@ -59,8 +59,7 @@ PLANNER: dict[str, Any] = {
     "demand_window_s": 6.0,
     "retest_s": 1.5,
     "dual": {
-        "raise_after_s": 0.5,
-        "lower_after_s": 1.0,
+        "balance_s": 4.0,
         "abundant_after_s": 2.0,
         "high_queue_s": 1.0,
         "period_s": 1.0,

@@ -199,7 +199,6 @@ def _plan_sample(sample: PlanSample, now: float) -> pb.PlanSample:
         num_decode=sample.num_decode,
         num_changing=sample.num_changing,
         num_prfaas=sample.num_prfaas,
-        back_off=sample.back_off,
         link_rate=sample.link_bytes_per_s,
         link_utilisation=sample.link_utilisation,
         link_queue_s=sample.link_queue_s,

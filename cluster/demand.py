@@ -3,7 +3,9 @@
     lengths   uncached prompt tokens, in bins of 1/16 octave, each with its own mean: what is planned with
     rate      requests routed per second
     answers   tokens made over requests ended, both of the same time. An answer that is still running has made tokens
-              and has not ended, so a surge of long answers is seen while it runs, not when it is over.
+              and has not ended, so a surge of long answers is seen while it runs, not when it is over. What more
+              answers than before have made because there are more of them is left out, half of a mean one each: a
+              service that fills up has no longer answers.
 
 Everything fades with ``window_s``, but never below the weight of ``REMEMBERED`` requests: on a quiet service the last
 few requests count, however long ago they came. What was routed twice (a retry) was asked once.
@@ -67,9 +69,12 @@ class DemandMeter:
         self._recent_at = now
         self._answers = _Fading(window_s, now)  # requests ended
         self._made = 0.0  # tokens, in the stored units of the answers
+        self._more = 0.0  # answers under way beyond those before, likewise
+        self._ended_sum = 0.0  # tokens of those that ended, likewise
         self._squares = 0.0  # likewise, of the squared lengths of ended ones
         self._ended_tokens = 0  # since the start
         self._made_before = 0  # tokens made since the start, as of the last ``measured``
+        self._answering_before = 0  # answers under way, likewise
 
     def routed(self, request: RouteRequest, route: Route) -> None:
         """A request's first route was chosen; what it finds in caches, or is fetched, need not be computed."""
@@ -99,18 +104,22 @@ class DemandMeter:
             return
         self._answers.pass_time(self._clock.now())
         self._answers.total += self._answers.unit
+        self._ended_sum += self._answers.unit * output_tokens
         self._squares += self._answers.unit * output_tokens**2
         if self._answers.unit > _RESCALE_AT:
             self._rescale_answers()
 
-    def measured(self, open_tokens: int) -> MeasuredDemand:
-        """The demand now. ``open_tokens``: that the requests in flight have so far (``Router.num_open_tokens``)."""
+    def measured(self, open_tokens: int, num_answering: int) -> MeasuredDemand:
+        """The demand now. ``open_tokens``: that the requests in flight have so far (``Router.num_open_tokens``);
+        ``num_answering``: how many of them have any."""
         now = self._clock.now()
         self._prompts.pass_time(now)
         self._answers.pass_time(now)
         made = self._ended_tokens + open_tokens
         self._made += self._answers.unit * (made - self._made_before)
         self._made_before = made
+        self._more += self._answers.unit * (num_answering - self._answering_before)
+        self._answering_before = num_answering
         return MeasuredDemand(
             lengths=self._lengths(),
             rate_rps=self._rate_rps(now),
@@ -139,7 +148,14 @@ class DemandMeter:
         return LengthDistribution.from_counts([round(mean) for mean, _ in kept], [weight for _, weight in kept])
 
     def _mean_output_tokens(self) -> float:
-        return self._made / max(self._answers.total, self._answers.unit)
+        if not self._answers.total:  # all began a while ago at most, and are halfway on average
+            return 2 * self._made / self._more if self._more > 0 else 0.0
+        by_number = self._more * self._mean_ended / 2
+        return max(self._made - by_number, self._answers.unit) / self._answers.total
+
+    @property
+    def _mean_ended(self) -> float:
+        return self._ended_sum / self._answers.total
 
     def _relative_error(self) -> float:
         """Of the two means that roles depend on, prompt and answer: their standard errors, together."""
@@ -162,5 +178,7 @@ class DemandMeter:
     def _rescale_answers(self) -> None:
         unit, self._answers.unit = self._answers.unit, 1.0
         self._made /= unit
+        self._more /= unit
+        self._ended_sum /= unit
         self._squares /= unit
         self._answers.total /= unit

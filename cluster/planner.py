@@ -82,6 +82,11 @@ class Traffic(Protocol):
         ...
 
     @property
+    def num_answering(self) -> int:
+        """Requests in flight that have a token."""
+        ...
+
+    @property
     def num_queued(self) -> int:
         """Requests that wait in the gateway for their turn."""
         ...
@@ -98,7 +103,6 @@ class PlanSample:
     num_decode: int
     num_changing: int
     num_prfaas: int
-    back_off: int
     link_bytes_per_s: float
     link_utilisation: float
     link_queue_s: float
@@ -209,7 +213,7 @@ class Planner:
         now, view = self._clock.now(), self._membership.view()
         found = fleets(view, self._cluster_id, self._capacity)
         self._follow_conversions(view, found, now)
-        demand = self._demand.measured(self._traffic.num_open_tokens)
+        demand = self._demand.measured(self._traffic.num_open_tokens, self._traffic.num_answering)
         becoming = {engine_id: conversion.role for engine_id, conversion in self._changing.items()}
         seen = planning_view(
             found,
@@ -347,7 +351,6 @@ class Planner:
                 num_decode=seen.num_decode,
                 num_changing=seen.num_changing,
                 num_prfaas=seen.num_prfaas,
-                back_off=int(target.numbers.get("back_off", 0)),
                 link_bytes_per_s=seen.link_bytes_per_s,
                 link_utilisation=seen.link_utilisation,
                 link_queue_s=seen.link_queue_s,

@@ -1,16 +1,16 @@
 """Which threshold and which roles should the fleet have now? PrfaaS's two loops (section 3.4.3), as one pure function.
 
-    short loop   every call: the threshold. It is the best one for the current roles and the measured link (equation 7),
-                 times a back-off that grows while the link is full, its queue or the PrfaaS queue long, and shrinks
-                 when all of them have been low for a while. With it the bandwidth mode, scarce or abundant.
+    short loop   every call: the threshold. It is the one that serves most of what comes within ``balance_s``, for the
+                 current roles, the measured link and the queues as they are; of several that serve all the one that
+                 fills the stages evenly (equation 7). With it the bandwidth mode, scarce or abundant.
     long loop    every ``period_s``: the roles. One worker at a time, when the throughput that equations 3 to 6 predict
                  for one more prefill or one more decode worker has been better for long enough, and is worth the price.
                  With it the advice whether to disaggregate at all.
 
 The paper gives no time constants and no marks; those here are ``PlannerSettings``. What keeps the fleet calm: a
-threshold moves only for a gain of ``min_threshold_gain``; between the low and the high mark the back-off stays, and so
-does the mode; a conversion needs a gain beyond what the measured demand may be wrong by, ``patience`` equal verdicts in
-a row, none within ``cooldown_s`` of the last and none while a worker still changes.
+threshold moves only for a gain of ``min_threshold_gain``; between the marks the mode stays; a conversion needs a gain
+beyond what the measured demand may be wrong by, ``patience`` equal verdicts in a row, none within ``cooldown_s`` of the
+last and none while a worker still changes.
 
 Invariants: pure (equal arguments, equal results; the caller keeps the memory); every target has a reason; a target
 keeps at least one prefill and one decode worker, if there are two; on constant arguments it settles and stays.
@@ -29,13 +29,16 @@ from cluster.colocation import Gain, disaggregation_gain
 from cluster.length_distribution import Curve, LengthDistribution
 from cluster.throughput_model import (
     OFFLOAD_NOTHING,
+    Backlog,
     Fleet,
+    Horizon,
     OperatingPoint,
     Polynomial,
     PrfaasCluster,
-    best_threshold_tokens,
     operating_point,
-    prefill_capacity_rps,
+    outcome,
+    sooner_beyond_tokens,
+    threshold_for,
 )
 from core.errors import InvalidConfig
 
@@ -107,9 +110,7 @@ class FleetTarget:
 class PlannerMemory:
     """What the policy remembers from one call to the next; ``FRESH`` at the start."""
 
-    base_tokens: float | None = None  # the threshold before back-off; None: none chosen yet
-    back_off: int = 0  # steps taken away from it
-    moved_at_s: float = -math.inf  # the last step of the back-off
+    threshold_tokens: float | None = None  # the last one chosen; None: none yet
     judged_at_s: float = -math.inf  # the last look at the roles
     verdict: int = 0  # +1 more prefill, -1 more decode, 0 as it is
     verdicts: int = 0  # equal ones in a row
@@ -141,15 +142,13 @@ class PlanningPolicy(Protocol):
 class PlannerSettings:
     """Time constants and marks of the planner's two loops.
 
-    high_utilisation: of the link; at or above it fewer prompts are sent over it.
-    low_utilisation: at or below it more may be sent again.
-    high_queue_s: PrfaaS queue, beyond the local one, or link queue, beyond one hand-over, at or above which fewer
-        prompts are sent there.
-    back_off_factor: by how much the threshold grows in one step.
-    max_back_off: steps at most.
-    raise_after_s: shortest time between two steps up.
-    lower_after_s: shortest time before a step down.
-    min_threshold_gain: relative gain in prefill capacity for which the threshold moves.
+    balance_s: time ahead for which the threshold balances both prefill stages and the link, their queues as they are;
+        shorter: queues move it more.
+    most_full: share of that time up to which a stage counts as able to take what comes; beyond it more prompts are
+        sent where they are served than where all would wait alike.
+    high_queue_s: queue of a stage that is long; of the link, what exceeds one hand-over.
+    min_threshold_gain: relative gain, in prompts served or in how full the fullest stage is, for which the threshold
+        moves.
     scarce_utilisation: of the link, in use or predicted for the measured demand; from it on bandwidth is scarce.
     abundant_utilisation: of the link, in use and predicted; up to it bandwidth is abundant again.
     abundant_after_s: how long it must have been so.
@@ -167,13 +166,9 @@ class PlannerSettings:
     max_decode: decode workers at most; null: no limit.
     """
 
-    high_utilisation: float = 0.9
-    low_utilisation: float = 0.6
+    balance_s: float = 20.0
+    most_full: float = 0.85
     high_queue_s: float = 1.0
-    back_off_factor: float = 1.25
-    max_back_off: int = 12
-    raise_after_s: float = 0.5
-    lower_after_s: float = 5.0
     min_threshold_gain: float = 0.03
     scarce_utilisation: float = 0.6
     abundant_utilisation: float = 0.3
@@ -191,19 +186,17 @@ class PlannerSettings:
     max_decode: int | None = None
 
     def __post_init__(self) -> None:
-        _require(0 < self.low_utilisation < self.high_utilisation <= 1, "low_utilisation", "below high_utilisation")
         _require(
             0 < self.abundant_utilisation < self.scarce_utilisation <= 1,
             "abundant_utilisation",
             "below scarce_utilisation",
         )
-        _require(self.back_off_factor > 1, "back_off_factor", "above 1")
-        _require(self.max_back_off >= 0, "max_back_off", "at least 0")
+        _require(0 < self.most_full <= 1, "most_full", "above 0 and at most 1")
         _require(self.patience >= 1, "patience", "at least 1")
         _require(self.min_requests >= 0, "min_requests", "at least 0")
-        for name in ("min_threshold_gain", "min_role_gain", "high_queue_s", "period_s", "horizon_s"):
+        for name in ("min_threshold_gain", "min_role_gain", "high_queue_s", "balance_s", "period_s", "horizon_s"):
             _require(getattr(self, name) > 0, name, "above 0")
-        for name in ("raise_after_s", "lower_after_s", "abundant_after_s", "cooldown_s", "conversion_s"):
+        for name in ("abundant_after_s", "cooldown_s", "conversion_s"):
             _require(getattr(self, name) >= 0, name, "at least 0 s")
         for role in ("prefill", "decode"):
             least, most = getattr(self, f"min_{role}"), getattr(self, f"max_{role}")
@@ -254,14 +247,13 @@ class DualTimescale:
         """Roles first: the threshold is for the roles that are aimed at."""
         roles, why_roles, memory = self._roles(view, demand, memory)
         fleet = _fleet(view, demand, roles)
-        threshold, why_threshold, memory = self._threshold(view, fleet, roles, memory)
+        threshold, why_threshold, memory = self._threshold(view, demand, fleet, roles, memory)
         point = None if fleet is None else operating_point(fleet, roles.num_prefill, threshold)
         why_mode, predicted, memory = self._mode(view, demand, fleet, point, memory)
         numbers = {
             **_numbers(view, demand),
             **_point_numbers(point),
             "predicted_utilisation": predicted,
-            "back_off": float(memory.back_off),
             **memory.judged,
         }
         target = FleetTarget(
@@ -284,82 +276,54 @@ class DualTimescale:
     # ---- short loop: the threshold ----
 
     def _threshold(
-        self, view: PlanningView, fleet: Fleet | None, roles: Roles, memory: PlannerMemory
+        self, view: PlanningView, demand: MeasuredDemand, fleet: Fleet | None, roles: Roles, memory: PlannerMemory
     ) -> tuple[float, _Why, PlannerMemory]:
         if not view.num_prfaas:
             why = _Why("no_prfaas", "no PrfaaS worker: nothing is offloaded")
-            return OFFLOAD_NOTHING, why, replace(memory, back_off=0)
+            return OFFLOAD_NOTHING, why, replace(memory, threshold_tokens=None)
         if view.link_bytes_per_s <= 0:
             why = _Why("link_down", "the link to the PrfaaS workers is down: nothing is offloaded")
             return OFFLOAD_NOTHING, why, memory
         if view.unknown:
             return OFFLOAD_NOTHING, _Why("no_costs", f"{view.unknown}: nothing is offloaded"), memory
         if fleet is None:
-            return OFFLOAD_NOTHING, _Why("no_demand", "no prompt has been measured: nothing is offloaded yet"), memory
-        base, why, memory = self._base(view, fleet, roles, memory)
-        memory, why_back_off = self._back_off(view, fleet, base, memory)
-        threshold = self._raised(base, memory.back_off)
-        said = f"threshold {threshold:,.0f} tokens: {why.text}"
-        if why_back_off is None:
-            return threshold, _Why(why.word, said), memory
-        return threshold, _Why(why_back_off.word, f"{said}, {why_back_off.text}"), memory
+            threshold = sooner_beyond_tokens(_prfaas_cluster(view), view.local_prefill_s, view.kv_bytes)
+            said = "no prompt has been measured, longer ones are sooner there while all is idle"
+            return threshold, _Why("no_demand", f"threshold {threshold:,.0f} tokens: {said}"), memory
+        last = memory.threshold_tokens
+        horizon = self._horizon(view, demand, fleet, last)
+        best = threshold_for(fleet, roles.num_prefill, horizon)
+        if last is None:
+            why = _Why("balanced", f"threshold {best:,.0f} tokens: balances both prefill stages")
+            return best, why, replace(memory, threshold_tokens=best)
+        found = outcome(fleet, roles.num_prefill, np.array([last, best]), horizon)
+        (served_last, served_best), (full_last, full_best) = found.served, found.fullness
+        enough = 1 + self.settings.min_threshold_gain
+        if served_best <= served_last * enough and full_best * enough >= full_last:
+            least = self.settings.min_threshold_gain
+            said = f"threshold {last:,.0f} tokens: kept, another would not be {least:.0%} better"
+            return last, _Why("balanced", said), memory
+        cause = self._cause(horizon.backlog)
+        said = f"threshold {best:,.0f} tokens: moved from {last:,.0f}, {cause.text}"
+        return best, _Why(cause.word, said), replace(memory, threshold_tokens=best)
 
-    def _raised(self, base: float, back_off: int) -> float:
-        """The threshold that many steps up."""
-        return max(base, 1.0) * self.settings.back_off_factor**back_off if back_off else base
+    def _horizon(self, view: PlanningView, demand: MeasuredDemand, fleet: Fleet, threshold: float | None) -> Horizon:
+        link_s = 0.0 if threshold is None else max(0.0, _link_wait_s(view, fleet, threshold))
+        backlog = Backlog(view.prfaas_queue_s, link_s, view.local_queue_s)
+        return Horizon(demand.rate_rps, self.settings.balance_s, backlog, self.settings.most_full)
 
-    def _base(
-        self, view: PlanningView, fleet: Fleet, roles: Roles, memory: PlannerMemory
-    ) -> tuple[float, _Why, PlannerMemory]:
-        """The best threshold, if it is better than the one that is by enough. A new one is a new beginning: what the
-        back-off knew was of another link, or another demand."""
-        best = best_threshold_tokens(fleet, roles.num_prefill)
-        if memory.base_tokens is None:
-            return best, _Why("balanced", "balances both prefill stages"), replace(memory, base_tokens=best)
-        old, new = (
-            float(rate) for rate in prefill_capacity_rps(fleet, roles.num_prefill, np.array([memory.base_tokens, best]))
-        )
-        if new > old * (1 + self.settings.min_threshold_gain):
-            text = f"moved from {memory.base_tokens:,.0f}, prefill capacity {old:.3g} to {new:.3g} req/s"
-            moved = replace(memory, base_tokens=best, back_off=0, moved_at_s=view.at_s)
-            return best, _Why("capacity", text), moved
-        text = f"kept, another would not give {self.settings.min_threshold_gain:.0%} more"
-        return memory.base_tokens, _Why("balanced", text), memory
-
-    def _back_off(
-        self, view: PlanningView, fleet: Fleet, base: float, memory: PlannerMemory
-    ) -> tuple[PlannerMemory, _Why | None]:
-        """One step up or down, or none, and why."""
-        chosen = self.settings
-        since_s = view.at_s - memory.moved_at_s
-        cause = self._pressure(view, fleet, base)
-        if cause is not None:
-            least = self._raised(base, memory.back_off) < float(fleet.lengths.tokens[-1])  # else none goes anyway
-            if least and memory.back_off < chosen.max_back_off and since_s >= chosen.raise_after_s:
-                raised = replace(memory, back_off=memory.back_off + 1, moved_at_s=view.at_s)
-                return raised, _Why(cause.word, f"raised to step {raised.back_off}: {cause.text}")
-            return memory, _Why(cause.word, f"held at step {memory.back_off}: {cause.text}")
-        if not memory.back_off:
-            return memory, None
-        queue_s = max(view.prfaas_queue_s - view.local_queue_s, _link_wait_s(view, fleet, base))
-        calm = view.link_utilisation <= chosen.low_utilisation and queue_s < chosen.high_queue_s / 2
-        said = f"link {view.link_utilisation:.0%} in use"
-        if calm and since_s >= chosen.lower_after_s:
-            lowered = replace(memory, back_off=memory.back_off - 1, moved_at_s=view.at_s)
-            return lowered, _Why("calm", f"lowered to step {lowered.back_off}: {said}")
-        return memory, _Why("held", f"held at step {memory.back_off}: {said}")
-
-    def _pressure(self, view: PlanningView, fleet: Fleet, base: float) -> _Why | None:
-        """What says that less should be offloaded; None: nothing does."""
-        chosen = self.settings
-        if view.link_utilisation >= chosen.high_utilisation:
-            return _Why("link_busy", f"link {view.link_utilisation:.0%} in use")
-        queue_s = view.prfaas_queue_s - view.local_queue_s
-        if queue_s >= chosen.high_queue_s:
-            return _Why("prfaas_queue", f"PrfaaS queue {queue_s:.1f} s longer than the local one")
-        if _link_wait_s(view, fleet, base) >= chosen.high_queue_s:
-            return _Why("link_queue", f"{view.link_queue_s:.1f} s are queued on the link")
-        return None
+    def _cause(self, backlog: Backlog) -> _Why:
+        """What moves the threshold: a queue that is longer than those of the other side, or none, and then what the
+        stages can do, for other demand, links, costs or roles than before."""
+        mark = self.settings.high_queue_s
+        prfaas_s, link_s, local_s = backlog.prfaas_s, backlog.link_s, backlog.local_s
+        if link_s >= max(prfaas_s, local_s) + mark:
+            return _Why("link_queue", f"{link_s:.1f} s more than one hand-over are queued on the link")
+        if prfaas_s >= local_s + mark:
+            return _Why("prfaas_queue", f"the PrfaaS queue is {prfaas_s - local_s:.1f} s longer than the local one")
+        if local_s >= max(prfaas_s, link_s) + mark:
+            return _Why("local_queue", f"the local queue is {local_s - prfaas_s:.1f} s longer than the PrfaaS one")
+        return _Why("capacity", "which balances the stages as they are now")
 
     # ---- short loop: the bandwidth mode ----
 
@@ -449,7 +413,7 @@ class DualTimescale:
         if view.unknown:
             return 0, _Why("no_costs", view.unknown), replace(memory, judged={}, gain=None, advice="", advised_times=0)
         fleet = _fleet(view, demand, now)
-        if fleet is None:
+        if fleet is None or demand.mean_output_tokens <= 0:
             return (
                 0,
                 _Why("no_demand", "no demand has been measured"),
@@ -515,23 +479,27 @@ class DualTimescale:
 
 def _fleet(view: PlanningView, demand: MeasuredDemand, roles: Roles) -> Fleet | None:
     """The view as the throughput model takes it; None without costs, a demand or two local workers."""
-    if view.unknown or demand.lengths is None or demand.mean_output_tokens <= 0:
+    if view.unknown or demand.lengths is None:
         return None
     if min(roles.num_prefill, roles.num_decode) < 0 or roles.num_prefill + roles.num_decode < 2:
         return None
     linked = view.num_prfaas > 0 and view.link_bytes_per_s > 0
-    cluster = PrfaasCluster("prfaas", view.num_prfaas, view.prfaas_prefill_s, view.link_bytes_per_s)
     return Fleet(
         lengths=demand.lengths,
-        mean_output_tokens=demand.mean_output_tokens,
+        mean_output_tokens=max(1.0, demand.mean_output_tokens),
         kv_bytes=view.kv_bytes,
-        prfaas=(cluster,) if linked else (),
+        prfaas=(_prfaas_cluster(view),) if linked else (),
         num_local_gpus=roles.num_prefill + roles.num_decode,
         local_prefill_s=view.local_prefill_s,
         local_link_bytes_per_s=math.inf,
         max_batch_size=view.max_batch_size,
         decode_step_s=view.decode_step_s,
     )
+
+
+def _prfaas_cluster(view: PlanningView) -> PrfaasCluster:
+    """All PrfaaS workers behind all links, as one."""
+    return PrfaasCluster("prfaas", view.num_prfaas, view.prfaas_prefill_s, view.link_bytes_per_s)
 
 
 def _link_wait_s(view: PlanningView, fleet: Fleet, threshold_tokens: float) -> float:

@@ -210,6 +210,11 @@ class Router:
         return sum(flight.num_tokens for flight in self._flights.values())
 
     @property
+    def num_answering(self) -> int:
+        """Requests in flight that have a token."""
+        return sum(flight.num_tokens > 0 for flight in self._flights.values())
+
+    @property
     def counters(self) -> RouterCounters:
         """A snapshot."""
         return RouterCounters(

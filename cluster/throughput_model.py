@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 from cluster.length_distribution import Curve, LengthDistribution, Numbers, weighted_quantile
 
 _GRID = 512  # thresholds tried at once; the best one's surroundings are then searched again
+_LEAST_ARRIVING = 1e-3  # requests: when none come the backlogs alone are balanced
+_SERVED_ALIKE = 1e-3  # share of the requests
+_LONGEST_POWER = 18  # of 2: beyond it no prompt is expected before one has come
 OFFLOAD_NOTHING = float("inf")
 
 PRFAAS_COMPUTE, PRFAAS_LINK = "prfaas prefill", "link"
@@ -153,6 +156,92 @@ def best_threshold_tokens(fleet: Fleet, num_prefill: int) -> float:
         if high - low <= 2 or len(finer) < 3 or np.array_equal(finer, grid):
             return float(grid[best])
         grid = np.unique(np.concatenate([finer, [grid[best]]]))
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Work that waits already: seconds until each stage would have done it, one worker's share of it."""
+
+    prfaas_s: float = 0.0
+    link_s: float = 0.0
+    local_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Horizon:
+    """What a threshold is chosen for: the next ``seconds``, ``rate_rps`` in them, behind ``backlog``.
+
+    ``share``: of a stage's time that may be filled before its prompts wait too long: random arrivals queue long before
+    a stage is full.
+    """
+
+    rate_rps: float
+    seconds: float
+    backlog: Backlog = Backlog()
+    share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """For each threshold: the share of the requests that are prefilled within the horizon, and how full its fullest
+    stage is then, 1: as long as the horizon; [thresholds]."""
+
+    served: Numbers
+    fullness: Numbers
+
+
+def outcome(fleet: Fleet, num_prefill: float, thresholds: Numbers, horizon: Horizon) -> Outcome:
+    """Equations 3, 4 and 7 over a finite time, from queues as they are.
+
+    A stage does its backlog first, and then so many of its prompts as fit. Without a backlog and with room for all the
+    least fullness is at the threshold of equation 7. Where not all fit, most are served with a side that is just full
+    and another that is overrun, not with both overrun; but a link that does not carry one of its prompts within the
+    horizon serves nothing.
+    """
+    p, l_long, l_short = fleet.lengths.split(thresholds)
+    backlog, arriving = horizon.backlog, max(horizon.rate_rps * horizon.seconds, _LEAST_ARRIVING)
+    long, short = arriving * p, arriving * (1 - p)
+    compute_rps = sum((c.num_instances / c.prefill_s(l_long) for c in fleet.prfaas), np.zeros_like(p))
+    link_rps = sum((c.egress_bytes_per_s / fleet.kv_bytes(l_long) for c in fleet.prfaas), np.zeros_like(p))
+    computed, compute_full = _stage(long, compute_rps, backlog.prfaas_s, horizon)
+    shipped, link_full = _stage(long, link_rps, backlog.link_s, horizon)
+    local, local_full = _stage(short, fleet.theta_prefill_rps(l_short, num_prefill), backlog.local_s, horizon)
+    arrives = (long <= 0) | (link_rps * horizon.seconds >= 1)
+    served = np.where(arrives, (np.minimum(computed, shipped) + local) / arriving, 0.0)
+    return Outcome(served, np.maximum(np.maximum(compute_full, link_full), local_full))
+
+
+def _stage(prompts: Numbers, rate_rps: Numbers, waits_s: float, horizon: Horizon) -> tuple[Numbers, Numbers]:
+    """How many of ``prompts`` a stage does within the horizon, and how full it is then; [thresholds].
+
+    What nobody is sent to is not full, however long its backlog: no threshold changes that.
+    """
+    rate_rps = np.where(prompts > 0, rate_rps, 1.0)
+    done = np.minimum(prompts, max(0.0, horizon.share * horizon.seconds - waits_s) * rate_rps)
+    return done, np.where(prompts > 0, (waits_s + prompts / rate_rps) / horizon.seconds, 0.0)
+
+
+def threshold_for(fleet: Fleet, num_prefill: int, horizon: Horizon) -> float:
+    """The threshold that serves most; of those that serve as much the one whose fullest stage is least full."""
+    if not fleet.num_prfaas:
+        return OFFLOAD_NOTHING
+    if not num_prefill:
+        return 0.0
+    lengths = fleet.lengths.tokens
+    picked = lengths[np.unique(np.linspace(0, len(lengths) - 1, _GRID).astype(int))]
+    grid = np.concatenate([[0.0], picked])
+    found = outcome(fleet, num_prefill, grid, horizon)
+    enough = found.served >= found.served.max() - _SERVED_ALIKE
+    return float(grid[int(np.argmin(np.where(enough, found.fullness, np.inf)))])
+
+
+def sooner_beyond_tokens(cluster: PrfaasCluster, local_prefill_s: Curve, kv_bytes: Curve) -> float:
+    """The length beyond which a prompt is prefilled and shipped by an idle PrfaaS cluster sooner than prefilled by an
+    idle local instance: where prompts should go while nothing is known of what comes. inf: never."""
+    tokens = 2.0 ** np.arange(_LONGEST_POWER)
+    away_s = np.maximum(cluster.prefill_s(tokens), kv_bytes(tokens) / cluster.egress_bytes_per_s)
+    stays = local_prefill_s(tokens) <= away_s
+    return OFFLOAD_NOTHING if stays[-1] else float(tokens[stays].max(initial=0.0))
 
 
 def operating_point(fleet: Fleet, num_prefill: int, threshold_tokens: float | None = None) -> OperatingPoint:

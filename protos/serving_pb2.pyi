@@ -561,7 +561,7 @@ class DisaggregationGain(_message.Message):
     def __init__(self, rate: _Optional[float] = ..., throughput: _Optional[float] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., colocated_throughput: _Optional[float] = ..., colocated_ttft_s: _Optional[float] = ..., colocated_tpot_s: _Optional[float] = ..., throughput_ratio: _Optional[float] = ..., ttft_ratio: _Optional[float] = ..., tpot_ratio: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class PlanSample(_message.Message):
-    __slots__ = ("age_s", "threshold_tokens", "abundant", "num_prefill", "num_decode", "num_changing", "num_prfaas", "back_off", "link_rate", "link_utilisation", "link_queue_s", "prfaas_queue_s", "local_queue_s", "decode_queue", "rate", "change", "gateway_queue")
+    __slots__ = ("age_s", "threshold_tokens", "abundant", "num_prefill", "num_decode", "num_changing", "num_prfaas", "link_rate", "link_utilisation", "link_queue_s", "prfaas_queue_s", "local_queue_s", "decode_queue", "rate", "change", "gateway_queue")
     AGE_S_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ABUNDANT_FIELD_NUMBER: _ClassVar[int]
@@ -569,7 +569,6 @@ class PlanSample(_message.Message):
     NUM_DECODE_FIELD_NUMBER: _ClassVar[int]
     NUM_CHANGING_FIELD_NUMBER: _ClassVar[int]
     NUM_PRFAAS_FIELD_NUMBER: _ClassVar[int]
-    BACK_OFF_FIELD_NUMBER: _ClassVar[int]
     LINK_RATE_FIELD_NUMBER: _ClassVar[int]
     LINK_UTILISATION_FIELD_NUMBER: _ClassVar[int]
     LINK_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
@@ -586,7 +585,6 @@ class PlanSample(_message.Message):
     num_decode: int
     num_changing: int
     num_prfaas: int
-    back_off: int
     link_rate: float
     link_utilisation: float
     link_queue_s: float
@@ -596,7 +594,7 @@ class PlanSample(_message.Message):
     rate: float
     change: str
     gateway_queue: int
-    def __init__(self, age_s: _Optional[float] = ..., threshold_tokens: _Optional[float] = ..., abundant: _Optional[bool] = ..., num_prefill: _Optional[int] = ..., num_decode: _Optional[int] = ..., num_changing: _Optional[int] = ..., num_prfaas: _Optional[int] = ..., back_off: _Optional[int] = ..., link_rate: _Optional[float] = ..., link_utilisation: _Optional[float] = ..., link_queue_s: _Optional[float] = ..., prfaas_queue_s: _Optional[float] = ..., local_queue_s: _Optional[float] = ..., decode_queue: _Optional[int] = ..., rate: _Optional[float] = ..., change: _Optional[str] = ..., gateway_queue: _Optional[int] = ...) -> None: ...
+    def __init__(self, age_s: _Optional[float] = ..., threshold_tokens: _Optional[float] = ..., abundant: _Optional[bool] = ..., num_prefill: _Optional[int] = ..., num_decode: _Optional[int] = ..., num_changing: _Optional[int] = ..., num_prfaas: _Optional[int] = ..., link_rate: _Optional[float] = ..., link_utilisation: _Optional[float] = ..., link_queue_s: _Optional[float] = ..., prfaas_queue_s: _Optional[float] = ..., local_queue_s: _Optional[float] = ..., decode_queue: _Optional[int] = ..., rate: _Optional[float] = ..., change: _Optional[str] = ..., gateway_queue: _Optional[int] = ...) -> None: ...
 
 class GetClusterInfoResponse(_message.Message):
     __slots__ = ("workers", "num_inflight", "policy", "uptime_s", "version", "model", "num_requests", "num_retries", "num_resumes", "internal_tls", "links", "cluster_links", "num_queued", "refusals", "misses_served", "costs", "offload", "routes_by_place", "fallbacks_by_reason", "plan")

@@ -36,6 +36,10 @@ class _Traffic:
         return self.router.num_open_tokens + self.num_untold()
 
     @property
+    def num_answering(self) -> int:
+        return self.router.num_answering
+
+    @property
     def num_queued(self) -> int:
         return self.router.num_queued
 

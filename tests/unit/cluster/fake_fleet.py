@@ -195,6 +195,10 @@ class Fleet:
         return sum(int(tokens - (end - now) / TPOT_S) for end, tokens in self._running)
 
     @property
+    def num_answering(self) -> int:
+        return len(self._running)
+
+    @property
     def threshold(self) -> float:
         return self.offloads[-1][1].threshold_tokens if self.offloads else math.inf
 

@@ -43,7 +43,7 @@ def lengths(demand: MeasuredDemand) -> dict[float, float]:
 
 
 def test_before_the_first_request_nothing_is_known() -> None:
-    demand = meter()[0].measured(0)
+    demand = meter()[0].measured(0, 0)
 
     assert (demand.lengths, demand.rate_rps, demand.mean_output_tokens, demand.num_requests) == (None, 0.0, 0.0, 0.0)
     assert demand.relative_error == math.inf
@@ -56,8 +56,8 @@ def test_a_prompt_counts_with_what_must_be_computed_of_it() -> None:
     counted.routed(request(100, cached_pages=3), Route(PREFILL, DECODE, "", pull=PagePull(SOURCE, 64)))
     counted.routed(request(100, cached_pages=3), Route(None, DECODE, "decode-0 caches nothing"))
 
-    assert lengths(counted.measured(0)) == {36.0: 0.25, 52.0: 0.25, 100.0: 0.5}
-    assert counted.measured(0).mean_cached_tokens == (48 + 64) / 4
+    assert lengths(counted.measured(0, 0)) == {36.0: 0.25, 52.0: 0.25, 100.0: 0.5}
+    assert counted.measured(0, 0).mean_cached_tokens == (48 + 64) / 4
 
 
 def test_lengths_of_one_bin_are_their_mean() -> None:
@@ -65,7 +65,7 @@ def test_lengths_of_one_bin_are_their_mean() -> None:
     for tokens in (10_300, 10_400, 10_500):  # one bin, 10,174 to 10,624
         counted.routed(request(tokens), ROUTE)
 
-    assert lengths(counted.measured(0)) == {10_400.0: pytest.approx(1.0)}
+    assert lengths(counted.measured(0, 0)) == {10_400.0: pytest.approx(1.0)}
 
 
 def test_the_rate_is_that_of_the_window_also_while_it_is_not_full() -> None:
@@ -74,12 +74,12 @@ def test_the_rate_is_that_of_the_window_also_while_it_is_not_full() -> None:
         clock.advance(0.5)
         counted.routed(request(100), ROUTE)
         clock.advance(0.0)
-    assert counted.measured(0).rate_rps == pytest.approx(2.0, rel=0.05)
+    assert counted.measured(0, 0).rate_rps == pytest.approx(2.0, rel=0.05)
 
     clock.advance(10.0)
-    assert counted.measured(0).rate_rps == pytest.approx(2.0 * math.exp(-1), rel=0.3)
+    assert counted.measured(0, 0).rate_rps == pytest.approx(2.0 * math.exp(-1), rel=0.3)
     clock.advance(1000.0)
-    assert counted.measured(0).rate_rps < 1e-9
+    assert counted.measured(0, 0).rate_rps < 1e-9
 
 
 def test_old_requests_fade_but_the_last_ones_are_never_forgotten() -> None:
@@ -87,26 +87,54 @@ def test_old_requests_fade_but_the_last_ones_are_never_forgotten() -> None:
     for _ in range(1000):
         counted.routed(request(100), ROUTE)
     clock.advance(1e6)
-    counted.measured(0)
+    counted.measured(0, 0)
     for _ in range(round(REMEMBERED)):
         counted.routed(request(200), ROUTE)
 
-    shares = lengths(counted.measured(0))
+    shares = lengths(counted.measured(0, 0))
     assert shares == {100.0: pytest.approx(0.5), 200.0: pytest.approx(0.5)}
     clock.advance(1e6)
-    assert lengths(counted.measured(0)) == shares  # a quiet night
+    assert lengths(counted.measured(0, 0)) == shares  # a quiet night
 
 
 def test_answers_are_tokens_made_over_requests_ended() -> None:
     counted, _ = meter()
     for _ in range(4):
         counted.routed(request(100), ROUTE)
+    counted.measured(0, 2)  # two are under way from the first look on
     counted.ended(10)
     counted.ended(30)
 
-    assert counted.measured(0).mean_output_tokens == 20
-    assert counted.measured(160).mean_output_tokens == 100  # two more are under way, with 80 tokens each
-    assert counted.measured(160).mean_output_tokens == 100  # nothing happened meanwhile
+    assert counted.measured(0, 2).mean_output_tokens == 20 - 2 * 20 / 2 / 2
+    assert counted.measured(160, 2).mean_output_tokens == 100 - 10  # 80 tokens each
+    assert counted.measured(160, 2).mean_output_tokens == 90  # nothing happened meanwhile
+
+
+def test_before_any_answer_has_ended_all_are_taken_to_be_halfway() -> None:
+    counted, _ = meter()
+    counted.routed(request(100), ROUTE)
+    assert counted.measured(0, 0).mean_output_tokens == 0
+    assert counted.measured(40, 2).mean_output_tokens == 40
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 20), st.integers(2, 400))
+def test_a_service_that_fills_up_with_answers_all_alike_has_no_longer_ones(every: int, length: int) -> None:
+    counted, clock = meter(window_s=30.0)
+    begun: list[int] = []
+    num_ended = 0
+    for tick in range(3 * length + 40 * every):  # of one token each
+        clock.advance(0.05)
+        if tick % every == 0:
+            counted.routed(request(100), ROUTE)
+            begun.append(tick)
+        if begun and tick - begun[0] == length:
+            begun.pop(0)
+            num_ended += 1
+            counted.ended(length)
+        answers = counted.measured(sum(tick - start for start in begun), len(begun)).mean_output_tokens
+        if num_ended >= 16:
+            assert answers == pytest.approx(length, rel=0.2)
 
 
 def test_a_surge_of_long_answers_is_seen_before_any_of_them_ends() -> None:
@@ -115,8 +143,8 @@ def test_a_surge_of_long_answers_is_seen_before_any_of_them_ends() -> None:
         clock.advance(0.5)
         counted.routed(request(100), ROUTE)
         counted.ended(20)
-        counted.measured(0)
-    assert counted.measured(0).mean_output_tokens == pytest.approx(20)
+        counted.measured(0, 0)
+    assert counted.measured(0, 0).mean_output_tokens == pytest.approx(20)
 
     open_tokens = 0
     for second in range(10):  # two requests a second, none ends, each makes 50 tokens a second
@@ -124,7 +152,7 @@ def test_a_surge_of_long_answers_is_seen_before_any_of_them_ends() -> None:
         counted.routed(request(100), ROUTE)
         counted.routed(request(100), ROUTE)
         open_tokens += 2 * second * 50
-        demand = counted.measured(open_tokens)
+        demand = counted.measured(open_tokens, 2 * second + 2)
     assert demand.mean_output_tokens > 100
 
 
@@ -136,8 +164,8 @@ def test_a_request_that_ended_without_a_token_is_no_short_answer() -> None:
         counted.routed(request(100), ROUTE)
         counted.ended(0)
 
-    assert counted.measured(0).mean_output_tokens == 40
-    assert counted.measured(0).num_requests == 1
+    assert counted.measured(0, 0).mean_output_tokens == 40
+    assert counted.measured(0, 0).num_requests == 1
 
 
 def test_equal_requests_leave_nothing_to_chance_and_mixed_ones_less_with_their_number() -> None:
@@ -146,7 +174,7 @@ def test_equal_requests_leave_nothing_to_chance_and_mixed_ones_less_with_their_n
         for answer in answers:
             counted.routed(request(100), ROUTE)
             counted.ended(answer)
-        return counted.measured(0).relative_error
+        return counted.measured(0, 0).relative_error
 
     assert error([50] * 20) == pytest.approx(0.0, abs=1e-6)
     assert error([10, 90] * 8) == pytest.approx(0.8 / 4)  # deviation 40, mean 50, 16 of them
@@ -165,7 +193,7 @@ def test_whatever_comes_it_stays_a_distribution_of_bounded_size(stream: list[tup
         clock.advance(passed_s)
         counted.routed(request(tokens), ROUTE)
         counted.ended(answer)
-        demand = counted.measured(0)
+        demand = counted.measured(0, 0)
         assert demand.lengths is not None
         assert len(demand.lengths.tokens) <= 384
         assert demand.lengths.tokens[0] >= 1

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.cost_model import NO_COSTS
+from cluster.cost_model import NO_COSTS, ComputeCost, CostView, LinearCost
 from cluster.prfaas_routing import PrfaasRouting
 from cluster.routing_policy import COLOCATE, Fallback, RouteRequest, RoutingSettings
 from cluster.view import ClusterView, Forecast, Offload, Route, WorkerView
@@ -20,6 +20,7 @@ from tests.unit.cluster.routing_views import (
     FAR,
     HOME,
     KV_BYTES,
+    LINK,
     MODEL,
     NOW,
     clusters,
@@ -241,6 +242,21 @@ def test_a_faster_kind_of_worker_may_wait_longer() -> None:
 def test_the_decode_worker_with_the_shortest_predicted_step_is_taken() -> None:
     cluster = view(worker("p0"), worker("d0", num_running=5), worker("d1", num_running=3, num_announced=1))
     assert names(route(request(), cluster)) == ("p0", "d1")
+
+
+def test_a_full_batch_is_left_for_one_that_is_not_even_if_steps_take_as_long_whatever_they_hold() -> None:
+    """A token every 10 ms in a batch of up to 4; of 6 sequences two wait, as if all had one every 15 ms."""
+    level = ComputeCost(LinearCost((0.0, 1e-3, 0.0)), LinearCost((1e-2, 0.0, 0.0)), 512)
+    costs = CostView({"gpu": level}, {(HOME, HOME): LINK})
+    full, free = worker("d0", num_running=5, max_batch_size=4), worker("d1", num_running=3, max_batch_size=4)
+    chosen = route(request(), view(worker("p0"), full, free, costs=costs))
+    crowded = route(request(), view(worker("p0"), full, costs=costs))
+
+    assert names(chosen) == ("p0", "d1")
+    assert chosen.expected is not None
+    assert crowded.expected is not None
+    assert chosen.expected.tpot_s == pytest.approx(0.010, rel=0.01)
+    assert crowded.expected.tpot_s == pytest.approx(0.015, rel=0.01)
 
 
 def test_context_that_grows_counts_in_a_step() -> None:

@@ -1015,11 +1015,12 @@ async def test_tokens_of_requests_in_flight_are_known_until_they_end() -> None:
     heard = Heard()
     async with gateway(observer=heard) as g:
         g["decode-0"].hooks[DECODED] = sent(3, stall)  # type: ignore[assignment]
-        assert g.router.num_open_tokens == 0
+        assert (g.router.num_open_tokens, g.router.num_answering) == (0, 0)
         reading = asyncio.create_task(g.generate(g.request()))
         await until(lambda: g.router.num_open_tokens == 4)
+        assert g.router.num_answering == 1
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
 
-        assert g.router.num_open_tokens == 0
+        assert (g.router.num_open_tokens, g.router.num_answering) == (0, 0)
     assert heard.ended_tokens == [4]

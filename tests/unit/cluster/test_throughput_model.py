@@ -16,7 +16,9 @@ from cluster.throughput_model import (
     OFFLOAD_NOTHING,
     PRFAAS_COMPUTE,
     PRFAAS_LINK,
+    Backlog,
     Fleet,
+    Horizon,
     Polynomial,
     PrfaasCluster,
     best_operating_point,
@@ -26,7 +28,10 @@ from cluster.throughput_model import (
     idle_ttft,
     kv_throughput_bytes_per_s,
     operating_point,
+    outcome,
     prefill_capacity_rps,
+    sooner_beyond_tokens,
+    threshold_for,
 )
 
 MIB = 2**20
@@ -235,3 +240,79 @@ def test_more_bandwidth_never_lowers_throughput(fleet: Fleet, factor: float) -> 
     )
 
     assert best_operating_point(wider).throughput_rps >= best_operating_point(fleet).throughput_rps * (1 - 1e-6)
+
+
+# ---- a threshold for the next seconds ----
+
+
+def test_what_is_served_within_a_horizon_by_hand() -> None:
+    """20 requests in 10 s, t = 200: 10 long ones at 2.857/s over the link take 3.5 s, 10 short ones at 1.667/s 6 s.
+
+    With 5 s of backlog on the link and 6 s before the local worker, of the short ones 4 s * 1.667/s = 6.67 are served.
+    """
+    empty = outcome(SMALL, 1, np.array([200.0]), Horizon(2.0, 10.0))
+    queued = outcome(SMALL, 1, np.array([200.0]), Horizon(2.0, 10.0, Backlog(link_s=5.0, local_s=6.0)))
+
+    assert (empty.served[0], empty.fullness[0]) == (1.0, pytest.approx(0.6))
+    assert queued.served[0] == pytest.approx((10 + 4 / 0.6) / 20)
+    assert queued.fullness[0] == pytest.approx(1.2)
+
+
+def test_a_stage_that_may_not_be_filled_serves_less() -> None:
+    found = outcome(SMALL, 1, np.array([200.0]), Horizon(2.0, 10.0, share=0.5))
+
+    assert found.served[0] == pytest.approx((10 + 5 / 0.6) / 20)
+
+
+def test_a_link_on_which_nothing_arrives_in_time_serves_nothing() -> None:
+    slow = replace(SMALL, prfaas=(replace(SMALL.prfaas[0], egress_bytes_per_s=100.0),))
+    found = outcome(slow, 1, np.array([200.0, 400.0]), Horizon(2.0, 10.0))
+
+    assert found.served[0] == 0
+    assert found.served[1] == pytest.approx(10 / 20)
+    assert threshold_for(slow, 1, Horizon(2.0, 10.0)) == 400
+
+
+@pytest.mark.parametrize("egress", [1e5, 1e6, 1e8])
+def test_without_a_backlog_and_with_room_for_all_it_is_equation_7(egress: float) -> None:
+    lengths = LengthDistribution.from_sample(list(range(10, 2000, 7)))
+    fleet = replace(SMALL, lengths=lengths, prfaas=(replace(SMALL.prfaas[0], egress_bytes_per_s=egress),))
+    chosen, best = threshold_for(fleet, 1, Horizon(0.05, 200.0)), best_threshold_tokens(fleet, 1)
+    capacities = prefill_capacity_rps(fleet, 1, np.array([chosen, best]))
+
+    assert capacities[0] == pytest.approx(capacities[1], rel=0.01)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.floats(0.1, 10),
+    st.floats(1, 60),
+    st.builds(Backlog, st.floats(0, 30), st.floats(0, 30), st.floats(0, 30)),
+    st.floats(0.1, 1),
+)
+def test_no_other_threshold_serves_more(rate: float, seconds: float, backlog: Backlog, share: float) -> None:
+    horizon = Horizon(rate, seconds, backlog, share)
+    chosen = threshold_for(SMALL, 1, horizon)
+    others = outcome(SMALL, 1, np.array([0.0, 100, 200, 300, 400]), horizon)
+    found = outcome(SMALL, 1, np.array([chosen]), horizon)
+
+    assert 0 <= found.served[0] <= 1
+    assert found.served[0] >= others.served.max() - 2e-3
+    as_good = others.served >= others.served.max() - 1e-9
+    assert found.fullness[0] <= others.fullness[as_good].min() + 1e-9
+
+
+def test_without_a_side_there_is_no_choice() -> None:
+    assert threshold_for(replace(SMALL, prfaas=()), 1, Horizon(1.0, 10.0)) == OFFLOAD_NOTHING
+    assert threshold_for(SMALL, 0, Horizon(1.0, 10.0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("egress", "beyond"),
+    # 1,000 n bytes against 0.004 n s, prefill there 0.001 n + 0.1 s: sooner there from 33.3 tokens on, or never
+    [(1e9, 32.0), (2e5, OFFLOAD_NOTHING)],
+)
+def test_beyond_which_length_an_idle_cluster_is_sooner(egress: float, beyond: float) -> None:
+    cluster = PrfaasCluster("remote", 2, Polynomial((0.1, 1e-3)), egress)
+
+    assert sooner_beyond_tokens(cluster, SMALL.local_prefill_s, SMALL.kv_bytes) == beyond
