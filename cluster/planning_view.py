@@ -99,16 +99,18 @@ def planning_view(
 
 
 def silent_links(view: ClusterView, found: Fleets, silent_s: float) -> tuple[LinkView, ...]:
-    """One usable link of each path on which nothing moved for ``silent_s``."""
-    quiet = [pair for pair in found.paths if pair.age_s is None or pair.age_s >= silent_s]
-    return tuple(
-        next(
-            link
-            for link in view.links.values()
-            if link.usable and (link.from_cluster, link.to_cluster) == (pair.from_cluster, pair.to_cluster)
-        )
-        for pair in quiet
-    )
+    """One link of each path on which nothing moved for ``silent_s``: one that is tested (cluster/link_tester.py), from
+    a worker that prefills to one that decodes. Others have carried pulled pages, or are of roles that workers had."""
+    role_of = {worker.worker_id: worker.role for worker in view.workers}
+    quiet = {
+        (pair.from_cluster, pair.to_cluster) for pair in found.paths if pair.age_s is None or pair.age_s >= silent_s
+    }
+    chosen: dict[tuple[ClusterId, ClusterId], LinkView] = {}
+    for link in view.links.values():
+        ends, roles = (link.from_cluster, link.to_cluster), (role_of.get(link.from_worker), role_of.get(link.to_worker))
+        if link.usable and ends in quiet and roles == (Role.PREFILL, Role.DECODE):
+            chosen.setdefault(ends, link)
+    return tuple(chosen.values())
 
 
 def _carries(pair: ClusterPair) -> float:

@@ -193,3 +193,13 @@ def test_a_path_is_silent_when_none_of_its_links_moved_anything() -> None:
     never = ClusterView(0.0, (P, D, AWAY), link(AWAY, D))
     assert silent_links(never, found_in(never), math.inf) == tuple(never.links.values())
     assert WorkerId("p") not in {found.from_worker for found in silent_links(view, found_in(view), 5.0)}
+
+
+def test_of_a_silent_path_a_link_is_chosen_that_self_tests_know() -> None:
+    turned = member("c", Role.PREFILL)  # it has decoded before: the first link of the path, which nobody tests any more
+    both = link(AWAY, turned, age_s=9.0) | link(AWAY, D, age_s=9.0)
+    view = ClusterView(0.0, (P, D, AWAY, turned), both)
+
+    assert [found.to_worker for found in silent_links(view, found_in(view), 5.0)] == ["d"]
+    alone = ClusterView(0.0, (P, D, AWAY, turned), link(AWAY, turned, age_s=9.0))
+    assert silent_links(alone, found_in(alone), 5.0) == ()
