@@ -238,7 +238,7 @@ def threshold_for(fleet: Fleet, num_prefill: int, horizon: Horizon) -> float:
 def sooner_beyond_tokens(cluster: PrfaasCluster, local_prefill_s: Curve, kv_bytes: Curve) -> float:
     """The length beyond which a prompt is prefilled and shipped by an idle PrfaaS cluster sooner than prefilled by an
     idle local instance: where prompts should go while nothing is known of what comes. inf: never."""
-    tokens = 2.0 ** np.arange(_LONGEST_POWER)
+    tokens = np.exp2(np.arange(_LONGEST_POWER, dtype=np.float64))
     away_s = np.maximum(cluster.prefill_s(tokens), kv_bytes(tokens) / cluster.egress_bytes_per_s)
     stays = local_prefill_s(tokens) <= away_s
     return OFFLOAD_NOTHING if stays[-1] else float(tokens[stays].max(initial=0.0))
