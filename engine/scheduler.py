@@ -675,7 +675,7 @@ class ChunkedPrefillScheduler:
 
 @dataclass(frozen=True, slots=True)
 class _Reserved:
-    """A reservation as its scheduler keeps it: its prompt is converted and hashed once, not again when it is admitted."""
+    """A reservation as its scheduler keeps it: what a prompt costs once is not paid again for its admission."""
 
     reservation: Reservation
     token_ids: array[int]

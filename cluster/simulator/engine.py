@@ -305,9 +305,10 @@ class SimulatedEngine:
     def _pages_taken(self) -> None:
         """Fewer pages are free: somebody may be preempted earlier."""
         plan = self._plan
-        if not self._between_steps and not self._stopped and plan is not None:
-            if self._num_quiet > self._steps_without_preemption(len(plan.items)):
-                self._arm()
+        if self._between_steps or self._stopped or plan is None:
+            return
+        if self._num_quiet > self._steps_without_preemption(len(plan.items)):
+            self._arm()
 
     def _arm(self) -> None:
         """Wake up no later than at the end of the first step that somebody could notice."""
