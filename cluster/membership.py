@@ -26,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -120,6 +120,7 @@ class Membership:
         self._replaced: set[EngineId] = set()
         self._refused: set[EngineId] = set()  # logged once each
         self._joins: dict[EngineId, asyncio.Task[None]] = {}
+        self._num_by_page_size: Counter[int] = Counter()  # workers
         self._model: ModelInfo | None = None
         self._live_view = LiveView(self_test=self_test)
         self._view: ClusterView | None = None  # None: something changed since
@@ -141,6 +142,11 @@ class Membership:
             self._tell_live_view()
             self._view = self._live_view.view(now, self._costs, self._offload)
         return self._view
+
+    @property
+    def page_sizes(self) -> Collection[int]:
+        """Tokens of a page, of every worker in the view: mostly one number."""
+        return self._num_by_page_size.keys()
 
     @property
     def probes_by_outcome(self) -> Mapping[str, int]:
@@ -327,6 +333,7 @@ class Membership:
         description = member.client.description
         self._model = self._model or description.model
         self._members[description.worker_id] = self._engines[member.engine_id] = member
+        self._num_by_page_size[description.model.fingerprint.page_size] += 1
         self._prefixes.add_worker(member.engine_id)
         self._note_pages(member)
         self._forget_member(member)
@@ -398,6 +405,10 @@ class Membership:
         if self._members.get(worker_id) is not member:
             return
         del self._members[worker_id], self._engines[member.engine_id]
+        page_size = member.client.description.model.fingerprint.page_size
+        self._num_by_page_size[page_size] -= 1
+        if not self._num_by_page_size[page_size]:
+            del self._num_by_page_size[page_size]
         self._prefixes.remove_worker(member.engine_id)
         self._live_view.remove(worker_id)
         self._changed_members.pop(member, None)

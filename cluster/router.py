@@ -309,7 +309,7 @@ class Router:
     def _propose(self, ticket: Ticket) -> Proposal | None:
         """What the policy would do with a request that waits; None: no worker can take it."""
         continuation, view = self._flights[ticket.request.request_id].continuations[0], self._membership.view()
-        request = self._route_request(continuation, view)
+        request = self._route_request(continuation)
         try:
             route = self._policy.route(request, view)
         except NoRoute:
@@ -456,7 +456,7 @@ class Router:
                 route = (
                     self._sibling_route(flight, continuation, view)
                     or self._proposed_route(flight, continuation, view)
-                    or self._policy.route(self._route_request(continuation, view), view)
+                    or self._policy.route(self._route_request(continuation), view)
                 )
             except NoRoute:
                 if not may_wait:
@@ -474,10 +474,10 @@ class Router:
             await continuation.inbox.guard(change)
         return None
 
-    def _route_request(self, continuation: _Continuation, view: ClusterView) -> RouteRequest:
+    def _route_request(self, continuation: _Continuation) -> RouteRequest:
         matches = {}
         if self._policy.uses_prefixes:
-            for page_size in {worker.model.fingerprint.page_size for worker in view.workers}:
+            for page_size in self._membership.page_sizes:
                 matches[page_size] = self._membership.match_prefix(continuation.page_hashes(page_size))
         num_output = self._output_lengths.expected(continuation.num_tokens, continuation.max_tokens)
         request = continuation.route_request(self._num_routes, matches, num_output, self._output_lengths.mean)

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from struct import Struct
-from typing import NewType
+from typing import NewType, TypeGuard
 
 PageHash = NewType("PageHash", bytes)
 
@@ -34,14 +34,19 @@ def extend_page_hashes(
         return hashes
     key = salt if len(salt) <= _MAX_KEY_BYTES else hashlib.blake2b(salt).digest()
     parent = hashes[-1] if hashes else b""
-    # All pages at once become machine integers: that, not the hash, is what a long prompt costs.
-    missing = memoryview(array("q", token_ids[first:end])).cast("B")
+    # All pages at once become machine integers: that, not the hash, is what a long prompt costs. A scheduler's are.
+    tokens = token_ids[first:end]
+    missing = memoryview(tokens if _is_machine_integers(tokens) else array("q", tokens)).cast("B")
     page_bytes = page_size * missing.nbytes // (end - first)
     for start in range(0, missing.nbytes, page_bytes):
         page = missing[start : start + page_bytes]
         parent = hashlib.blake2b(parent + page, digest_size=DIGEST_BYTES, key=key).digest()
         hashes.append(PageHash(parent))
     return hashes
+
+
+def _is_machine_integers(tokens: Sequence[int]) -> TypeGuard[array[int]]:
+    return type(tokens) is array and tokens.typecode == "q"
 
 
 def page_hashes(token_ids: Sequence[int], page_size: int, salt: bytes = b"") -> tuple[PageHash, ...]:

@@ -292,14 +292,14 @@ class ChunkedPrefillScheduler:
         self._check(spec)
         if self._waiting and len(self._running) + len(self._reserved) + 1 >= self._max_batch_size:
             return None
-        token_ids = spec.token_ids
+        token_ids = array("q", spec.token_ids)
         page_hashes = self._extend_hashes([], token_ids, spec.salt)
         # Every full page may be a hit: nothing is computed here, so no last token has to be left over.
         taken = self._take_pages(len(token_ids), page_hashes, spare=self._pages_to_leave())
         if taken is None:
             return None
         reservation = Reservation(spec, *taken)
-        self._reserved[spec.sequence_id] = _Reserved(reservation, page_hashes)
+        self._reserved[spec.sequence_id] = _Reserved(reservation, token_ids, page_hashes)
         return reservation
 
     def cancel(self, reservation: Reservation) -> None:
@@ -356,7 +356,8 @@ class ChunkedPrefillScheduler:
             raise ProtocolViolation(f"{spec.sequence_id}: admitted without a reservation")
         if not first_token_ids:
             raise ProtocolViolation(f"{spec.sequence_id}: admitted without a first token")
-        sequence = Sequence(spec, now, self._eos_token_ids)
+        # A copy: should the sequence have ended with these already, the reservation stays as it is.
+        sequence = Sequence(spec, now, self._eos_token_ids, known.token_ids[:])
         for token_id in first_token_ids:
             sequence.token_ids.append(token_id)
             if self._end_of(sequence) is not None:
@@ -674,9 +675,10 @@ class ChunkedPrefillScheduler:
 
 @dataclass(frozen=True, slots=True)
 class _Reserved:
-    """A reservation as its scheduler keeps it: the prompt is hashed once, not again when it is admitted."""
+    """A reservation as its scheduler keeps it: what a prompt costs once is not paid again for its admission."""
 
     reservation: Reservation
+    token_ids: array[int]
     page_hashes: list[PageHash]
 
 

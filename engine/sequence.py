@@ -66,12 +66,19 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, spec: SequenceSpec, arrived_at: float, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        spec: SequenceSpec,
+        arrived_at: float,
+        eos_token_ids: frozenset[int],
+        token_ids: array[int] | None = None,
+    ) -> None:
+        """``token_ids``: those of ``spec``, if they are at hand as machine integers; the sequence owns them then."""
         self.spec = spec
         self.arrived_at = arrived_at
         self.status = SequenceStatus.WAITING
         # One flat array of machine integers: slices and copies to a tensor do not visit Python objects.
-        self.token_ids: array[int] = array("q", spec.token_ids)
+        self.token_ids: array[int] = array("q", spec.token_ids) if token_ids is None else token_ids
         self.num_prompt_tokens = len(spec.prompt_token_ids)
         self.num_computed = 0
         self.page_ids: tuple[int, ...] = ()

@@ -304,41 +304,54 @@ class SimulatedEngine:
 
     def _pages_taken(self) -> None:
         """Fewer pages are free: somebody may be preempted earlier."""
-        if not self._between_steps and not self._stopped:
+        plan = self._plan
+        if self._between_steps or self._stopped or plan is None:
+            return
+        if self._num_quiet > self._steps_without_preemption(len(plan.items)):
             self._arm()
 
     def _arm(self) -> None:
         """Wake up no later than at the end of the first step that somebody could notice."""
-        self._cancel_timer()
         plan = self._plan
         if plan is None:
-            if self._calls or (self.scheduler.has_work and self._loop.time() < self._paused_until):
-                self._timer = self._loop.call_at(max(self._paused_until, self._loop.time()), self._on_timer)
             self._num_quiet = 0
+            if self._calls or (self.scheduler.has_work and self._loop.time() < self._paused_until):
+                self._wake_at(max(self._paused_until, self._loop.time()))
+            else:
+                self._cancel_timer()
             return
         self._num_quiet = 0 if self._calls else self._quiet_steps(plan)
         # A batch's steps get longer with its context, never shorter: this is not later than what it stands for.
-        wake_at = self._ends_at + self._num_quiet * (self._ends_at - self._begun_at)
-        self._timer = self._loop.call_at(wake_at, self._on_timer)
+        self._wake_at(self._ends_at + self._num_quiet * (self._ends_at - self._begun_at))
+
+    def _wake_at(self, at: float) -> None:
+        if self._timer is not None:
+            if self._timer.when() == at:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(at, self._on_timer)
 
     def _quiet_steps(self, plan: StepPlan) -> int:
         """How many steps, the present one first, end without anything that anyone could hear of."""
         items = plan.items
         if self._device is not None:
             return 0  # when a step ends is noticed by whoever has the next turn
-        if self._batch < len(items) or any(item.sequence_id in self._silent for item in items):
+        # The youngest are the last ones, and mostly those that nobody has heard of.
+        if self._batch < len(items) or any(item.sequence_id in self._silent for item in reversed(items)):
             return 0
-        steps = self._max_len
-        for item in items:
-            known = len(item.known_token_ids)
-            most = item.sampling.max_tokens
-            left = self._max_len - known
-            if most is not None:
-                left = min(left, most - (known - item.num_prompt_tokens))
-            steps = min(steps, left - 1)  # the step that makes the last token is noticed
-        # While every sequence can have a page more at each border, none is preempted.
-        spare_borders = self.allocator.num_free // len(items)
-        return max(0, min(steps, (spare_borders - 1) * self.allocator.page_size))
+        # The step that makes a last token is noticed.
+        max_len = self._max_len
+        steps = -1 + min(
+            [
+                min(max_len, item.num_prompt_tokens + (item.sampling.max_tokens or max_len)) - len(item.known_token_ids)
+                for item in items
+            ]
+        )
+        return max(0, min(steps, self._steps_without_preemption(len(items))))
+
+    def _steps_without_preemption(self, batch: int) -> int:
+        """While every sequence can have a page more at each border, none is preempted."""
+        return (self.allocator.num_free // batch - 1) * self.allocator.page_size
 
     def _on_timer(self) -> None:
         self._timer = None

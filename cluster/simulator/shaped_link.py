@@ -175,6 +175,12 @@ class SharedLink:
 
     def _fill(self) -> None:
         """Max-min fairness: who needs least is served first, an equal part of what is left bounds the others."""
+        if len(self._flows) == 1:  # of the links within a cluster nearly always
+            (flow,) = self._flows
+            need = flow.most_per_s if flow.backlog >= _LESS_THAN_A_BYTE else min(flow.most_per_s, flow.source_rate)
+            flow.rate = min(need, self._bytes_per_s)
+            self._level = self._bytes_per_s if self._bytes_per_s > 0 else math.inf
+            return
         wanted = [
             (f.most_per_s if f.backlog >= _LESS_THAN_A_BYTE else min(f.most_per_s, f.source_rate)) for f in self._flows
         ]

@@ -43,7 +43,7 @@ _REGISTRATIONS_PER_LEASE = 3
 _GOLDEN = 0.6180339887498949  # spreads the starts of workers evenly, whatever their number
 _START_SPREAD_S = 0.25
 
-_COLLECTION_THRESHOLDS = (50_000, 20, 20)  # objects made and not freed, then collections of the younger generation
+_COLLECTION_THRESHOLDS = (200_000, 10, 20)  # objects made and not freed, then collections of the younger generation
 
 OnProgress = Callable[[int], None]  # hears how many requests have ended
 
