@@ -7,13 +7,13 @@ processes (``processes``: can be killed). The gateway's half is the production M
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from cluster.router import RequestObserver, Router
 from cluster.routing_policy import RoutingPolicy, make_policy
 from cluster.view import ClusterView
 from cluster.worker_host import WorkerHost
+from cluster.worker_host import main as serve_worker
 from core.clock import WallClock
 from core.credentials import Credentials, Pem
 from core.request import (
@@ -48,10 +49,14 @@ from engine.config import EngineConfig
 from kv_transfer.config import KvTransferConfig
 from protos.channels import InternalGrpc
 
-ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 120
 PLAIN = TlsConfig(mode="off")
 ROUTER = RouterConfig(lease_s=3.0, no_route_wait_s=60.0, max_attempts=6, costs_file=None)
+
+
+# Workers are forked from one process that has imported torch and transformers, which takes seconds of a core each time.
+_PREPARED = multiprocessing.get_context("forkserver")
+_PREPARED.set_forkserver_preload(["cluster.worker_host"])
 
 
 @dataclass
@@ -59,30 +64,39 @@ class WorkerProcess:
     """One worker as a process of its own."""
 
     config: WorkerConfig
-    process: subprocess.Popen[bytes]
+    process: multiprocessing.process.BaseProcess
 
     @classmethod
     def start(cls, config: WorkerConfig) -> WorkerProcess:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.worker_host", TypeAdapter(WorkerConfig).dump_json(config).decode()],
-            stdout=subprocess.DEVNULL,
-            env=environment,
-            cwd=ROOT,
-        )
+        told = TypeAdapter(WorkerConfig).dump_json(config).decode()
+        process = _PREPARED.Process(target=_serve, args=(told,), name=config.worker_id)
+        process.start()
         return cls(config, process)
 
+    @property
+    def has_ended(self) -> bool:
+        return not self.process.is_alive()
+
     def kill(self, signum: int = signal.SIGKILL) -> None:
-        self.process.send_signal(signum)
+        assert self.process.pid is not None, "started"
+        os.kill(self.process.pid, signum)
+
+    def ask_to_stop(self) -> None:
+        if not self.has_ended:
+            self.process.terminate()
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-        try:
-            self.process.wait(timeout=15)
-        except subprocess.TimeoutExpired:
+        self.ask_to_stop()
+        self.process.join(timeout=15)
+        if not self.has_ended:
             self.process.kill()
-            self.process.wait()
+            self.process.join()
+
+
+def _serve(config: str) -> None:
+    """What ``python -m cluster.worker_host`` does, in a process that was prepared; its address is asked of nobody."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        sys.exit(serve_worker([config]))
 
 
 @dataclass

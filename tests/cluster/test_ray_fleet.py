@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -21,7 +20,7 @@ import pytest
 from transformers import LlamaConfig
 
 from cluster import ray_fleet
-from cluster.config import GrpcConfig, HttpConfig, PoolConfig, RayConfig, RouterConfig, ServiceConfig, TlsConfig
+from cluster.config import PoolConfig, RayConfig, ServiceConfig, TlsConfig
 from cluster.internal_tls import InternalTls
 from cluster.membership import Membership
 from cluster.ray_fleet import RayFleet, StartFailure, WorkerActor
@@ -29,13 +28,12 @@ from cluster.view import ClusterView
 from core.clock import WallClock
 from core.errors import InvalidConfig, UnsupportedModel
 from core.request import ClusterId, GatewayId, Role, WorkerId
-from engine.config import EngineConfig
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
 from protos.channels import InternalGrpc
+from tests.cluster.ray_service import START_S, service
 from tests.unit.cluster import tiny_tokenizers
 
-START_S = 120.0
 STOP_S = 10.0
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,22 +55,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
         eos_token_id=None,
     ).save_pretrained(folder)
     return f"dummy:{folder}"
-
-
-def service(model: str, **changes: object) -> ServiceConfig:
-    config = ServiceConfig(
-        model=model,
-        host="127.0.0.1",
-        engine=EngineConfig(device="cpu", dtype="float32", num_pages=64, max_batch_tokens=64, max_batch_size=8),
-        prefill=PoolConfig(count=1, num_cpus=0.5),
-        decode=PoolConfig(count=1, num_cpus=0.5, placement="PACK"),
-        router=RouterConfig(lease_s=3.0, costs_file=None),
-        http=HttpConfig(port=0),
-        grpc=GrpcConfig(port=0),
-        drain_timeout_s=2.0,
-        start_timeout_s=START_S,
-    )
-    return replace(config, **changes)  # type: ignore[arg-type]
 
 
 @asynccontextmanager
@@ -154,9 +136,9 @@ async def test_workers_serve_come_back_after_kill_9_and_leave_nothing_when_stopp
 
 async def test_a_model_that_cannot_be_served_is_reported_with_its_reason_and_not_tried_again(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}')
-    async with running(service(f"dummy:{tmp_path}")) as (fleet, membership, _):
+    async with running(service(f"dummy:{tmp_path}", prefill=PoolConfig(count=0))) as (fleet, membership, _):
         with pytest.raises(UnsupportedModel) as caught:
-            await view_where(fleet, membership, lambda view: num_ready(view) == 2)
+            await view_where(fleet, membership, lambda view: num_ready(view) == 1)
 
         assert str(caught.value)
 
@@ -180,7 +162,7 @@ def test_a_ray_that_is_not_there_is_an_error_of_the_configuration(model: str) ->
 
 SERVE = """
 import sys
-from tests.cluster.test_ray_fleet import service
+from tests.cluster.ray_service import service
 from cluster.launch import serve
 sys.exit(serve(service(sys.argv[1])))
 """

@@ -61,8 +61,8 @@ class ProcessFleet:
 
     def drain(self, timeout_s: float) -> bool:
         for worker in self.workers:
-            worker.process.terminate()
-        return all(worker.process.poll() is not None for worker in self.workers)
+            worker.ask_to_stop()
+        return all(worker.has_ended for worker in self.workers)
 
     def stop(self, timeout_s: float) -> None:
         for worker in self.workers:
