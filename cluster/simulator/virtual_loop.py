@@ -74,6 +74,11 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
 
     now = time
 
+    @property
+    def num_timers(self) -> int:
+        """Timers that are set, and some of those that were cancelled."""
+        return len(self._timers)
+
     def call_soon(
         self, callback: Callable[[*_Ts], object], *args: *_Ts, context: Context | None = None
     ) -> asyncio.Handle:
