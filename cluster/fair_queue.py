@@ -47,9 +47,10 @@ class FairQueue(Generic[T]):
         self._lines: dict[str, _Line[T]] = {}  # tenants that wait; the others are not remembered
         self._clock = 0.0
         self._size = 0
+        self._num_places = 0
 
     def __len__(self) -> int:
-        return sum(len(line.places) for line in self._lines.values())
+        return self._num_places
 
     @property
     def size(self) -> int:
@@ -75,6 +76,7 @@ class FairQueue(Generic[T]):
         line.cost += place.cost
         line.size += place.size
         self._size += place.size
+        self._num_places += 1
 
     def remove(self, place: Place[T]) -> None:
         """Wait no more, served nothing. The place must wait."""
@@ -83,6 +85,7 @@ class FairQueue(Generic[T]):
         line.cost -= place.cost
         line.size -= place.size
         self._size -= place.size
+        self._num_places -= 1
         if not line.places:
             del self._lines[place.tenant]
         if not self._lines:

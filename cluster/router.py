@@ -73,6 +73,7 @@ from core.request import (
     SessionId,
     StageStats,
     TokenChunk,
+    WorkerId,
     sequence_id,
 )
 
@@ -800,6 +801,7 @@ class _Continuation:
         arrived_at = self._request.arrived_at
         first_token_at = now if self._first_token_at is None else self._first_token_at
         slo, admission_s = self._request.slo, self._ticket.waited_s
+        prefill, decode = _summed(prefills), _summed(decodes)
         num_later, expected = self.num_tokens - 1, last.route.expected
         tpot_s = (self._last_token_at - first_token_at) / num_later if num_later > 0 else None
         return RequestTiming(
@@ -808,19 +810,19 @@ class _Continuation:
             route_reason=last.route.reason,
             admission_s=admission_s,
             route_s=self._routed_at - arrived_at - admission_s,
-            prefill_queue_s=sum(s.queue_s for s in prefills),
-            prefill_s=sum(s.compute_s for s in prefills),
-            transfer_s=sum(s.transfer_s for s in prefills),
-            exposed_transfer_s=sum(s.exposed_transfer_s for s in prefills),
-            decode_queue_s=sum(s.queue_s for s in decodes),
-            decode_s=sum(s.compute_s for s in decodes),
+            prefill_queue_s=prefill.queue_s,
+            prefill_s=prefill.compute_s,
+            transfer_s=prefill.transfer_s,
+            exposed_transfer_s=prefill.exposed_transfer_s,
+            decode_queue_s=decode.queue_s,
+            decode_s=decode.compute_s,
             ttft_s=first_token_at - arrived_at,
             total_s=now - arrived_at,
-            bytes_shipped=sum(s.bytes_shipped for s in prefills),
+            bytes_shipped=prefill.bytes_shipped,
             cached_tokens=self._cached_tokens(),
             decode_cached_tokens=decodes[-1].cached_tokens if decodes else 0,
             num_attempts=len(self._attempts),
-            num_preemptions=sum(s.num_preemptions for s in (*prefills, *decodes)),
+            num_preemptions=prefill.num_preemptions + decode.num_preemptions,
             pull_outcome=pulls[-1].outcome if pulls else "",
             pulled_tokens=sum(pull.num_tokens for pull in pulls),
             bytes_pulled=sum(pull.num_bytes for pull in pulls),
@@ -836,6 +838,21 @@ class _Continuation:
             colocated_ttft_s=None if expected is None else expected.colocated_ttft_s,
             colocated_tpot_s=None if expected is None else expected.colocated_tpot_s,
         )
+
+
+def _summed(stages: Sequence[StageStats]) -> StageStats:
+    """Of one stage in all attempts: seconds, bytes and preemptions added up, the rest the last one's."""
+    if len(stages) == 1:  # nearly always
+        return stages[0]
+    last = stages[-1] if stages else StageStats(WorkerId(""), Role.DECODE)
+    return last._replace(
+        queue_s=sum(s.queue_s for s in stages),
+        compute_s=sum(s.compute_s for s in stages),
+        transfer_s=sum(s.transfer_s for s in stages),
+        exposed_transfer_s=sum(s.exposed_transfer_s for s in stages),
+        bytes_shipped=sum(s.bytes_shipped for s in stages),
+        num_preemptions=sum(s.num_preemptions for s in stages),
+    )
 
 
 class _Attempt:

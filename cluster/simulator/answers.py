@@ -7,7 +7,7 @@ turn of a conversation finds what the last one said in the prefix caches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 
@@ -56,26 +56,28 @@ class AnswerBook:
 _NOTHING = Answer(0)
 
 
-class Sampler(Mapping[SequenceId, SampledToken]):
-    """The next token of each sequence of one engine; every look takes one. What ``commit_step`` is given."""
+class Sampler(dict[SequenceId, SampledToken]):
+    """The next token of each sequence of one engine; every look takes one. What ``commit_step`` is given.
+
+    The dict holds those that say the same token from now on, hence most; the others' are found missing.
+    """
 
     def __init__(self) -> None:
+        super().__init__()
         self._next: dict[SequenceId, Iterator[SampledToken]] = {}
 
     def begin(self, spec: SequenceSpec, num_known: int, answer: Answer) -> None:
         """The engine takes the sequence in, with ``num_known`` output tokens."""
-        self._next[spec.sequence_id] = answer.sampled_from(num_known)
+        if num_known >= len(answer.token_ids):
+            self[spec.sequence_id] = SampledToken(answer.filler)
+        else:
+            self._next[spec.sequence_id] = answer.sampled_from(num_known)
 
     def end(self, sequence_ids: Sequence[SequenceId]) -> None:
         """These have left the engine; unknown ones are ignored."""
         for sequence_id in sequence_ids:
+            self.pop(sequence_id, None)
             self._next.pop(sequence_id, None)
 
-    def __getitem__(self, sequence_id: SequenceId) -> SampledToken:
+    def __missing__(self, sequence_id: SequenceId) -> SampledToken:
         return next(self._next[sequence_id])
-
-    def __iter__(self) -> Iterator[SequenceId]:
-        return iter(self._next)
-
-    def __len__(self) -> int:
-        return len(self._next)
