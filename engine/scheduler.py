@@ -284,7 +284,7 @@ class ChunkedPrefillScheduler:
     def add(self, spec: SequenceSpec, now: float) -> None:
         self._check(spec)
         self._stalled = False
-        sequence = Sequence(spec, now, self._eos_token_ids)
+        sequence = Sequence(spec, now, self._eos_token_ids, self._max_len)
         self._sequences[spec.sequence_id] = sequence
         self._waiting.append(sequence)
 
@@ -357,7 +357,7 @@ class ChunkedPrefillScheduler:
         if not first_token_ids:
             raise ProtocolViolation(f"{spec.sequence_id}: admitted without a first token")
         # A copy: should the sequence have ended with these already, the reservation stays as it is.
-        sequence = Sequence(spec, now, self._eos_token_ids, known.token_ids[:])
+        sequence = Sequence(spec, now, self._eos_token_ids, self._max_len, known.token_ids[:])
         for token_id in first_token_ids:
             sequence.token_ids.append(token_id)
             if self._end_of(sequence) is not None:
@@ -414,7 +414,7 @@ class ChunkedPrefillScheduler:
         chunks: list[TokenChunk] = []
         self._stalled = False
         sequences, page_size = self._sequences, self._page_size
-        somebody_left = False
+        somebody_left, num_plain = False, 0
         for item in plan.items:
             sequence_id = item.sequence_id
             sequence = sequences.get(sequence_id)
@@ -423,9 +423,19 @@ class ChunkedPrefillScheduler:
             num_computed = sequence.num_computed = sequence.num_computed + len(item.token_ids)
             if num_computed >= (sequence.num_registered + 1) * page_size:
                 self._register_pages(sequence)
-            if item.samples:
-                chunks.append(self._append_token(sequence, sampled[sequence_id], now))
+            if not item.samples:
+                continue
+            token, token_ids = sampled[sequence_id], sequence.token_ids
+            num_tokens, token_id = len(token_ids), token.token_id
+            if sequence.reported and num_tokens + 1 < sequence.most_tokens and token_id not in sequence.stop_ids:
+                token_ids.append(token_id)  # neither the first nor the last: nearly always
+                num_plain += 1
+                logprobs = () if token.logprob is None else (token.logprob,)
+                chunks.append(TokenChunk(sequence_id, num_tokens - item.num_prompt_tokens, (token_id,), logprobs))
+            else:
+                chunks.append(self._append_token(sequence, token, now))
                 somebody_left = somebody_left or sequence.status is not SequenceStatus.RUNNING
+        self._generated_tokens += num_plain
         if somebody_left:
             self._running = [s for s in self._running if s.status is SequenceStatus.RUNNING]
         return chunks
@@ -603,9 +613,7 @@ class ChunkedPrefillScheduler:
         logprobs = () if token.logprob is None else (token.logprob,)
         end = self._end_of(sequence)
         last = end is not None or spec.hold_kv
-        if not last and sequence.reported:  # nearly always
-            return TokenChunk(spec.sequence_id, position, (token_id,), logprobs)
-        stats = _stats(sequence, now)
+        stats = _stats(sequence, now) if last or not sequence.reported else None
         sequence.reported = True
         if spec.hold_kv:
             sequence.move(SequenceStatus.HELD)
@@ -625,9 +633,9 @@ class ChunkedPrefillScheduler:
     def _end_of(self, sequence: Sequence) -> _End | None:
         """Whether the newest output token is the last one, and why."""
         token_ids, stop_ids = sequence.token_ids, sequence.stop_ids
-        if stop_ids and token_ids[-1] in stop_ids and sequence.num_output_tokens > sequence.spec.sampling.min_tokens:
+        if token_ids[-1] in stop_ids and sequence.num_output_tokens > sequence.spec.sampling.min_tokens:
             return _End(FinishReason.STOP, token_ids[-1])
-        if len(token_ids) >= sequence.most_tokens or len(token_ids) >= self._max_len:
+        if len(token_ids) >= sequence.most_tokens:
             return _End(FinishReason.LENGTH)
         return None
 

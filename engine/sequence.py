@@ -17,7 +17,6 @@ Invariants:
 
 from __future__ import annotations
 
-import math
 from array import array
 from enum import Enum, auto
 from types import MappingProxyType
@@ -71,9 +70,11 @@ class Sequence:
         spec: SequenceSpec,
         arrived_at: float,
         eos_token_ids: frozenset[int],
+        max_len: int,
         token_ids: array[int] | None = None,
     ) -> None:
-        """``token_ids``: those of ``spec``, if they are at hand as machine integers; the sequence owns them then."""
+        """``max_len``: tokens of any sequence here. ``token_ids``: those of ``spec``, if they are at hand as machine
+        integers; the sequence owns them then."""
         self.spec = spec
         self.arrived_at = arrived_at
         self.status = SequenceStatus.WAITING
@@ -90,7 +91,8 @@ class Sequence:
         self.reported = False  # a chunk with stats has left: the next stats go with the last chunk
         own = frozenset(spec.sampling.stop_token_ids)
         limit = spec.sampling.max_tokens
-        self.most_tokens = math.inf if limit is None else self.num_prompt_tokens + limit  # prompt and output
+        # Prompt and output: it ends with that many.
+        self.most_tokens = max_len if limit is None else min(max_len, self.num_prompt_tokens + limit)
         self.stop_ids = own if spec.sampling.ignore_eos else own | eos_token_ids
 
     @property

@@ -10,7 +10,7 @@ from engine.sequence import ALLOWED_MOVES, Sequence, SequenceStatus
 
 def make(output: tuple[int, ...] = (), **sampling: object) -> Sequence:
     params = SamplingParams(**sampling)  # type: ignore[arg-type]
-    return Sequence(SequenceSpec(SequenceId("s"), (1, 2, 3), params, output), 0.0, frozenset({9}))
+    return Sequence(SequenceSpec(SequenceId("s"), (1, 2, 3), params, output), 0.0, frozenset({9}), 100)
 
 
 def test_tokens_of_earlier_tries_are_known_and_not_computed() -> None:
@@ -41,3 +41,9 @@ def test_a_move_that_is_not_allowed_raises_and_changes_nothing(before: SequenceS
 def test_every_status_can_end() -> None:
     for status in SequenceStatus:
         assert status is SequenceStatus.FINISHED or SequenceStatus.FINISHED in ALLOWED_MOVES[status]
+
+
+def test_a_sequence_ends_with_its_limit_or_with_the_longest_that_fits() -> None:
+    assert make(max_tokens=5).most_tokens == 3 + 5
+    assert make().most_tokens == 100
+    assert make(max_tokens=500).most_tokens == 100
