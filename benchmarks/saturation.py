@@ -36,12 +36,12 @@ _COLUMNS = {
     "equations_rps": "equations",
     "own_seconds_rps": "own seconds",
     "same_prompts_rps": "same prompts",
-    "events_rps": "events req/s",
-    "relative_error": "events / equations - 1",
-    "unexplained": "/ same prompts - 1",
-    "prfaas_busy": "PrfaaS busy",
-    "prefill_busy": "prefill busy",
-    "decode_busy": "decode busy",
+    "events_rps": "events",
+    "relative_error": "of equations",
+    "unexplained": "of same prompts",
+    "prfaas_busy": "PrfaaS",
+    "prefill_busy": "prefill",
+    "decode_busy": "batches",
 }
 _OVERLOAD = 1.3
 _FULL_AFTER_S = 60.0  # the first answers take a prefill and 26 s of decoding
@@ -84,7 +84,8 @@ def main() -> int:
             "saturation_unexplained": max(abs(float(row["unexplained"] or 0.0)) for row in rows),
         },
     )
-    report.print_table(_COLUMNS, "Saturation throughput of the case study, requests/s")
+    title = "Saturation throughput of the case study, requests/s; how far events are off; how busy the stages are"
+    report.print_table(_COLUMNS, title)
     if options.json is not None:
         report.write_json(options.json)
     return 0

@@ -2,10 +2,9 @@
 
     lengths   uncached prompt tokens, in bins of 1/16 octave, each with its own mean: what is planned with
     rate      requests routed per second
-    answers   tokens made over requests ended, both of the same time. An answer that is still running has made tokens
-              and has not ended, so a surge of long answers is seen while it runs, not when it is over. What more
-              answers than before have made because there are more of them is left out, half of a mean one each: a
-              service that fills up has no longer answers.
+    answers   mean tokens of the requests that ended lately, and what those under way have beyond what so many would
+              have. An answer that is still running has made tokens and has not ended, so a surge of long answers is seen
+              while it runs, not when it is over; a service that only fills up has no longer answers.
 
 Everything fades with ``window_s``, but never below the weight of ``REMEMBERED`` requests: on a quiet service the last
 few requests count, however long ago they came. What was routed twice (a retry) was asked once.
@@ -28,6 +27,7 @@ REMEMBERED = 32.0  # requests that no quiet time makes forgotten
 
 _BINS_PER_OCTAVE = 16
 _NUM_BINS = 24 * _BINS_PER_OCTAVE  # up to 16 million tokens
+_CHANCE = 1.0  # standard deviations
 _NEGLIGIBLE = 1e-6  # share of the requests below which a bin has faded away
 _RESCALE_AT = 1e9  # a new request's weight in stored units, when all of them are divided by it
 
@@ -68,13 +68,12 @@ class DemandMeter:
         self._recent = 0.0  # requests routed, faded without a floor: the rate
         self._recent_at = now
         self._answers = _Fading(window_s, now)  # requests ended
-        self._made = 0.0  # tokens, in the stored units of the answers
-        self._more = 0.0  # answers under way beyond those before, likewise
-        self._ended_sum = 0.0  # tokens of those that ended, likewise
+        self._tokens = 0.0  # of them, in the stored units of the answers
         self._squares = 0.0  # likewise, of the squared lengths of ended ones
-        self._ended_tokens = 0  # since the start
-        self._made_before = 0  # tokens made since the start, as of the last ``measured``
-        self._answering_before = 0  # answers under way, likewise
+        self._more_tokens = 0.0  # of answers under way beyond those before, likewise
+        self._more_answers = 0.0  # under way beyond those before, likewise
+        self._open_tokens = 0  # of answers under way, as of the last ``measured``
+        self._num_answering = 0  # answers under way, likewise
 
     def routed(self, request: RouteRequest, route: Route) -> None:
         """A request's first route was chosen; what it finds in caches, or is fetched, need not be computed."""
@@ -99,12 +98,11 @@ class DemandMeter:
 
         One that ended without any was no answer: while workers fail, answers do not become short.
         """
-        self._ended_tokens += output_tokens
         if not output_tokens:
             return
         self._answers.pass_time(self._clock.now())
         self._answers.total += self._answers.unit
-        self._ended_sum += self._answers.unit * output_tokens
+        self._tokens += self._answers.unit * output_tokens
         self._squares += self._answers.unit * output_tokens**2
         if self._answers.unit > _RESCALE_AT:
             self._rescale_answers()
@@ -115,11 +113,9 @@ class DemandMeter:
         now = self._clock.now()
         self._prompts.pass_time(now)
         self._answers.pass_time(now)
-        made = self._ended_tokens + open_tokens
-        self._made += self._answers.unit * (made - self._made_before)
-        self._made_before = made
-        self._more += self._answers.unit * (num_answering - self._answering_before)
-        self._answering_before = num_answering
+        self._more_tokens += self._answers.unit * (open_tokens - self._open_tokens)
+        self._more_answers += self._answers.unit * (num_answering - self._num_answering)
+        self._open_tokens, self._num_answering = open_tokens, num_answering
         return MeasuredDemand(
             lengths=self._lengths(),
             rate_rps=self._rate_rps(now),
@@ -148,14 +144,17 @@ class DemandMeter:
         return LengthDistribution.from_counts([round(mean) for mean, _ in kept], [weight for _, weight in kept])
 
     def _mean_output_tokens(self) -> float:
+        """In a steady state an answer under way has E[n^2] / 2 E[n] tokens on average, if answers have n (renewal
+        theory: half of an answer if all are alike, a whole mean one if they are as spread as an exponential
+        distribution). Tokens of more answers under way than that many would have, and than chance makes, are of answers
+        longer than those that ended."""
         if not self._answers.total:  # all began a while ago at most, and are halfway on average
-            return 2 * self._made / self._more if self._more > 0 else 0.0
-        by_number = self._more * self._mean_ended / 2
-        return max(self._made - by_number, self._answers.unit) / self._answers.total
-
-    @property
-    def _mean_ended(self) -> float:
-        return self._ended_sum / self._answers.total
+            return 2 * self._open_tokens / self._num_answering if self._num_answering else 0.0
+        mean = self._tokens / self._answers.total
+        each = self._squares / (2 * self._tokens)
+        by_chance = _CHANCE * each * math.sqrt(self._num_answering / 3)  # as if they were spread evenly
+        beyond = self._more_tokens - self._more_answers * each - by_chance * self._answers.unit
+        return mean + max(0.0, beyond) / self._answers.total
 
     def _relative_error(self) -> float:
         """Of the two means that roles depend on, prompt and answer: their standard errors, together."""
@@ -177,8 +176,8 @@ class DemandMeter:
 
     def _rescale_answers(self) -> None:
         unit, self._answers.unit = self._answers.unit, 1.0
-        self._made /= unit
-        self._more /= unit
-        self._ended_sum /= unit
+        self._tokens /= unit
+        self._more_tokens /= unit
+        self._more_answers /= unit
         self._squares /= unit
         self._answers.total /= unit

@@ -167,7 +167,7 @@ class PlannerSettings:
     """
 
     balance_s: float = 20.0
-    most_full: float = 0.85
+    most_full: float = 0.95
     high_queue_s: float = 1.0
     min_threshold_gain: float = 0.03
     scarce_utilisation: float = 0.6

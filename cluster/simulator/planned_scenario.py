@@ -73,7 +73,7 @@ def scenario_of(
         size = cluster.gpus_per_instance or max(pool.gpus_per_prefill, pool.gpus_per_decode)
         batch = _MOST_SEQUENCES if pool.decode is None else max(1, int(pool.decode.max_batch_size))
         cost = FittedCost(saved) if saved is not None else _cost(cluster, catalogue, shape, size)
-        kind = _kind(pool.name, cluster, catalogue, config, shape, size, batch, cost, service)
+        kind = _kind(pool.name, cluster, catalogue, config, shape, size, batch, cost, service, demand)
         num_instances = cluster.num_gpus // size
         if pool is not planned.serving:
             clusters.append(ClusterSpec(ClusterId(pool.name), kind, num_instances, 0, _LOCAL_LATENCY_S))
@@ -128,6 +128,7 @@ def _kind(
     batch: int,
     cost: StepCost,
     service: ServiceConfig | None,
+    demand: Demand,
 ) -> WorkerKind:
     kv = _kv_shape(config, shape)
     engine = EngineConfig(page_size=PAGE_TOKENS, max_batch_tokens=8192, max_batch_size=min(batch, 8192))
@@ -137,7 +138,8 @@ def _kind(
         engine = replace(engine, num_pages=_num_pages(cluster, catalogue, shape, size, kv, engine, service is not None))
     fingerprint = CacheFingerprint(config.model or "as profiled", "planned", "planned", engine.page_size, "planned")
     max_len = engine.max_model_len or MAX_MODEL_LEN
-    token_bytes = max(1, round(kv.bytes_per_token))
+    # Policies know of bytes per token only: a recurrent state is spread over the mean prompt.
+    token_bytes = max(1, round(kv.bytes_per_token + kv.state_bytes / demand.lengths.mean_tokens))
     model = ModelInfo(fingerprint.model, fingerprint, max_len, 1 << 62, (), token_bytes, kv.num_layers)
     compute = ComputeProfile(device=f"{name} {cluster.device or 'profile'}", num_devices=size)
     return WorkerKind(cost, engine, kv, model, compute, send_bytes_per_s=cluster.network_gbps * GBPS)

@@ -68,7 +68,7 @@ async def test_a_surge_of_long_answers_turns_a_prefill_worker_to_decode_and_back
 
 
 @pytest.mark.parametrize("where", ["worker", "gateway"])
-async def test_while_a_queue_grows_the_surge_is_answered_within_half_a_minute(where: str) -> None:
+async def test_while_a_queue_grows_the_surge_is_answered_within_three_answers(where: str) -> None:
     fleet = Fleet(2, 2)
     await run(fleet, 60, SHORT)
     if where == "worker":
@@ -76,7 +76,7 @@ async def test_while_a_queue_grows_the_surge_is_answered_within_half_a_minute(wh
             fleet.workers[name].load = replace(fleet.workers[name].load, num_waiting=4)
     else:
         fleet.num_queued = 3
-    surge = await run(fleet, 30, LONG)
+    surge = await run(fleet, 39, LONG)  # of 12.8 s each
 
     assert surge[-1][1] == (1, 3)
 
