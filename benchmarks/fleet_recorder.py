@@ -226,9 +226,10 @@ def draw(path: Path, recorder: FleetRecorder, requests: Sequence[Request], longe
     line(waiting, [s.num_under_way for s in samples], "requests under way", color="grey", alpha=0.6)
     waiting.set_ylim(bottom=0)
 
-    line(roles, [s.num_prefill for s in samples], "prefill, east", color="C0")
+    apart = 0.06  # of a worker: equal numbers would hide each other
+    line(roles, [s.num_prefill + apart for s in samples], "prefill, east", color="C0")
     line(roles, [s.num_decode for s in samples], "decode, east", color="C3")
-    line(roles, [s.num_west for s in samples], "prefill, west", color="C1")
+    line(roles, [s.num_west - apart for s in samples], "prefill, west", color="C1")
     roles.set_ylabel("workers")
     roles.set_xlabel("seconds")
     roles.set_ylim(-0.1, 3.3)

@@ -51,7 +51,7 @@ CONVERTS_BACK_WITHIN_S = 60.0
 WEST_IS_BACK_WITHIN_S = 25.0
 # What its first self-test measures on a path that TCP still takes for lossy is a thousandth of what it carries; the
 # planner believes that until its next look.
-WEST_PREFILLS_WITHIN_S = 45.0
+WEST_PREFILLS_WITHIN_S = 25.0
 
 # Everything that a planner of a fleet does in minutes, in seconds.
 PLANNER: dict[str, Any] = {
