@@ -16,7 +16,6 @@ bytes of K/V a second; "of rate" is that over the shaped rate, of which Ethernet
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import tempfile
 import time
@@ -24,7 +23,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
@@ -38,6 +36,7 @@ from benchmarks.kv_pools import Pools
 from benchmarks.kv_prompt import count_wrong_pages, pool_bytes, scrambled
 from benchmarks.kv_results import ArmTimes, figures, row
 from benchmarks.network_lab import NetworkLab
+from benchmarks.orderly_exit import exit_on_sigterm
 from benchmarks.report import Cell
 from cluster.certificates import Authority, write_files
 from core.credentials import Credentials
@@ -62,7 +61,7 @@ COLUMNS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sections, print the table, write the JSON."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _exit)  # so that processes and namespaces are taken down
+    exit_on_sigterm()  # processes and namespaces are taken down
     console = Console(stderr=True)
     chosen = sections(options.only, options.quick)
     pool_pages = max(section.prompt.num_pages for section in chosen)
@@ -184,10 +183,6 @@ def one_certificate() -> Iterator[Credentials]:
     """Files of mutual TLS for both ends, gone after the block."""
     with tempfile.TemporaryDirectory(prefix="prfaas-bench-") as folder:
         yield write_files(Path(folder) / "tls", Authority.create("benchmark", days=1).issue("benchmark", days=1))
-
-
-def _exit(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:

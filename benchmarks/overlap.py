@@ -18,19 +18,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
 from benchmarks import report
 from benchmarks.child_process import CallFailed, ChildProcess, Wrap
 from benchmarks.network_lab import NetworkLab, NetworkPath, why_unavailable
+from benchmarks.orderly_exit import exit_on_sigterm
 from benchmarks.overlap_peer import PREFILL_TIMEOUT_S
 from benchmarks.overlap_results import AFTER, ALONE, WHILE, Handover, Setting, figures, row
 from benchmarks.report import Cell
@@ -67,7 +66,7 @@ COLUMNS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every setting, print the table, write the JSON."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _exit)  # so that processes and namespaces are taken down
+    exit_on_sigterm()  # processes and namespaces are taken down
     num_tokens, chunks, rounds = (512, (256,), 1) if options.quick else (2048, (256, 1024, 2048), 3)
     path = NetworkPath(rate_gbps=options.rate)
     console = Console(stderr=True)
@@ -144,10 +143,6 @@ def _run(left: ChildProcess, right: ChildProcess, setting: Setting, name: str, n
     words = (name, grant, setting.layers_per_group or 1, setting.mode == AFTER)
     handover: Handover = left.call("prefill", *words, timeout_s=3 * PREFILL_TIMEOUT_S)
     return handover
-
-
-def _exit(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:

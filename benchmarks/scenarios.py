@@ -14,19 +14,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from benchmarks import report
 from benchmarks.datacenters import EAST, LEASE_S, VOCAB_SIZE, WEST, TwoDatacenters, engine_config
 from benchmarks.fleet_recorder import INTERVAL_S, FleetRecorder, Sample, draw, write_json
 from benchmarks.network_lab import NetworkLab, NetworkPath, why_unavailable
+from benchmarks.orderly_exit import exit_on_sigterm
 from benchmarks.steady_load import Mix, Request, SteadyLoad
 from cluster.service_process import ServiceNotHealthy
 from core.clock import WallClock
@@ -292,7 +292,7 @@ async def run(lab: NetworkLab, load: SteadyLoad, recorder: FleetRecorder, checks
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tell the story; 0 if every check held, or nothing can be told here."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _exit)  # so that processes and namespaces are taken down
+    exit_on_sigterm()  # processes and namespaces are taken down
     path = NetworkPath(rate_gbps=WIDE_GBPS, switched=True)
     reason = why_unavailable(path)
     if reason is not None:
@@ -339,10 +339,6 @@ def _story(lab: NetworkLab, folder: Path, options: argparse.Namespace) -> int:
 def say(line: str) -> None:
     """To whoever watches."""
     print(f"scenarios: {line}", flush=True)
-
-
-def _exit(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:
