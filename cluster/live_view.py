@@ -3,7 +3,8 @@
 A gateway makes a view for nearly every sequence that it places: placing one changes what it assigned, and each worker
 reports four times a second. So everything that a view holds is kept here and made anew in parts:
 
-    workers, pools    those that changed are replaced, in copies of the rest
+    workers           those that changed are replaced, in a copy of the rest
+    pools             likewise, when somebody looks at them: not every policy does
     links             made when somebody looks at one, and kept until its sender reports again
     pools.may_ship    changes with self-tests and with who is there
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from cluster.cost_model import CostView
 from cluster.view import (
     ClusterView,
     Flags,
+    Integers,
     LinkView,
     Offload,
     Pools,
@@ -49,7 +51,8 @@ class LiveView:
         """``self_test``: a link from a prefill to a decode worker may be used only once its self-test has passed."""
         self._self_test = self_test
         self._workers: dict[WorkerId, WorkerView] = {}  # in order of their ids, but for those that came since a view
-        self._senders: dict[WorkerId, _Sender] = {}  # as _workers
+        self._senders: dict[WorkerId, _Sender] = {}  # as _workers; written only after ``_own_senders``
+        self._senders_are_shown = False  # by a view: they must not change any more
         self._changed: set[WorkerId] = set()  # since the last view
         self._is_moved = True  # positions, since the last view
         self._probes_changed = False  # since the last view
@@ -58,9 +61,11 @@ class LiveView:
         self._identities = identities_of(())  # [position]
         self._position_of: dict[WorkerId, int] = {}
         self._leases: NDArray[np.float64] = np.zeros(0)  # [position], instants
-        self._pools = _NOWHERE
         self._alike: Flags | None = None  # [prefill, decode position]
         self._passed: Flags = np.zeros((0, 0), np.bool_)  # [prefill, decode position]: its self-test did
+        # As of the last view whose pools were looked at, or of the last in which positions moved; and who that was:
+        self._pools = _NOWHERE
+        self._pooled = self._identities
         self.next_expiry_at = math.inf  # the view that was made last is wrong from then on
 
     def put(self, worker: WorkerView, estimates: Sequence[LinkEstimate], heard_at: float) -> None:
@@ -69,11 +74,11 @@ class LiveView:
         before, sender = self._workers.get(worker_id), self._senders.get(worker_id)
         if before is None or sender is None or before.engine_id != worker.engine_id:
             self._is_moved = True
-            self._senders[worker_id] = _Sender(worker, heard_at, estimates, {})
+            self._own_senders()[worker_id] = _Sender(worker, heard_at, estimates, {})
         else:
             self._is_moved = self._is_moved or _place(before) != _place(worker)
             if sender.estimates is not estimates or sender.heard_at != heard_at:
-                self._senders[worker_id] = _Sender(worker, heard_at, estimates, sender.probes)
+                self._own_senders()[worker_id] = _Sender(worker, heard_at, estimates, sender.probes)
         self._workers[worker_id] = worker
         self._changed.add(worker_id)
 
@@ -83,18 +88,19 @@ class LiveView:
         if worker is None:
             return
         engine_id = worker.engine_id
-        del self._senders[worker_id]
-        for name, sender in self._senders.items():
+        senders = self._own_senders()
+        del senders[worker_id]
+        for name, sender in senders.items():
             if engine_id in sender.probes:
                 probes = {engine: probe for engine, probe in sender.probes.items() if engine != engine_id}
-                self._senders[name] = _Sender(sender.worker, sender.heard_at, sender.estimates, probes)
+                senders[name] = _Sender(sender.worker, sender.heard_at, sender.estimates, probes)
         self._changed.discard(worker_id)
         self._is_moved = True
 
     def note_probe(self, sender: WorkerId, receiver: WorkerId, report: ProbeReport, at: float) -> None:
         """A self-test between two workers that are there has ended, at that instant."""
         known, to = self._senders[sender], self._workers[receiver].engine_id
-        self._senders[sender] = _Sender(
+        self._own_senders()[sender] = _Sender(
             known.worker, known.heard_at, known.estimates, {**known.probes, to: (report, at)}
         )
         self._probes_changed = True
@@ -116,10 +122,11 @@ class LiveView:
         first_expiry_at = float(self._leases[self._leases.argmin()]) if len(self._leases) else math.inf
         everybody_lives = first_expiry_at > now
         self.next_expiry_at = first_expiry_at if everybody_lives else self._expiry_after(now)
-        links = _Links(self._senders.copy(), self._self_test)
+        links, self._senders_are_shown = _Links(self._senders, self._self_test), True
+        rows, identities = tuple(self._rows), self._identities
         # Whose lease has run out is not ready, though it was not dropped yet: the view finds out who is.
-        pools = self._pools if everybody_lives else None
-        return ClusterView(now, tuple(self._rows), links, costs, offload, pools, self._identities)
+        pools = partial(self._pools_of, rows, identities, self._pools, self._pooled) if everybody_lives else None
+        return ClusterView(now, rows, links, costs, offload, pools, identities)
 
     # ---- inside ----
 
@@ -135,7 +142,14 @@ class LiveView:
         if self._self_test:
             self._passed = self._passed_between(prefill, decode)
         self._alike = alike(prefill.roster, decode.roster)
-        self._pools = Pools(prefill, decode)
+        self._pools, self._pooled = Pools(prefill, decode), self._identities
+        self._senders_are_shown = False
+
+    def _own_senders(self) -> dict[WorkerId, _Sender]:
+        """To be written to."""
+        if self._senders_are_shown:
+            self._senders, self._senders_are_shown = self._senders.copy(), False
+        return self._senders
 
     def _expiry_after(self, now: float) -> float:
         return float(self._leases.min(where=self._leases > now, initial=math.inf))
@@ -147,8 +161,18 @@ class LiveView:
             self._rows[position] = worker
         self._leases[positions] = [worker.lease_expires_at for worker in changed]
         self._identities = identities_with(self._identities, positions, changed)
-        pools = self._pools
-        self._pools = Pools(_with(pools.prefill, changed), _with(pools.decode, changed), pools.may_ship)
+
+    def _pools_of(
+        self, rows: Sequence[WorkerView], identities: Integers, before: Pools, identities_before: Integers
+    ) -> Pools:
+        """Those of a view, which differ from ``before`` in what became of the same workers in the same places."""
+        changed = [rows[position] for position in (identities != identities_before).nonzero()[0].tolist()]
+        if not changed:
+            return before
+        pools = Pools(_with(before.prefill, changed), _with(before.decode, changed), before.may_ship)
+        if self._pools is before:
+            self._pools, self._pooled = pools, identities
+        return pools
 
     def _passed_between(self, prefill: WorkerPool, decode: WorkerPool) -> Flags:
         """[p, d]: has the link passed? What is known of engines that stayed moves with them."""

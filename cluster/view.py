@@ -10,7 +10,7 @@ as columns of numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from functools import cached_property
 
@@ -272,7 +272,7 @@ class ClusterView:
 
     ``links`` has every pair of a prefill and a decode worker, and whatever else carried bytes. ``costs`` predicts
     seconds; ``offload`` is the planner's last word. ``pools`` and ``identities`` follow from the rest; who made them
-    already, as ``Membership`` does, gives them as ``made_pools`` and ``made_identities``.
+    already, as ``Membership`` does, gives them as ``made_identities``, and says with ``make_pools`` how to make those.
     """
 
     at: float
@@ -280,18 +280,20 @@ class ClusterView:
     links: Links = field(default_factory=dict)
     costs: CostView = NO_COSTS
     offload: Offload = NO_OFFLOAD
-    made_pools: InitVar[Pools | None] = None
+    make_pools: InitVar[Callable[[], Pools] | None] = None
     made_identities: InitVar[Integers | None] = None
 
-    def __post_init__(self, made_pools: Pools | None, made_identities: Integers | None) -> None:
-        if made_pools is not None:
-            self.__dict__["pools"] = made_pools
+    def __post_init__(self, make_pools: Callable[[], Pools] | None, made_identities: Integers | None) -> None:
+        self.__dict__["_make_pools"] = make_pools
         if made_identities is not None:
             self.__dict__["identities"] = made_identities
 
     @cached_property
     def pools(self) -> Pools:
         """The workers of each role that are ready."""
+        make_pools: Callable[[], Pools] | None = self.__dict__["_make_pools"]
+        if make_pools is not None:
+            return make_pools()
         prefill, decode = (WorkerPool.of(w for w in self.workers if self._is_ready(w, role)) for role in Role)
         may_ship = alike(prefill.roster, decode.roster)
         senders = {w.worker_id: i for i, w in enumerate(prefill.workers)}

@@ -118,8 +118,11 @@ class LiveViewMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_view_is_as_if_made_from_nothing(self) -> None:
-        view, expected = self.live.view(self.now, NO_COSTS, NO_OFFLOAD), self.expected()
+        self.check(self.live.view(self.now, NO_COSTS, NO_OFFLOAD), self.expected())
+        late = [w.lease_expires_at for w in self.workers.values() if w.lease_expires_at > self.now]
+        assert self.live.next_expiry_at == min(late, default=np.inf)
 
+    def check(self, view: ClusterView, expected: ClusterView) -> None:
         assert view == expected
         assert len(view.links) == len(expected.links)
         for role in Role:
@@ -130,8 +133,27 @@ class LiveViewMachine(RuleBasedStateMachine):
                 compatible = prefill.model.fingerprint.compatible(decode.model.fingerprint)
                 allowed = compatible and view.can_ship(prefill, decode)
                 assert ((prefill.worker_id, decode.worker_id) in may_ship(view)) == allowed
-        late = [w.lease_expires_at for w in view.workers if w.lease_expires_at > self.now]
-        assert self.live.next_expiry_at == min(late, default=np.inf)
+
+
+class LiveViewSeldomLookedAt(LiveViewMachine):
+    """Views are made at every step and looked at later, in whatever order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[tuple[ClusterView, ClusterView]] = []
+
+    @invariant()
+    def the_view_is_as_if_made_from_nothing(self) -> None:
+        self.kept.append((self.live.view(self.now, NO_COSTS, NO_OFFLOAD), self.expected()))
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def look(self, data: st.DataObject) -> None:
+        self.check(*self.kept.pop(data.draw(st.integers(0, len(self.kept) - 1))))
+
+    def teardown(self) -> None:
+        for view, expected in self.kept:
+            self.check(view, expected)
 
 
 class LiveViewWithoutSelfTests(LiveViewMachine):
@@ -161,6 +183,8 @@ def may_ship(view: ClusterView) -> set[tuple[WorkerId, WorkerId]]:
 
 TestLiveView = LiveViewMachine.TestCase
 TestLiveView.settings = settings(max_examples=25, deadline=None)
+TestLiveViewSeldomLookedAt = LiveViewSeldomLookedAt.TestCase
+TestLiveViewSeldomLookedAt.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
 TestLiveViewWithoutSelfTests = LiveViewWithoutSelfTests.TestCase
 TestLiveViewWithoutSelfTests.settings = settings(max_examples=10, deadline=None)
 
