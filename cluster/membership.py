@@ -502,20 +502,14 @@ class _Member:
 
     def __init__(self, client: WorkerClient, state: WorkerState, now: float, lease_s: float) -> None:
         self.client = client
+        self.worker_id = client.description.worker_id
+        self.engine_id = client.description.engine_id
         self.profile = client.description.profile
         self.state = state
         self.heard_at = now  # when ``state`` came
         self.lease_expires_at = now + lease_s
         self.task: asyncio.Task[None] | None = None
         self.page_events_number: int | None = None  # of the last report that the prefix index knows
-
-    @property
-    def worker_id(self) -> WorkerId:
-        return self.client.description.worker_id
-
-    @property
-    def engine_id(self) -> EngineId:
-        return self.client.description.engine_id
 
     def view(self) -> WorkerView:
         client, description = self.client, self.client.description

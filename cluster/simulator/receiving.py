@@ -16,7 +16,6 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
 from cluster.simulator.host import Host, Publish, num_known_tokens
-from cluster.worker_client import WorkerDescription
 from core.errors import InvalidRequest
 from core.request import PullReport, Role, SequenceFailure, SequenceId, SequenceSpec, SessionId, TokenChunk
 from engine.scheduler import Reservation
@@ -52,6 +51,7 @@ class ReceivingHalf:
     """What of a worker receives and decodes."""
 
     def __init__(self, host: Host) -> None:
+        self.description = host.description
         self._host = host
         self._engine = host.engine
         self._arrivals: dict[SequenceId, _Arrival] = {}
@@ -60,11 +60,6 @@ class ReceivingHalf:
         self._serving = False
         self._alive = True
         self.bytes_received = 0.0
-
-    @property
-    def description(self) -> WorkerDescription:
-        """Whose half it is."""
-        return self._host.description
 
     @property
     def num_sequences(self) -> int:
