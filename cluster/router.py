@@ -707,7 +707,7 @@ class _Continuation:
     def page_hashes(self, page_size: int) -> Sequence[PageHash]:
         """Digests of the full pages of every known token; those that were computed before are kept."""
         known = self._page_hashes.setdefault(page_size, [])
-        tokens = (*self._request.prompt_token_ids, *self._token_ids)
+        tokens = self._request.prompt_token_ids + tuple(self._token_ids)  # the prompt itself while there is no output
         return extend_page_hashes(known, tokens, page_size, self._request.salt)
 
     @property
