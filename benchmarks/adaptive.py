@@ -1,10 +1,12 @@
 """Is the planner worth it? Against nothing offloaded, everything offloaded and the paper's threshold, on links of 2 to
 100 Gbit/s, on one that falls to a fifth for a minute, and under bursts.
 
-    python -m benchmarks.adaptive [--json FILE] [--traces DIR] [--requests N] [--rate R] [--case NAME ...]
+    python -m benchmarks.adaptive [--json FILE] [--traces DIR] [--requests N] [--rate R] [--case NAME ...] [--no-slo]
 
-Goodput is requests/s within 10 s to the first token and 40 ms between later ones, of all that came. All start with the
-same 3 + 5 roles and know nothing of what will come; only ``adaptive`` may change roles. Bursts are gamma gaps of shape
+Goodput is requests/s within 10 s to the first token and 40 ms between later ones. Requests ask for that (as with
+``x-slo-ttft-ms``), so one that is predicted to miss it is refused at once, whoever plans; with ``--no-slo`` they do
+not, and what is too much waits. All start with the same 3 + 5 roles and know nothing of what will come; only
+``adaptive`` may change roles. Bursts are gamma gaps of shape
 0.25, and the instants of Azure's code trace (variance of counts in 10 s: 75 times a Poisson process's), stretched to
 the same rate.
 """
@@ -17,11 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.case_study import PLANNERS, CaseStudy, at_instants_of, play, requests
+from benchmarks.case_study import PLANNERS, TPOT_SLO_S, TTFT_SLO_S, CaseStudy, at_instants_of, play, requests
 from benchmarks.report import Cell, Report, commit, machine
 from benchmarks.simulation_runs import run_all, shared_traces
 from cluster.simulator.network import RateChange
 from cluster.simulator.workload import Workload
+from core.request import NO_SLO, Slo
 
 _COLUMNS = {
     "case": "case",
@@ -31,6 +34,7 @@ _COLUMNS = {
     "ttft_mean_s": "TTFT mean s",
     "tpot_p90_s": "TPOT P90 s",
     "offloaded": "offloaded",
+    "refused": "refused",
     "behind_best": "behind the best",
 }
 _GBPS = (2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
@@ -53,6 +57,7 @@ class Run:
     changes: tuple[RateChange, ...] = ()
     burstiness: float = 1.0
     trace: Path | None = None
+    slo: bool = True  # requests ask for the objective
 
 
 def main() -> int:
@@ -60,7 +65,7 @@ def main() -> int:
     options = _parser().parse_args()
     tasks = [
         run
-        for run in runs(options.requests, options.rate, options.traces)
+        for run in runs(options.requests, options.rate, options.traces, slo=options.slo)
         if not options.case or run.case in options.case
     ]
     if not tasks:
@@ -78,11 +83,12 @@ def main() -> int:
     return 0
 
 
-def runs(num_requests: int, rate_rps: float, traces: Path | None) -> list[Run]:
+def runs(num_requests: int, rate_rps: float, traces: Path | None, *, slo: bool = True) -> list[Run]:
     """Every planner in every case; without ``traces`` those of a trace are left out."""
 
     def case(name: str, gbps: float, **how: object) -> list[Run]:
-        return [Run(name, planner, gbps, num_requests, rate_rps, **how) for planner in PLANNERS]  # type: ignore[arg-type]
+        shared = {"gbps": gbps, "num_requests": num_requests, "rate_rps": rate_rps, "slo": slo, **how}
+        return [Run(name, planner, **shared) for planner in PLANNERS]  # type: ignore[arg-type]
 
     cases = [case(f"{gbps:g} Gbit/s", gbps) for gbps in _GBPS]
     cases.append(case(FLUCTUATING, 10.0, changes=_FALL))
@@ -101,7 +107,7 @@ def row_of(run: Run) -> dict[str, Cell]:
         "planner": run.planner,
         "goodput_rps": found["goodput_rps"],
         "within_slo": found["slo_attainment"],
-        "throughput_rps": found["throughput_rps"],
+        "refused": found["outcomes"].get("Overloaded", 0) / found["num_requests"],
         "ttft_p90_s": found["ttft_s"]["p90"],
         "ttft_mean_s": found["ttft_s"]["mean"],
         "tpot_p90_s": found["tpot_s"]["p90"],
@@ -110,9 +116,10 @@ def row_of(run: Run) -> dict[str, Cell]:
 
 
 def _workload(run: Run) -> Workload:
+    slo = Slo(TTFT_SLO_S, TPOT_SLO_S) if run.slo else NO_SLO
     if run.trace is not None:
-        return at_instants_of(run.trace, run.num_requests, run.rate_rps)
-    return requests(run.num_requests, run.rate_rps, burstiness=run.burstiness)
+        return at_instants_of(run.trace, run.num_requests, run.rate_rps, slo=slo)
+    return requests(run.num_requests, run.rate_rps, burstiness=run.burstiness, slo=slo)
 
 
 def behind_best(rows: Sequence[dict[str, Cell]]) -> list[dict[str, Cell]]:
@@ -140,8 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument("--traces", type=Path, metavar="DIR", default=shared_traces(), help="the shared traces")
-    parser.add_argument("--requests", type=int, default=400, help="of each run")
+    parser.add_argument("--requests", type=int, default=320, help="of each run")
     parser.add_argument("--rate", type=float, default=2.2, help="requests/s")
+    parser.add_argument("--slo", action=argparse.BooleanOptionalAction, default=True, help="requests ask for it")
     parser.add_argument("--case", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
     return parser
 

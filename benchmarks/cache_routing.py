@@ -1,7 +1,7 @@
 """What does knowing the caches give? Random, load-only, local-cache and global-cache routing on traces that share
 prefixes, in mean TTFT and hit rate, against an endless cache.
 
-    python -m benchmarks.cache_routing [--json FILE] [--traces DIR] [--requests N] [--users N]
+    python -m benchmarks.cache_routing [--json FILE] [--traces DIR] [--requests N] [--users N] [--rate R]
 
     random        any prefill and any decode worker
     load          the fewest tokens ahead (``least_loaded``)
@@ -9,7 +9,8 @@ prefixes, in mean TTFT and hit rate, against an endless cache.
     global cache  likewise, and cached pages are fetched from whoever has them (``prfaas``)
 
 Four prefill and four decode workers of Llama-3.1-8B on one H100 each, by the roofline. Conversations: Mooncake's, open
-loop at its own instants, spread over their grid of 3 s. Coding sessions: a closed loop of users that think, of whom
+loop at its own instants, spread over their grid of 3 s and then stretched to a rate at which four workers that cache
+nothing are busy most of the time. Coding sessions: a closed loop of users that think, of whom
 none leaves for longer than half a minute (the trace has users that come back the next day, when no cache is left).
 """
 
@@ -86,6 +87,7 @@ class Run:
     folder: Path
     num_requests: int
     num_users: int
+    rate_rps: float
 
 
 def main() -> int:
@@ -95,7 +97,9 @@ def main() -> int:
         print("there is no folder shared/traces here or beside the repository: name it with --traces", file=sys.stderr)
         return 2
     tasks = [
-        Run(trace, routing, options.traces, options.requests, options.users) for trace in TRACES for routing in ROUTINGS
+        Run(trace, routing, options.traces, options.requests, options.users, options.rate)
+        for trace in TRACES
+        for routing in ROUTINGS
     ]
     rows = run_all(row_of, tasks)
     figures = {
@@ -118,7 +122,7 @@ def row_of(run: Run) -> dict[str, Cell]:
         trace = [replace(request, think_s=min(request.think_s, _LONGEST_THINK_S)) for request in trace]
         arrivals = ArrivalPlan(USERS, num_users=run.num_users)
     else:
-        arrivals = ArrivalPlan(spread_s=3.0)
+        arrivals = ArrivalPlan(spread_s=3.0, rate_rps=run.rate_rps)
     scenario, policy = _routed(_scenario(page_size), run.routing)
     workload = from_trace(trace, arrivals, max_tokens=_LONGEST)
     found = result_as_dict(simulate(scenario, workload, policy=policy), None, None)
@@ -191,7 +195,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument("--traces", type=Path, metavar="DIR", default=shared_traces(), help="the shared traces")
     parser.add_argument("--requests", type=int, default=600, help="of each trace")
-    parser.add_argument("--users", type=int, default=24, help="of the coding sessions")
+    parser.add_argument("--users", type=int, default=48, help="of the coding sessions")
+    parser.add_argument("--rate", type=float, default=5.5, help="requests/s of the conversations")
     return parser
 
 

@@ -21,6 +21,7 @@ from cluster.simulator.workload import GAMMA, POISSON, ArrivalPlan, Workload, fr
 from cluster.simulator.world import SimulationResult, simulate
 from cluster.throughput_model import Fleet
 from cluster.workload_traces import TraceRequest, read_trace
+from core.request import NO_SLO, Slo
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "deploy/examples/prfaas-paper.yaml"
 LENGTHS = log_normal(9.90, 1.00, 128, 131072, 1024)  # PAPERS.md A.11
@@ -69,20 +70,20 @@ def _planned(gbps: float) -> tuple[PlanDocument, Demand]:
     return document, demand_of(document.config.workload)
 
 
-def requests(count: int, rate_rps: float, *, burstiness: float = 1.0, seed: int = 0) -> Workload:
+def requests(count: int, rate_rps: float, *, burstiness: float = 1.0, seed: int = 0, slo: Slo = NO_SLO) -> Workload:
     """Prompts of the case study's lengths."""
     process = POISSON if burstiness == 1.0 else GAMMA
-    return from_lengths(LENGTHS, count, ArrivalPlan(process, rate_rps, burstiness), seed=seed)
+    return from_lengths(LENGTHS, count, ArrivalPlan(process, rate_rps, burstiness), seed=seed, slo=slo)
 
 
-def at_instants_of(trace: Path, count: int, rate_rps: float, *, seed: int = 0) -> Workload:
+def at_instants_of(trace: Path, count: int, rate_rps: float, *, seed: int = 0, slo: Slo = NO_SLO) -> Workload:
     """Likewise, at the instants of the trace's first ``count`` requests, stretched to a rate."""
     random = Random(seed)
     drawn = []
     for recorded in islice(read_trace(trace), count):
         tokens, output = LENGTHS(random)
         drawn.append(TraceRequest(tokens, output, recorded.arrival_s))
-    return from_trace(drawn, ArrivalPlan(rate_rps=rate_rps), seed=seed)
+    return from_trace(drawn, ArrivalPlan(rate_rps=rate_rps), seed=seed, slo=slo)
 
 
 def play(scenario: Scenario, workload: Workload) -> tuple[SimulationResult, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,10 +20,12 @@ _ROOT = Path(__file__).resolve().parent.parent
 def run_all(simulate: Callable[[Task], Found], tasks: Sequence[Task], num_processes: int | None = None) -> list[Found]:
     """``simulate`` of each task, in their order; a function of a module, as other processes must find it.
 
-    ``num_processes`` None: as many as there are cores.
+    ``num_processes`` None: as many as there are cores. What the simulated services log is told to nobody.
     """
     found = []
-    with ProcessPoolExecutor(num_processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        num_processes or os.cpu_count(), get_context("spawn"), initializer=logging.disable, initargs=(logging.WARNING,)
+    ) as pool:
         for number, result in enumerate(pool.map(simulate, tasks), 1):
             print(f"\r{number} of {len(tasks)} simulations", end="", file=sys.stderr, flush=True)
             found.append(result)

@@ -3,8 +3,8 @@
     lengths   uncached prompt tokens, in bins of 1/16 octave, each with its own mean: what is planned with
     rate      requests routed per second
     answers   mean tokens of the requests that ended lately, and what those under way have beyond what so many would
-              have. An answer that is still running has made tokens and has not ended, so a surge of long answers is seen
-              while it runs, not when it is over; a service that only fills up has no longer answers.
+              have. An answer that still runs has made tokens and has not ended: a surge of long answers is seen while
+              it runs, not when it is over, and a service that only fills up has no longer answers.
 
 Everything fades with ``window_s``, but never below the weight of ``REMEMBERED`` requests: on a quiet service the last
 few requests count, however long ago they came. What was routed twice (a retry) was asked once.

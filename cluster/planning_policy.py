@@ -82,6 +82,7 @@ class PlanningView:
     decode_step_of: Curve | None = None  # seconds by batch size; None: as for the largest batch
     tpot_s: float | None = None  # the objective that ``max_batch_size`` keeps to; None: there is none
     unknown: str = ""  # why the curves mean nothing yet; empty: they do
+    num_draining: int = 0  # of ``num_prefill``: that still decode what they had, and are sent no prompts for so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,11 +293,13 @@ class DualTimescale:
             return threshold, _Why("no_demand", f"threshold {threshold:,.0f} tokens: {said}"), memory
         last = memory.threshold_tokens
         horizon = self._horizon(view, demand, fleet, last)
-        best = threshold_for(fleet, roles.num_prefill, horizon)
+        # A worker that has just been told to prefill does so when it has drained.
+        num_prefill = min(roles.num_prefill, max(1, view.num_prefill - view.num_draining))
+        best = threshold_for(fleet, num_prefill, horizon)
         if last is None:
             why = _Why("balanced", f"threshold {best:,.0f} tokens: balances both prefill stages")
             return best, why, replace(memory, threshold_tokens=best)
-        found = outcome(fleet, roles.num_prefill, np.array([last, best]), horizon)
+        found = outcome(fleet, num_prefill, np.array([last, best]), horizon)
         (served_last, served_best), (full_last, full_best) = found.served, found.fullness
         enough = 1 + self.settings.min_threshold_gain
         if served_best <= served_last * enough and full_best * enough >= full_last:

@@ -92,6 +92,7 @@ def planning_view(
         num_queued=num_queued,
         tpot_s=tpot_s,
         unknown="" if local.known else "no costs are known yet",
+        num_draining=sum(role is Role.PREFILL for role in becoming.values()),
     )
 
 

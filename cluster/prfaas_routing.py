@@ -10,7 +10,8 @@ The decision, drawn and worked through in docs/routing.md:
 3. For each pair of a prefill worker in that pool and a decode worker of the cluster, in seconds:
 
        time to first token  = queue + pull + prefill
-       cost                 = time to first token + exposed + shipping + decode worker's queue + later tokens * step
+       cost                 = time to first token + exposed + shipping + suffered + decode worker's queue
+                              + later tokens * step
 
    pull      cached pages come from the worker that holds most of the prefix, if it holds more than ``fetch_ratio``
              times what this one does (Mooncake's rule, PAPERS.md C.2) and that is predicted to beat computing them
@@ -338,7 +339,9 @@ class _Decision:
         ends = (source.cluster_id, target.cluster_id)
         transfer_s = view.costs.transfer(ends, num_bytes, 0, None if link is None else link.estimate)
         exposed_s = max(one.last_share * transfer_s, transfer_s - one.prefill_s)
-        cost = one.ttft_s + exposed_s + SHIPPING_WEIGHT * transfer_s + decode_s
+        # What a worker that has become a prefill worker decodes still, waits as beside a colocated prompt.
+        suffered_s = one.prefill_s * source.load.num_other_role
+        cost = one.ttft_s + exposed_s + SHIPPING_WEIGHT * transfer_s + suffered_s + decode_s
         return _Pair(cost, one, decode, num_bytes, exposed_s)
 
     def _prefill(self, place: int) -> _Prefill:

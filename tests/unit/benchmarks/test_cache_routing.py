@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from benchmarks.cache_routing import AnyWorker, ratio, whole_sessions
+from benchmarks.report import Cell
 from cluster.routing_policy import RouteRequest
 from cluster.view import ClusterView
 from cluster.workload_traces import TraceRequest
@@ -33,7 +34,7 @@ def test_any_worker_is_any_and_equal_requests_go_to_equal_ones() -> None:
 
 
 def test_the_ratio_is_of_mean_ttfts_on_the_same_trace() -> None:
-    rows = [
+    rows: list[dict[str, Cell]] = [
         {"trace": trace, "routing": routing, "ttft_mean_s": seconds}
         for trace, routing, seconds in (("a", "load", 3.0), ("a", "global cache", 2.0), ("b", "load", 9.0))
     ]

@@ -89,6 +89,15 @@ def test_the_longer_queue_moves_the_threshold_away_from_it_and_when_it_is_gone_i
     assert [t.causes["threshold"] for t in (here, there)] == ["local_queue", "prfaas_queue"]
 
 
+def test_a_worker_that_drains_does_not_count_before_it_has() -> None:
+    grown = replace(VIEW, num_prefill=4, num_decode=2, num_changing=1)
+    before, _ = POLICY.plan(replace(VIEW, num_changing=1), CHAT, FRESH)
+    draining, memory = POLICY.plan(replace(grown, num_draining=1), CHAT, FRESH)
+    drained, _ = POLICY.plan(replace(grown, at_s=1), CHAT, memory)
+
+    assert draining.threshold_tokens == before.threshold_tokens < drained.threshold_tokens
+
+
 def test_queues_alike_on_both_sides_move_nothing() -> None:
     calm, memory = POLICY.plan(VIEW, CHAT, FRESH)
     both, _ = POLICY.plan(replace(VIEW, at_s=1, prfaas_queue_s=3.0, local_queue_s=3.0), CHAT, memory)

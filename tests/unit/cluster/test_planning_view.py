@@ -81,6 +81,8 @@ def test_a_worker_that_changes_counts_as_what_it_is_becoming() -> None:
 
     assert (view.num_prefill, view.num_decode, view.num_changing, view.num_prfaas) == (0, 2, 1, 1)
     assert view.at_s == 7.0
+    assert view.num_draining == 0
+    assert seen(P, D, AWAY, becoming={D.engine_id: Role.PREFILL}).num_draining == 1
 
 
 def test_prefill_seconds_are_those_behind_the_mean_cached_prefix() -> None:

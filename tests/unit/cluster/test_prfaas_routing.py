@@ -244,6 +244,18 @@ def test_the_decode_worker_with_the_shortest_predicted_step_is_taken() -> None:
     assert names(route(request(), cluster)) == ("p0", "d1")
 
 
+def test_a_worker_that_still_decodes_gets_prompts_when_others_would_keep_them_waiting_longer() -> None:
+    """3 sequences of its time as a decode worker wait for each prompt's second: as 3 s of queue elsewhere."""
+    draining, busy, busier = (
+        worker("p0", num_other_role=3),
+        worker("p1", num_waiting=2, num_waiting_tokens=2_000),
+        worker("p2", num_waiting=4, num_waiting_tokens=4_000),
+    )
+
+    assert names(route(request(1000), view(worker("d0"), draining, busy))) == ("p1", "d0")
+    assert names(route(request(1000), view(worker("d0"), draining, busier))) == ("p0", "d0")
+
+
 def test_a_full_batch_is_left_for_one_that_is_not_even_if_steps_take_as_long_whatever_they_hold() -> None:
     """A token every 10 ms in a batch of up to 4; of 6 sequences two wait, as if all had one every 15 ms."""
     level = ComputeCost(LinearCost((0.0, 1e-3, 0.0)), LinearCost((1e-2, 0.0, 0.0)), 512)
