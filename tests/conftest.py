@@ -1,4 +1,4 @@
-"""What holds for every test: how many threads a process computes with, and what hypothesis does not measure."""
+"""What holds for every test: how a process computes beside others, and what hypothesis does not measure."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-# `make test` runs a process for each core. Tiny models gain nothing from a second thread, and two processes of two
-# threads each on two cores spend most of their time waiting for one another. Read when torch is first imported.
+# `make test` runs a process for each core, and those start services whose workers take all cores. Tiny models gain
+# nothing from a second thread, and threads that wait for work by spinning take the cores from who has some: a model
+# that loads in 3 s took 16. Children inherit both (Ray's workers the second); read when torch is first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # No test asserts on wall time, and neither does hypothesis: an example that takes long says that the machine is busy.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
