@@ -284,10 +284,11 @@ class CarrierThread:
             self._tear_down()
 
     def _loop(self) -> None:
-        moved_at = kept_at = self.clock.now()
+        clock = self.clock
+        moved_at = kept_at = clock.now()
         while not self._stopped():
             moved = self._run_queue() + self._take_notes() + self._poll_transfers() + self._finish_ends()
-            now = self.clock.now()
+            now = clock.now()
             if moved:
                 moved_at = now
             if now - kept_at >= _KEEP_ALIVE_S:
@@ -373,6 +374,8 @@ class CarrierThread:
         return moved
 
     def _finish_ends(self) -> int:
+        if not self._finishing:
+            return 0
         under_way = {transfer.end for transfer in self._transfers}
         finished = [end for end in self._finishing if end not in under_way]
         for end in finished:

@@ -7,11 +7,13 @@ receiving end's reader thread takes the notes in the order of their numbers; of 
 checksum, asks ``admit``, scatters the bytes into the pages, tells ``landed``, and gives the slot back (CREDIT).
 
 So while one slot is gathered another is on its way and a third is being scattered; a peer can write only into a ring,
-never into pages; and what is on the way is bounded by the slots. Rules:
+never into pages; and what is on the way is bounded by the slots. On a device, copies to and from the ring are only
+begun: while one runs, the thread begins the next, if that is at hand, and then waits for the first. Rules:
 
 - Every note but keep-alives has a number, and each end takes its peer's in that order: messages overtake nothing.
 - Each end has a reader and a writer thread. Whatever ends one ends the other; the last of them reports ``lost``.
 - Whatever the peer says, a slot is only read while it is the receiving end's to read.
+- A message goes, or is told, behind the copies that were begun before it; a thread ends behind all that it began.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from threading import Condition, Lock, Thread, current_thread
 from typing import ClassVar, Protocol
 
@@ -44,8 +47,8 @@ from kv_transfer.nixl_notes import (
     parse_slot,
 )
 from kv_transfer.outbox import Barrier, Notice, Outbox, Taker
-from kv_transfer.spans import SentTables, SpanTables
-from kv_transfer.staging import Ring, Slots, pieces_of
+from kv_transfer.spans import SentTables, Spans, SpanTables
+from kv_transfer.staging import Ring, Slots, Wait, pieces_of
 from kv_transfer.transport import ANONYMOUS, LinkStats, PeerIdentity, ReceiveEvents, SendEvents, Write
 
 logger = logging.getLogger(__name__)
@@ -80,14 +83,21 @@ class Inbox:
 
     def __init__(self) -> None:
         self._changed = Condition()
-        self._waiting: dict[int, Note] = {}
+        self._waiting: dict[int, Note | None] = {}  # None: it was acted on when it arrived
         self._next = 0
         self._num_announced = 0  # how many the peer has sent, as far as we know
         self._missing: tuple[int, float] | None = None  # the number that is awaited, since when
         self._closed = False
 
-    def put(self, number: int, note: Note) -> bool:
-        """False: it came before, and is dropped. Raises ProtocolViolation when too many wait."""
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def put(self, number: int, note: Note | None) -> bool:
+        """``note`` None: it needs nobody who takes it, and is only counted.
+
+        False: it came before, and is dropped. Raises ProtocolViolation when too many wait.
+        """
         with self._changed:
             if self._closed:
                 return True
@@ -97,17 +107,27 @@ class Inbox:
                 raise ProtocolViolation(f"note {number} is too far ahead of {self._next}")
             self._waiting[number] = note
             self._num_announced = max(self._num_announced, number + 1)
-            self._changed.notify()
+            self._pass_over()
+            if self._next in self._waiting:
+                self._changed.notify()
             return True
 
-    def take(self) -> Note | None:
-        """The next note, waiting for it; None when closed."""
+    def take(self, timeout_s: float | None = None) -> Note | None:
+        """The next note, waiting for it; None if it did not come in time, or when closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._next in self._waiting)
-            if self._closed:
+            self._changed.wait_for(lambda: self._closed or self._next in self._waiting, timeout_s)
+            if self._closed or self._next not in self._waiting:
                 return None
+            note = self._waiting.pop(self._next)
             self._next += 1
-            return self._waiting.pop(self._next - 1)
+            self._pass_over()
+            return note
+
+    def _pass_over(self) -> None:
+        """With the lock held: nobody takes what was acted on when it arrived."""
+        while self._next in self._waiting and self._waiting[self._next] is None:
+            del self._waiting[self._next]
+            self._next += 1
 
     def announce(self, num_sent: int) -> None:
         """The peer says that it has sent so many."""
@@ -136,6 +156,7 @@ class LinkEnd(ABC):
 
     role: ClassVar[Role]  # which end this is
     peer_role: ClassVar[Role]
+    at_once: ClassVar[frozenset[NoteKind]] = frozenset()  # acted on when they arrive; earlier ones may be missing
 
     def __init__(self, carrier: Carrier, link_id: bytes, agent: str) -> None:
         """``agent``: NIXL's name of the peer."""
@@ -154,6 +175,8 @@ class LinkEnd(ABC):
         self._num_sent = 0
         self._lock = Lock()
         self._error: TransferError | None = None
+        self._sending: Callable[[], None] | None = None  # the rest of what the writer's thread began; its own
+        self._taking: Callable[[], None] | None = None  # likewise the reader's
         self._threads: list[Thread] = []
         self._num_running = 0
 
@@ -189,8 +212,10 @@ class LinkEnd(ABC):
         self._heard_at = self._carrier.clock.now()
         self.peer_is_done = self.peer_is_done or note.kind is NoteKind.BYE
         if note.kind in NUMBERED:
-            if self._inbox.put(parse_number(note.body), note):
-                self._note_arrived(note)
+            at_once = note.kind in self.at_once
+            if self._inbox.put(parse_number(note.body), None if at_once else note):
+                if at_once:
+                    self._take_at_once(note)
             else:
                 self._carrier.count(bad_frames=1)
                 logger.warning("kv link with %s: a note came twice and was dropped", self.peer)
@@ -252,10 +277,16 @@ class LinkEnd(ABC):
             self._carrier.ended(self)
 
     def _write_loop(self) -> None:
-        while not self._outbox.closed:
-            item = self._outbox.take(self._taker, _IDLE_S)
-            while item is not None:
-                item = self._send_item(item)
+        try:
+            while not self._outbox.closed:
+                item = self._outbox.take(self._taker, 0.0)
+                if item is None:
+                    self._finish_sending()
+                    item = self._outbox.take(self._taker, _IDLE_S)
+                while item is not None:
+                    item = self._send_item(item)
+        finally:
+            self._finish_sending()
 
     def _send_item(self, item: Item) -> Item | None:
         """Send it; return what was taken behind it but not sent yet."""
@@ -263,12 +294,32 @@ class LinkEnd(ABC):
         self._send(NoteKind.MESSAGE, lambda number: pack_number(number, item.message))
         return None
 
+    def _finish_sending(self) -> None:
+        """On the writer's thread: send what was only begun."""
+        finish, self._sending = self._sending, None
+        if finish is not None:
+            finish()
+
     def _read_loop(self) -> None:
-        while (note := self._inbox.take()) is not None:
-            if note.kind is NoteKind.BYE:
-                reason = parse_message(note.body).decode(errors="replace")
-                raise PeerLost(f"{self.peer} ended the link: {reason}")
-            self._take(note)
+        try:
+            while not self._inbox.closed:
+                note = self._inbox.take(0.0)
+                if note is None:
+                    self._finish_taking()
+                    note = self._inbox.take()
+                if note is not None and note.kind is NoteKind.BYE:
+                    reason = parse_message(note.body).decode(errors="replace")
+                    raise PeerLost(f"{self.peer} ended the link: {reason}")
+                if note is not None:
+                    self._take(note)
+        finally:
+            self._finish_taking()
+
+    def _finish_taking(self) -> None:
+        """On the reader's thread: take to its end what was only begun."""
+        finish, self._taking = self._taking, None
+        if finish is not None:
+            finish()
 
     def _pack(self, kind: NoteKind, body: Callable[[int], bytes]) -> bytes:
         number = self._num_sent
@@ -279,9 +330,9 @@ class LinkEnd(ABC):
         with self._numbering:
             self._carrier.send(self, self._pack(kind, body))
 
-    @abstractmethod
-    def _note_arrived(self, note: Note) -> None:
-        """A numbered note came, the first of its number; earlier ones may still be missing. On the carrier's thread."""
+    def _take_at_once(self, note: Note) -> None:
+        """A note of ``at_once`` came, the first of its number. On the carrier's thread."""
+        raise AssertionError(f"{note.kind.name} is taken in its turn")
 
     @abstractmethod
     def _take(self, note: Note) -> None: ...
@@ -295,6 +346,7 @@ class SendEnd(LinkEnd):
 
     role = Role.SENDS_PAGES
     peer_role = Role.RECEIVES_PAGES
+    at_once = frozenset({NoteKind.CREDIT})  # a slot is free whatever else the peer said before
 
     def __init__(self, carrier: Carrier, link_id: bytes, agent: str, events: SendEvents) -> None:
         super().__init__(carrier, link_id, agent)
@@ -349,15 +401,15 @@ class SendEnd(LinkEnd):
 
     def _send_item(self, item: Item) -> Item | None:
         if not isinstance(item, Write):
+            self._finish_sending()
             return super()._send_item(item)
         if item.num_bytes > self._slot_bytes:
-            if all(self._send_slot((piece,)) for piece in pieces_of(item, self._slot_bytes)):
-                self._written(item)
+            pieces = list(pieces_of(item, self._slot_bytes))
+            for piece in pieces:
+                self._send_slot((piece,), (item,) if piece is pieces[-1] else ())
             return None
         batch, behind = self._batch(item, self._slot_bytes)
-        if self._send_slot(batch):
-            for write in batch:
-                self._written(write)
+        self._send_slot(batch, batch)
         return behind
 
     def _batch(self, first: Write, max_bytes: int) -> tuple[list[Write], Item | None]:
@@ -370,26 +422,36 @@ class SendEnd(LinkEnd):
             num_bytes += item.num_bytes
         return batch, None
 
-    def _send_slot(self, writes: Sequence[Write]) -> bool:
-        """False: the link was closed while it waited for a slot."""
+    def _send_slot(self, writes: Sequence[Write], whole: Sequence[Write]) -> None:
+        """Begin to gather ``writes``, with which the queued writes ``whole`` end, and send the slot before them."""
         assert self.ring is not None, "the writer starts when the ring is known"
-        slot = self._slots.take()
+        slot = self._slots.take(0.0)
         if slot is None:
-            return False
-        self.ring.gather(slot, writes)
-        parcels = tuple(self._parcels(self.ring, slot, writes))
+            self._finish_sending()
+            slot = self._slots.take()
+        if slot is None:
+            return  # the link was closed while it waited
+        wait = self.ring.gather(slot, writes)
+        self._finish_sending()
+        self._sending = partial(self._post, self.ring, slot, writes, whole, wait)
+
+    def _post(self, ring: Ring, slot: int, writes: Sequence[Write], whole: Sequence[Write], wait: Wait) -> None:
+        """Send the slot once its bytes are there."""
+        wait()
+        parcels = tuple(self._parcels(ring, slot, writes))
         num_bytes = sum(write.num_bytes for write in writes)
         with self._numbering:
             note = self._pack(NoteKind.SLOT, lambda number: pack_slot(number, slot, parcels))
             self._carrier.post(self, slot, num_bytes, note)
-        return True
+        for write in whole:
+            self._written(write)
 
     def _parcels(self, ring: Ring, slot: int, writes: Sequence[Write]) -> Iterator[Parcel]:
         at = 0
         for write in writes:
             payload = ring.payload(slot, at, write.num_bytes) if self._checked else None
             checksum = None if payload is None else xxhash.xxh3_64_intdigest(payload)
-            yield Parcel(write.token, write.layers, self._tables.of(write.strips), checksum)
+            yield Parcel(write.token, write.layers, self._tables.of(write.table), checksum)
             at += write.num_bytes
 
     def _written(self, write: Write) -> None:
@@ -398,17 +460,14 @@ class SendEnd(LinkEnd):
         if drained:
             self._events.drained(self, write.session_id)
 
-    def _note_arrived(self, note: Note) -> None:
-        """A slot is free whatever else the peer said before: its writer need not wait for the reader's turn."""
-        if note.kind is NoteKind.CREDIT and not self._slots.give_back(parse_credit(note.body)):
+    def _take_at_once(self, note: Note) -> None:
+        if not self._slots.give_back(parse_credit(note.body)):
             raise ProtocolViolation("a CREDIT for a slot that was not lent")
 
     def _take(self, note: Note) -> None:
         match note.kind:
             case NoteKind.MESSAGE:
                 self._events.notified(self, parse_message(note.body))
-            case NoteKind.CREDIT:
-                pass  # taken when it arrived
             case other:
                 raise ProtocolViolation(f"a receiving end does not send {other.name}")
 
@@ -436,12 +495,10 @@ class ReceiveEnd(LinkEnd):
         self._spawn(self._read_loop, "kv-nixl-reader")
         self._spawn(self._write_loop, "kv-nixl-writer")
 
-    def _note_arrived(self, note: Note) -> None:
-        """Everything here is taken in order."""
-
     def _take(self, note: Note) -> None:
         match note.kind:
             case NoteKind.MESSAGE:
+                self._finish_taking()
                 self._events.notified(self, parse_message(note.body))
             case NoteKind.SLOT:
                 self._take_slot(note)
@@ -455,13 +512,15 @@ class ReceiveEnd(LinkEnd):
         if sum(parcel.num_bytes for parcel in full.parcels) > self.ring.slot_bytes:
             raise ProtocolViolation(f"more than the {self.ring.slot_bytes} bytes of a slot")
         self._lent.discard(full.slot)
-        self._scatter(full.slot, full.parcels)
-        self._lent.add(full.slot)
-        self._send(NoteKind.CREDIT, lambda number: pack_credit(number, full.slot))
+        landing, wait = self._scatter(full.slot, full.parcels)
+        self._finish_taking()
+        self._taking = partial(self._give_back, full.slot, landing, wait)
 
-    def _scatter(self, slot: int, parcels: tuple[Parcel, ...]) -> None:
+    def _scatter(self, slot: int, parcels: tuple[Parcel, ...]) -> tuple[Sequence[tuple[SessionId, Parcel]], Wait]:
+        """Begin to put what may land into the pool."""
         at = 0
-        landing: list[tuple[int, Parcel, SessionId]] = []
+        landing: list[tuple[SessionId, Parcel]] = []
+        parts: list[tuple[int, range, Spans]] = []
         for parcel in parcels:
             session_id = self._events.admit(self, parcel.token, parcel.layers, parcel.spans)
             if session_id is None:
@@ -470,11 +529,18 @@ class ReceiveEnd(LinkEnd):
                 self._carrier.count(writes_damaged=1)
                 self._events.damaged(self, session_id, parcel.layers, parcel.spans)
             else:
-                landing.append((at, parcel, session_id))
+                landing.append((session_id, parcel))
+                parts.append((at, parcel.layers, parcel.spans))
             at += parcel.num_bytes
-        self.ring.scatter(slot, [(at, parcel.layers, parcel.spans) for at, parcel, _ in landing])
-        for _, parcel, session_id in landing:
+        return landing, self.ring.scatter(slot, parts)
+
+    def _give_back(self, slot: int, landing: Sequence[tuple[SessionId, Parcel]], wait: Wait) -> None:
+        """Tell what landed, and let the peer have the slot."""
+        wait()
+        for session_id, parcel in landing:
             self._events.landed(self, session_id, parcel.layers, parcel.spans)
+        self._lent.add(slot)
+        self._send(NoteKind.CREDIT, lambda number: pack_credit(number, slot))
 
     def _is_whole(self, slot: int, at: int, parcel: Parcel) -> bool:
         payload = None if parcel.checksum is None else self.ring.payload(slot, at, parcel.num_bytes)

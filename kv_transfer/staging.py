@@ -18,7 +18,7 @@ from __future__ import annotations
 import mmap
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import Condition
 from typing import TYPE_CHECKING, Protocol
@@ -102,6 +102,13 @@ def _shares_of(strips: Sequence[Strip], max_bytes: int) -> Iterator[tuple[Strip,
         yield tuple(share)
 
 
+Wait = Callable[[], None]  # when it returns, all bytes of what was begun are there; for the thread that began it
+
+
+def already_there() -> None:
+    """The ``Wait`` of what was done at once."""
+
+
 class Ring(Protocol):
     """``num_slots`` slots of ``slot_bytes`` bytes, one behind the other. ``slot`` is held by the caller throughout."""
 
@@ -110,12 +117,12 @@ class Ring(Protocol):
     address: int
     device: int | None  # ordinal of the device that holds it; None: host memory
 
-    def gather(self, slot: int, writes: Sequence[Write]) -> None:
-        """Copy the writes' source bytes into the slot, one payload behind the other; when it returns all are there."""
+    def gather(self, slot: int, writes: Sequence[Write]) -> Wait:
+        """Begin to copy the writes' source bytes into the slot, one payload behind the other."""
         ...
 
-    def scatter(self, slot: int, parts: Sequence[tuple[int, range, Sequence[Span]]]) -> None:
-        """Copy each (offset of a payload in the slot, layers, spans) into the pool; when it returns all are there."""
+    def scatter(self, slot: int, parts: Sequence[tuple[int, range, Sequence[Span]]]) -> Wait:
+        """Begin to copy each (offset of a payload in the slot, layers, spans) into the pool."""
         ...
 
     def payload(self, slot: int, offset: int, num_bytes: int) -> memoryview | None:
@@ -155,7 +162,7 @@ class HostRing:
         self._bytes: NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, num_slots * slot_bytes), dtype=np.uint8)
         self.address = int(self._bytes.ctypes.data)
 
-    def gather(self, slot: int, writes: Sequence[Write]) -> None:
+    def gather(self, slot: int, writes: Sequence[Write]) -> Wait:
         import numpy as np
 
         at = slot * self.slot_bytes
@@ -165,8 +172,9 @@ class HostRing:
                     self._bytes[at : at + view.nbytes] = np.frombuffer(view, dtype=np.uint8)
                     at += view.nbytes
         assert at <= (slot + 1) * self.slot_bytes, "the writes are more than a slot holds"
+        return already_there
 
-    def scatter(self, slot: int, parts: Sequence[tuple[int, range, Sequence[Span]]]) -> None:
+    def scatter(self, slot: int, parts: Sequence[tuple[int, range, Sequence[Span]]]) -> Wait:
         import numpy as np
 
         for offset, layers, spans in parts:
@@ -175,6 +183,7 @@ class HostRing:
                 for view in views:
                     np.frombuffer(view, dtype=np.uint8)[:] = self._bytes[at : at + view.nbytes]
                     at += view.nbytes
+        return already_there
 
     def payload(self, slot: int, offset: int, num_bytes: int) -> memoryview | None:
         start = slot * self.slot_bytes + offset

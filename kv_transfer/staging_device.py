@@ -10,7 +10,8 @@ with each other and with the model's kernels. Invariants:
   (``mark``), which records an event on the stream that is current there, and whoever gathers that layer waits for the
   newest mark of it, on the device. Kernels of later layers are not waited for; a chunk that is gathered late may wait
   for the next chunk's kernels of the same layer, which costs time and never bytes.
-- When ``outgoing`` yields, and ``incoming`` or a ring's ``gather`` or ``scatter`` returns, their kernels have run.
+- When ``outgoing`` yields, ``incoming`` returns, or the ``Wait`` of a ring's ``gather`` or ``scatter`` returns, their
+  kernels have run.
 
 It works on CPU tensors too, without streams and pinned memory: so it is tested byte for byte where there is no GPU.
 The one module of kv_transfer that imports torch; who hands it tensors has loaded that already.
@@ -26,10 +27,11 @@ from math import gcd
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from kv_transfer.spans import num_bytes_of
-from kv_transfer.staging import Ring, StagedRegion
-from kv_transfer.transport import HOST_PIECES, PageGeometry, PieceLimits, Span, Strip, Write
+from kv_transfer.spans import Spans, num_bytes_of, spans_of
+from kv_transfer.staging import Ring, StagedRegion, Wait, already_there
+from kv_transfer.transport import HOST_PIECES, PageGeometry, PieceLimits, Span, Strips, Write
 
 MIN_ROW_BYTES = 64  # below it an index entry costs as much as what it moves: copy strip by strip
 DEVICE_PIECES = PieceLimits(4 << 20, 4096)  # kernels, copies and their launches cost as much for a few KiB
@@ -45,7 +47,7 @@ class _Stage:
     host: torch.Tensor
     device: _Buffer
     # id of a table of runs |-> the table, which keeps the id its own, and its rows: layers share tables
-    rows: dict[int, tuple[Sequence[Strip] | Sequence[Span], _Rows]] = field(default_factory=dict)
+    rows: dict[int, tuple[Strips | Spans, _Rows]] = field(default_factory=dict)
 
 
 class DeviceRegion(StagedRegion):
@@ -119,43 +121,59 @@ class DeviceRegion(StagedRegion):
     @contextmanager
     def kernels(self, layers: Iterable[int] = ()) -> Iterator[None]:
         """What is launched within runs on the thread's stream, behind the marks of ``layers``, and has run at last."""
+        with self.launches(layers):
+            yield
+        self.launched()()
+
+    @contextmanager
+    def launches(self, layers: Iterable[int] = ()) -> Iterator[None]:
+        """As ``kernels``, but what is launched may still run at last."""
         stream = self._stage(0).stream
         if stream is None:
             yield
             return
-        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):
             for layer in layers:
                 event = self._stored[layer]
                 if event is not None:
                     stream.wait_event(event)
             yield
-        stream.synchronize()
+
+    def launched(self) -> Wait:
+        """Wait for all that the calling thread has launched on its stream by now."""
+        stream = self._stage(0).stream
+        if stream is None:
+            return already_there
+        event = torch.cuda.Event()
+        event.record(stream)
+        return event.synchronize
 
     def gather(self, writes: Sequence[Write], out: _Buffer, at: int) -> None:
         """Copy the writes' source bytes into ``out`` from ``at`` on, one payload behind the other. Only launches
         kernels."""
         for write in writes:
-            rows = self._rows(write.strips, at)
+            rows = self._rows(write.table, at)
             for layer in write.layers:
                 rows.gather(self._buffers[layer], out, at)
                 at += rows.num_bytes
 
     def scatter(self, payload: _Buffer, at: int, layers: range, spans: Sequence[Span]) -> None:
         """Copy what lies in ``payload`` from ``at`` on into the pool. Only launches kernels."""
-        rows = self._rows(spans, at)
+        rows = self._rows(spans_of(spans), at)
         for layer in layers:
             rows.scatter(payload, at, self._buffers[layer])
             at += rows.num_bytes
 
-    def _rows(self, table: Sequence[Strip] | Sequence[Span], at: int) -> _Rows:
+    def _rows(self, table: Strips | Spans, at: int) -> _Rows:
         """``at``: where the payload begins in its buffer: rows are aligned there too."""
         alignment = gcd(at, self._alignment)
         known = self._stage(0).rows
         remembered = known.get(id(table))
         if remembered is not None and alignment % remembered[1].row_bytes == 0:
             return remembered[1]
-        runs = [(run.src if isinstance(run, Strip) else run.offset, run.num_bytes) for run in table]
-        rows = _Rows(runs, gcd(alignment, *(number for run in runs for number in run)), self.device)
+        offsets, sizes = table.rows[:, 0], table.rows[:, -1]
+        row_bytes = gcd(alignment, int(np.gcd.reduce(offsets)), int(np.gcd.reduce(sizes)))
+        rows = _Rows(offsets, sizes, row_bytes, self.device)
         if len(known) == MAX_REMEMBERED:
             known.clear()
         known[id(table)] = (table, rows)
@@ -199,24 +217,26 @@ class _Buffer:
 class _Rows:
     """Runs of a layer's bytes as rows of one size: the largest that divides every offset and every length."""
 
-    def __init__(self, runs: list[tuple[int, int]], row_bytes: int, device: torch.device) -> None:
-        """``runs``: (offset, bytes)."""
-        self.num_bytes = sum(num_bytes for _, num_bytes in runs)
+    def __init__(
+        self, offsets: NDArray[np.int64], sizes: NDArray[np.int64], row_bytes: int, device: torch.device
+    ) -> None:
+        """``offsets`` and ``sizes`` of the runs, in bytes."""
+        self.num_bytes = int(sizes.sum())
         self.row_bytes = row_bytes
-        self._runs = runs
+        self._runs = (offsets, sizes)
         self._width, self._dtype = next((row_bytes // size, kind) for size, kind in _ELEMENTS if row_bytes % size == 0)
         self._index: torch.Tensor | None = None
-        if len(runs) > 1 and row_bytes >= MIN_ROW_BYTES:
-            firsts, counts = (np.array(column, dtype=np.int64) // row_bytes for column in zip(*runs, strict=True))
+        if len(sizes) > 1 and row_bytes >= MIN_ROW_BYTES:
+            counts = sizes // row_bytes
             ends = np.cumsum(counts)
-            index = np.repeat(firsts - ends + counts, counts) + np.arange(ends[-1])
+            index = np.repeat(offsets // row_bytes - ends + counts, counts) + np.arange(ends[-1])
             self._index = torch.from_numpy(index).to(device, non_blocking=True)
 
     def gather(self, layer: _Buffer, out: _Buffer, at: int) -> None:
         if self._index is not None:
             torch.index_select(self._all_of(layer), 0, self._index, out=self._payload(out, at))
             return
-        for offset, num_bytes in self._runs:
+        for offset, num_bytes in self._one_by_one():
             out.bytes[at : at + num_bytes].copy_(layer.bytes[offset : offset + num_bytes])
             at += num_bytes
 
@@ -224,9 +244,13 @@ class _Rows:
         if self._index is not None:
             self._all_of(layer).index_copy_(0, self._index, self._payload(payload, at))
             return
-        for offset, num_bytes in self._runs:
+        for offset, num_bytes in self._one_by_one():
             layer.bytes[offset : offset + num_bytes].copy_(payload.bytes[at : at + num_bytes])
             at += num_bytes
+
+    def _one_by_one(self) -> Iterator[tuple[int, int]]:
+        offsets, sizes = self._runs
+        return zip(offsets.tolist(), sizes.tolist(), strict=True)
 
     def _all_of(self, layer: _Buffer) -> torch.Tensor:
         return layer.rows(0, layer.bytes.nbytes, self._width, self._dtype)
@@ -246,14 +270,16 @@ class DeviceRing:
         self.address = self._buffer.bytes.data_ptr()
         self.device = None if region.is_host else self._buffer.bytes.get_device()
 
-    def gather(self, slot: int, writes: Sequence[Write]) -> None:
-        with self._region.kernels({layer for write in writes for layer in write.layers}):
+    def gather(self, slot: int, writes: Sequence[Write]) -> Wait:
+        with self._region.launches({layer for write in writes for layer in write.layers}):
             self._region.gather(writes, self._buffer, slot * self.slot_bytes)
+        return self._region.launched()
 
-    def scatter(self, slot: int, parts: Sequence[tuple[int, range, Sequence[Span]]]) -> None:
-        with self._region.kernels():
+    def scatter(self, slot: int, parts: Sequence[tuple[int, range, Sequence[Span]]]) -> Wait:
+        with self._region.launches():
             for offset, layers, spans in parts:
                 self._region.scatter(self._buffer, slot * self.slot_bytes + offset, layers, spans)
+        return self._region.launched()
 
     def payload(self, slot: int, offset: int, num_bytes: int) -> memoryview | None:
         if self.device is not None:

@@ -29,6 +29,20 @@ def test_a_note_that_comes_twice_is_dropped() -> None:
     assert not inbox.put(0, note(0))
 
 
+def test_what_was_acted_on_when_it_arrived_is_counted_and_taken_by_nobody() -> None:
+    inbox = Inbox()
+    numbers = list(range(50))
+    random.Random(2).shuffle(numbers)
+    for number in numbers:
+        assert inbox.put(number, note(number) if number % 3 == 1 else None)
+        assert not inbox.put(number, None)
+    assert [inbox.take(0.0) for _ in range(1, 50, 3)] == [note(number) for number in range(1, 50, 3)]
+    assert inbox.take(0.0) is None
+    assert inbox.missing_for(1.0) == 0.0
+    assert inbox.put(50, note(50))
+    assert inbox.take() == note(50)
+
+
 def test_a_note_from_far_ahead_is_nonsense() -> None:
     inbox = Inbox()
     with pytest.raises(ProtocolViolation, match="too far ahead"):

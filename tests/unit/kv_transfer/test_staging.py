@@ -56,7 +56,7 @@ def test_what_a_ring_gathers_it_scatters_byte_for_byte(them: list[Write]) -> Non
     slot_bytes = sum(write.num_bytes for write in them)
     here, there = make_ring(source, 2, slot_bytes), make_ring(target, 2, slot_bytes)
     assert isinstance(here, HostRing)
-    here.gather(1, them)
+    here.gather(1, them)()
     on_the_wire, arrived = here.payload(1, 0, slot_bytes), there.payload(0, 0, slot_bytes)
     assert on_the_wire is not None
     assert arrived is not None
@@ -65,7 +65,7 @@ def test_what_a_ring_gathers_it_scatters_byte_for_byte(them: list[Write]) -> Non
     for write in them:
         parts.append((at, write.layers, tuple(Span(strip.dst, strip.num_bytes) for strip in write.strips)))
         at += write.num_bytes
-    there.scatter(0, parts)
+    there.scatter(0, parts)()
 
     expected = [bytearray(LAYER_BYTES) for _ in range(3)]
     for write in them:
