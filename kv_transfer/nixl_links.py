@@ -434,6 +434,8 @@ class SendEnd(LinkEnd):
         wait = self.ring.gather(slot, writes)
         self._finish_sending()
         self._sending = partial(self._post, self.ring, slot, writes, whole, wait)
+        if self._slots.num_held == 1:
+            self._finish_sending()  # nothing is on its way: the wire need not wait for what comes next
 
     def _post(self, ring: Ring, slot: int, writes: Sequence[Write], whole: Sequence[Write], wait: Wait) -> None:
         """Send the slot once its bytes are there."""
