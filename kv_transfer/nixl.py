@@ -120,7 +120,7 @@ class NixlTransport:
         thread = self._thread
         end = SendEnd(thread, secrets.token_bytes(LINK_ID_BYTES), "not reached yet", events)
         closed = self.add(end)
-        end.start()
+        thread.adopt(end)
         if closed:
             end.close(PeerLost("this end's transport is closed"))
         else:
@@ -143,8 +143,6 @@ class NixlTransport:
             end.close(PeerLost("this end's transport was closed"))
         with self._changed:
             self._changed.wait_for(lambda: not self._ends)
-        for end in ends:
-            end.join()
         if self._thread is not None:
             self._thread.stop()
 

@@ -12,12 +12,12 @@ of a head) and at most ``max_strips`` strips.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from core.errors import ProtocolViolation
 from core.kv_layout import KvLayer, KvLayout
@@ -73,23 +73,27 @@ def plan_writes(
     if not src_pages:
         return []
     src, dst = np.array(src_pages, dtype=np.int64), np.array(dst_pages, dtype=np.int64)
-    follows = (np.diff(src) == 1) & (np.diff(dst) == 1)
-    starts = [0, *(np.flatnonzero(~follows) + 1).tolist()]  # of the runs, whatever the pieces' bounds
-    cuts = _cuts(starts, len(src), max(1, max_bytes // page_bytes), max_strips)
-    firsts = np.array(sorted({*starts, *cuts}))
-    rows = np.stack((src[firsts], dst[firsts], np.diff(firsts, append=len(src))), axis=1) * page_bytes
+    begins = np.ones(len(src), dtype=np.bool_)  # a strip, at this page
+    begins[1:] = (src[1:] != src[:-1] + 1) | (dst[1:] != dst[:-1] + 1)
+    cuts = _cuts(np.cumsum(begins), max(1, max_bytes // page_bytes), max_strips)
+    begins[cuts] = True
+    firsts = np.flatnonzero(begins)
+    rows = np.empty((len(firsts), 3), dtype=np.int64)
+    rows[:, 0], rows[:, 1] = src[firsts], dst[firsts]
+    rows[:-1, 2], rows[-1, 2] = firsts[1:] - firsts[:-1], len(src) - firsts[-1]
+    rows *= page_bytes
     bounds = [*np.searchsorted(firsts, cuts).tolist(), len(firsts)]
     return [Strips.of_rows(rows[first:end]) for first, end in pairwise(bounds)]
 
 
-def _cuts(starts: Sequence[int], num_pages: int, max_pages: int, max_strips: int) -> list[int]:
-    """At which pages a new piece begins, when runs of pages begin at ``starts``."""
+def _cuts(num_begun: NDArray[np.int64], max_pages: int, max_strips: int) -> list[int]:
+    """At which pages a new piece begins, when up to each page, it included, so many strips have begun."""
     cuts: list[int] = []
     at = 0
-    while at < num_pages:
+    while at < len(num_begun):
         cuts.append(at)
-        next_run = bisect_right(starts, at) + max_strips - 1  # the first run that is one strip too many
-        at = min(at + max_pages, starts[next_run] if next_run < len(starts) else num_pages)
+        one_too_many = int(np.searchsorted(num_begun, num_begun[at] + max_strips))
+        at = min(at + max_pages, one_too_many)
     return cuts
 
 

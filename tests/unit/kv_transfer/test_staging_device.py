@@ -88,7 +88,7 @@ def test_rings_hold_the_same_bytes_as_in_host_memory(them: list[Write], slot: in
     rings: tuple[Ring, ...] = (DeviceRing(device, 3, num_bytes + 7), HostRing(host, 3, num_bytes + 7))
     payloads = []
     for ring in rings:
-        ring.gather(slot, them)()
+        ring.gather(slot, them).synchronize()
         payloads.append(bytes(ring.payload(slot, 0, num_bytes) or b""))
     assert payloads[0] == payloads[1]
 
@@ -98,7 +98,9 @@ def test_rings_hold_the_same_bytes_as_in_host_memory(them: list[Write], slot: in
         assert view is not None
         view[:] = payloads[0]
         starts = [sum(write.num_bytes for write in them[:i]) for i in range(len(them))]
-        ring.scatter(slot, [(at, write.layers, spans_of(write)) for at, write in zip(starts, them, strict=True)])()
+        ring.scatter(
+            slot, [(at, write.layers, spans_of(write)) for at, write in zip(starts, them, strict=True)]
+        ).synchronize()
     assert [bytes_of(tensor) for tensor in tensors] == layers
 
 
