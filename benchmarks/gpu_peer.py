@@ -42,10 +42,11 @@ class GpuPeer:
         for layer, pool in enumerate(self._layers):
             pool.copy_(_content(layer, pages))
 
-    def open(self, transport: str, connections: int) -> None:
-        """Make an end over ``transport``; the one before it is closed."""
+    def open(self, transport: str, connections: int, staging_mib: int | None = None) -> None:
+        """Make an end over ``transport`` with rings of that size; the one before it is closed."""
         self.close()
-        self._end = GpuEnd(DeviceRegion(geometry(self._pool_pages), self._layers), transport, connections)
+        region = DeviceRegion(geometry(self._pool_pages), self._layers)
+        self._end = GpuEnd(region, transport, connections, staging_mib)
 
     def expect(self, session: str, pages: tuple[int, ...]) -> Grant:
         return self._opened.receiver.issue(SessionId(session), 0, pages)

@@ -114,9 +114,9 @@ def _measure(
     left = ChildProcess(left_wrap, "benchmarks.overlap_peer", [left_host, folder])
     right = ChildProcess(right_wrap, "benchmarks.overlap_peer", [right_host, folder])
     try:
-        fingerprint, layers = left.call("load", num_tokens, chunk)
+        fingerprint, layout, layers = left.call("load", num_tokens, chunk)
         num_pages = -(-num_tokens // fingerprint.page_size)
-        right.call("serve", fingerprint, layers, num_pages)
+        right.call("serve", fingerprint, layout, layers, num_pages)
         for number in range(rounds + 1):
             console.print(f"chunk {chunk}: {'warm-up' if number == 0 else f'round {number} of {rounds}'}")
             for i, setting in enumerate(settings):

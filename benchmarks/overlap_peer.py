@@ -21,6 +21,7 @@ from benchmarks.overlap_results import Handover
 from core.clock import WallClock
 from core.errors import TransferError
 from core.fingerprint import CacheFingerprint
+from core.kv_layout import KvLayout
 from core.request import (
     GatewayId,
     SamplingParams,
@@ -78,23 +79,25 @@ class Peer:
         self._prefiller: _Prefiller | None = None
         self._receiver: KvReceiver | None = None
 
-    def load(self, num_tokens: int, chunk: int) -> tuple[CacheFingerprint, tuple[LayerPages, ...]]:
+    def load(self, num_tokens: int, chunk: int) -> tuple[CacheFingerprint, KvLayout, tuple[LayerPages, ...]]:
         """Make the engine that computes prompts of ``num_tokens`` tokens, ``chunk`` of them in a step; its pages."""
         self._prefiller = _Prefiller(self._model, self._host, num_tokens, chunk)
-        return self._prefiller.fingerprint, self._prefiller.layers
+        return self._prefiller.fingerprint, self._prefiller.layout, self._prefiller.layers
 
     def prefill(self, name: str, grant: Grant | None, layers_per_group: int, after: bool) -> Handover:
         """Compute one prompt; with ``grant`` its K/V is shipped meanwhile, or ``after`` the first token."""
         assert self._prefiller is not None, "load comes first"
         return self._prefiller.run(name, grant, layers_per_group, after)
 
-    def serve(self, fingerprint: CacheFingerprint, layers: tuple[LayerPages, ...], num_pages: int) -> None:
+    def serve(
+        self, fingerprint: CacheFingerprint, layout: KvLayout, layers: tuple[LayerPages, ...], num_pages: int
+    ) -> None:
         """Make a pool of ``num_pages`` such pages, and take writes into it."""
         geometry = PageGeometry(layers, num_pages)
         transport = create_transport(KvTransferConfig(host=self._host), fingerprint, WallClock())
         views = (memoryview(bytearray(num_pages * layer.page_bytes)) for layer in layers)
         transport.register(Region(geometry, tuple(views)))
-        self._receiver = KvReceiver(transport, WallClock(), _committed, _released, lease_s=600.0)
+        self._receiver = KvReceiver(transport, WallClock(), _committed, _released, 600.0, layout)
 
     def grant(self, name: str, num_pages: int) -> Grant:
         assert self._receiver is not None, "serve comes first"
@@ -123,7 +126,7 @@ class _Prefiller:
         self._num_tokens = num_tokens
         self._thread = EngineThread(lambda: Engine.load_model(settings, model, WallClock()), self._on_output)
         engine = self._thread.start()
-        layout = engine.layout
+        self.layout = layout = engine.layout
         numbers = range(layout.num_layers)
         self.fingerprint = engine.fingerprint
         self.layers = tuple(
@@ -143,7 +146,7 @@ class _Prefiller:
             make_commit=lambda sequence_id, token_ids: b"",
             run_on_loop=_run_aside,
         )
-        self._sender = KvSender(transport, WallClock(), self._closed)
+        self._sender = KvSender(transport, WallClock(), self._closed, layout)
         self._worker.attach(self._sender)
         self._held = HoldBack(self._worker, layout.num_layers)
         engine.listener = self._held

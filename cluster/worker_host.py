@@ -388,7 +388,7 @@ class _Parts(rpc.WorkerServicer):
             self._prefill.closed(session_id, report)
 
     def _codec_for(self, peer: PeerIdentity, layers: Sequence[LayerPages], write: Write) -> Codec:
-        return self._codecs.codec_for(peer.worker_id, layers, [strip.num_bytes for strip in write.strips])
+        return self._codecs.codec_for(peer.worker_id, layers, write.table.rows[:, 2].tolist())
 
     def _committed(self, session_id: SessionId, payload: bytes) -> None:
         if not (self._probed.committed(session_id) or self._puller.committed(session_id)):

@@ -28,7 +28,7 @@ flipped bit anywhere in a header or a head never parses.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import reduce
@@ -41,7 +41,7 @@ from core.fingerprint import CacheFingerprint
 from core.request import ClusterId, WorkerId
 from kv_transfer.codec import Codec
 from kv_transfer.messages import MAX_PAYLOAD_BYTES
-from kv_transfer.spans import SPAN, Spans
+from kv_transfer.spans import SPAN_BYTES, Spans
 from kv_transfer.transport import PeerIdentity
 
 VERSION = 2
@@ -144,17 +144,15 @@ def pack_barrier(number: int) -> bytes:
 def pack_write(
     token: bytes,
     layers: range,
-    spans: Iterable[tuple[int, int]],
+    spans: Spans,
     payload_bytes: int,
     codec: Codec = Codec.RAW,
     checksum: int | None = None,
 ) -> bytes:
-    """Header and head of a write; ``spans`` are (offset, bytes) at the receiver. The payload follows."""
-    packed = b"".join(SPAN.pack(offset, num_bytes) for offset, num_bytes in spans)
+    """Header and head of a write; ``spans`` are the receiver's. The payload follows."""
     algorithm = Checksum.NONE if checksum is None else Checksum.XXH3
-    num_spans = len(packed) // SPAN.size
-    fixed = _WRITE.pack(token, layers.start, len(layers), codec, algorithm, num_spans, checksum or 0)
-    return _frame(FrameKind.WRITE, fixed + packed, payload_bytes)
+    fixed = _WRITE.pack(token, layers.start, len(layers), codec, algorithm, len(spans), checksum or 0)
+    return _frame(FrameKind.WRITE, fixed + spans.packed, payload_bytes)
 
 
 def parse_header(data: bytes | bytearray) -> Header:
@@ -210,7 +208,7 @@ def parse_write(body: bytes, parse_spans: Callable[[bytes], Spans] = Spans.parse
     token, first_layer, num_layers, codec, algorithm, num_spans, checksum = _WRITE.unpack_from(body)
     if codec not in _CODECS or algorithm not in _CHECKSUMS or (checksum and algorithm == Checksum.NONE):
         raise ProtocolViolation(f"a WRITE with codec {codec} and checksum algorithm {algorithm}")
-    if num_layers == 0 or num_spans == 0 or len(body) != _WRITE.size + num_spans * SPAN.size:
+    if num_layers == 0 or num_spans == 0 or len(body) != _WRITE.size + num_spans * SPAN_BYTES:
         raise ProtocolViolation(f"a WRITE head of {len(body)} bytes for {num_spans} spans")
     layers = range(first_layer, first_layer + num_layers)
     return WriteHead(token, layers, parse_spans(body[_WRITE.size :]), Codec(codec), Checksum(algorithm), checksum)

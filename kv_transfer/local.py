@@ -21,6 +21,7 @@ from core.fingerprint import CacheFingerprint
 from core.request import SessionId
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.outbox import Notice, Outbox, Taker
+from kv_transfer.spans import Spans
 from kv_transfer.transport import (
     ANONYMOUS,
     HOST_PIECES,
@@ -30,7 +31,6 @@ from kv_transfer.transport import (
     ReceiveEvents,
     Region,
     SendEvents,
-    Span,
     TransportCounters,
     Write,
 )
@@ -257,7 +257,7 @@ class _Joint:
         thread.start()
 
     def _copy(self, receiver: LocalTransport, events: ReceiveEvents, write: Write) -> None:
-        spans = tuple(Span(strip.dst, strip.num_bytes) for strip in write.strips)
+        spans = Spans.of(write.table)
         session_id = events.admit(self.receive_end, write.token, write.layers, spans)
         if session_id is None:
             receiver.count_refused_write()

@@ -14,8 +14,9 @@ from __future__ import annotations
 import ipaddress
 import logging
 import secrets
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from threading import Condition
 from typing import Any
 
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 _DESCRIPTOR_MAGIC = b"nixl1"
 _BACKEND = "UCX"
 MAX_SPANS = 4096  # of a write: 48 KiB of its note
+_MAX_KEPT = 256  # writes that NIXL knows: sixteen links of four slots, each of several lengths
 
 
 class NixlTransport:
@@ -118,7 +120,7 @@ class NixlTransport:
         thread = self._thread
         end = SendEnd(thread, secrets.token_bytes(LINK_ID_BYTES), "not reached yet", events)
         closed = self.add(end)
-        end.start()
+        thread.adopt(end)
         if closed:
             end.close(PeerLost("this end's transport is closed"))
         else:
@@ -141,8 +143,6 @@ class NixlTransport:
             end.close(PeerLost("this end's transport was closed"))
         with self._changed:
             self._changed.wait_for(lambda: not self._ends)
-        for end in ends:
-            end.join()
         if self._thread is not None:
             self._thread.stop()
 
@@ -200,8 +200,21 @@ def _require_nixl() -> None:
         raise InvalidConfig("kv_transfer.transport", f"nixl is not installed ({error}): {how}") from error
 
 
+@dataclass(eq=False, slots=True)
+class _Transfer:
+    """A write that NIXL was told of: to whom, from where, to where. It may be posted again once it is done."""
+
+    key: tuple[str, Place, Place]
+    handle: Any
+    done: bool = False
+
+
 class _Agent:
-    """NIXL's agent as nixl_carrier.py wants it."""
+    """NIXL's agent as nixl_carrier.py wants it.
+
+    Slots are written again and again, so what NIXL made of a write is kept: to post it anew takes one call and not
+    four, and at each of them another thread may take the interpreter.
+    """
 
     def __init__(self, config: KvTransferConfig) -> None:
         from nixl import _bindings
@@ -217,6 +230,7 @@ class _Agent:
             # Our one thread calls it, and calls it often: no progress thread, no locks.
             self._nixl = nixl_agent(self.name, nixl_agent_config(enable_prog_thread=False, backends=[]))
             self._nixl.create_backend(_BACKEND, {"ucx_error_handling_mode": "peer"})
+        self._kept: dict[tuple[str, Place, Place], _Transfer] = {}  # done
         nothing = _bindings.nixlRegDList(_bindings.DRAM_SEG)
         self.connection: bytes = self._nixl.get_partial_agent_metadata(nothing, True, [_BACKEND])
 
@@ -225,6 +239,7 @@ class _Agent:
         return self._nixl.register_memory([place], _segment(ring.device), [_BACKEND])
 
     def deregister(self, registration: Any) -> None:
+        self._forget(list(self._kept))
         self._nixl.deregister_memory(registration, [_BACKEND])
 
     def metadata(self, registration: Any) -> bytes:
@@ -239,6 +254,7 @@ class _Agent:
         return name.decode() if isinstance(name, bytes) else name
 
     def unload(self, name: str) -> None:
+        self._forget([key for key in self._kept if key[0] == name])
         with suppress(*self.errors):  # it knew nothing of that peer
             self._nixl.remove_remote_agent(name)
 
@@ -252,28 +268,46 @@ class _Agent:
         notes: dict[str, list[bytes]] = self._nixl.get_new_notifs([_BACKEND])
         return notes
 
-    def write(self, name: str, ours: Place, theirs: Place, note: bytes) -> Any:
+    def write(self, name: str, ours: Place, theirs: Place, note: bytes) -> _Transfer:
+        key = (name, ours, theirs)
+        transfer = self._kept.pop(key, None)
         try:
-            source = self._nixl.get_xfer_descs([_descriptor(ours)], _segment(ours.device))
-            target = self._nixl.get_xfer_descs([_descriptor(theirs)], _segment(theirs.device))
-            handle = self._nixl.initialize_xfer("WRITE", source, target, name, note, [_BACKEND])
-            self._nixl.transfer(handle)
+            if transfer is None:
+                source = self._nixl.get_xfer_descs([_descriptor(ours)], _segment(ours.device))
+                target = self._nixl.get_xfer_descs([_descriptor(theirs)], _segment(theirs.device))
+                handle = self._nixl.initialize_xfer("WRITE", source, target, name, note, [_BACKEND])
+                transfer = _Transfer(key, handle)
+            transfer.done = False
+            self._nixl.transfer(transfer.handle, note)
         except self.errors as error:
             raise PeerLost(f"NIXL cannot write to {name}: {error}") from error
-        return handle
+        return transfer
 
-    def is_done(self, handle: Any) -> bool:
+    def is_done(self, transfer: _Transfer) -> bool:
         try:
-            state = self._nixl.check_xfer_state(handle)
+            state = self._nixl.check_xfer_state(transfer.handle)
         except self.errors as error:
             raise PeerLost(f"a write failed: {error}") from error
         if state == "ERR":
             raise PeerLost("a write failed")
-        return bool(state == "DONE")
+        transfer.done = state == "DONE"
+        return transfer.done
 
-    def release(self, handle: Any) -> None:
+    def release(self, transfer: _Transfer) -> None:
+        if transfer.done and transfer.key not in self._kept:
+            if len(self._kept) == _MAX_KEPT:
+                self._forget(list(self._kept))
+            self._kept[transfer.key] = transfer
+        else:
+            self._give_up(transfer)
+
+    def _forget(self, keys: Iterable[tuple[str, Place, Place]]) -> None:
+        for key in keys:
+            self._give_up(self._kept.pop(key))
+
+    def _give_up(self, transfer: _Transfer) -> None:
         with suppress(*self.errors):  # still under way: NIXL keeps it until the agent goes
-            self._nixl.release_xfer_handle(handle)
+            self._nixl.release_xfer_handle(transfer.handle)
 
 
 def _descriptor(place: Place) -> tuple[int, int, int]:

@@ -224,7 +224,9 @@ class CarrierThread:
         self._peers: dict[str, _Peer] = {}
         self._handshakes: dict[SendEnd, _Handshake] = {}
         self._transfers: list[_Transfer] = []
+        self._ends: list[LinkEnd] = []  # whose last event was not called yet
         self._finishing: list[LinkEnd] = []  # ended, with writes that may be under way
+        self._is_broken = False  # by a bug: links end at once
         self._log_marks: dict[SendEnd, int] = {}  # whose path is not known yet |-> where UCX's log stood
 
     # ---- from any thread ----
@@ -252,18 +254,12 @@ class CarrierThread:
     def count(self, *, bad_frames: int = 0, writes_refused: int = 0, writes_damaged: int = 0) -> None:
         self._transport.count(bad_frames=bad_frames, writes_refused=writes_refused, writes_damaged=writes_damaged)
 
-    def send(self, end: LinkEnd, note: bytes) -> None:
-        self.queue(partial(self._send, end, note))
+    def wake(self) -> None:
+        self._bell.ring()
 
-    def post(self, end: SendEnd, slot: int, num_bytes: int, note: bytes) -> None:
-        self.queue(partial(self._post, end, slot, num_bytes, note))
-
-    def ended(self, end: LinkEnd) -> None:
-        def finish() -> None:
-            self._finishing.append(end)
-
-        self._transport.forget(end)
-        self.queue(finish)
+    def adopt(self, end: SendEnd) -> None:
+        """Step the end from now on."""
+        self.queue(partial(self._ends.append, end))
 
     # ---- the loop ----
 
@@ -279,31 +275,39 @@ class CarrierThread:
         try:
             self._loop()
         except Exception:
-            logger.exception("the thread of kv over nixl died of a bug: its links end here")
+            logger.exception("kv over nixl is broken by a bug: its links end here")
         finally:
             self._tear_down()
+        while self._stopping_at is None:
+            self._run_queue()
+            self._stop_ends()
+            self._bell.wait(_KEEP_ALIVE_S)
+        self._stop_ends()
 
     def _loop(self) -> None:
-        moved_at = kept_at = self.clock.now()
+        clock = self.clock
+        moved_at = kept_at = clock.now()
         while not self._stopped():
-            moved = self._run_queue() + self._take_notes() + self._poll_transfers() + self._finish_ends()
-            now = self.clock.now()
+            moved = self._run_queue() + self._take_notes() + self._step_ends()
+            moved += self._poll_transfers() + self._finish_ends()
+            now = clock.now()
             if moved:
                 moved_at = now
             if now - kept_at >= _KEEP_ALIVE_S:
                 self._keep_alive()
                 kept_at = now
-            since_s = 0.0 if self._transfers else now - moved_at
-            self._bell.wait(next(pause_s for from_s, pause_s in _PAUSES_S if since_s >= from_s))
+            if not moved:
+                since_s = 0.0 if self._transfers else now - moved_at
+                self._bell.wait(next(pause_s for from_s, pause_s in _PAUSES_S if since_s >= from_s))
 
     def _stopped(self) -> bool:
         if self._stopping_at is None or self._queue:
             return False
-        return not (self._finishing or self._transfers) or self.clock.now() > self._stopping_at
+        return not (self._ends or self._finishing or self._transfers) or self.clock.now() > self._stopping_at
 
     def _tear_down(self) -> None:
-        for end in self._links.values():
-            end.close(PeerLost("this end's thread has ended"))
+        self._is_broken = True
+        self._stop_ends()
         for transfer in self._transfers:
             self._agent.release(transfer.handle)
         self._transfers.clear()
@@ -312,6 +316,55 @@ class CarrierThread:
         for own in [*self._free, *self._rings.values(), *(own for _, own in self._quarantined.values())]:
             self._agent.deregister(own.registration)
         del self._agent
+
+    def _step_ends(self) -> int:
+        return sum([end.step() for end in tuple(self._ends)])
+
+    def _stop_ends(self) -> None:
+        """Nothing goes any more: end those that did not end in order."""
+        for end in tuple(self._ends):
+            end.close(PeerLost("this end's thread has ended"))
+            end.stop()
+
+    # ---- for the links, within their steps ----
+
+    def send(self, end: LinkEnd, note: bytes) -> bool:
+        """False: the peer is gone."""
+        if self._is_broken:
+            return False
+        try:
+            self._agent.send(end.agent, note)
+        except PeerLost as error:
+            end.close(error)
+            self._lose(end.agent, error)
+            return False
+        end.sent_at = self.clock.now()
+        return True
+
+    def post(self, end: SendEnd, slot: int, num_bytes: int, note: bytes) -> None:
+        if end.error is not None or self._is_broken:
+            return  # nothing is begun for a link that ends
+        ring, theirs = end.ring, end.theirs
+        assert ring is not None, "a link that writes was opened"
+        assert theirs is not None, "a link that writes was opened"
+        here = Place(ring.address + slot * ring.slot_bytes, num_bytes, ring.device)
+        device = theirs.device if theirs.memory is Memory.DEVICE else None
+        there = Place(theirs.address + slot * theirs.slot_bytes, num_bytes, device)
+        try:
+            handle = self._agent.write(end.agent, here, there, note)
+        except PeerLost as error:
+            end.close(error)
+            self._lose(end.agent, error)
+            return
+        end.sent_at = self.clock.now()
+        self._transfers.append(_Transfer(end, handle, num_bytes))
+
+    def ended(self, end: LinkEnd) -> None:
+        self._ends.remove(end)
+        self._finishing.append(end)
+        self._transport.forget(end)
+
+    # ---- the rest of the loop ----
 
     def _run_queue(self) -> int:
         count = len(self._queue)
@@ -373,6 +426,8 @@ class CarrierThread:
         return moved
 
     def _finish_ends(self) -> int:
+        if not self._finishing:
+            return 0
         under_way = {transfer.end for transfer in self._transfers}
         finished = [end for end in self._finishing if end not in under_way]
         for end in finished:
@@ -385,7 +440,7 @@ class CarrierThread:
         self._handshakes.pop(end, None)  # type: ignore[call-overload]
         self._log_marks.pop(end, None)  # type: ignore[call-overload]
         known = self._links.pop((end.role, end.link_id), None) is not None
-        reached = known and self._send(end, end.bye_note())
+        reached = known and self.send(end, end.bye_note())
         own = self._rings.pop(end, None)
         if own is not None and (isinstance(end, SendEnd) or end.peer_is_done or not reached):
             self._free.append(own)
@@ -402,7 +457,7 @@ class CarrierThread:
             if isinstance(end, SendEnd) and end in self._handshakes:
                 self._greet_again(self._handshakes[end], now)
             elif end.error is None and now - end.sent_at >= self._keepalive_s:
-                self._send(end, end.alive_note())
+                self.send(end, end.alive_note())
                 if end.silence(now) > max(self._config.lease_s, _MIN_SILENCE_S):
                     end.close(PeerLost(f"{end.peer} was silent for {end.silence(now):.1f} s"))
         held = {name for name, _ in self._quarantined.values()}
@@ -428,35 +483,6 @@ class CarrierThread:
         self._free += [self._quarantined.pop(link_id)[1] for link_id in gone]
         if name != self._agent.name:
             self._forget_peer(name)
-
-    def _send(self, end: LinkEnd, note: bytes) -> bool:
-        """False: the peer is gone."""
-        try:
-            self._agent.send(end.agent, note)
-        except PeerLost as error:
-            end.close(error)
-            self._lose(end.agent, error)
-            return False
-        end.sent_at = self.clock.now()
-        return True
-
-    def _post(self, end: SendEnd, slot: int, num_bytes: int, note: bytes) -> None:
-        if end.error is not None:
-            return  # nothing is begun for a link that ends
-        ring, theirs = end.ring, end.theirs
-        assert ring is not None, "a link that writes was opened"
-        assert theirs is not None, "a link that writes was opened"
-        here = Place(ring.address + slot * ring.slot_bytes, num_bytes, ring.device)
-        device = theirs.device if theirs.memory is Memory.DEVICE else None
-        there = Place(theirs.address + slot * theirs.slot_bytes, num_bytes, device)
-        try:
-            handle = self._agent.write(end.agent, here, there, note)
-        except PeerLost as error:
-            end.close(error)
-            self._lose(end.agent, error)
-            return
-        end.sent_at = self.clock.now()
-        self._transfers.append(_Transfer(end, handle, num_bytes))
 
     def _learn_path(self, end: SendEnd, num_bytes: int) -> None:
         since = self._log_marks.pop(end, None)
@@ -489,6 +515,9 @@ class CarrierThread:
     # ---- handshakes ----
 
     def dial(self, end: SendEnd, connection: bytes, key: bytes) -> None:
+        if self._is_broken:
+            end.close(PeerLost("this end's thread has ended"))
+            return
         now = self.clock.now()
         handshake = _Handshake(end, connection, key, now, now)
         try:
@@ -559,7 +588,7 @@ class CarrierThread:
         memory = Memory.HOST if ring.device is None else Memory.DEVICE
         metadata = self._agent.metadata(own.registration)
         place = RingPlace(ring.num_slots, ring.slot_bytes, ring.address, ring.device or 0, memory, metadata)
-        end.start()
+        self._ends.append(end)
         if closed:
             end.close(PeerLost("this end's transport is closed"))
         else:

@@ -38,7 +38,7 @@ from core.errors import Incompatible, ProtocolViolation
 from core.fingerprint import CacheFingerprint
 from core.request import ClusterId, WorkerId
 from kv_transfer.codec import Codec
-from kv_transfer.spans import SPAN, Spans
+from kv_transfer.spans import SPAN_BYTES, Spans
 from kv_transfer.transport import PeerIdentity
 
 VERSION = 1
@@ -267,7 +267,7 @@ def _parse_parcel(body: bytes, at: int, parse_spans: ParseSpans) -> tuple[Parcel
     token, first_layer, num_layers, codec, algorithm, num_spans, checksum = _PARCEL.unpack_from(body, at)
     if codec != Codec.RAW or algorithm not in (_UNCHECKED, _XXH3):
         raise ProtocolViolation(f"a write with codec {codec} and checksum algorithm {algorithm}")
-    start, end = at + _PARCEL.size, at + _PARCEL.size + num_spans * SPAN.size
+    start, end = at + _PARCEL.size, at + _PARCEL.size + num_spans * SPAN_BYTES
     if num_layers == 0 or num_spans == 0 or len(body) < end:
         raise ProtocolViolation(f"a write of {num_spans} spans of {num_layers} layers")
     layers = range(first_layer, first_layer + num_layers)

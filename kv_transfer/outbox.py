@@ -126,7 +126,11 @@ class Outbox:
 
     def take(self, taker: Taker, timeout_s: float) -> Write | Notice | Barrier | None:
         """What ``taker``'s connection sends next; None if nothing came in time, it left, or the outbox is closed."""
+        if timeout_s <= 0.0 and not self._lanes and taker.control:
+            return None  # nothing is queued, and it shows no barriers: no need to wait for the lock
         with self._changed:
+            if timeout_s <= 0.0:
+                return None if self._closed or taker.left else self._next(taker)
             # Whoever woke this taker may have been served by another one meanwhile: it waits on, not for nothing.
             item = self._changed.wait_for(lambda: self._closed or taker.left or self._next(taker), timeout_s)
             return None if isinstance(item, bool) else item

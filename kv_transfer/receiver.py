@@ -185,7 +185,7 @@ class KvReceiver:
 
     # ---- ReceiveEvents: called by the transport's threads ----
 
-    def admit(self, link: Link, token: bytes, layers: range, spans: tuple[Span, ...]) -> SessionId | None:
+    def admit(self, link: Link, token: bytes, layers: range, spans: Sequence[Span]) -> SessionId | None:
         with self._changed:
             entry = self._by_token.get(token)
             if entry is not None and entry.link is None and entry.session.state is ReceiveState.ISSUED:
@@ -200,12 +200,12 @@ class KvReceiver:
                 return None
             return entry.session.session_id
 
-    def landed(self, link: Link, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:
+    def landed(self, link: Link, session_id: SessionId, layers: range, spans: Sequence[Span]) -> None:
         with self._changed:
             self._bytes_received += len(layers) * num_bytes_of(spans)
             self._entries[session_id].session.landed()
 
-    def damaged(self, link: Link, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:
+    def damaged(self, link: Link, session_id: SessionId, layers: range, spans: Sequence[Span]) -> None:
         with self._changed:
             self._entries[session_id].session.damaged(layers, spans)
 

@@ -24,7 +24,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -33,6 +33,7 @@ from core.kv_layout import KvLayer, KvLayout
 from core.request import SessionId
 from kv_transfer.byte_ranges import ByteRanges
 from kv_transfer.messages import MAX_PAYLOAD_BYTES, MAX_RESEND_SPANS, Begin, Commit, Missing
+from kv_transfer.spans import Spans, spans_of
 from kv_transfer.transfer_plan import (
     PageTable,
     granted_bytes,
@@ -432,7 +433,7 @@ class ReceiveSession:
         self._waiting = expected.allowed()  # of each layer, the bytes that were not admitted, or came damaged
         # Layers that are alike lose the same spans in the same order: what a long table leaves of a set of bytes is
         # computed once. Sets in use there, or by several layers, are shared and never changed.
-        self._taken: dict[tuple[int, int], tuple[ByteRanges, Sequence[Span], ByteRanges]] = {}
+        self._taken: dict[tuple[int, int], tuple[ByteRanges, Spans, ByteRanges]] = {}
         self._is_shared = [True] * len(self._waiting)
         self._num_landing = 0
         self._num_resends = 0
@@ -462,11 +463,12 @@ class ReceiveSession:
             raise ProtocolViolation(f"session {self.session_id} takes no writes in state {self._state.name}")
         if not layers or layers.start < 0 or layers.stop > len(self._waiting):
             raise ProtocolViolation(f"session {self.session_id}: a write names layers {layers} of {len(self._waiting)}")
+        table = spans_of(spans)
         for layer in layers:
-            refused = self._take(layer, spans)
+            refused = self._take(layer, table)
             if refused is not None:
                 fault = self._describe_refusal(layer, refused)
-                self._put_back(range(layers.start, layer), spans)
+                self._put_back(range(layers.start, layer), table)
                 raise ProtocolViolation(fault)
         self._num_landing += 1
 
@@ -479,7 +481,7 @@ class ReceiveSession:
         """An admitted write will not land: its bytes are missing again, in whatever state."""
         assert self._num_landing > 0, "only an admitted write can come damaged"
         self._num_landing -= 1
-        self._put_back(layers, spans)
+        self._put_back(layers, spans_of(spans))
 
     def commit(self) -> tuple[Missing, ...]:
         """The sender says that it sent everything. Empty: so it is, and the session is COMMITTED. Else what to ask for
@@ -521,32 +523,39 @@ class ReceiveSession:
             required.discard(start, end)
         return required
 
-    def _take(self, layer: int, spans: Sequence[Span]) -> Span | None:
+    def _take(self, layer: int, spans: Spans) -> Span | None:
         """Wait for these bytes no more. The first span that may not be taken, and then none is; None: all were."""
         waiting = self._waiting[layer]
         known = self._taken.get((id(waiting), id(spans)))  # which keeps both, so that nothing else gets their ids
         if known is not None:
             self._waiting[layer], self._is_shared[layer] = known[2], True
             return None
-        is_long = len(spans) >= _LONG_TABLE
-        left = waiting.copy() if is_long or self._is_shared[layer] else waiting
-        for index, span in enumerate(spans):
-            if not left.take(span.offset, span.offset + span.num_bytes):
+        if len(spans) >= _LONG_TABLE:
+            starts = spans.rows[:, 0]
+            remembered = waiting.without(starts, starts + spans.rows[:, 1])
+            if remembered is not None:
+                if len(self._taken) == _MAX_TAKEN:
+                    self._taken.clear()
+                self._taken[id(waiting), id(spans)] = (waiting, spans, remembered)
+                self._waiting[layer], self._is_shared[layer] = remembered, True
+                return None
+            # else one of them may not be taken: which?
+        left = waiting.copy() if self._is_shared[layer] else waiting
+        runs = spans.rows.tolist()
+        for index, (offset, num_bytes) in enumerate(runs):
+            if not left.take(offset, offset + num_bytes):
                 if left is waiting:
-                    _put(left, spans[:index])
-                return span
-        if is_long:
-            if len(self._taken) == _MAX_TAKEN:
-                self._taken.clear()
-            self._taken[id(waiting), id(spans)] = (waiting, spans, left)
-        self._waiting[layer], self._is_shared[layer] = left, is_long
+                    _put(left, runs[:index])
+                return Span(offset, num_bytes)
+        self._waiting[layer], self._is_shared[layer] = left, False
         return None
 
-    def _put_back(self, layers: range, spans: Sequence[Span]) -> None:
+    def _put_back(self, layers: range, spans: Spans) -> None:
+        runs = spans.rows.tolist()
         for layer in layers:
             if self._is_shared[layer]:
                 self._waiting[layer], self._is_shared[layer] = self._waiting[layer].copy(), False
-            _put(self._waiting[layer], spans)
+            _put(self._waiting[layer], runs)
 
     def _describe_refusal(self, layer: int, span: Span) -> str:
         granted = self._expected.allowed()[layer].copy()
@@ -563,6 +572,6 @@ class ReceiveSession:
         self._state = to
 
 
-def _put(ranges: ByteRanges, spans: Sequence[Span]) -> None:
-    for span in spans:
-        ranges.put(span.offset, span.offset + span.num_bytes)
+def _put(ranges: ByteRanges, runs: Iterable[tuple[int, int]]) -> None:
+    for offset, num_bytes in runs:
+        ranges.put(offset, offset + num_bytes)

@@ -7,8 +7,8 @@ of a ring, sends the slot as one piece, and the peer scatters it. Nothing remote
     sending end    pool --gather--> slot i ==one write==> slot i --scatter--> pool    receiving end
                                       ^______________ credit i ________________|
 
-Invariants: a slot has one holder at a time, and who takes one waits until one is free: so slots bound both the memory
-and what is on the way. Bytes of a slot are a payload as transport.py defines it: layer after layer, strips in order.
+Invariants: a slot has one holder at a time, and who finds none free waits: so slots bound both the memory and what is
+on the way. Bytes of a slot are a payload as transport.py defines it: layer after layer, strips in order.
 
 The ring of a pool in host memory is here; staging_device.py has the one for device memory.
 """
@@ -20,7 +20,6 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from threading import Condition
 from typing import TYPE_CHECKING, Protocol
 
 from kv_transfer.transport import Region, Span, Strip, Write
@@ -35,42 +34,31 @@ HOST_MIB, DEVICE_MIB = 64, 256  # of a whole ring
 
 
 class Slots:
-    """Which of ``num_slots`` slots are free. Thread-safe."""
+    """Which of ``num_slots`` slots are free. For one thread."""
 
     def __init__(self, num_slots: int) -> None:
         self._free = deque(range(num_slots))
         self._held: set[int] = set()
-        self._changed = Condition()
-        self._closed = False
 
     @property
     def num_held(self) -> int:
         return len(self._held)
 
-    def take(self, timeout_s: float | None = None) -> int | None:
-        """The slot that was free longest, waiting for one; None if none came in time, or the ring was closed."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._free or self._closed, timeout_s) or self._closed:
-                return None
-            slot = self._free.popleft()
-            self._held.add(slot)
-            return slot
+    def take(self) -> int | None:
+        """The slot that was free longest; None: there is none."""
+        if not self._free:
+            return None
+        slot = self._free.popleft()
+        self._held.add(slot)
+        return slot
 
     def give_back(self, slot: int) -> bool:
         """The holder needs the slot no more. False, changing nothing: nobody holds it."""
-        with self._changed:
-            if slot not in self._held:
-                return False
-            self._held.discard(slot)
-            self._free.append(slot)
-            self._changed.notify()
-            return True
-
-    def close(self) -> None:
-        """Wake those who wait; nobody gets a slot any more."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        if slot not in self._held:
+            return False
+        self._held.discard(slot)
+        self._free.append(slot)
+        return True
 
 
 def pieces_of(write: Write, max_bytes: int) -> Iterator[Write]:
@@ -102,6 +90,31 @@ def _shares_of(strips: Sequence[Strip], max_bytes: int) -> Iterator[tuple[Strip,
         yield tuple(share)
 
 
+class Copy(Protocol):
+    """A copy that was begun, as a CUDA event tells of it."""
+
+    def query(self) -> bool:
+        """Are all bytes there?"""
+        ...
+
+    def synchronize(self) -> None:
+        """Return when they are."""
+        ...
+
+
+class _Copied:
+    """What was done at once."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+COPIED: Copy = _Copied()
+
+
 class Ring(Protocol):
     """``num_slots`` slots of ``slot_bytes`` bytes, one behind the other. ``slot`` is held by the caller throughout."""
 
@@ -110,12 +123,12 @@ class Ring(Protocol):
     address: int
     device: int | None  # ordinal of the device that holds it; None: host memory
 
-    def gather(self, slot: int, writes: Sequence[Write]) -> None:
-        """Copy the writes' source bytes into the slot, one payload behind the other; when it returns all are there."""
+    def gather(self, slot: int, writes: Sequence[Write]) -> Copy:
+        """Begin to copy the writes' source bytes into the slot, one payload behind the other."""
         ...
 
-    def scatter(self, slot: int, parts: Sequence[tuple[int, range, Sequence[Span]]]) -> None:
-        """Copy each (offset of a payload in the slot, layers, spans) into the pool; when it returns all are there."""
+    def scatter(self, slot: int, parts: Sequence[tuple[int, range, Sequence[Span]]]) -> Copy:
+        """Begin to copy each (offset of a payload in the slot, layers, spans) into the pool."""
         ...
 
     def payload(self, slot: int, offset: int, num_bytes: int) -> memoryview | None:
@@ -155,7 +168,7 @@ class HostRing:
         self._bytes: NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, num_slots * slot_bytes), dtype=np.uint8)
         self.address = int(self._bytes.ctypes.data)
 
-    def gather(self, slot: int, writes: Sequence[Write]) -> None:
+    def gather(self, slot: int, writes: Sequence[Write]) -> Copy:
         import numpy as np
 
         at = slot * self.slot_bytes
@@ -165,8 +178,9 @@ class HostRing:
                     self._bytes[at : at + view.nbytes] = np.frombuffer(view, dtype=np.uint8)
                     at += view.nbytes
         assert at <= (slot + 1) * self.slot_bytes, "the writes are more than a slot holds"
+        return COPIED
 
-    def scatter(self, slot: int, parts: Sequence[tuple[int, range, Sequence[Span]]]) -> None:
+    def scatter(self, slot: int, parts: Sequence[tuple[int, range, Sequence[Span]]]) -> Copy:
         import numpy as np
 
         for offset, layers, spans in parts:
@@ -175,6 +189,7 @@ class HostRing:
                 for view in views:
                     np.frombuffer(view, dtype=np.uint8)[:] = self._bytes[at : at + view.nbytes]
                     at += view.nbytes
+        return COPIED
 
     def payload(self, slot: int, offset: int, num_bytes: int) -> memoryview | None:
         start = slot * self.slot_bytes + offset

@@ -3,14 +3,15 @@
     to a socket   pool --gather kernel--> device buffer --copy--> pinned host buffer   (``outgoing``, ``incoming``)
     to NIXL       pool --gather kernel--> slot of a ring in device memory              (``DeviceRing``)
 
-Each thread that sends or receives has a stream and buffers of its own, so the stages of different connections overlap
-with each other and with the model's kernels. Invariants:
+Each thread that sends to sockets or receives from them has a stream and buffers of its own, each ring a stream, so what
+different connections move overlaps with each other and with the model's kernels. Invariants:
 
 - ``layer_stored`` comes when a layer's kernels were launched, not when they have run. So KvSender marks the layer then
   (``mark``), which records an event on the stream that is current there, and whoever gathers that layer waits for the
   newest mark of it, on the device. Kernels of later layers are not waited for; a chunk that is gathered late may wait
   for the next chunk's kernels of the same layer, which costs time and never bytes.
-- When ``outgoing`` yields, and ``incoming`` or a ring's ``gather`` or ``scatter`` returns, their kernels have run.
+- When ``outgoing`` yields, ``incoming`` returns, or the ``Copy`` that a ring's ``gather`` or ``scatter`` began says so,
+  their kernels have run.
 
 It works on CPU tensors too, without streams and pinned memory: so it is tested byte for byte where there is no GPU.
 The one module of kv_transfer that imports torch; who hands it tensors has loaded that already.
@@ -26,26 +27,35 @@ from math import gcd
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from kv_transfer.spans import num_bytes_of
-from kv_transfer.staging import Ring, StagedRegion
-from kv_transfer.transport import HOST_PIECES, PageGeometry, PieceLimits, Span, Strip, Write
+from kv_transfer.spans import Spans, num_bytes_of, spans_of
+from kv_transfer.staging import COPIED, Copy, Ring, StagedRegion
+from kv_transfer.transport import HOST_PIECES, PageGeometry, PieceLimits, Span, Strips, Write
 
 MIN_ROW_BYTES = 64  # below it an index entry costs as much as what it moves: copy strip by strip
 DEVICE_PIECES = PieceLimits(4 << 20, 4096)  # kernels, copies and their launches cost as much for a few KiB
-MAX_REMEMBERED = 64  # tables of rows, of each thread
+MAX_REMEMBERED = 64  # tables of rows, of each stream
 _ELEMENTS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 
 
 @dataclass(eq=False, slots=True)
 class _Stage:
-    """One thread's stream and buffers, which grow to the largest payload that it moved."""
+    """A stream, and buffers for those who go by way of the host, which grow to the largest payload that they moved."""
 
     stream: torch.cuda.Stream | None  # None: the pool is in host memory
     host: torch.Tensor
     device: _Buffer
     # id of a table of runs |-> the table, which keeps the id its own, and its rows: layers share tables
-    rows: dict[int, tuple[Sequence[Strip] | Sequence[Span], _Rows]] = field(default_factory=dict)
+    rows: dict[int, tuple[Strips | Spans, _Rows]] = field(default_factory=dict)
+
+    def launched(self) -> Copy:
+        """All that was launched on the stream by now."""
+        if self.stream is None:
+            return COPIED
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        return event
 
 
 class DeviceRegion(StagedRegion):
@@ -89,24 +99,26 @@ class DeviceRegion(StagedRegion):
 
     @contextmanager
     def outgoing(self, write: Write) -> Iterator[list[memoryview]]:
-        stage = self._stage(write.num_bytes)
+        stage = self._stage_of_thread(write.num_bytes)
         host = stage.host[: write.num_bytes]
-        with self.kernels(write.layers):
-            self.gather((write,), stage.device, 0)
+        with self.launches(stage, write.layers):
+            self.gather(stage, (write,), stage.device, 0)
             if not self.is_host:
                 host.copy_(stage.device.bytes[: write.num_bytes], non_blocking=True)
+        stage.launched().synchronize()
         yield [host.numpy().data]
 
     @contextmanager
     def incoming(self, layers: range, spans: Sequence[Span]) -> Iterator[list[memoryview]]:
         num_bytes = len(layers) * num_bytes_of(spans)
-        stage = self._stage(num_bytes)
+        stage = self._stage_of_thread(num_bytes)
         host = stage.host[:num_bytes]
         yield [host.numpy().data]
-        with self.kernels():
+        with self.launches(stage):
             if not self.is_host:
                 stage.device.bytes[:num_bytes].copy_(host, non_blocking=True)
-            self.scatter(stage.device, 0, layers, spans)
+            self.scatter(stage, stage.device, 0, layers, spans)
+        stage.launched().synchronize()
 
     def make_ring(self, num_slots: int, slot_bytes: int) -> Ring:
         return DeviceRing(self, num_slots, slot_bytes)
@@ -116,58 +128,59 @@ class DeviceRegion(StagedRegion):
             torch.cuda.set_device(self.device)
             torch.cuda.synchronize()  # makes the device's context, which UCX looks for
 
+    def new_stage(self) -> _Stage:
+        """A stream, and what is kept for those who launch on it; for one thread at a time."""
+        nothing = torch.empty(0, dtype=torch.uint8)
+        return _Stage(None if self.is_host else torch.cuda.Stream(self.device), nothing, _Buffer(nothing))
+
     @contextmanager
-    def kernels(self, layers: Iterable[int] = ()) -> Iterator[None]:
-        """What is launched within runs on the thread's stream, behind the marks of ``layers``, and has run at last."""
-        stream = self._stage(0).stream
-        if stream is None:
+    def launches(self, stage: _Stage, layers: Iterable[int] = ()) -> Iterator[None]:
+        """What is launched within runs on the stage's stream, behind the marks of ``layers``."""
+        if stage.stream is None:
             yield
             return
-        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+        with torch.cuda.stream(stage.stream):
             for layer in layers:
                 event = self._stored[layer]
                 if event is not None:
-                    stream.wait_event(event)
+                    stage.stream.wait_event(event)
             yield
-        stream.synchronize()
 
-    def gather(self, writes: Sequence[Write], out: _Buffer, at: int) -> None:
+    def gather(self, stage: _Stage, writes: Sequence[Write], out: _Buffer, at: int) -> None:
         """Copy the writes' source bytes into ``out`` from ``at`` on, one payload behind the other. Only launches
         kernels."""
         for write in writes:
-            rows = self._rows(write.strips, at)
+            rows = self._rows(stage, write.table, at)
             for layer in write.layers:
                 rows.gather(self._buffers[layer], out, at)
                 at += rows.num_bytes
 
-    def scatter(self, payload: _Buffer, at: int, layers: range, spans: Sequence[Span]) -> None:
+    def scatter(self, stage: _Stage, payload: _Buffer, at: int, layers: range, spans: Sequence[Span]) -> None:
         """Copy what lies in ``payload`` from ``at`` on into the pool. Only launches kernels."""
-        rows = self._rows(spans, at)
+        rows = self._rows(stage, spans_of(spans), at)
         for layer in layers:
             rows.scatter(payload, at, self._buffers[layer])
             at += rows.num_bytes
 
-    def _rows(self, table: Sequence[Strip] | Sequence[Span], at: int) -> _Rows:
+    def _rows(self, stage: _Stage, table: Strips | Spans, at: int) -> _Rows:
         """``at``: where the payload begins in its buffer: rows are aligned there too."""
         alignment = gcd(at, self._alignment)
-        known = self._stage(0).rows
-        remembered = known.get(id(table))
+        remembered = stage.rows.get(id(table))
         if remembered is not None and alignment % remembered[1].row_bytes == 0:
             return remembered[1]
-        runs = [(run.src if isinstance(run, Strip) else run.offset, run.num_bytes) for run in table]
-        rows = _Rows(runs, gcd(alignment, *(number for run in runs for number in run)), self.device)
-        if len(known) == MAX_REMEMBERED:
-            known.clear()
-        known[id(table)] = (table, rows)
+        offsets, sizes = table.rows[:, 0], table.rows[:, -1]
+        row_bytes = gcd(alignment, int(np.gcd.reduce(offsets)), int(np.gcd.reduce(sizes)))
+        rows = _Rows(offsets, sizes, row_bytes, self.device)
+        if len(stage.rows) == MAX_REMEMBERED:
+            stage.rows.clear()
+        stage.rows[id(table)] = (table, rows)
         return rows
 
-    def _stage(self, num_bytes: int) -> _Stage:
+    def _stage_of_thread(self, num_bytes: int) -> _Stage:
         """The calling thread's, with buffers of at least ``num_bytes``."""
         stage: _Stage | None = getattr(self._stages, "stage", None)
         if stage is None:
-            stream = None if self.is_host else torch.cuda.Stream(self.device)
-            nothing = torch.empty(0, dtype=torch.uint8)
-            stage = self._stages.stage = _Stage(stream, nothing, _Buffer(nothing))
+            stage = self._stages.stage = self.new_stage()
         if stage.host.nbytes < num_bytes:
             stage.host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=not self.is_host)
             on_device = (
@@ -199,24 +212,28 @@ class _Buffer:
 class _Rows:
     """Runs of a layer's bytes as rows of one size: the largest that divides every offset and every length."""
 
-    def __init__(self, runs: list[tuple[int, int]], row_bytes: int, device: torch.device) -> None:
-        """``runs``: (offset, bytes)."""
-        self.num_bytes = sum(num_bytes for _, num_bytes in runs)
+    def __init__(
+        self, offsets: NDArray[np.int64], sizes: NDArray[np.int64], row_bytes: int, device: torch.device
+    ) -> None:
+        """``offsets`` and ``sizes`` of the runs, in bytes."""
+        self.num_bytes = int(sizes.sum())
         self.row_bytes = row_bytes
-        self._runs = runs
+        self._runs = (offsets, sizes)
         self._width, self._dtype = next((row_bytes // size, kind) for size, kind in _ELEMENTS if row_bytes % size == 0)
         self._index: torch.Tensor | None = None
-        if len(runs) > 1 and row_bytes >= MIN_ROW_BYTES:
-            firsts, counts = (np.array(column, dtype=np.int64) // row_bytes for column in zip(*runs, strict=True))
-            ends = np.cumsum(counts)
-            index = np.repeat(firsts - ends + counts, counts) + np.arange(ends[-1])
+        if len(sizes) > 1 and row_bytes >= MIN_ROW_BYTES:
+            index = offsets // row_bytes
+            if self.num_bytes != len(sizes) * row_bytes:  # runs of several rows
+                counts = sizes // row_bytes
+                ends = np.cumsum(counts)
+                index = np.repeat(index - ends + counts, counts) + np.arange(ends[-1])
             self._index = torch.from_numpy(index).to(device, non_blocking=True)
 
     def gather(self, layer: _Buffer, out: _Buffer, at: int) -> None:
         if self._index is not None:
             torch.index_select(self._all_of(layer), 0, self._index, out=self._payload(out, at))
             return
-        for offset, num_bytes in self._runs:
+        for offset, num_bytes in self._one_by_one():
             out.bytes[at : at + num_bytes].copy_(layer.bytes[offset : offset + num_bytes])
             at += num_bytes
 
@@ -224,9 +241,13 @@ class _Rows:
         if self._index is not None:
             self._all_of(layer).index_copy_(0, self._index, self._payload(payload, at))
             return
-        for offset, num_bytes in self._runs:
+        for offset, num_bytes in self._one_by_one():
             layer.bytes[offset : offset + num_bytes].copy_(payload.bytes[at : at + num_bytes])
             at += num_bytes
+
+    def _one_by_one(self) -> Iterator[tuple[int, int]]:
+        offsets, sizes = self._runs
+        return zip(offsets.tolist(), sizes.tolist(), strict=True)
 
     def _all_of(self, layer: _Buffer) -> torch.Tensor:
         return layer.rows(0, layer.bytes.nbytes, self._width, self._dtype)
@@ -242,18 +263,21 @@ class DeviceRing:
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
         self._region = region
+        self._stage = region.new_stage()
         self._buffer = _Buffer(torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=region.device))
         self.address = self._buffer.bytes.data_ptr()
         self.device = None if region.is_host else self._buffer.bytes.get_device()
 
-    def gather(self, slot: int, writes: Sequence[Write]) -> None:
-        with self._region.kernels({layer for write in writes for layer in write.layers}):
-            self._region.gather(writes, self._buffer, slot * self.slot_bytes)
+    def gather(self, slot: int, writes: Sequence[Write]) -> Copy:
+        with self._region.launches(self._stage, {layer for write in writes for layer in write.layers}):
+            self._region.gather(self._stage, writes, self._buffer, slot * self.slot_bytes)
+        return self._stage.launched()
 
-    def scatter(self, slot: int, parts: Sequence[tuple[int, range, Sequence[Span]]]) -> None:
-        with self._region.kernels():
+    def scatter(self, slot: int, parts: Sequence[tuple[int, range, Sequence[Span]]]) -> Copy:
+        with self._region.launches(self._stage):
             for offset, layers, spans in parts:
-                self._region.scatter(self._buffer, slot * self.slot_bytes + offset, layers, spans)
+                self._region.scatter(self._stage, self._buffer, slot * self.slot_bytes + offset, layers, spans)
+        return self._stage.launched()
 
     def payload(self, slot: int, offset: int, num_bytes: int) -> memoryview | None:
         if self.device is not None:

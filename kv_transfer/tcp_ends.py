@@ -20,7 +20,7 @@ from core.request import SessionId
 from kv_transfer.codec import Codec, CodecUse, decode, encode, encoded_bound
 from kv_transfer.config import LinkConfig
 from kv_transfer.frames import KEEPALIVE, Checksum, FrameKind, Header, LinkRole, WriteHead, pack_write, parse_write
-from kv_transfer.spans import SpanTables
+from kv_transfer.spans import Spans, SpanTables
 from kv_transfer.tcp_endpoint import HANDSHAKE_S, Endpoint, read_frame
 from kv_transfer.tcp_link import Connection, LinkEnd
 from kv_transfer.tcp_stream import Stream, pieces
@@ -125,7 +125,7 @@ class SendEnd(LinkEnd):
                 payload = self._encode(write, views)
                 num_bytes = sum(view.nbytes for view in payload)
                 checksum = _digest(payload) if self._settings.checksum == "xxh3" else None
-                spans = ((strip.dst, strip.num_bytes) for strip in write.strips)
+                spans = Spans.of(write.table)
                 head = pack_write(write.token, write.layers, spans, num_bytes, write.codec, checksum)
                 stream.send([memoryview(head), *payload])
         finally:

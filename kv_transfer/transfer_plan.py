@@ -14,6 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from core.errors import ProtocolViolation
 from core.kv_layout import KvLayer, KvLayout
@@ -66,8 +70,31 @@ def plan_writes(
     """
     if len(src_pages) != len(dst_pages):
         raise ProtocolViolation(f"{len(src_pages)} source pages for {len(dst_pages)} destination pages")
-    atoms = ((src * page_bytes, dst * page_bytes, page_bytes) for src, dst in zip(src_pages, dst_pages, strict=True))
-    return _pieces(atoms, max_bytes, max_strips)
+    if not src_pages:
+        return []
+    src, dst = np.array(src_pages, dtype=np.int64), np.array(dst_pages, dtype=np.int64)
+    begins = np.ones(len(src), dtype=np.bool_)  # a strip, at this page
+    begins[1:] = (src[1:] != src[:-1] + 1) | (dst[1:] != dst[:-1] + 1)
+    cuts = _cuts(np.cumsum(begins), max(1, max_bytes // page_bytes), max_strips)
+    begins[cuts] = True
+    firsts = np.flatnonzero(begins)
+    rows = np.empty((len(firsts), 3), dtype=np.int64)
+    rows[:, 0], rows[:, 1] = src[firsts], dst[firsts]
+    rows[:-1, 2], rows[-1, 2] = firsts[1:] - firsts[:-1], len(src) - firsts[-1]
+    rows *= page_bytes
+    bounds = [*np.searchsorted(firsts, cuts).tolist(), len(firsts)]
+    return [Strips.of_rows(rows[first:end]) for first, end in pairwise(bounds)]
+
+
+def _cuts(num_begun: NDArray[np.int64], max_pages: int, max_strips: int) -> list[int]:
+    """At which pages a new piece begins, when up to each page, it included, so many strips have begun."""
+    cuts: list[int] = []
+    at = 0
+    while at < len(num_begun):
+        cuts.append(at)
+        one_too_many = int(np.searchsorted(num_begun, num_begun[at] + max_strips))
+        at = min(at + max_pages, one_too_many)
+    return cuts
 
 
 def plan_layer(
@@ -96,7 +123,7 @@ def plan_layer(
         src_pages, dst_pages = src.pages[src_at : src_at + num_pages], dst.pages[dst_at : dst_at + num_pages]
         return plan_writes(src_pages, dst_pages, page_bytes, max_bytes, max_strips)
     atoms = _head_runs(src, src_layer, dst, dst_layer, range(first, stop))
-    return _pieces(atoms, max_bytes, max_strips, src_layer.itemsize, dst_layer.itemsize)
+    return join_atoms(atoms, max_bytes, max_strips, src_layer.itemsize, dst_layer.itemsize)
 
 
 def _head_runs(src: PageTable, src_layer: KvLayer, dst: PageTable, dst_layer: KvLayer, tokens: range) -> Iterator[Atom]:
@@ -131,12 +158,13 @@ def _halves(
         yield src_layer.value_dim, src_layer.key_bytes * src_page_size, dst_layer.key_bytes * dst_page_size
 
 
-def _pieces(
+def join_atoms(
     atoms: Iterable[Atom], max_bytes: int, max_strips: int, src_itemsize: int = 1, dst_itemsize: int = 1
 ) -> list[Strips]:
-    """Joins atoms that follow each other at both ends, and cuts pieces between atoms."""
+    """Joins atoms that follow each other at both ends, and cuts pieces between atoms; ``plan_writes`` does the same
+    with pages."""
     pieces: list[Strips] = []
-    piece: list[Strip] = []
+    piece: list[Atom] = []
     room = max_bytes
     src = dst = num_bytes = 0  # the strip that grows
     src_end = dst_end = -1
@@ -146,17 +174,21 @@ def _pieces(
             num_bytes += atom_bytes
         else:
             if num_bytes:
-                piece.append(Strip(src, dst, num_bytes))
+                piece.append((src, dst, num_bytes))
             if full or len(piece) == max_strips:
-                pieces.append(Strips(piece))
+                pieces.append(_strips(piece))
                 piece, room = [], max_bytes
             src, dst, num_bytes = atom_src, atom_dst, atom_bytes
         room -= atom_bytes
         src_end = atom_src + atom_bytes * src_itemsize // dst_itemsize
         dst_end = atom_dst + atom_bytes
     if num_bytes:
-        pieces.append(Strips((*piece, Strip(src, dst, num_bytes))))
+        pieces.append(_strips([*piece, (src, dst, num_bytes)]))
     return pieces
+
+
+def _strips(rows: Sequence[Atom]) -> Strips:
+    return Strips.of_rows(np.array(rows, dtype=np.int64))
 
 
 def layer_group_size(layer_bytes: int, num_layers: int, link_bytes_per_s: float | None = None) -> int:

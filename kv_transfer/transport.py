@@ -44,6 +44,7 @@ from core.fingerprint import CacheFingerprint
 from core.request import ClusterId, SessionId, WorkerId
 from kv_transfer.codec import Codec, CodecUse
 from kv_transfer.config import KvTransferConfig
+from kv_transfer.run_table import RunTable
 
 TOKEN_BYTES = 16
 
@@ -133,7 +134,8 @@ class Region:
     @contextmanager
     def outgoing(self, write: Write) -> Iterator[list[memoryview]]:
         """Host views of the write's source bytes, in the payload's order; they may be read until the block ends."""
-        yield [self.bytes_at(layer, strip.src, strip.num_bytes) for layer in write.layers for strip in write.strips]
+        runs = write.table.rows.tolist()
+        yield [self.bytes_at(layer, src, num_bytes) for layer in write.layers for src, _, num_bytes in runs]
 
     @contextmanager
     def incoming(self, layers: range, spans: Sequence[Span]) -> Iterator[list[memoryview]]:
@@ -141,7 +143,8 @@ class Region:
 
         Raising out of the block leaves those bytes of the pool undefined.
         """
-        yield [self.bytes_at(layer, span.offset, span.num_bytes) for layer in layers for span in spans]
+        runs = spans.rows.tolist() if isinstance(spans, RunTable) else [(run.offset, run.num_bytes) for run in spans]
+        yield [self.bytes_at(layer, offset, num_bytes) for layer in layers for offset, num_bytes in runs]
 
     def pages(self, layer: int, first: int, count: int) -> memoryview:
         """The bytes of pages ``first .. first + count - 1`` of ``layer``, uncopied."""
@@ -158,13 +161,16 @@ class Strip:
     num_bytes: int
 
 
-class Strips(tuple[Strip, ...]):
+class Strips(RunTable[Strip]):
     """Strips of one layer. Layers of a session share them, so what they sum up to is computed once."""
+
+    run = Strip
+    columns = ("src", "dst", "num_bytes")
 
     @cached_property
     def num_bytes(self) -> int:
         """Of one layer, at the destination."""
-        return sum(strip.num_bytes for strip in self)
+        return int(self.rows[:, 2].sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,14 +202,16 @@ class Write:
     token: bytes  # [TOKEN_BYTES]
     first_layer: int
     num_layers: int
-    strips: tuple[Strip, ...]
+    strips: Sequence[Strip]
     order: SendOrder = SendOrder()
     codec: Codec = Codec.RAW
+    table: Strips = field(init=False, compare=False, repr=False)  # the strips as one array
     layer_bytes: int = field(init=False, compare=False)  # of one layer's strips
 
     def __post_init__(self) -> None:
-        strips = self.strips if isinstance(self.strips, Strips) else Strips(self.strips)
-        object.__setattr__(self, "layer_bytes", strips.num_bytes)
+        table = self.strips if isinstance(self.strips, Strips) else Strips(self.strips)
+        object.__setattr__(self, "table", table)
+        object.__setattr__(self, "layer_bytes", table.num_bytes)
 
     @property
     def layers(self) -> range:
@@ -317,18 +325,18 @@ class SendEvents(Protocol):
 class ReceiveEvents(Protocol):
     """What the receiving end of a link asks and reports; one object serves all links of a transport."""
 
-    def admit(self, link: Link, token: bytes, layers: range, spans: tuple[Span, ...]) -> SessionId | None:
+    def admit(self, link: Link, token: bytes, layers: range, spans: Sequence[Span]) -> SessionId | None:
         """May this write land? The session that it belongs to, or None: not one byte of it lands.
 
         Called before the payload is read. Spans may name any layer and offset: judging them is the callee's work.
         """
         ...
 
-    def landed(self, link: Link, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:
+    def landed(self, link: Link, session_id: SessionId, layers: range, spans: Sequence[Span]) -> None:
         """An admitted write is in the region, whole and as it was sent."""
         ...
 
-    def damaged(self, link: Link, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:
+    def damaged(self, link: Link, session_id: SessionId, layers: range, spans: Sequence[Span]) -> None:
         """An admitted write will not land: its checksum failed, or its connection broke while the link lives.
 
         Its bytes of the region may hold anything; they are missing again, and nothing of it can land any more.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Condition, Event
@@ -124,19 +124,19 @@ class Receiving(Record):
 
     def __init__(self) -> None:
         super().__init__()
-        self.judge: Callable[[bytes, range, tuple[Span, ...]], bool] = lambda token, layers, spans: True
+        self.judge: Callable[[bytes, range, Sequence[Span]], bool] = lambda token, layers, spans: True
         self.gate = Event()
         self.gate.set()
         self.links: list[Link] = []
 
-    def admit(self, link: Link, token: bytes, layers: range, spans: tuple[Span, ...]) -> SessionId | None:
+    def admit(self, link: Link, token: bytes, layers: range, spans: Sequence[Span]) -> SessionId | None:
         self.tell("admit", layers, spans)
         return A if self.judge(token, layers, spans) else None
 
-    def landed(self, link: Link, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:
+    def landed(self, link: Link, session_id: SessionId, layers: range, spans: Sequence[Span]) -> None:
         self.tell("landed", layers, spans)
 
-    def damaged(self, link: Link, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:
+    def damaged(self, link: Link, session_id: SessionId, layers: range, spans: Sequence[Span]) -> None:
         self.tell("damaged", layers, spans)
 
     def notified(self, link: Link, message: bytes) -> None:
@@ -295,9 +295,9 @@ def test_a_write_that_is_not_admitted_never_lands_and_what_follows_goes_on(prefi
 
 
 def test_a_write_that_is_sent_again_is_asked_for_again(prefill: End, decode: End) -> None:
-    seen: Counter[tuple[Span, ...]] = Counter()
+    seen: Counter[Sequence[Span]] = Counter()
 
-    def once(token: bytes, layers: range, spans: tuple[Span, ...]) -> bool:
+    def once(token: bytes, layers: range, spans: Sequence[Span]) -> bool:
         seen[spans] += 1
         return seen[spans] == 1
 
@@ -315,7 +315,7 @@ def test_a_write_that_is_sent_again_is_asked_for_again(prefill: End, decode: End
 def test_after_a_cancel_only_writes_under_way_are_read_and_drained_tells_of_the_last(prefill: End, decode: End) -> None:
     in_admit, go = Event(), Event()
 
-    def hold(token: bytes, layers: range, spans: tuple[Span, ...]) -> bool:
+    def hold(token: bytes, layers: range, spans: Sequence[Span]) -> bool:
         in_admit.set()
         return go.wait(PATIENCE_S)
 

@@ -69,7 +69,7 @@ def test_a_ring_of_device_memory_holds_and_scatters_the_same_bytes() -> None:
     pool, empty = make_pool(1), make_pool(None)
     writes = [random_write(2), random_write(3, num_pages=5)]
     ring = DeviceRing(DeviceRegion(GEOMETRY, pool), 2, 64 << 20)
-    ring.gather(1, writes)
+    ring.gather(1, writes).synchronize()
     assert ring.payload(1, 0, 4) is None
     start = 64 << 20
     held = ring._buffer.bytes[start : start + sum(write.num_bytes for write in writes)]
@@ -77,7 +77,7 @@ def test_a_ring_of_device_memory_holds_and_scatters_the_same_bytes() -> None:
 
     there = DeviceRing(DeviceRegion(GEOMETRY, empty), 2, 64 << 20)
     there._buffer.bytes.copy_(ring._buffer.bytes)
-    there.scatter(1, [(0, writes[0].layers, spans_of(writes[0]))])
+    there.scatter(1, [(0, writes[0].layers, spans_of(writes[0]))]).synchronize()
     moved = tuple(Strip(strip.dst, strip.dst, PAGE_BYTES) for strip in writes[0].strips)
     assert payload_of(empty, Write(SessionId("a"), bytes(16), 0, NUM_LAYERS, moved)) == payload_of(pool, writes[0])
 

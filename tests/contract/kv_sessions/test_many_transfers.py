@@ -42,10 +42,10 @@ class Meddler:
         self._transport = transport
         self._dice = dice
 
-    def admit(self, link: Link, token: bytes, layers: range, spans: tuple[Span, ...]) -> SessionId | None:
+    def admit(self, link: Link, token: bytes, layers: range, spans: Sequence[Span]) -> SessionId | None:
         return None if self._dice.random() < 0.01 else self._events.admit(link, token, layers, spans)
 
-    def landed(self, link: Link, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:
+    def landed(self, link: Link, session_id: SessionId, layers: range, spans: Sequence[Span]) -> None:
         if self._dice.random() < (0.9 if session_id.endswith("cursed") else 0.01):
             for layer in layers:
                 for span in spans:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Condition, Event, Thread
@@ -68,16 +68,16 @@ class Told:
 class Received(Told):
     def __init__(self) -> None:
         super().__init__()
-        self.judge: Callable[[tuple[Span, ...]], bool] = lambda spans: True
+        self.judge: Callable[[Sequence[Span]], bool] = lambda spans: True
 
-    def admit(self, link: Any, token: bytes, layers: range, spans: tuple[Span, ...]) -> SessionId | None:
+    def admit(self, link: Any, token: bytes, layers: range, spans: Sequence[Span]) -> SessionId | None:
         self.tell("admit", layers, spans)
         return A if token == TOKEN and self.judge(spans) else None
 
-    def landed(self, link: Any, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:
+    def landed(self, link: Any, session_id: SessionId, layers: range, spans: Sequence[Span]) -> None:
         self.tell("landed", layers, spans)
 
-    def damaged(self, link: Any, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:
+    def damaged(self, link: Any, session_id: SessionId, layers: range, spans: Sequence[Span]) -> None:
         self.tell("damaged", layers, spans)
 
     def notified(self, link: Any, message: bytes) -> None:

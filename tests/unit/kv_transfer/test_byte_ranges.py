@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +17,22 @@ bounds = st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)).map(sorted).map(t
 
 def offsets(ranges: ByteRanges) -> set[int]:
     return {offset for start, end in ranges for offset in range(start, end)}
+
+
+@given(st.lists(bounds, max_size=6), st.lists(bounds, max_size=6), st.randoms())
+def test_without_many_ranges_is_what_taking_each_leaves(
+    some: list[tuple[int, int]], taken: list[tuple[int, int]], random: Random
+) -> None:
+    ranges = ByteRanges()
+    for start, end in some:
+        ranges.discard(start, end)
+        ranges.put(start, end)
+    random.shuffle(taken)
+    before, left = ranges.copy(), ranges.copy()
+    each = [left.take(start, end) for start, end in taken]
+    starts, ends = np.array(taken, dtype=np.int64).reshape(-1, 2).T
+    assert ranges.without(starts, ends) == (left if all(each) else None)
+    assert ranges == before
 
 
 class AgainstASet(RuleBasedStateMachine):

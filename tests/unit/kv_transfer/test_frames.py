@@ -35,13 +35,15 @@ from kv_transfer.frames import (
     parse_message,
     parse_write,
 )
+from kv_transfer.run_table import MAX_OFFSET
+from kv_transfer.spans import Spans
 from kv_transfer.transport import PeerIdentity, Span
 
 FINGERPRINT = CacheFingerprint("model", "revision", "bfloat16", 16, "layout")
 IDENTITY = PeerIdentity(WorkerId("w"), ClusterId("c"))
 HELLO = Hello(LinkRole.SENDS_PAGES, bytes(range(16)), FINGERPRINT, IDENTITY, bytes(range(16, 32)), b"l" * 16, 1, 4)
 TOKEN = bytes(16)
-WRITE = pack_write(TOKEN, range(2, 5), [(64, 32), (0, 7)], 117, checksum=0xFEDCBA9876543210)
+WRITE = pack_write(TOKEN, range(2, 5), Spans([Span(64, 32), Span(0, 7)]), 117, checksum=0xFEDCBA9876543210)
 u16, u32, u64 = st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 ids = st.binary(min_size=16, max_size=16)
 texts = st.text(max_size=30)
@@ -109,7 +111,7 @@ def test_a_hello_is_read_as_it_was_written(hello: Hello) -> None:
 @given(
     token=ids,
     layers=st.tuples(u16, st.integers(1, 2**16 - 1)),
-    spans=st.lists(st.tuples(u64, st.integers(1, 2**32 - 1)), min_size=1, max_size=20),
+    spans=st.lists(st.builds(Span, st.integers(0, MAX_OFFSET), st.integers(1, 2**32 - 1)), min_size=1, max_size=20),
     payload_bytes=st.integers(0, MAX_WRITE_PAYLOAD_BYTES),
     codec=st.sampled_from(Codec),
     checksum=st.none() | u64,
@@ -117,17 +119,17 @@ def test_a_hello_is_read_as_it_was_written(hello: Hello) -> None:
 def test_a_write_is_read_as_it_was_written(
     token: bytes,
     layers: tuple[int, int],
-    spans: list[tuple[int, int]],
+    spans: list[Span],
     payload_bytes: int,
     codec: Codec,
     checksum: int | None,
 ) -> None:
     wanted = range(layers[0], layers[0] + layers[1])
-    header, head = parse(pack_write(token, wanted, spans, payload_bytes, codec, checksum))
+    header, head = parse(pack_write(token, wanted, Spans(spans), payload_bytes, codec, checksum))
     assert (header.kind, header.payload_bytes) == (FrameKind.WRITE, payload_bytes)
     assert (head.token, head.layers, head.codec) == (token, wanted, codec)
     assert (head.algorithm, head.checksum) == ((Checksum.NONE, 0) if checksum is None else (Checksum.XXH3, checksum))
-    assert head.spans == tuple(Span(offset, num_bytes) for offset, num_bytes in spans)
+    assert head.spans == spans
 
 
 @given(u64, st.binary(max_size=100))

@@ -74,13 +74,13 @@ class Events:
         assert isinstance(error, TransferError)
         return error
 
-    def admit(self, link: Link, token: bytes, layers: range, spans: tuple[Span, ...]) -> SessionId | None:
+    def admit(self, link: Link, token: bytes, layers: range, spans: Sequence[Span]) -> SessionId | None:
         return A if token == TOKEN else None
 
-    def landed(self, link: Link, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:
+    def landed(self, link: Link, session_id: SessionId, layers: range, spans: Sequence[Span]) -> None:
         self.tell("landed", layers, spans)
 
-    def damaged(self, link: Link, session_id: SessionId, layers: range, spans: tuple[Span, ...]) -> None:
+    def damaged(self, link: Link, session_id: SessionId, layers: range, spans: Sequence[Span]) -> None:
         self.tell("damaged", layers, spans)
 
     def written(self, link: SendLink, write: Write) -> None:

@@ -31,6 +31,7 @@ from kv_transfer.nixl_notes import (
     parse_slot,
     parse_welcome,
 )
+from kv_transfer.run_table import MAX_OFFSET
 from kv_transfer.spans import Spans
 from kv_transfer.transport import PeerIdentity, Span
 
@@ -39,7 +40,7 @@ KEY, LINK = bytes(range(16)), bytes(range(16, 32))
 texts = st.text(max_size=20)
 fingerprints = st.builds(CacheFingerprint, texts, texts, texts, st.integers(0, 2**32 - 1), texts)
 identities = st.builds(lambda w, c: PeerIdentity(WorkerId(w), ClusterId(c)), texts, texts)
-spans = st.builds(Span, st.integers(0, 2**64 - 1), st.integers(1, 2**32 - 1))
+spans = st.builds(Span, st.integers(0, MAX_OFFSET), st.integers(1, 2**32 - 1))
 parcels = st.builds(
     lambda token, first, count, them, checksum: Parcel(token, range(first, first + count), Spans(them), checksum),
     st.binary(min_size=16, max_size=16),

@@ -23,6 +23,7 @@ from kv_transfer.session import (
     SendSession,
     SendState,
 )
+from kv_transfer.spans import Spans
 from kv_transfer.transfer_plan import layout_of_pages
 from kv_transfer.transport import LayerPages, PageGeometry, SendOrder, Span, Strip, Write
 
@@ -671,7 +672,7 @@ def test_a_hand_over_over_a_bad_link_arrives_whole_or_is_corrupted(acts: list[st
 # ---- long tables of spans, which layers share ----
 
 TABLES = tuple(
-    tuple(Span(8 * page + start, end - start) for page, start, end in table)
+    Spans(Span(8 * page + start, end - start) for page, start, end in table)
     for table in (
         [(7, 0, 8)],
         [(5, 0, 8), (6, 0, 8)],

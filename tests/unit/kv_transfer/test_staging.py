@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import random
-from threading import Thread
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,7 +55,7 @@ def test_what_a_ring_gathers_it_scatters_byte_for_byte(them: list[Write]) -> Non
     slot_bytes = sum(write.num_bytes for write in them)
     here, there = make_ring(source, 2, slot_bytes), make_ring(target, 2, slot_bytes)
     assert isinstance(here, HostRing)
-    here.gather(1, them)
+    here.gather(1, them).synchronize()
     on_the_wire, arrived = here.payload(1, 0, slot_bytes), there.payload(0, 0, slot_bytes)
     assert on_the_wire is not None
     assert arrived is not None
@@ -65,7 +64,7 @@ def test_what_a_ring_gathers_it_scatters_byte_for_byte(them: list[Write]) -> Non
     for write in them:
         parts.append((at, write.layers, tuple(Span(strip.dst, strip.num_bytes) for strip in write.strips)))
         at += write.num_bytes
-    there.scatter(0, parts)
+    there.scatter(0, parts).synchronize()
 
     expected = [bytearray(LAYER_BYTES) for _ in range(3)]
     for write in them:
@@ -84,7 +83,7 @@ class SlotsAgainstAModel(RuleBasedStateMachine):
 
     @rule()
     def take(self) -> None:
-        slot = self.slots.take(0.0)
+        slot = self.slots.take()
         assert (slot is None) == (len(self.held) == 3)
         if slot is not None:
             assert slot in range(3)
@@ -102,14 +101,3 @@ class SlotsAgainstAModel(RuleBasedStateMachine):
 
 
 TestSlotsAgainstAModel = SlotsAgainstAModel.TestCase
-
-
-def test_closing_wakes_who_waits_for_a_slot() -> None:
-    slots = Slots(0)
-    got: list[int | None] = []
-    thread = Thread(target=lambda: got.append(slots.take()))
-    thread.start()
-    slots.close()
-    thread.join(10)
-    assert got == [None]
-    assert Slots(1).take(0.0) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from threading import Event
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_rings_hold_the_same_bytes_as_in_host_memory(them: list[Write], slot: in
     rings: tuple[Ring, ...] = (DeviceRing(device, 3, num_bytes + 7), HostRing(host, 3, num_bytes + 7))
     payloads = []
     for ring in rings:
-        ring.gather(slot, them)
+        ring.gather(slot, them).synchronize()
         payloads.append(bytes(ring.payload(slot, 0, num_bytes) or b""))
     assert payloads[0] == payloads[1]
 
@@ -97,7 +98,9 @@ def test_rings_hold_the_same_bytes_as_in_host_memory(them: list[Write], slot: in
         assert view is not None
         view[:] = payloads[0]
         starts = [sum(write.num_bytes for write in them[:i]) for i in range(len(them))]
-        ring.scatter(slot, [(at, write.layers, spans_of(write)) for at, write in zip(starts, them, strict=True)])
+        ring.scatter(
+            slot, [(at, write.layers, spans_of(write)) for at, write in zip(starts, them, strict=True)]
+        ).synchronize()
     assert [bytes_of(tensor) for tensor in tensors] == layers
 
 
@@ -133,7 +136,7 @@ class Listener:
     def __init__(self) -> None:
         self.arrived = Event()
 
-    def admit(self, link: Any, token: bytes, layers: range, spans: tuple[Span, ...]) -> SessionId:
+    def admit(self, link: Any, token: bytes, layers: range, spans: Sequence[Span]) -> SessionId:
         return SessionId("a")
 
     def landed(self, *what: Any) -> None:

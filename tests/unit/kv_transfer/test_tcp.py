@@ -19,6 +19,8 @@ from core.errors import Incompatible, PeerLost, ProtocolViolation
 from kv_transfer.codec import Codec
 from kv_transfer.config import LinkConfig
 from kv_transfer.frames import HEADER_BYTES, KEEPALIVE, LinkRole, pack_barrier, pack_message, pack_write
+from kv_transfer.spans import Spans
+from kv_transfer.transport import Span
 from tests.unit.kv_transfer.tcp_peers import (
     FINGERPRINT,
     PAGE_BYTES,
@@ -32,7 +34,7 @@ from tests.unit.kv_transfer.tcp_peers import (
 )
 
 PAYLOAD = random.Random(5).randbytes(PAGE_BYTES)
-SPANS = [(0, PAGE_BYTES)]
+SPANS = Spans([Span(0, PAGE_BYTES)])
 
 
 @pytest.fixture

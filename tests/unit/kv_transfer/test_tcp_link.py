@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from threading import Event, Lock
 
 import pytest
@@ -233,7 +233,7 @@ def test_nonsense_on_a_stripe_ends_the_stripe_alone(rigs: Callable[..., Rig]) ->
 def test_an_event_that_raises_on_a_stripe_ends_the_link(rigs: Callable[..., Rig]) -> None:
     rig = rigs()
 
-    def refuse(spans: tuple[Span, ...]) -> bool:
+    def refuse(spans: Sequence[Span]) -> bool:
         raise ProtocolViolation("not this one")
 
     rig.decode.received.judge = refuse

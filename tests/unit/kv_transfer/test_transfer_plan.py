@@ -19,6 +19,7 @@ from kv_transfer.transfer_plan import (
     GROUP_BYTES,
     GROUP_S,
     PageTable,
+    join_atoms,
     layer_group_size,
     layout_of_pages,
     missing_spans,
@@ -69,6 +70,14 @@ def test_pieces_keep_their_bounds_and_are_not_empty(
     assert all(1 <= len(piece) <= max_strips for piece in pieces)
     assert all(sum(strip.num_bytes for strip in piece) <= max_pages * PAGE_BYTES for piece in pieces)
     assert all(strip.num_bytes >= 1 for piece in pieces for strip in piece)
+
+
+@given(tables=page_tables(), max_bytes=st.integers(0, 9 * PAGE_BYTES), max_strips=st.integers(1, 5))
+def test_pages_are_cut_as_any_other_run_of_bytes_is(
+    tables: tuple[list[int], list[int]], max_bytes: int, max_strips: int
+) -> None:
+    atoms = [(src * PAGE_BYTES, dst * PAGE_BYTES, PAGE_BYTES) for src, dst in zip(*tables, strict=True)]
+    assert plan_writes(*tables, PAGE_BYTES, max_bytes, max_strips) == join_atoms(atoms, max_bytes, max_strips)
 
 
 def test_pages_that_follow_each_other_at_both_ends_become_one_run() -> None:
