@@ -125,7 +125,7 @@ class SimulatedClient(WorkerClient):
 
     def _publish(self, event: TokenChunk | SequenceFailure) -> None:
         """At the worker: the event is on its way."""
-        self._back.send(lambda: self._deliver_one(event))
+        self._back.send(self._deliver_one, event)
 
     def _deliver_one(self, event: TokenChunk | SequenceFailure) -> None:
         deliver = self._deliver.get(event.sequence_id)

@@ -9,8 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVarTuple
 
 from core.errors import PeerLost
+
+_Ts = TypeVarTuple("_Ts")
 
 
 class ControlPath:
@@ -29,12 +33,12 @@ class ControlPath:
         """Does it carry anything now?"""
         return self._up
 
-    def send(self, deliver: Callable[[], None]) -> None:
-        """``deliver`` is called when the message has arrived; at once on a path without latency."""
+    def send(self, deliver: Callable[[*_Ts], None], *args: *_Ts) -> None:
+        """``deliver(*args)`` is called when the message has arrived; at once on a path without latency."""
         if self._up and self.latency_s <= 0 and not self._on_way:
-            deliver()
+            deliver(*args)
             return
-        self._on_way.append((self._loop.time() + self.latency_s, deliver))
+        self._on_way.append((self._loop.time() + self.latency_s, partial(deliver, *args)))
         if self._up and self._timer is None:
             self._arm()
 

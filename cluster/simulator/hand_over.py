@@ -74,8 +74,9 @@ class HandOver:
         """What it cost, acknowledged now."""
         assert self._granted_at is not None, "a hand-over is acknowledged after its grant"
         assert self._committed_at is not None, "a hand-over is acknowledged after its commit"
-        tail_bytes = max(0.0, self.num_bytes - self._sent_at_commit)
-        return HandOverCost(round(self.num_bytes), round(tail_bytes), now - self._granted_at, now - self._committed_at)
+        num_bytes = self.num_bytes
+        tail_bytes = max(0.0, num_bytes - self._sent_at_commit)
+        return HandOverCost(round(num_bytes), round(tail_bytes), now - self._granted_at, now - self._committed_at)
 
     def step_begun(self, end: int, samples: bool, begins_at: float, ends_at: float) -> None:
         """A chunk that ends with token ``end`` is computed; ``samples``: it is the prompt's last."""

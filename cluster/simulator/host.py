@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVarTuple
 
 from cluster.cost_model import ComputeCost
 from cluster.simulator.answers import AnswerBook
@@ -18,6 +19,8 @@ from cluster.worker_client import WorkerDescription
 from core.compute import UNKNOWN_PROFILE, ComputeProfile
 from core.request import SequenceFailure, SequenceSpec, TokenChunk
 from engine.config import EngineConfig
+
+_Ts = TypeVarTuple("_Ts")
 
 Publish = Callable[[TokenChunk | SequenceFailure], None]  # to the gateway that a sequence came from
 
@@ -54,9 +57,9 @@ class Host:
     links: LinkReports
     answers: AnswerBook
 
-    def send(self, to: WorkerDescription, deliver: Callable[[], None]) -> None:
-        """``deliver`` is called at that worker when the message has arrived there."""
-        self.network.path(self.description.cluster_id, to.cluster_id).send(deliver)
+    def send(self, to: WorkerDescription, deliver: Callable[[*_Ts], None], *args: *_Ts) -> None:
+        """``deliver(*args)`` is called at that worker when the message has arrived there."""
+        self.network.path(self.description.cluster_id, to.cluster_id).send(deliver, *args)
 
 
 def num_known_tokens(spec: SequenceSpec) -> int:

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVarTuple
 
 from cluster.simulator.hand_over import HandOver
 from cluster.simulator.host import Host, Publish, num_known_tokens
@@ -20,6 +21,8 @@ from cluster.worker_client import WorkerDescription
 from core.errors import InvalidRequest
 from core.request import PullReport, Role, SequenceFailure, SequenceId, SequenceSpec, SessionId, StageStats, TokenChunk
 from engine.scheduler import StepItem, StepPlan
+
+_Ts = TypeVarTuple("_Ts")
 
 _PROBE_BYTES = 4 << 20
 
@@ -172,9 +175,9 @@ class SendingHalf:
         prompt.hand_over = hand_over
         query = GrantQuery(
             prompt.session_id,
-            granted=lambda cached: self._answer(prompt, lambda: self._granted(prompt, hand_over, cached)),
-            refused=lambda why: self._answer(prompt, lambda: self._fail(prompt, why, Role.DECODE)),
-            lost=lambda: self._answer(prompt, lambda: self._fail(prompt, "the receiver is gone", Role.DECODE)),
+            granted=lambda cached: self._answer(prompt, self._granted, prompt, hand_over, cached),
+            refused=lambda why: self._answer(prompt, self._fail, prompt, why, Role.DECODE),
+            lost=lambda: self._answer(prompt, self._fail, prompt, "the receiver is gone", Role.DECODE),
         )
         if prompt.receiver is None:
             self._fail(prompt, "no worker is at that address", Role.DECODE)
@@ -197,9 +200,9 @@ class SendingHalf:
 
         def arrive(receiver: ReceivingHalf) -> None:
             if receiver.committed(prompt.session_id, hand_over.num_bytes):
-                self._answer(prompt, lambda: self._engine.submit(lambda: self._close(prompt, hand_over)))
+                self._answer(prompt, self._engine.submit, lambda: self._close(prompt, hand_over))
             else:
-                self._answer(prompt, lambda: self._fail(prompt, "the receiver gave it up", Role.DECODE))
+                self._answer(prompt, self._fail, prompt, "the receiver gave it up", Role.DECODE)
 
         if not prompt.ended:
             self._tell(prompt, arrive)
@@ -246,14 +249,14 @@ class SendingHalf:
         """Something arrives at the receiver."""
         receiver = prompt.receiver
         if receiver is not None:
-            self._host.send(receiver.description, lambda: what(receiver))
+            self._host.send(receiver.description, what, receiver)
 
-    def _answer(self, prompt: _Prompt, what: Callable[[], None]) -> None:
+    def _answer(self, prompt: _Prompt, what: Callable[[*_Ts], None], *args: *_Ts) -> None:
         """Something arrives here from the receiver."""
         receiver = prompt.receiver
         if receiver is not None:
             host = self._host
-            host.network.path(receiver.description.cluster_id, host.description.cluster_id).send(what)
+            host.network.path(receiver.description.cluster_id, host.description.cluster_id).send(what, *args)
 
 
 def _lose_sender(session_id: SessionId, receiver: ReceivingHalf) -> None:
