@@ -81,10 +81,16 @@ class PageAllocator:
             return None
         self._evict(num_pages - self._num_unused)
         start = self._free.find(bytes([_FREE]) * num_pages)
-        pages = self._lowest_free(num_pages) if start < 0 else list(range(start, start + num_pages))
-        for page in pages:
-            self._free[page] = 0
-            self._refs[page] = 1
+        if start >= 0:
+            end = start + num_pages
+            pages = list(range(start, end))
+            self._free[start:end] = bytes(num_pages)
+            self._refs[start:end] = [1] * num_pages
+        else:
+            pages = self._lowest_free(num_pages)
+            for page in pages:
+                self._free[page] = 0
+                self._refs[page] = 1
         self._num_unused -= num_pages
         return pages
 
@@ -109,11 +115,18 @@ class PageAllocator:
     def release(self, pages: Sequence[int]) -> None:
         """One reference fewer to each of ``pages`` (in the order of a block table)."""
         # Backwards: of one prefix the last page must be evicted first, for without page i nobody finds page i + 1.
+        refs, hash_of = self._refs, self._hash_of
         for page in reversed(pages):
-            assert self._refs[page] > 0, f"page {page} is released more often than it was taken"
-            self._refs[page] -= 1
-            if self._refs[page] == 0:
-                self._retire(page)
+            left = refs[page] - 1
+            assert left >= 0, f"page {page} is released more often than it was taken"
+            refs[page] = left
+            if left:
+                continue
+            if page in hash_of:
+                self._cached[page] = None
+            else:
+                self._free[page] = _FREE
+                self._num_unused += 1
 
     def take_changes(self) -> CacheChanges:
         """Prefix pages that became known, or unknown, since this was called last; in the order of the changes."""
@@ -141,13 +154,6 @@ class PageAllocator:
         assert cached <= self._hash_of.keys() <= cached | used, (
             "a page has a name and cannot be found, or a free one has"
         )
-
-    def _retire(self, page: int) -> None:
-        if page in self._hash_of:
-            self._cached[page] = None
-        else:
-            self._free[page] = _FREE
-            self._num_unused += 1
 
     def _note_change(self, page_hash: PageHash, *, known: bool) -> None:
         if self._changed.pop(page_hash, known) is known:
