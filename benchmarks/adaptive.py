@@ -4,12 +4,10 @@
     python -m benchmarks.adaptive [--json FILE] [--traces DIR] [--requests N] [--rate R] [--case NAME ...] [--no-slo]
 
 Goodput is requests within 10 s to the first token and 40 ms between later ones, a second of those in which requests
-come. Requests ask for that (as with
-``x-slo-ttft-ms``), so one that is predicted to miss it is refused at once, whoever plans; with ``--no-slo`` they do
-not, and what is too much waits. All start with the same 3 + 5 roles and know nothing of what will come; only
-``adaptive`` may change roles. Bursts are gamma gaps of shape
-0.25, and the instants of Azure's code trace (variance of counts in 10 s: 75 times a Poisson process's), stretched to
-the same rate.
+come. Requests ask for that (as with ``x-slo-ttft-ms``), so one that is predicted to miss it is refused at once, whoever
+plans; with ``--no-slo`` they do not, and what is too much waits. All start with the same 3 + 5 roles and know nothing
+of what will come; only ``adaptive`` may change roles. Bursts are gamma gaps of shape 0.25, and the instants of Azure's
+code trace (variance of counts in 10 s: 75 times a Poisson process's), stretched to the same rate.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.saturation", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
-    parser.add_argument("--requests", type=int, default=1500, help="of each fleet")
+    parser.add_argument("--requests", type=int, default=800, help="of each fleet")
     parser.add_argument("--processes", type=int, metavar="N", help="at once; as many as there are cores")
     return parser
 
