@@ -101,7 +101,7 @@ def main() -> int:
         for trace in TRACES
         for routing in ROUTINGS
     ]
-    rows = run_all(row_of, tasks)
+    rows = run_all(row_of, tasks, options.processes)
     figures = {
         f"{name}_{trace.split()[0]}": ratio(rows, trace, routing)
         for trace in TRACES
@@ -197,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=int, default=600, help="of each trace")
     parser.add_argument("--users", type=int, default=48, help="of the coding sessions")
     parser.add_argument("--rate", type=float, default=5.5, help="requests/s of the conversations")
+    parser.add_argument("--processes", type=int, metavar="N", help="at once; as many as there are cores")
     return parser
 
 

@@ -1,11 +1,12 @@
 """Does the simulator say what the real service does? The same requests to both, side by side.
 
-    python -m benchmarks.calibration [--json FILE] [--requests N] [--rate R]
+    python -m benchmarks.calibration [--json FILE] [--requests N] [--share S]
 
 The default service of this machine (deploy/examples/laptop.yaml, two workers that share the cores in turns) gets the
 requests over gRPC, open loop, and keeps what its workers measured (``router.costs_file``). Then the same service is
-simulated with those seconds, and the same requests. A warm-up of as many as the rate brings in half a minute goes
-before, for both: what is measured of the first steps of a fresh service is not what they take later.
+simulated with those seconds, and the same requests. A warm-up goes before, for both: what is measured of the first
+steps of a fresh service is not what they take later. It sends one request after the other, which tells how fast this
+machine is; then they come at a share of that rate, so that a slow machine is as busy as a fast one.
 
 What is left of an error: the gateway's and the workers' Python competes with the model for two cores, which a simulated
 device does not know; steps that hold prompts and tokens alike are taken for the sum of both.
@@ -49,10 +50,12 @@ from protos import serving_pb2_grpc as rpc
 _ROOT = Path(__file__).resolve().parent.parent
 _CONFIG = _ROOT / "deploy/examples/laptop.yaml"
 _COLUMNS = {"measure": "measure", "real": "real", "simulated": "simulated", "relative_error": "error"}
-_BLOCK = 64  # tokens of a shared prefix
+_BLOCK = 32  # tokens of a shared prefix
 _NUM_PREFIXES = 8
 _NUM_LAYERS = 30  # of SmolLM2-135M
-_WARM_UP_S = 30.0
+_LONGEST = 160  # tokens of a prompt
+_MOST_OUTPUT = 16
+_NUM_WARM_UP = 24
 _PAUSE_S = 10.0  # between warm-up and measurement: nothing of it is under way then
 _SEND_BYTES_PER_S = 1e9  # loopback
 _NO_PROXY = (("grpc.enable_http_proxy", 0),)
@@ -79,17 +82,26 @@ class Service:
     pages_total: int  # of each worker
 
 
+@dataclass(frozen=True)
+class Served:
+    """What the service was asked, at which instants since the first request, and what was seen of the last ones."""
+
+    service: Service
+    warm_up: Workload
+    workload: Workload
+    seen: list[Seen]
+    rate_rps: float
+
+
 def main() -> int:
     """Serve, simulate, print, and write the JSON if asked."""
     options = _parser().parse_args()
-    warm_up = workload_of(round(_WARM_UP_S * options.rate), options.rate, seed=1, first=1_000_000)
-    workload = workload_of(options.requests, options.rate, seed=2, first=0)
     config = load_config(_CONFIG)
     with tempfile.TemporaryDirectory(prefix="prfaas-calibration-") as folder:
         costs_file = Path(folder) / "costs.json"
-        service, real = _serve(Path(folder), costs_file, (warm_up, workload))
-        simulated = _simulate(config, service, costs_file, (warm_up, workload))
-    rows = [row(name, measures(real)[name], measures(simulated)[name]) for name in measures(real)]
+        real = _serve(Path(folder), costs_file, options.requests, options.share)
+        simulated = _simulate(config, costs_file, real)
+    rows = [row(name, measures(real.seen)[name], measures(simulated)[name]) for name in measures(real.seen)]
     by_name = {str(row["measure"]): row for row in rows}
     report = Report(
         benchmark="calibration",
@@ -99,16 +111,17 @@ def main() -> int:
         figures={
             "ttft_mean_error": abs(float(by_name["TTFT mean s"]["relative_error"] or 0.0)),
             "tpot_mean_error": abs(float(by_name["TPOT mean s"]["relative_error"] or 0.0)),
+            "rate_rps": real.rate_rps,
         },
     )
-    report.print_table(_COLUMNS, f"{options.requests} requests at {options.rate:g}/s to the default service")
+    report.print_table(_COLUMNS, f"{options.requests} requests at {real.rate_rps:.3g}/s to the default service")
     if options.json is not None:
         report.write_json(options.json)
     return 0
 
 
 def workload_of(count: int, rate: float, seed: int, first: int) -> Workload:
-    """Prompts of 64 to 320 tokens, of which one or two blocks are one of a few prefixes; answers of 8 to 32 tokens."""
+    """Prompts of up to 160 tokens, of which one or two blocks are one of a few prefixes; answers of 4 to 16 tokens."""
     random = Random(seed)
     at = 0.0
     conversations = []
@@ -116,9 +129,9 @@ def workload_of(count: int, rate: float, seed: int, first: int) -> Workload:
         at += random.expovariate(rate)
         prefix = random.randrange(_NUM_PREFIXES)
         blocks = (100 + 2 * prefix, 101 + 2 * prefix)[: random.choice((1, 2))]
-        num_tokens = random.randint(len(blocks) * _BLOCK + 1, 320)
+        num_tokens = random.randint(len(blocks) * _BLOCK + 1, _LONGEST)
         prompt = Prompt(num_tokens, 1000 + random.randrange(40_000), blocks, _BLOCK)
-        turn = Turn(number, prompt, random.randint(8, 32), Answer(100_000 + number))
+        turn = Turn(number, prompt, random.randint(4, _MOST_OUTPUT), Answer(100_000 + number))
         conversations.append(Conversation(at, (turn,)))
     return Workload(conversations)
 
@@ -126,8 +139,7 @@ def workload_of(count: int, rate: float, seed: int, first: int) -> Workload:
 # ---- the real one ----
 
 
-def _serve(folder: Path, costs_file: Path, workloads: Sequence[Workload]) -> tuple[Service, list[Seen]]:
-    """What the last of ``workloads`` saw."""
+def _serve(folder: Path, costs_file: Path, count: int, share: float) -> Served:
     http_port, grpc_port = _free_ports(2)
     settings = (
         f"http.port={http_port}",
@@ -139,13 +151,30 @@ def _serve(folder: Path, costs_file: Path, workloads: Sequence[Workload]) -> tup
     command = [sys.executable, "-m", "cluster", "serve", str(_CONFIG)]
     for setting in settings:
         command += ["--set", setting]
+    address = f"127.0.0.1:{grpc_port}"
     with ServiceProcess(command, f"http://127.0.0.1:{http_port}/health", folder / "service.log") as service:
         service.wait_until_healthy(300.0)
-        seen: list[Seen] = []
-        for workload in workloads:
-            time.sleep(_PAUSE_S)
-            seen = asyncio.run(_send_all(f"127.0.0.1:{grpc_port}", workload))
-        return _ask(f"127.0.0.1:{grpc_port}"), seen
+        began_at = time.perf_counter()
+        warm_up = asyncio.run(_one_by_one(address, workload_of(_NUM_WARM_UP, 1.0, seed=1, first=1_000_000)))
+        rate = share * _NUM_WARM_UP / (time.perf_counter() - began_at)
+        time.sleep(_PAUSE_S)
+        starts_at = time.perf_counter() - began_at
+        workload = workload_of(count, rate, seed=2, first=0)
+        seen = asyncio.run(_send_all(address, workload))
+        later = [replace(c, starts_at=starts_at + c.starts_at) for c in workload.conversations]
+        return Served(_ask(address), warm_up, Workload(later), seen, rate)
+
+
+async def _one_by_one(address: str, workload: Workload) -> Workload:
+    """The requests at the instants at which each was sent: when the last one had ended."""
+    sent = []
+    async with grpc.aio.insecure_channel(address, options=_NO_PROXY) as channel:
+        stub = rpc.GenerationStub(channel)
+        began_at = time.perf_counter()
+        for conversation in workload.conversations:
+            sent.append(replace(conversation, starts_at=time.perf_counter() - began_at))
+            await _send(stub, conversation.turns[0])
+    return Workload(sent)
 
 
 def _ask(address: str) -> Service:
@@ -190,7 +219,8 @@ async def _send(stub: rpc.GenerationStub, turn: Turn) -> Seen:
 # ---- the simulated one ----
 
 
-def _simulate(config: ServiceConfig, service: Service, costs_file: Path, workloads: Sequence[Workload]) -> list[Seen]:
+def _simulate(config: ServiceConfig, costs_file: Path, real: Served) -> list[Seen]:
+    service = real.service
     engine = replace(config.engine, num_pages=service.pages_total)
     fingerprint = CacheFingerprint("smollm2", "1", "float32", engine.page_size, "smollm2")
     kv_bytes = service.kv_bytes_per_token
@@ -208,11 +238,9 @@ def _simulate(config: ServiceConfig, service: Service, costs_file: Path, workloa
     scenario = Scenario(
         (here,), router=config.router, admission=config.admission, planner=PlannerConfig(mode=PLANNER_OFF)
     )
-    warm_up, workload = workloads
-    pause_s = warm_up.conversations[-1].starts_at + _PAUSE_S
-    later = [replace(c, starts_at=c.starts_at + pause_s) for c in workload.conversations]
-    result = simulate(scenario, Workload([*warm_up.conversations, *later]))
-    measured = {conversation.turns[0].number for conversation in later}
+    conversations = [*real.warm_up.conversations, *real.workload.conversations]
+    result = simulate(scenario, Workload(conversations))
+    measured = {conversation.turns[0].number for conversation in real.workload.conversations}
     return [
         Seen(r.ttft_s, r.tpot_s, r.input_tokens, r.timing.cached_tokens, r.timing.bytes_shipped)
         for r in result.records
@@ -260,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--rate", type=float, default=1.5, help="requests/s")
+    parser.add_argument("--share", type=float, default=0.6, help="of the rate at which they come one after the other")
     return parser
 
 

@@ -73,7 +73,7 @@ def main() -> int:
         FleetCase("naive heterogeneous", 0, 8, 0.0, 2.45, options.requests),
         FleetCase("homogeneous, 12 H20", 9, 3, OFFLOAD_NOTHING, 2.11, options.requests),
     )
-    rows = run_all(saturate, cases)
+    rows = run_all(saturate, cases, options.processes)
     report = Report(
         benchmark="saturation",
         commit=commit(),
@@ -179,7 +179,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.saturation", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
-    parser.add_argument("--requests", type=int, default=1500, help="of each fleet")
+    parser.add_argument("--requests", type=int, default=800, help="of each fleet")
+    parser.add_argument("--processes", type=int, metavar="N", help="at once; as many as there are cores")
     return parser
 
 

@@ -112,6 +112,8 @@ class PlannerMemory:
     """What the policy remembers from one call to the next; ``FRESH`` at the start."""
 
     threshold_tokens: float | None = None  # the last one chosen; None: none yet
+    looked_at_s: float = -math.inf  # the last call
+    usual_bytes_per_s: float = 0.0  # that the links have carried, fading; roles are for that
     judged_at_s: float = -math.inf  # the last look at the roles
     verdict: int = 0  # +1 more prefill, -1 more decode, 0 as it is
     verdicts: int = 0  # equal ones in a row
@@ -154,6 +156,8 @@ class PlannerSettings:
     abundant_utilisation: of the link, in use and predicted; up to it bandwidth is abundant again.
     abundant_after_s: how long it must have been so.
     period_s: time between two looks at the roles.
+    link_memory_s: what the links carried so long ago counts e times less than what they carry now, for the roles: a
+        link that is narrow for a minute converts nobody.
     min_role_gain: relative gain in throughput for which a worker changes its role; what chance may have made of the
         measured demand is added.
     min_requests: measured requests without which no worker changes its role.
@@ -175,6 +179,7 @@ class PlannerSettings:
     abundant_utilisation: float = 0.3
     abundant_after_s: float = 5.0
     period_s: float = 5.0
+    link_memory_s: float = 120.0
     min_role_gain: float = 0.1
     min_requests: int = 16
     patience: int = 2
@@ -195,7 +200,15 @@ class PlannerSettings:
         _require(0 < self.most_full <= 1, "most_full", "above 0 and at most 1")
         _require(self.patience >= 1, "patience", "at least 1")
         _require(self.min_requests >= 0, "min_requests", "at least 0")
-        for name in ("min_threshold_gain", "min_role_gain", "high_queue_s", "balance_s", "period_s", "horizon_s"):
+        for name in (
+            "min_threshold_gain",
+            "min_role_gain",
+            "high_queue_s",
+            "balance_s",
+            "period_s",
+            "link_memory_s",
+            "horizon_s",
+        ):
             _require(getattr(self, name) > 0, name, "above 0")
         for name in ("abundant_after_s", "cooldown_s", "conversion_s"):
             _require(getattr(self, name) >= 0, name, "at least 0 s")
@@ -246,6 +259,7 @@ class DualTimescale:
         self, view: PlanningView, demand: MeasuredDemand, memory: PlannerMemory
     ) -> tuple[FleetTarget, PlannerMemory]:
         """Roles first: the threshold is for the roles that are aimed at."""
+        memory = self._remember_link(view, memory)
         roles, why_roles, memory = self._roles(view, demand, memory)
         fleet = _fleet(view, demand, roles)
         threshold, why_threshold, memory = self._threshold(view, demand, fleet, roles, memory)
@@ -273,6 +287,11 @@ class DualTimescale:
             },
         )
         return target, memory
+
+    def _remember_link(self, view: PlanningView, memory: PlannerMemory) -> PlannerMemory:
+        kept = math.exp(min(0.0, memory.looked_at_s - view.at_s) / self.settings.link_memory_s)  # 0 at first
+        usual = view.link_bytes_per_s + kept * (memory.usual_bytes_per_s - view.link_bytes_per_s)
+        return replace(memory, looked_at_s=view.at_s, usual_bytes_per_s=usual)
 
     # ---- short loop: the threshold ----
 
@@ -382,7 +401,8 @@ class DualTimescale:
         if view.at_s - memory.judged_at_s < chosen.period_s:
             return now, _Why("judged", memory.said or "roles stay: judged a moment ago"), memory
         memory = replace(memory, judged_at_s=view.at_s)
-        verdict, why, memory = self._verdict(view, demand, now, memory)
+        usual = replace(view, link_bytes_per_s=memory.usual_bytes_per_s)
+        verdict, why, memory = self._verdict(usual, demand, now, memory)
         in_a_row = memory.verdicts + 1 if verdict == memory.verdict else 1
         memory = replace(memory, verdict=verdict, verdicts=in_a_row if verdict else 0)
         if not verdict:

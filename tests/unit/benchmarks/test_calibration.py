@@ -30,11 +30,11 @@ def test_an_error_is_relative_to_what_is_real_and_there_is_none_of_nothing() -> 
 def test_prompts_share_a_few_prefixes_and_are_the_same_each_time() -> None:
     workload = workload_of(200, 1.5, seed=2, first=0)
     turns = [conversation.turns[0] for conversation in workload.conversations]
-    prefixes = {turn.prompt.tokens(0, 64) for turn in turns}
+    prefixes = {turn.prompt.tokens(0, 32) for turn in turns}
 
     assert len(prefixes) == 8
     assert len({turn.prompt.tokens() for turn in turns}) == 200
-    assert all(65 <= turn.input_tokens <= 320 for turn in turns)
-    assert all(8 <= turn.output_tokens <= 32 for turn in turns)
+    assert all(33 <= turn.input_tokens <= 160 for turn in turns)
+    assert all(4 <= turn.output_tokens <= 16 for turn in turns)
     assert workload.conversations[-1].starts_at == pytest.approx(200 / 1.5, rel=0.2)
     assert workload_of(200, 1.5, seed=2, first=0) == workload

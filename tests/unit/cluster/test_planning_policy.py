@@ -151,6 +151,17 @@ def test_long_answers_turn_a_prefill_worker_into_a_decode_worker_and_short_ones_
     assert back.roles == settled.roles
 
 
+def test_a_link_that_is_narrow_for_a_minute_converts_nobody_and_one_that_stays_narrow_does() -> None:
+    """3 + 3 workers are right on 12.5 GB/s, 4 + 2 on 0.1."""
+    _, memory = last(VIEW, CHAT, steps=100)
+    narrow = replace(VIEW, link_bytes_per_s=1e8, local_queue_s=5.0)
+    minute, at_its_end = last(narrow, CHAT, memory=memory, start_s=100.0, steps=60)
+    later, _ = last(narrow, CHAT, memory=at_its_end, start_s=160.0, steps=600)
+
+    assert minute.roles == Roles(3, 3)
+    assert later.roles == Roles(4, 2)
+
+
 def test_one_conversion_at_a_time_with_patience_and_cooldown() -> None:
     pressed = replace(VIEW, decode_queue=5)
     targets = [target for target, _ in run(pressed, LONG_ANSWERS, steps=50)]
