@@ -126,7 +126,8 @@ class _Prefiller:
         self._num_tokens = num_tokens
         self._thread = EngineThread(lambda: Engine.load_model(settings, model, WallClock()), self._on_output)
         engine = self._thread.start()
-        self.layout = layout = engine.layout
+        layout = engine.layout
+        self.layout = layout.kv_layout()
         numbers = range(layout.num_layers)
         self.fingerprint = engine.fingerprint
         self.layers = tuple(
@@ -146,7 +147,7 @@ class _Prefiller:
             make_commit=lambda sequence_id, token_ids: b"",
             run_on_loop=_run_aside,
         )
-        self._sender = KvSender(transport, WallClock(), self._closed, layout)
+        self._sender = KvSender(transport, WallClock(), self._closed, self.layout)
         self._worker.attach(self._sender)
         self._held = HoldBack(self._worker, layout.num_layers)
         engine.listener = self._held
