@@ -93,7 +93,8 @@ class SlowCopy:
 class SlowRing:
     """Two slots. ``begun``: what was copied, in order, with its copy."""
 
-    num_slots, slot_bytes, address, device = 2, SLOT_BYTES, 0, 0
+    num_slots, slot_bytes, address = 2, SLOT_BYTES, 0
+    device: int | None = 0
 
     def __init__(self) -> None:
         self.begun: list[tuple[object, SlowCopy]] = []
