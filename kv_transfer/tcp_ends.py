@@ -28,7 +28,7 @@ from kv_transfer.transport import LayerPages, LinkStats, PeerIdentity, ReceiveEv
 
 logger = logging.getLogger(__name__)
 
-_PIECE_BYTES = 1 << 20  # received and hashed at once: it stays in a core's cache in between
+_PIECE_BYTES = 1 << 18  # received and hashed at once: it stays in a core's cache in between, whatever else passes there
 _DRAIN_BYTES = 1 << 18
 _BYTES_PER_GBIT = 1e9 / 8
 
