@@ -144,7 +144,8 @@ class Region:
     def outgoing(self, write: Write) -> Iterator[list[memoryview]]:
         """Host views of the write's source bytes, in the payload's order; they may be read until the block ends."""
         runs = write.table.rows.tolist()
-        yield [self.bytes_at(layer, src, num_bytes) for layer in write.layers for src, _, num_bytes in runs]
+        memory = self._layers[write.first_layer : write.layers.stop]
+        yield [view[src : src + num_bytes] for view in memory for src, _, num_bytes in runs]
 
     @contextmanager
     def incoming(self, layers: range, spans: Sequence[Span]) -> Iterator[list[memoryview]]:
@@ -153,7 +154,8 @@ class Region:
         Raising out of the block leaves those bytes of the pool undefined.
         """
         runs = spans.rows.tolist() if isinstance(spans, RunTable) else [(run.offset, run.num_bytes) for run in spans]
-        yield [self.bytes_at(layer, offset, num_bytes) for layer in layers for offset, num_bytes in runs]
+        memory = self._layers[layers.start : layers.stop]
+        yield [view[offset : offset + num_bytes] for view in memory for offset, num_bytes in runs]
 
     def pages(self, layer: int, first: int, count: int) -> memoryview:
         """The bytes of pages ``first .. first + count - 1`` of ``layer``, uncopied."""
