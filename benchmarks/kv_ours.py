@@ -16,11 +16,13 @@ from core.errors import TransferError
 from core.request import ClusterId, SessionId, WorkerId
 from kv_transfer.codec import Codec
 from kv_transfer.config import KvTransferConfig, LinkConfig
+from kv_transfer.link_monitor import LinkMonitor
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.sender import KvSender
 from kv_transfer.session import Grant, SendReport
 from kv_transfer.transport import PeerIdentity, Region, Transport, create_transport
 
+_SENDER, _RECEIVER = WorkerId("left"), WorkerId("right")
 _LINK_TIMEOUT_S = 3.0  # for connections that are still being made
 _LEASE_S = 3600.0  # the process is stopped while other arms have their turn
 
@@ -29,7 +31,7 @@ def make_end(
     arm: Ours, sends: bool, memory: memoryview, pool_pages: int, host: str, credentials: Credentials | None
 ) -> OurEnd:
     """One end of ``arm`` on the pool in ``memory``."""
-    identity = PeerIdentity(WorkerId("left" if sends else "right"), ClusterId("bench"))
+    identity = PeerIdentity(_SENDER if sends else _RECEIVER, ClusterId("bench"))
     transport: Transport = create_transport(_config(arm, host), FINGERPRINT, WallClock(), identity, credentials)
     transport.register(Region(geometry(pool_pages), layer_views(memory, pool_pages)))
     if arm.codec != "raw":
@@ -54,7 +56,10 @@ class OurEnd:
         self._arm = arm
         self._changed = Condition()
         self._reports: dict[SessionId, SendReport] = {}
-        self._sender = KvSender(transport, WallClock(), self._on_closed)
+        self._links = LinkMonitor(WallClock())  # asked as a worker asks it: how large pieces are depends on it
+        self._sender = KvSender(
+            transport, WallClock(), self._on_closed, link_speed=lambda _: self._links.rate(_RECEIVER)
+        )
         self._receiver = KvReceiver(transport, WallClock(), _committed, _released, _LEASE_S)
 
     def greet(self) -> None:
@@ -80,6 +85,7 @@ class OurEnd:
         seconds = time.perf_counter() - began
         if report.error is not None:
             raise report.error
+        self._links.tick(self._transport.stats())
         return Moved(seconds, len(pages) * geometry(1).bytes_per_page, self._path())
 
     def close(self) -> None:

@@ -166,6 +166,7 @@ class LinkEnd(ABC):
         self._num_sent = 0
         self._closing = Lock()
         self._error: TransferError | None = None
+        self._has_ended = False
 
     # ---- Link: from any thread ----
 
@@ -237,7 +238,7 @@ class LinkEnd(ABC):
             logger.exception("kv link with %s closed by a bug", self.peer)
             self.close(PeerLost(f"the link with {self.peer} has ended"))
             moved = 1
-        if self._error is not None and not self._begun:
+        if self._error is not None and not self._begun and not self._has_ended:
             self._end(self._error)
         return moved
 
@@ -252,6 +253,7 @@ class LinkEnd(ABC):
     # ---- within a step ----
 
     def _end(self, error: TransferError) -> None:
+        self._has_ended = True
         try:
             self._report_lost(error)
         except Exception:

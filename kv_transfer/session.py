@@ -250,6 +250,7 @@ class SendSession:
         self._move(SendState.SENDING)
         self._grant = grant
         self._link_bytes_per_s = link_bytes_per_s
+        self._limits = self._limits.at(link_bytes_per_s)
         outgoing: list[Outgoing] = [Begin(self.session_id, grant.token)]
         for stored in self._stored:
             outgoing += self._hold(grant, stored, now)

@@ -80,7 +80,8 @@ class SpanTables:
 
 
 class SentTables:
-    """Where the strips of a link's writes go. A session's writes of different layers share their strips."""
+    """Where the strips of a link's writes go. A session's writes of different layers share their strips. Threads may
+    share it."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Strips, Spans]] = {}  # id of strips |-> these, which keeps the id theirs

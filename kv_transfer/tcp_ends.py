@@ -20,7 +20,7 @@ from core.request import SessionId
 from kv_transfer.codec import Codec, CodecUse, decode, encode, encoded_bound
 from kv_transfer.config import LinkConfig
 from kv_transfer.frames import KEEPALIVE, Checksum, FrameKind, Header, LinkRole, WriteHead, pack_write, parse_write
-from kv_transfer.spans import Spans, SpanTables
+from kv_transfer.spans import SentTables, SpanTables
 from kv_transfer.tcp_endpoint import HANDSHAKE_S, Endpoint, read_frame
 from kv_transfer.tcp_link import Connection, LinkEnd
 from kv_transfer.tcp_stream import Stream, pieces
@@ -28,7 +28,7 @@ from kv_transfer.transport import LayerPages, LinkStats, PeerIdentity, ReceiveEv
 
 logger = logging.getLogger(__name__)
 
-_PIECE_BYTES = 1 << 20  # received and hashed at once: it stays in a core's cache in between
+_PIECE_BYTES = 1 << 18  # received and hashed at once: it stays in a core's cache in between, whatever else passes there
 _DRAIN_BYTES = 1 << 18
 _BYTES_PER_GBIT = 1e9 / 8
 
@@ -55,6 +55,7 @@ class SendEnd(LinkEnd):
         self._bytes_sent = 0
         self._retransmits = 0  # of connections that are gone
         self._encoded: dict[Codec, CodecUse] = {}
+        self._tables = SentTables()
 
     def write(self, write: Write) -> None:
         self._outbox.put(write.session_id, write)
@@ -123,9 +124,10 @@ class SendEnd(LinkEnd):
         try:
             with self._endpoint.region.outgoing(write) as views:
                 payload = self._encode(write, views)
-                num_bytes = sum(view.nbytes for view in payload)
+                raw = write.codec is Codec.RAW
+                num_bytes = write.num_bytes if raw else sum(view.nbytes for view in payload)
                 checksum = _digest(payload) if self._settings.checksum == "xxh3" else None
-                spans = Spans.of(write.table)
+                spans = self._tables.of(write.table)
                 head = pack_write(write.token, write.layers, spans, num_bytes, write.codec, checksum)
                 stream.send([memoryview(head), *payload])
         finally:

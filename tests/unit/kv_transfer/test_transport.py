@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from core.clock import VirtualClock
@@ -8,7 +10,15 @@ from core.fingerprint import CacheFingerprint
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.local import LocalTransport
 from kv_transfer.tcp import TcpTransport
-from kv_transfer.transport import TRANSPORTS, LayerPages, PageGeometry, Region, create_transport
+from kv_transfer.transport import (
+    HOST_PIECES,
+    TRANSPORTS,
+    LayerPages,
+    PageGeometry,
+    PieceLimits,
+    Region,
+    create_transport,
+)
 
 FINGERPRINT = CacheFingerprint("m", "r", "d", 16, "l")
 
@@ -23,6 +33,24 @@ def test_a_transport_is_made_by_its_name(name: str, kind: type) -> None:
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InvalidConfig, match="local, nixl, tcp"):
         create_transport(KvTransferConfig(transport="pigeon"), FINGERPRINT, VirtualClock())
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_s", "max_bytes"),
+    [
+        pytest.param(None, 1 << 20, id="not known"),
+        pytest.param(0.125e9, 1 << 20, id="1 Gbit/s"),
+        pytest.param(2e9, 3_000_000, id="16 Gbit/s"),
+        pytest.param(50e9, 4 << 20, id="faster than pieces pay"),
+    ],
+)
+def test_pieces_grow_with_the_speed_of_the_link_within_bounds(bytes_per_s: float | None, max_bytes: int) -> None:
+    assert HOST_PIECES.at(bytes_per_s) == replace(HOST_PIECES, max_bytes=max_bytes)
+
+
+def test_pieces_of_a_transport_that_names_one_size_stay() -> None:
+    limits = PieceLimits(7, 3)
+    assert limits.at(50e9) == limits
 
 
 def test_a_region_gives_the_bytes_of_a_run_uncopied() -> None:
