@@ -9,9 +9,9 @@ prefixes, in mean TTFT and hit rate, against an endless cache.
     global cache  likewise, and cached pages are fetched from whoever has them (``prfaas``)
 
 Four prefill and four decode workers of Llama-3.1-8B on one H100 each, by the roofline. Conversations: Mooncake's, open
-loop at its own instants, spread over their grid of 3 s and then stretched to a rate at which four workers that cache
-nothing are busy most of the time. Coding sessions: a closed loop of users that think, of whom
-none leaves for longer than half a minute (the trace has users that come back the next day, when no cache is left).
+loop at its own instants, spread over their grid of 3 s, or stretched to a rate. Coding sessions: a closed loop of users
+that think, of whom none leaves for longer than half a minute (the trace has users that come back the next day, when no
+cache is left).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Run:
     folder: Path
     num_requests: int
     num_users: int
-    rate_rps: float
+    rate_rps: float | None  # None: the trace's own
 
 
 def main() -> int:
@@ -194,9 +194,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument("--traces", type=Path, metavar="DIR", default=shared_traces(), help="the shared traces")
-    parser.add_argument("--requests", type=int, default=600, help="of each trace")
-    parser.add_argument("--users", type=int, default=48, help="of the coding sessions")
-    parser.add_argument("--rate", type=float, default=5.5, help="requests/s of the conversations")
+    parser.add_argument("--requests", type=int, default=100, help="of each trace")
+    parser.add_argument("--users", type=int, default=24, help="of the coding sessions")
+    parser.add_argument("--rate", type=float, help="requests/s of the conversations; the trace's own")
     parser.add_argument("--processes", type=int, metavar="N", help="at once; as many as there are cores")
     return parser
 

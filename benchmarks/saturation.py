@@ -34,14 +34,14 @@ _COLUMNS = {
     "fleet": "fleet",
     "paper_rps": "paper",
     "equations_rps": "equations",
-    "own_seconds_rps": "own seconds",
+    "own_seconds_rps": "own s",
     "same_prompts_rps": "same prompts",
     "events_rps": "events",
-    "relative_error": "of equations",
-    "unexplained": "of same prompts",
+    "relative_error": "off eq.",
+    "unexplained": "off same",
     "prfaas_busy": "PrfaaS",
     "prefill_busy": "prefill",
-    "decode_busy": "batches",
+    "decode_busy": "batch",
 }
 _OVERLOAD = 1.3
 _FULL_AFTER_S = 60.0  # the first answers take a prefill and 26 s of decoding
