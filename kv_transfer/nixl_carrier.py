@@ -1,8 +1,8 @@
 """Who talks to NIXL? One thread for all links of a transport: it owns the agent, the rings and what is under way.
 
-It runs what others queue (notes, writes of slots), takes the notes that came, asks how the writes under way fare, and
-keeps links alive. It polls, since NIXL can wake nobody: at once while something moves and for 2 ms after that, then,
-for a tenth of a second, in which a model may store its next layer, every 0.3 ms, and every 2 ms while nothing happens.
+It takes the notes that came, steps the ends of links (nixl_links.py), asks how the writes under way fare, and keeps
+links alive. It polls, since NIXL can wake nobody: at once while something moves and for 2 ms after that, then, for a
+tenth of a second, in which a model may store its next layer, every 0.3 ms, and every 2 ms while nothing happens.
 Each look takes the interpreter from the threads that launch the model's kernels, so not more often. (NIXL's own
 progress thread would take a whole core, always.)
 
@@ -258,8 +258,11 @@ class CarrierThread:
         self._bell.ring()
 
     def adopt(self, end: SendEnd) -> None:
-        """Step the end from now on."""
-        self.queue(partial(self._ends.append, end))
+        """Step the end from now on. Of a thread that was stopped: end it at once, which another one reports."""
+        if self._thread.is_alive():
+            self.queue(partial(self._ends.append, end))
+        else:
+            Thread(target=self._end_late, args=(end,), name="kv-nixl-lost", daemon=True).start()
 
     # ---- the loop ----
 
@@ -282,6 +285,7 @@ class CarrierThread:
             self._run_queue()
             self._stop_ends()
             self._bell.wait(_KEEP_ALIVE_S)
+        self._run_queue()
         self._stop_ends()
 
     def _loop(self) -> None:
@@ -325,6 +329,10 @@ class CarrierThread:
         for end in tuple(self._ends):
             end.close(PeerLost("this end's thread has ended"))
             end.stop()
+
+    def _end_late(self, end: LinkEnd) -> None:
+        self._ends.append(end)
+        self._stop_ends()
 
     # ---- for the links, within their steps ----
 

@@ -126,8 +126,8 @@ class Outbox:
 
     def take(self, taker: Taker, timeout_s: float) -> Write | Notice | Barrier | None:
         """What ``taker``'s connection sends next; None if nothing came in time, it left, or the outbox is closed."""
-        if timeout_s <= 0.0 and not self._lanes and taker.control:
-            return None  # nothing is queued, and it shows no barriers: no need to wait for the lock
+        if timeout_s <= 0.0 and taker.control and not self._lanes and not self._tenants:
+            return None  # nothing is queued, it shows no barriers, and no share is to be forgotten: no lock for that
         with self._changed:
             if timeout_s <= 0.0:
                 return None if self._closed or taker.left else self._next(taker)

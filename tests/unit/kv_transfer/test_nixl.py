@@ -242,6 +242,28 @@ def test_a_slot_that_was_not_lent_closes_the_link(make_end: MakeEnd) -> None:
     assert decode.transport.counters.bad_frames == 1
 
 
+def test_a_link_of_a_transport_that_was_closed_is_lost(make_end: MakeEnd) -> None:
+    prefill, decode = make_end(seed=1), make_end()
+    prefill.transport.close()
+    prefill.transport.connect(decode.transport.describe(), prefill.sent)
+    assert isinstance(prefill.sent.until_lost(), PeerLost)
+
+
+def test_a_bug_of_the_thread_loses_its_links_and_those_that_follow(
+    make_end: MakeEnd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, decode = make_end(seed=1), make_end()
+    link = prefill.transport.connect(decode.transport.describe(), prefill.sent)
+    link.notify(A, b"there?")
+    decode.received.until_told("notified", b"there?")
+    transport: Any = prefill.transport
+    monkeypatch.setattr(transport._thread._agent, "received", lambda: 1 / 0)
+    assert isinstance(prefill.sent.until_lost(), PeerLost)
+    after = replace(prefill, sent=Events())
+    after.transport.connect(decode.transport.describe(), after.sent)
+    assert isinstance(after.sent.until_lost(), PeerLost)
+
+
 def test_strangers_are_counted_and_get_no_answer(make_end: MakeEnd) -> None:
     prefill, decode = make_end(seed=1), make_end()
     descriptor = bytearray(decode.transport.describe())

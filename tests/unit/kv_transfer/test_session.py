@@ -25,7 +25,7 @@ from kv_transfer.session import (
 )
 from kv_transfer.spans import Spans
 from kv_transfer.transfer_plan import layout_of_pages
-from kv_transfer.transport import LayerPages, PageGeometry, SendOrder, Span, Strip, Write
+from kv_transfer.transport import LayerPages, PageGeometry, PieceLimits, SendOrder, Span, Strip, Write
 
 NAME = SessionId("s")
 TOKEN = bytes(16)
@@ -168,6 +168,15 @@ def test_layers_pile_up_until_the_last_one_and_travel_as_one_write() -> None:
     session.grant(GRANT, 0.0)
     assert session.store(0, 1, [3, 4], 0.0) == []
     assert session.store(1, 1, [3, 4], 0.0) == [Write(NAME, TOKEN, 0, 2, (Strip(24, 56, 8), Strip(32, 40, 8)))]
+
+
+@pytest.mark.parametrize(("bytes_per_s", "sizes"), [(SLOW, [8, 8, 8]), (16 / 1.5e-3, [16, 8])])
+def test_pieces_are_as_large_as_the_speed_of_the_link_lets_them_be(bytes_per_s: float, sizes: list[int]) -> None:
+    session = SendSession(NAME, NUM_PAGES, GEOMETRY, LAYOUT, SendOrder(), PieceLimits(8, 8, fast_bytes=16))
+    session.grant(GRANT, 0.0, bytes_per_s)
+    session.store(0, 1, [3, 5, 8], 0.0)
+    writes = session.store(1, 1, [3, 5, 8], 0.0)
+    assert [write.num_bytes for write in writes if isinstance(write, Write) and write.first_layer == 1] == sizes
 
 
 @pytest.mark.parametrize(
