@@ -268,7 +268,23 @@ def planned() -> PlannerStatus:
         {"roles": "more_decode"},
     )
     changing = Conversion(WorkerId("prefill-9"), EngineId("e"), Role.DECODE, 0.0)
-    quiet = PlanSample(1.0, math.inf, False, 2, 2, 0, 1, 0, 1e9, 0.25, 0.5, 1.5, 0.0, 7, 4, 2.5)
+    quiet = PlanSample(
+        at=1.0,
+        threshold_tokens=math.inf,
+        abundant=False,
+        num_prefill=2,
+        num_decode=2,
+        num_changing=0,
+        num_prfaas=1,
+        link_bytes_per_s=1e9,
+        link_utilisation=0.25,
+        link_queue_s=0.5,
+        prfaas_queue_s=1.5,
+        local_queue_s=0.0,
+        decode_queue=7,
+        gateway_queue=4,
+        rate_rps=2.5,
+    )
     return PlannerStatus(
         mode="dual",
         target=target,
