@@ -28,6 +28,7 @@ from random import Random
 import grpc
 import numpy as np
 
+from benchmarks.orderly_exit import exit_on_sigterm
 from benchmarks.report import Cell, Report, commit, machine
 from cluster.config import PLANNER_OFF, PlannerConfig, ServiceConfig, load_config
 from cluster.cost_model import saved_costs
@@ -96,6 +97,7 @@ class Served:
 def main() -> int:
     """Serve, simulate, print, and write the JSON if asked."""
     options = _parser().parse_args()
+    exit_on_sigterm()
     config = load_config(_CONFIG)
     with tempfile.TemporaryDirectory(prefix="prfaas-calibration-") as folder:
         costs_file = Path(folder) / "costs.json"
