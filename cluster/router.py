@@ -481,9 +481,10 @@ class Router:
             for page_size in self._membership.page_sizes:
                 matches[page_size] = self._membership.match_prefix(continuation.page_hashes(page_size))
         num_output = self._output_lengths.expected(continuation.num_tokens, continuation.max_tokens)
-        request = continuation.route_request(self._num_routes, matches, num_output, self._output_lengths.mean)
-        self._num_routes += 1
-        return request
+        if continuation.ordinal is None:
+            continuation.ordinal = self._num_routes
+            self._num_routes += 1
+        return continuation.route_request(matches, num_output, self._output_lengths.mean)
 
     def _proposed_route(self, flight: _Flight, continuation: _Continuation, view: ClusterView) -> Route | None:
         """What the policy said when the request was released, for its first attempt, while the workers are ready."""
@@ -661,6 +662,9 @@ class _Continuation:
         self.index = index
         self.inbox = _Inbox()
         self.attempt: _Attempt | None = None
+        self.ordinal: int | None = (
+            None  # of the attempt to come (RouteRequest); None: nobody has asked for its route yet
+        )
         self.excluded: set[EngineId] = set()
         self._request = request
         self._ticket = ticket
@@ -722,14 +726,13 @@ class _Continuation:
         fetched = 0 if route.pull is None else route.pull.num_tokens
         return min(max(cached, fetched), len(self._request.prompt_token_ids) + self.num_tokens - 1)
 
-    def route_request(
-        self, ordinal: int, matches: Mapping[int, PrefixMatch], num_output: int, mean_output: float
-    ) -> RouteRequest:
+    def route_request(self, matches: Mapping[int, PrefixMatch], num_output: int, mean_output: float) -> RouteRequest:
+        assert self.ordinal is not None, "the router has given it one"
         self._matches = matches
         self.asked = RouteRequest(
             request_id=self._request.request_id,
             num_tokens=len(self._request.prompt_token_ids) + self.num_tokens,
-            ordinal=ordinal,
+            ordinal=self.ordinal,
             excluded=frozenset(self.excluded),
             matches=matches,
             num_output=num_output,
@@ -750,7 +753,7 @@ class _Continuation:
         if not self._attempts:
             self._routed_at = now
         self._attempts.append(attempt)
-        self.attempt = attempt
+        self.attempt, self.ordinal = attempt, None
 
     def next_chunk(self, now: float, chunk: TokenChunk) -> OutputChunk:
         """Tokens for the client, who has them from here on."""

@@ -52,7 +52,8 @@ class RouteRequest:
     """What a policy may know of a sequence.
 
     num_tokens: tokens whose K/V must exist before the next one is sampled (the prompt, and what was generated so far).
-    ordinal: how many routes this gateway asked for before this one.
+    ordinal: how many sequences this gateway placed before this one, a retry counted as another; the same however
+        often the route of one is asked for while it waits.
     excluded: engines that failed this sequence before. A restarted worker is a new engine, hence not excluded.
     matches: for each page size in the cluster, which workers cache how many of the leading pages of those tokens.
     num_output: tokens that it is expected to generate yet.
