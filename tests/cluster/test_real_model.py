@@ -87,7 +87,7 @@ async def test_the_default_policy_lets_each_turn_reuse_what_decoding_wrote_in_th
     )
     model = ReferenceModel(folder, openings)
     engine = replace(ENGINE, max_prefill_chunk=64)
-    router = replace(ROUTER, colocate="never")
+    router = replace(ROUTER, colocate="never", fetch_ratio=1.0)
     async with live_cluster(str(folder), engine=engine, num_prefill=2, policy="prfaas", router=router) as cluster:
         outcomes: list[str] = []
         for opening in openings:

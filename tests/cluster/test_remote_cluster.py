@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ SLOW = EngineConfig(
 )
 FAR = WorkerId("far/prefill-0")
 START_S, LEASE_AND_MORE_S = 60.0, 20.0
+_TENANTS = count()
 
 
 class ProcessFleet:
@@ -88,9 +90,11 @@ def far_workers(cluster: LiveCluster) -> tuple[WorkerView, ...]:
 
 
 async def answers(cluster: LiveCluster, model: ReferenceModel, num_requests: int) -> list[Answer]:
-    """So many requests at once, each with the tokens that the model gives alone."""
+    """So many requests at once, each with the tokens that the model gives alone. Of a tenant that nobody has cached
+    anything of: a cached prompt is prefilled before anybody sees who has it."""
     prompts = [model.prompts[index % len(model.prompts)] for index in range(num_requests)]
-    given = await asyncio.gather(*(cluster.generate(prompt, GREEDY) for prompt in prompts))
+    tenant = str(next(_TENANTS)).encode()
+    given = await asyncio.gather(*(cluster.generate(prompt, GREEDY, tenant) for prompt in prompts))
     for prompt, answer in zip(prompts, given, strict=True):
         assert answer.tokens == model.expected(prompt, NUM_NEW)
     return given
