@@ -101,12 +101,16 @@ async def answers(cluster: LiveCluster, model: ReferenceModel, num_requests: int
 
 
 async def loaded(cluster: LiveCluster, model: ReferenceModel) -> asyncio.Task[list[Answer]]:
-    """Eight requests, some of which the far worker has."""
-    load = asyncio.create_task(answers(cluster, model, 8))
-    assert await cluster.membership.wait_until(
-        lambda view: any(worker.worker_id == FAR and worker.num_assigned for worker in view.workers), START_S
-    )
-    return load
+    """Sixteen requests, some of which the far worker has. A load that was over before anybody saw that is followed by
+    another."""
+    for _ in range(10):
+        load = asyncio.create_task(answers(cluster, model, 16))
+        if await cluster.membership.wait_until(
+            lambda view: any(worker.worker_id == FAR and worker.num_assigned for worker in view.workers), 3.0
+        ):
+            return load
+        await load
+    raise AssertionError("the far worker has had nothing of ten loads")
 
 
 async def prefills_far(cluster: LiveCluster, model: ReferenceModel) -> None:
