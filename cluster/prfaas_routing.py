@@ -60,7 +60,8 @@ JOINING = 1.0
 SHIPPING_WEIGHT = 0.1
 COMPARED = 2  # decode workers of a PD cluster, and prefill workers of each cluster, that are compared with their links
 
-_TIGHT, _FULL, _FAILED = 1, 2, 4  # what speaks against a decode worker; a sum of them is its rank; as True, 1 is _TIGHT
+# What speaks against a decode worker; a sum of them is its rank. (_TIGHT is what numpy's True is as a number.)
+_TIGHT, _FULL, _FAILED = 1, 2, 4
 _RANKS = (
     (0, _TIGHT),
     (_FULL, _FULL | _TIGHT),

@@ -50,11 +50,7 @@ class Wait:
 
     def at_most(self, seconds: float) -> float:
         """P(wait <= seconds)."""
-        if seconds < 0 or math.isinf(self.mean_if_any_s):
-            return 0.0
-        if not self.mean_if_any_s:
-            return 1.0
-        return 1 - self.probability * math.exp(-seconds / self.mean_if_any_s)
+        return float(self.each_at_most(np.array([seconds]))[0])
 
     def each_at_most(self, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
         """``at_most`` of every element."""

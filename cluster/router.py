@@ -662,9 +662,7 @@ class _Continuation:
         self.index = index
         self.inbox = _Inbox()
         self.attempt: _Attempt | None = None
-        self.ordinal: int | None = (
-            None  # of the attempt to come (RouteRequest); None: nobody has asked for its route yet
-        )
+        self.ordinal: int | None = None  # ``RouteRequest.ordinal`` of the attempt to come; None: none was asked for
         self.excluded: set[EngineId] = set()
         self._request = request
         self._ticket = ticket

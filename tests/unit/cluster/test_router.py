@@ -844,6 +844,26 @@ async def test_the_policy_is_asked_once_for_a_request_that_starts_at_once() -> N
         assert (len(g["prefill-0"].prefills), len(g["prefill-1"].prefills)) == (2, 2)
 
 
+async def test_a_request_keeps_its_turn_however_often_its_route_is_asked_for_while_it_waits() -> None:
+    asked: list[RouteRequest] = []
+
+    class Noting(RoundRobin):
+        def route(self, request: RouteRequest, view: ClusterView) -> Route:
+            asked.append(request)
+            return super().route(request, view)
+
+    async with gateway(policy=Noting(), admission=ONE_AT_A_TIME) as g:
+        stream = g.router.generate(g.request())
+        await anext(stream)
+        first, second = await waiting(g), await waiting(g)
+        await stream.aclose()
+        await asyncio.gather(first, second)
+
+    turns = {request.request_id: {r.ordinal for r in asked if r.request_id == request.request_id} for request in asked}
+    assert list(turns.values()) == [{0}, {1}, {2}]
+    assert len(asked) > 3, "those that waited were asked for more than once"
+
+
 async def test_a_request_id_in_flight_is_refused_and_may_be_used_again_later() -> None:
     async with gateway() as g:
         stream = g.router.generate(g.request(request_id="same"))
