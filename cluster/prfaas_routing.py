@@ -11,13 +11,15 @@ The decision, drawn and worked through in docs/routing.md:
 
        time to first token  = queue + pull + prefill
        cost                 = time to first token + exposed + shipping + suffered + decode worker's queue
-                              + later tokens * step
+                              + later tokens * step + displaced
 
    pull      cached pages come from the worker that holds most of the prefix, if it holds more than ``fetch_ratio``
              times what this one does (Mooncake's rule, PAPERS.md C.2) and that is predicted to beat computing them
    exposed   what is left of the transfer when prefill ends: K/V streams layer by layer while prefill computes, so at
              least the last layer of the last step. It delays the second token, not the first, which prefill sends
    shipping  a share of the seconds for which the link is kept from others
+   displaced the prompt's K/V pushes cached pages out of a prefill worker that has no empty ones: the seconds to compute
+             as many tokens again, times the share of prompt tokens that this worker has found in its cache so far
 
 4. The best *colocated* route, on which the decode worker prefills: its queue and prefill, slowed by its own batch, and
    what each sequence that decodes there suffers meanwhile. It is always predicted; ``colocate`` says if it may win.
@@ -105,6 +107,7 @@ class _Prefill(NamedTuple):
     ttft_s: float  # queue, pull and prefill
     prefill_s: float
     last_share: float  # of its K/V that cannot leave before prefill ends: the last layer of the last step
+    displaced_s: float  # that others are expected to compute again
     pull: PagePull | None = None
     pull_s: float = 0.0
     pull_bytes: int = 0
@@ -318,6 +321,7 @@ class _Decision:
             uncached = self._num_tokens - source.num_tokens
             fetched_s = min(self._seconds(pool, source.num_tokens, uncached) for pool in cluster.prefill_pools)
             least_s = np.minimum(self._first_s[places], digest.queue_s[places] + fetched_s)
+        least_s += self._all_displaced_s(places)
         for place in avoided:
             if places.start <= place < places.stop:
                 least_s[place - places.start] = math.inf
@@ -342,7 +346,7 @@ class _Decision:
         exposed_s = max(one.last_share * transfer_s, transfer_s - one.prefill_s)
         # What a worker that has become a prefill worker decodes still, waits as beside a colocated prompt.
         suffered_s = one.prefill_s * source.load.num_other_role
-        cost = one.ttft_s + exposed_s + SHIPPING_WEIGHT * transfer_s + suffered_s + decode_s
+        cost = one.ttft_s + exposed_s + SHIPPING_WEIGHT * transfer_s + suffered_s + one.displaced_s + decode_s
         return _Pair(cost, one, decode, num_bytes, exposed_s)
 
     def _prefill(self, place: int) -> _Prefill:
@@ -351,7 +355,8 @@ class _Decision:
         worker, pool = digest.workers[place], digest.pool_of[place]
         last_share = min(pool.step_tokens, self._num_tokens) / self._num_tokens / pool.num_layers
         ttft_s = float(self._first_s[place])
-        own = _Prefill(place, ttft_s, float(self._prefill_s[place]), last_share)
+        displaced_s = self._displaced_s(place)
+        own = _Prefill(place, ttft_s, float(self._prefill_s[place]), last_share, displaced_s)
         source = self._source(digest.clusters[worker.cluster_id])
         if source is None or cached * self._settings.fetch_ratio >= source.num_tokens:
             return own
@@ -369,7 +374,7 @@ class _Decision:
         if fetched_s + pull_s >= ttft_s:
             return own
         pull = PagePull(holder, source.num_tokens)
-        return _Prefill(place, fetched_s + pull_s, prefill_s, last_share, pull, pull_s, num_bytes)
+        return _Prefill(place, fetched_s + pull_s, prefill_s, last_share, displaced_s, pull, pull_s, num_bytes)
 
     def _source(self, cluster: ClusterPlaces) -> _Source | None:
         """Of whom the cluster's prefill workers may fetch: the ready worker that caches the longest prefix, in the
@@ -449,14 +454,16 @@ class _Decision:
         fetched = ""
         if one.pull is not None:
             fetched = f"{one.pull_s:.3f} s pull of {one.pull.num_tokens} tokens from {one.pull.source.worker_id}, "
+        displaced = f", {one.displaced_s:.3f} s displaced" if one.displaced_s else ""
         # Mean time of a later token: the wait for the K/V is spread over all of them.
         tpot_s = float(self._tpot_s[pair.decode]) + pair.exposed_s / max(1, self._num_later)
         alone_s = float(self._first_s[colocated.place])
         reason = (
             f"{where}: {offloading.num_uncached} of {self._num_tokens} tokens uncached, {bound} "
             f"{self._view.offload.threshold_tokens:g} ({offloading.mode}); {prefill.worker_id}: "
-            f"{digest.queue_s[one.place]:.3f} s queue, {fetched}{one.prefill_s:.3f} s prefill; {decode.worker_id}: "
-            f"{tpot_s * 1e3:.1f} ms a token, {pair.num_bytes / 1e6:.1f} MB shipped, {pair.exposed_s:.3f} s exposed; "
+            f"{digest.queue_s[one.place]:.3f} s queue, {fetched}{one.prefill_s:.3f} s prefill{displaced}; "
+            f"{decode.worker_id}: {tpot_s * 1e3:.1f} ms a token, {pair.num_bytes / 1e6:.1f} MB shipped, "
+            f"{pair.exposed_s:.3f} s exposed; "
             f"alone {digest.workers[colocated.place].worker_id} would take {alone_s:.3f} s"
         )
         return Route(
@@ -520,6 +527,27 @@ class _Decision:
         np.ceil(num_steps, out=num_steps)
         num_steps *= digest.step_s
         seconds += num_steps
+        return seconds
+
+    def _displaced_s(self, place: int) -> float:
+        """Seconds to compute again what the prompt's K/V pushes out there and somebody comes back for, which is taken
+        for part of a prompt like this one. Fetched or computed, the K/V needs the same pages."""
+        digest = self._digest
+        num_lost = self._num_tokens - self._cached(place) - float(digest.empty[place])
+        if num_lost <= 0:
+            return 0.0
+        pool = digest.pool_of[place]
+        return num_lost * float(digest.reuse[place]) * (pool.token_s + pool.half_pair_s * self._num_tokens)
+
+    def _all_displaced_s(self, places: slice) -> Floats:
+        """Likewise, of several workers."""
+        digest, num_tokens = self._digest, self._num_tokens
+        seconds: Floats = num_tokens - digest.empty[places]
+        if self._cached_tokens is not None:
+            seconds -= self._cached_tokens[places]
+        np.maximum(seconds, 0.0, out=seconds)
+        seconds *= digest.reuse[places]
+        seconds *= digest.half_pair_s[places] * num_tokens + digest.token_s[places]
         return seconds
 
     def _seconds(self, pool: Pool, cached: int, uncached: int) -> float:

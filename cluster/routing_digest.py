@@ -15,6 +15,8 @@ that ran out or new costs make everything anew. So a digest is a function of its
     token_s       a prompt token's part, and half of that of a pair of tokens that attend: a prompt of L tokens of which
     half_pair_s   k are cached takes step_s * ceil((L - k) * per_step) + (L - k) * (token_s + half_pair_s * (L + k))
     batch         sequences of a decode worker, those counted whose K/V is still to come
+    empty         tokens that a prefill worker's pages can take without pushing out what is cached in them
+    reuse         the share of its prompts' tokens that it has found in its cache so far; 0 of decode workers
     room          tokens that its pages can take, those taken off that were promised to somebody
     tpot_base     a decode step with one sequence more, which has L tokens now and generates O, takes
     tpot_context  tpot_base + tpot_context * L + tpot_growth * O: every sequence of the batch grows by a token a step,
@@ -182,6 +184,7 @@ class RoutingDigest:
         self._first_expiry_at = min((w.lease_expires_at for w in ready), default=math.inf)
         self.queue_s, self.step_s = _zeros(ready), _zeros(ready)
         self.token_s, self.half_pair_s, self.per_step = _zeros(ready), _zeros(ready), _zeros(ready)
+        self.empty, self.reuse = _zeros(ready), _zeros(ready)
         self.batch, self.room = _zeros(ready), _zeros(ready)
         self.tpot_base, self.tpot_context, self.tpot_growth = _zeros(ready), _zeros(ready), _zeros(ready)
         for place, worker in enumerate(ready):
@@ -249,6 +252,8 @@ class RoutingDigest:
             self.tpot_growth[place] = pool.context_s * (batch + 1) / 2
         else:
             num_prompts += load.num_running
+            self.empty[place] = (load.pages_free - load.pages_cached) * pool.page_size
+            self.reuse[place] = load.cached_tokens / load.prompt_tokens if load.prompt_tokens else 0.0
         queue_s, ahead = 0.0, load.num_waiting_tokens + worker.unreported_tokens
         if ahead:
             mean = ahead / (num_prompts or 1)  # lengths are not reported; equal ones attend least

@@ -131,6 +131,7 @@ LOADS: list[Mapping[str, int]] = [
     {"num_running": 3, "pages_free": 0},
     {"pages_free": 3, "num_announced": 2, "num_announced_tokens": 30},
     {"num_unreported": 2, "unreported_tokens": 500, "unreported_kv_tokens": 700},
+    {"pages_free": 9_000, "pages_cached": 8_990, "prompt_tokens": 10_000, "cached_tokens": 6_000},
 ]
 
 

@@ -456,6 +456,38 @@ def test_a_hot_prefix_gets_more_holders() -> None:
     assert max(waiting.values()) <= 11 * 40, "each takes its quarter, and computes 40 tokens of each"
 
 
+# ---- what a prompt pushes out of a cache ----
+
+
+def with_cache(name: str, empty_pages: int, hit_rate: float, **load: int) -> WorkerView:
+    """A prefill worker of 1,000 pages, so many of them empty, whose prompts found that share of tokens in its cache."""
+    pages = {"pages_free": 1000, "pages_cached": 1000 - empty_pages}
+    return worker(name, **pages, prompt_tokens=10_000, cached_tokens=round(10_000 * hit_rate), **load)
+
+
+def test_a_prompt_waits_for_its_own_cache_rather_than_push_out_what_others_come_back_for() -> None:
+    """960 tokens would have to be kept at p1, and computing them again takes 0.96 s."""
+    decode, asked = worker("d0"), request(1000, {"p0": 960})
+    busy = with_cache("p0", 0, 0.5, num_waiting=1, num_waiting_tokens=300)
+
+    full = route(asked, view(busy, with_cache("p1", 0, 0.5), decode))
+    assert names(full) == ("p0", "d0"), "0.30 s of queue + 0.02 for 40 tokens beat 0.01 of pull + 0.5 * 1.00"
+    assert full.expected is not None
+    assert full.expected.ttft_s == pytest.approx(0.3 + 0.04), "what others lose delays them, not this request"
+    assert "0.020 s displaced" in full.reason
+
+    roomy = route(asked, view(busy, with_cache("p1", 63, 0.5), decode))
+    assert names(roomy) == ("p1", "d0"), "63 empty pages take 1,000 tokens"
+    assert "displaced" not in roomy.reason
+    unwanted = route(asked, view(busy, with_cache("p1", 0, 0.05), decode))
+    assert names(unwanted) == ("p1", "d0"), "0.05 of what is there is asked for again"
+
+
+def test_of_idle_workers_a_new_prompt_goes_where_least_is_lost() -> None:
+    full, roomy = with_cache("p0", 10, 0.5), with_cache("p1", 50, 0.5)
+    assert names(route(request(1000), view(full, roomy, worker("d0")))) == ("p1", "d0")
+
+
 # ---- colocation ----
 
 
