@@ -2,16 +2,17 @@
 prefixes, in mean TTFT and hit rate, against an endless cache.
 
     python -m benchmarks.cache_routing [--json FILE] [--traces DIR] [--requests N] [--users N] [--rate R]
+                                       [--workers N]
 
     random        any prefill and any decode worker
     load          the fewest tokens ahead (``least_loaded``)
     local cache   predicted seconds, each worker's own cache counted (``prfaas`` without pulls)
     global cache  likewise, and cached pages are fetched from whoever has them (``prfaas``)
 
-Four prefill and four decode workers of Llama-3.1-8B on one H100 each, by the roofline. Conversations: Mooncake's, open
-loop at its own instants, spread over their grid of 3 s, or stretched to a rate. Coding sessions: a closed loop of users
-that think, of whom none leaves for longer than half a minute (the trace has users that come back the next day, when no
-cache is left).
+Prefill and decode workers (eight of each) of Llama-3.1-8B on one H100 each, by the roofline. Conversations: Mooncake's,
+open loop at its own instants, spread over their grid of 3 s, or stretched to a rate. Coding sessions: a closed loop of
+users that think, of whom none leaves for longer than half a minute (the trace has users that come back the next day,
+when no cache is left).
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class Run:
     num_requests: int
     num_users: int
     rate_rps: float | None  # None: the trace's own
+    num_workers: int = 8  # of each role
 
 
 def main() -> int:
@@ -97,7 +99,7 @@ def main() -> int:
         print("there is no folder shared/traces here or beside the repository: name it with --traces", file=sys.stderr)
         return 2
     tasks = [
-        Run(trace, routing, options.traces, options.requests, options.users, options.rate)
+        Run(trace, routing, options.traces, options.requests, options.users, options.rate, options.workers)
         for trace in TRACES
         for routing in ROUTINGS
     ]
@@ -123,7 +125,7 @@ def row_of(run: Run) -> dict[str, Cell]:
         arrivals = ArrivalPlan(USERS, num_users=run.num_users)
     else:
         arrivals = ArrivalPlan(spread_s=3.0, rate_rps=run.rate_rps)
-    scenario, policy = _routed(_scenario(page_size), run.routing)
+    scenario, policy = _routed(_scenario(page_size, run.num_workers), run.routing)
     workload = from_trace(trace, arrivals, max_tokens=_LONGEST)
     found = result_as_dict(simulate(scenario, workload, policy=policy), None, None)
     ideal = 1 - sum(uncached_tokens(trace)) / sum(request.input_tokens for request in trace)
@@ -164,7 +166,7 @@ def _routed(scenario: Scenario, routing: str) -> tuple[Scenario, RoutingPolicy |
     return replace(scenario, router=router), policy
 
 
-def _scenario(page_size: int) -> Scenario:
+def _scenario(page_size: int, num_workers: int) -> Scenario:
     catalogue = load_catalogue()
     shape = catalogue.model("llama-3.1-8b")
     instance = Instance(shape, catalogue.device("h100"), 1)
@@ -178,7 +180,9 @@ def _scenario(page_size: int) -> Scenario:
         compute=ComputeProfile(device="h100"),
     )
     return Scenario(
-        (ClusterSpec(ClusterId("here"), kind, 4, 4),), router=RouterConfig(max_inflight=1_000_000), admission=UNBOUNDED
+        (ClusterSpec(ClusterId("here"), kind, num_workers, num_workers),),
+        router=RouterConfig(max_inflight=1_000_000),
+        admission=UNBOUNDED,
     )
 
 
@@ -194,9 +198,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument("--traces", type=Path, metavar="DIR", default=shared_traces(), help="the shared traces")
-    parser.add_argument("--requests", type=int, default=100, help="of each trace")
-    parser.add_argument("--users", type=int, default=24, help="of the coding sessions")
+    parser.add_argument("--requests", type=int, default=1000, help="of each trace")
+    parser.add_argument("--users", type=int, default=64, help="of the coding sessions")
     parser.add_argument("--rate", type=float, help="requests/s of the conversations; the trace's own")
+    parser.add_argument("--workers", type=int, default=8, help="of each role")
     parser.add_argument("--processes", type=int, metavar="N", help="at once; as many as there are cores")
     return parser
 

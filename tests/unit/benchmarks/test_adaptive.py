@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.adaptive import FLUCTUATING, ahead, behind_best, runs
+from benchmarks.adaptive import FLUCTUATING, ahead, behind_best, mean_of_seeds, runs
 from benchmarks.case_study import PLANNERS, at_instants_of, requests
 from benchmarks.report import Cell
 
@@ -32,6 +32,21 @@ def test_of_a_case_in_which_nothing_was_good_nobody_is_behind() -> None:
 def test_ahead_is_relative_to_the_best_other_one() -> None:
     assert ahead(ROWS, "a") == pytest.approx(-0.1)
     assert ahead(ROWS, "b") == pytest.approx(0.1)
+
+
+def test_draws_of_a_case_become_their_mean() -> None:
+    drawn = [row("a", "adaptive", 1.0), row("a", "local", 2.0), row("a", "adaptive", 2.0), row("a", "local", None)]
+    assert mean_of_seeds(drawn) == [
+        {"case": "a", "planner": "adaptive", "goodput_rps": 1.5, "goodput_rps_min": 1.0, "goodput_rps_max": 2.0},
+        {"case": "a", "planner": "local", "goodput_rps": 1.0, "goodput_rps_min": 0.0, "goodput_rps_max": 2.0},
+    ]
+
+
+def test_every_planner_gets_the_same_draws() -> None:
+    planned = runs(10, 2.0, None, num_seeds=3)
+    assert len(planned) == 3 * len(runs(10, 2.0, None))
+    for planner in PLANNERS:
+        assert [run.seed for run in planned if run.planner == planner and run.case == FLUCTUATING] == [0, 1, 2]
 
 
 def test_every_planner_plays_every_case() -> None:
