@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: demo serve test scenarios lint protos bench bench-kv bench-overlap bench-paper bench-router bench-routing constraints help
+.PHONY: demo serve test scenarios lint helm chart protos bench bench-kv bench-overlap bench-paper bench-router bench-routing constraints help
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,6 +38,12 @@ lint: $(STAMP)  ## ruff and mypy --strict; changes nothing
 	@echo "ruff check" && $(BIN)/ruff check .
 	@echo "ruff format --check" && $(BIN)/ruff format --check .
 	@echo "mypy --strict" && $(BIN)/mypy
+
+helm: $(STAMP)  ## Fetch the helm that tests/deploy checks the chart with (60 MB, once), unless there is one
+	@$(BIN)/python deploy/helm/fetch_helm.py
+
+chart: $(STAMP)  ## Put the configuration's schema into the chart's values.schema.json
+	@$(BIN)/python deploy/helm/embed_schema.py
 
 protos: $(STAMP)  ## Regenerate protos/*_pb2* from protos/*.proto
 	@$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
