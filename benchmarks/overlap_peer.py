@@ -146,6 +146,7 @@ class _Prefiller:
             ask_grant=self._ask_grant,
             make_commit=lambda sequence_id, token_ids: b"",
             run_on_loop=_run_aside,
+            clock=WallClock(),
         )
         self._sender = KvSender(transport, WallClock(), self._closed, self.layout)
         self._worker.attach(self._sender)

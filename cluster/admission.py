@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from itertools import accumulate, count, islice
 
-from cluster.config import UNSALTED, AdmissionConfig
+from cluster.config import AdmissionConfig
 from cluster.fair_queue import FairQueue, Place
 from cluster.load_forecast import (
     DecodeLoad,
@@ -45,6 +45,7 @@ from cluster.load_forecast import (
     seconds_until_tpot,
     waiting_tokens,
 )
+from cluster.metric_catalogue import WAIT_BUCKETS_S
 from cluster.service_times import DrainRate, Measurements
 from cluster.view import ClusterView, Route, WorkerLoad, WorkerView
 from core.clock import Clock
@@ -56,8 +57,6 @@ logger = logging.getLogger(__name__)
 
 LOOK_AHEAD = 8  # places whose routes are asked for in one go: each costs a decision of the policy
 MAX_RETRY_AFTER_S = 60.0
-WAIT_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
-_OTHER_TENANTS = "other"  # in metrics: tenants that the configuration does not name
 _LOG_INTERVAL_S = 10.0
 _ROUNDING_S = 1e-6
 
@@ -277,8 +276,7 @@ class Admission:
         """A snapshot."""
         queued: Counter[str] = Counter()
         for tenant, size in self._queue.sizes.items():
-            name = tenant or UNSALTED
-            queued[name if name in self._config.tenant_weights else _OTHER_TENANTS] += size
+            queued[self._config.label_of(tenant)] += size
         return AdmissionCounters(
             num_queued=self._queue.size,
             queued_by_tenant=queued,

@@ -35,6 +35,7 @@ from cluster.certificates import (
 from cluster.config import UNSALTED, ServiceConfig, load_config, service_document, service_schema
 from cluster.initial_roles import with_initial_roles
 from cluster.message_json import as_dict
+from cluster.metric_catalogue import document as metric_document
 from cluster.plan_command import EPILOG as PLAN_EPILOG
 from cluster.plan_command import plan
 from cluster.plan_document import check_section
@@ -315,6 +316,12 @@ def tenant(salt: Annotated[str, typer.Argument(help="A cache_salt; - reads it fr
     """
     given = sys.stdin.read().rstrip("\n") if salt == "-" else salt
     typer.echo(tenant_of(given.encode()) or UNSALTED)
+
+
+@app.command(epilog="docs/metrics.md is this: prfaas metrics > docs/metrics.md")
+def metrics() -> None:
+    """Print every Prometheus metric of the gateway, with its labels and what it means, as Markdown."""
+    typer.echo(metric_document(), nl=False)
 
 
 @config_app.command("check", epilog="Example: prfaas config check service.yaml --set engine.page_size=32")

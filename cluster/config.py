@@ -29,6 +29,7 @@ PLANNER_MODES = PLANNER_OFF, PLANNER_STATIC, PLANNER_DUAL = ("off", "static", "d
 INITIAL_ROLES = INITIAL_CONFIGURED, INITIAL_SEARCH = ("configured", "search")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ON_MISS = ("reject", "serve")
+OTHER_TENANTS = "other"  # what metrics call those that ``admission.tenant_weights`` does not name
 UNSALTED = "unsalted"  # what ``admission.tenant_weights`` calls requests without a cache_salt
 CLUSTER_SEPARATOR = "/"  # in names of workers, between the cluster's and the worker's
 _DEFAULT_CLUSTER = "local"
@@ -181,6 +182,11 @@ class AdmissionConfig:
     def weight_of(self, tenant: str) -> float:
         """The share of a tenant, by the name that ``tenant_of`` gives it."""
         return self.tenant_weights.get(tenant or UNSALTED, 1.0)
+
+    def label_of(self, tenant: str) -> str:
+        """What metrics call a tenant: those that the configuration names, so that their values stay few."""
+        name = tenant or UNSALTED
+        return name if name in self.tenant_weights else OTHER_TENANTS
 
 
 @dataclass(frozen=True)

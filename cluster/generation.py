@@ -29,6 +29,7 @@ from cluster.tokenizer import ChatMessage, Tokenizer
 from cluster.view import ModelInfo
 from core.clock import Clock
 from core.errors import InvalidRequest, NoRoute, UnknownModel
+from core.prefix_hash import tenant_of
 from core.request import (
     NO_SLO,
     FinishReason,
@@ -232,6 +233,7 @@ class Generation:
             deadline_at=request.deadline_at,
             slo=self._admission.slo_for(request.slo),
             priority=request.priority,
+            tokenize_s=tokenize_s,
         )
         return PreparedRequest(generate, request.door, tokenize_s)
 
@@ -258,7 +260,8 @@ class Generation:
             outcome = Outcome.OK if progress.finished else Outcome.of(error)
             raise
         finally:
-            self._metrics.observe(progress.record(prepared.door, outcome, self._clock.now()))
+            tenant = self._admission.label_of(tenant_of(request.salt))
+            self._metrics.observe(progress.record(prepared.door, outcome, self._clock.now(), tenant))
 
     def _encode(self, prompt: TextPrompt | ChatPrompt, field: str, add_special_tokens: bool) -> tuple[int, ...]:
         if isinstance(prompt, ChatPrompt):
@@ -277,7 +280,7 @@ class _Progress:
     def finished(self) -> bool:
         return all(c.finished for c in self.continuations)
 
-    def record(self, door: Door, outcome: Outcome, now: float) -> RequestRecord:
+    def record(self, door: Door, outcome: Outcome, now: float, tenant: str) -> RequestRecord:
         request = self._request
         first_at = min((c.first_token_at for c in self.continuations if c.first_token_at is not None), default=None)
         return RequestRecord(
@@ -291,6 +294,7 @@ class _Progress:
             tpot_s=tuple(c.tpot_s for c in self.continuations if c.tpot_s is not None),
             slo_result=self._slo_result(outcome),
             timings=tuple(c.timing for c in self.continuations if c.timing is not None),
+            tenant=tenant,
         )
 
     def _slo_result(self, outcome: Outcome) -> SloResult | None:

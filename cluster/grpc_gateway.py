@@ -16,6 +16,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict
 from typing import Any
 
 import grpc
@@ -471,4 +472,6 @@ def _timing(timing: RequestTiming | None, tokenize_s: float) -> pb.TimingBreakdo
         expected_bytes_shipped=timing.expected_bytes_shipped,
         colocated_ttft_s=timing.colocated_ttft_s,
         colocated_tpot_s=timing.colocated_tpot_s,
+        ttft_parts=None if timing.ttft_parts is None else pb.TtftParts(**asdict(timing.ttft_parts)),
+        ttst_parts=None if timing.ttst_parts is None else pb.TtstParts(**asdict(timing.ttst_parts)),
     )

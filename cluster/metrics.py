@@ -1,15 +1,15 @@
-"""Which numbers does the gateway publish at /metrics, and from where does each of them come?
+"""From where does each number at /metrics come? What they are called and mean is in metric_catalogue.py.
 
 Requests are observed when they end (``observe``); everything that somebody else counts already, the router's
 retries and the workers' loads, is read when Prometheus scrapes, so no number is kept twice. Base units are seconds
-and bytes. Labels are bounded: doors, outcomes, reasons and workers, never clients, prompts or model names.
-The registry is the gateway's own, so two gateways in one process (tests) do not meet.
+and bytes. Labels are bounded: doors, outcomes, reasons, workers and configured tenants, never clients, prompts or model
+names. The registry is the gateway's own, so two gateways in one process (tests) do not meet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -19,22 +19,19 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from cluster.admission import WAIT_BUCKETS_S, AdmissionCounters
+from cluster import metric_catalogue as catalogue
+from cluster.admission import AdmissionCounters
 from cluster.cluster_links import Capacity, ClusterPair, by_cluster_pair
+from cluster.config import OTHER_TENANTS
 from cluster.cost_model import CostView, cost_lines
 from cluster.front_door import ClusterMembership, Door, FleetPlanner, RequestRouter
+from cluster.metric_catalogue import WAIT_BUCKETS_S, Instrument, Kind
 from cluster.planner import PlannerStatus
+from cluster.version import version
 from cluster.view import WorkerView
 from core.errors import Cancelled, DeadlineExceeded, InvalidRequest, NoRoute, Overloaded
+from core.latency_parts import TtftParts, TtstParts
 from core.request import RequestTiming
-
-_TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
-_TPOT_BUCKETS_S = (0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
-_E2E_BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 240.0, 480.0, 960.0)
-
-
-# Relative: -0.5 is half of what it took, 1 is twice that.
-_ERROR_BUCKETS = (-0.9, -0.75, -0.5, -0.25, -0.1, -0.05, 0.0, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 9.0)
 
 
 class Outcome(StrEnum):
@@ -109,6 +106,7 @@ class RequestRecord:
     tpot_s: tuple[float, ...]
     slo_result: SloResult | None = None  # None: it had no objective
     timings: tuple[RequestTiming, ...] = ()  # of continuations that ended well
+    tenant: str = OTHER_TENANTS  # as AdmissionConfig.label_of names it
 
 
 def forecast_errors(timing: RequestTiming) -> dict[str, float]:
@@ -137,47 +135,23 @@ class Metrics:
     ) -> None:
         """``capacity``: configured bytes/s between two clusters (``KvTransferConfig.capacity``)."""
         self.registry = CollectorRegistry()
-        self._requests = Counter(
-            "prfaas_requests", "Requests by how they ended.", ("door", "outcome"), registry=self.registry
-        )
-        self._ttft = Histogram(
-            "prfaas_time_to_first_token_seconds",
-            "From a request's arrival at the gateway to its first token.",
-            buckets=_TTFT_BUCKETS_S,
-            registry=self.registry,
-        )
-        self._tpot = Histogram(
-            "prfaas_time_per_output_token_seconds",
-            "Mean time between tokens of one continuation, after its first.",
-            buckets=_TPOT_BUCKETS_S,
-            registry=self.registry,
-        )
-        self._e2e = Histogram(
-            "prfaas_e2e_request_latency_seconds",
-            "From a request's arrival at the gateway to its end, of requests that ended well.",
-            buckets=_E2E_BUCKETS_S,
-            registry=self.registry,
-        )
-        self._prompt_tokens = Counter("prfaas_prompt_tokens", "Prompt tokens of requests.", registry=self.registry)
-        self._cached_tokens = Counter(
-            "prfaas_cached_tokens",
-            "Prompt tokens that a prefill worker found in its prefix cache.",
-            registry=self.registry,
-        )
-        self._slo = Counter(
-            "prfaas_slo_requests",
-            "Requests with an objective, by what became of it; goodput is met over all.",
-            ("result",),
-            registry=self.registry,
-        )
-        self._generated_tokens = Counter("prfaas_generated_tokens", "Tokens sent to clients.", registry=self.registry)
-        self._forecast_error = Histogram(
-            "prfaas_forecast_relative_error",
-            "How far off a route's forecast was, (expected - measured) / measured, of sequences that needed one try.",
-            ("of",),
-            buckets=_ERROR_BUCKETS,
-            registry=self.registry,
-        )
+        self._requests = _counter(catalogue.REQUESTS, self.registry)
+        self._ttft = _histogram(catalogue.TTFT, self.registry)
+        self._ttft_parts = _by_part(_histogram(catalogue.TTFT_PART, self.registry), TtftParts)
+        self._ttst = _histogram(catalogue.TTST, self.registry)
+        self._ttst_parts = _by_part(_histogram(catalogue.TTST_PART, self.registry), TtstParts)
+        self._tpot = _histogram(catalogue.TPOT, self.registry)
+        self._e2e = _histogram(catalogue.E2E, self.registry)
+        self._prompt_tokens = _counter(catalogue.PROMPT_TOKENS, self.registry)
+        self._cached_tokens = _counter(catalogue.CACHED_TOKENS, self.registry)
+        self._generated_tokens = _counter(catalogue.GENERATED_TOKENS, self.registry)
+        self._shipped_bytes = _counter(catalogue.SHIPPED_BYTES, self.registry)
+        self._slo = _counter(catalogue.SLO_REQUESTS, self.registry)
+        self._forecast_error = _histogram(catalogue.FORECAST_ERROR, self.registry)
+        self._tenant_requests = _counter(catalogue.TENANT_REQUESTS, self.registry)
+        self._tenant_prompt_tokens = _counter(catalogue.TENANT_PROMPT_TOKENS, self.registry)
+        self._tenant_generated_tokens = _counter(catalogue.TENANT_GENERATED_TOKENS, self.registry)
+        self._tenant_ttft = _histogram(catalogue.TENANT_TTFT, self.registry)
         self.registry.register(_AtScrape(membership, router, capacity))
         self.registry.register(_PlanAtScrape(planner))
 
@@ -193,15 +167,30 @@ class Metrics:
         self._generated_tokens.inc(record.generated_tokens)
         if record.ttft_s is not None:
             self._ttft.observe(record.ttft_s)
+            self._tenant_ttft.labels(record.tenant).observe(record.ttft_s)
         for tpot_s in record.tpot_s:
             self._tpot.observe(tpot_s)
         if record.slo_result is not None:
             self._slo.labels(record.slo_result).inc()
         if record.outcome is Outcome.OK:
             self._e2e.observe(record.e2e_s)
+        self._tenant_requests.labels(record.tenant, record.outcome).inc()
+        self._tenant_prompt_tokens.labels(record.tenant).inc(record.prompt_tokens)
+        self._tenant_generated_tokens.labels(record.tenant).inc(record.generated_tokens)
         for timing in record.timings:
-            for of, error in forecast_errors(timing).items():
-                self._forecast_error.labels(of).observe(error)
+            self._observe_timing(timing)
+
+    def _observe_timing(self, timing: RequestTiming) -> None:
+        self._shipped_bytes.inc(timing.bytes_shipped + timing.bytes_pulled)
+        for of, error in forecast_errors(timing).items():
+            self._forecast_error.labels(of).observe(error)
+        if timing.ttft_parts is not None:
+            for part, series in self._ttft_parts:
+                series.observe(getattr(timing.ttft_parts, part))
+        if timing.ttst_parts is not None:
+            self._ttst.observe(timing.ttst_parts.total_s)
+            for part, series in self._ttst_parts:
+                series.observe(getattr(timing.ttst_parts, part))
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""
@@ -220,36 +209,15 @@ class _AtScrape(Collector):
         return ()  # not asked at registration: there may be no worker yet
 
     def collect(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily(
-            "prfaas_requests_inflight", "Requests that run or wait for their turn.", value=self._router.num_inflight
-        )
+        yield _single(catalogue.REQUESTS_INFLIGHT, self._router.num_inflight)
+        yield _labelled(catalogue.BUILD_INFO, [(version(), 1)])
         counters = self._router.counters
-        yield _by_reason(
-            "prfaas_retries", "Tries repeated before their first token, by reason.", counters.retries_by_reason.items()
-        )
-        yield _by_reason(
-            "prfaas_resumes",
-            "Continuations gone on elsewhere with their tokens so far, by reason.",
-            counters.resumes_by_reason.items(),
-        )
+        yield _labelled(catalogue.RETRIES, counters.retries_by_reason.items())
+        yield _labelled(catalogue.RESUMES, counters.resumes_by_reason.items())
         yield from _of_admission(counters.admission)
-        yield _by_reason(
-            "prfaas_fallbacks",
-            "Routes that an intact cluster would not have taken, or that were refused for that, by reason.",
-            counters.fallbacks_by_reason.items(),
-        )
-        yield _by_reason(
-            "prfaas_routes",
-            "Routes by where the prompt is prefilled: local, offloaded to another cluster, or colocated with decoding.",
-            counters.routes_by_place.items(),
-            label="place",
-        )
-        yield _by_reason(
-            "prfaas_link_self_tests",
-            "Self-tests of a pair of workers: passed, or the kind of the error.",
-            self._membership.probes_by_outcome.items(),
-            label="outcome",
-        )
+        yield _labelled(catalogue.FALLBACKS, counters.fallbacks_by_reason.items())
+        yield _labelled(catalogue.ROUTES, counters.routes_by_place.items())
+        yield _labelled(catalogue.LINK_SELF_TESTS, self._membership.probes_by_outcome.items())
         view = self._membership.view()
         yield from _of_workers(view.workers)
         yield from _of_links(by_cluster_pair(view, self._capacity))
@@ -257,24 +225,13 @@ class _AtScrape(Collector):
 
 
 def _of_admission(admission: AdmissionCounters) -> Iterator[Metric]:
-    yield _by_reason(
-        "prfaas_rejections", "Requests refused as overload, by the bound.", admission.refusals_by_reason.items()
-    )
-    yield _by_reason(
-        "prfaas_slo_misses_served",
-        "Requests served although a miss of that objective was predicted.",
-        admission.misses_served_by_reason.items(),
-    )
-    queued = GaugeMetricFamily(
-        "prfaas_queued_continuations", "Continuations that wait in the gateway for their turn.", labels=("tenant",)
-    )
-    for tenant, size in admission.queued_by_tenant.items():
-        queued.add_metric((tenant,), size)
-    yield queued
+    yield _labelled(catalogue.REJECTIONS, admission.refusals_by_reason.items())
+    yield _labelled(catalogue.SLO_MISSES_SERVED, admission.misses_served_by_reason.items())
+    yield _labelled(catalogue.QUEUED_CONTINUATIONS, admission.queued_by_tenant.items())
     bounds = (*map(floatToGoString, WAIT_BUCKETS_S), "+Inf")
     yield HistogramMetricFamily(
-        "prfaas_admission_wait_seconds",
-        "Waited in the gateway for a turn, of requests that got one, were refused or went away.",
+        catalogue.ADMISSION_WAIT.name,
+        catalogue.ADMISSION_WAIT.doc,
         buckets=list(zip(bounds, admission.wait_counts, strict=True)),
         sum_value=admission.wait_sum_s,
     )
@@ -291,21 +248,16 @@ class _PlanAtScrape(Collector):
 
     def collect(self) -> Iterator[Metric]:
         status = self._planner.status
-        changes = CounterMetricFamily(
-            "prfaas_plan_changes", "Changes of the plan: what changed, and why.", labels=("kind", "reason")
-        )
+        yield _labelled(catalogue.PLANNER_MODE, [(status.mode, 1)])
+        changes = _family(catalogue.PLAN_CHANGES)
         for (kind, reason), count in status.changes.items():
             changes.add_metric((kind, reason), count)
         yield changes
-        conversions = CounterMetricFamily(
-            "prfaas_role_conversions", "Workers told another role, by how it ended.", labels=("to", "outcome")
-        )
+        conversions = _family(catalogue.ROLE_CONVERSIONS)
         for (role, outcome), count in status.conversions.items():
             conversions.add_metric((role, outcome), count)
         yield conversions
-        yield CounterMetricFamily(
-            "prfaas_planner_failures", "Looks of the planner that failed.", value=status.num_failures
-        )
+        yield _single(catalogue.PLANNER_FAILURES, status.num_failures)
         yield from _of_plan(status)
 
 
@@ -314,63 +266,69 @@ def _of_plan(status: PlannerStatus) -> Iterator[Metric]:
     target = status.target
     if target is None:
         return
-    yield GaugeMetricFamily(
-        "prfaas_plan_threshold_tokens",
-        "Prompts of which more must be computed go to PrfaaS clusters; +Inf: none.",
-        value=target.threshold_tokens,
-    )
-    yield GaugeMetricFamily(
-        "prfaas_plan_bandwidth_abundant", "1 when caches of other clusters may be fetched.", value=target.abundant
-    )
-    workers = GaugeMetricFamily("prfaas_plan_workers", "Local workers that should have a role.", labels=("role",))
-    workers.add_metric(("prefill",), target.roles.num_prefill)
-    workers.add_metric(("decode",), target.roles.num_decode)
-    yield workers
-    yield GaugeMetricFamily("prfaas_plan_changing_workers", "Workers that change.", value=len(status.changing))
-    numbers = GaugeMetricFamily(
-        "prfaas_plan_number", "What the plan rests on; docs/planning.md says each unit.", labels=("name",)
-    )
-    for name, value in target.numbers.items():
-        numbers.add_metric((name,), value)
-    yield numbers
-    gain = GaugeMetricFamily(
-        "prfaas_disaggregation_gain_ratio",
-        "The fleet over the same local workers colocated; above 1: disaggregation is better.",
-        labels=("of",),
-    )
-    if target.gain is not None:
-        gain.add_metric(("throughput",), target.gain.throughput_ratio)
-        gain.add_metric(("ttft",), target.gain.ttft_ratio)
-        gain.add_metric(("tpot",), target.gain.tpot_ratio)
-    yield gain
+    yield _single(catalogue.PLAN_THRESHOLD, target.threshold_tokens)
+    yield _single(catalogue.PLAN_ABUNDANT, target.abundant)
+    roles = (("prefill", target.roles.num_prefill), ("decode", target.roles.num_decode))
+    yield _labelled(catalogue.PLAN_WORKERS, roles)
+    yield _single(catalogue.PLAN_CHANGING_WORKERS, len(status.changing))
+    yield _labelled(catalogue.PLAN_NUMBER, target.numbers.items())
+    gain = target.gain
+    ratios = () if gain is None else zip(_GAINS, (gain.throughput_ratio, gain.ttft_ratio, gain.tpot_ratio), strict=True)
+    yield _labelled(catalogue.DISAGGREGATION_GAIN, ratios)
 
 
-def _by_reason(name: str, doc: str, counts: Iterable[tuple[str, int]], label: str = "reason") -> Metric:
-    family = CounterMetricFamily(name, doc, labels=(label,))
-    for reason, count in counts:
-        family.add_metric((reason,), count)
+_GAINS = ("throughput", "ttft", "tpot")
+
+
+# ---- instruments of the catalogue, as the client library has them ----
+
+
+def _counter(instrument: Instrument, registry: CollectorRegistry) -> Counter:
+    return Counter(instrument.name, instrument.doc, instrument.labels, registry=registry)
+
+
+def _histogram(instrument: Instrument, registry: CollectorRegistry) -> Histogram:
+    return Histogram(instrument.name, instrument.doc, instrument.labels, buckets=instrument.buckets, registry=registry)
+
+
+def _by_part(histogram: Histogram, parts: type[TtftParts | TtstParts]) -> list[tuple[str, Histogram]]:
+    """The series of each part, by the field that has its seconds."""
+    return [(part.name, histogram.labels(part.name.removesuffix("_s"))) for part in fields(parts)]
+
+
+def _family(instrument: Instrument) -> CounterMetricFamily | GaugeMetricFamily:
+    """Without a sample yet."""
+    kind = CounterMetricFamily if instrument.kind is Kind.COUNTER else GaugeMetricFamily
+    return kind(instrument.name, instrument.doc, labels=instrument.labels)
+
+
+def _single(instrument: Instrument, value: float) -> Metric:
+    family = _family(instrument)
+    family.add_metric((), value)
+    return family
+
+
+def _labelled(instrument: Instrument, values: Iterable[tuple[str, float]]) -> Metric:
+    """Of an instrument with one label."""
+    family = _family(instrument)
+    for label, value in values:
+        family.add_metric((label,), value)
     return family
 
 
 def _of_links(pairs: tuple[ClusterPair, ...]) -> Iterator[Metric]:
     """One sample for each ordered pair of clusters; what is not known has none."""
-    for kind, families in ((GaugeMetricFamily, _LINK_GAUGES), (CounterMetricFamily, _LINK_COUNTERS)):
-        for name, doc, value_of in families:
-            family = kind(f"prfaas_link_{name}", doc, labels=("from_cluster", "to_cluster", "path"))
-            for pair in pairs:
-                if (value := value_of(pair)) is not None:
-                    family.add_metric((pair.from_cluster, pair.to_cluster, ",".join(pair.paths)), value)
-            yield family
+    for instrument, value_of in _LINKS:
+        family = _family(instrument)
+        for pair in pairs:
+            if (value := value_of(pair)) is not None:
+                family.add_metric((pair.from_cluster, pair.to_cluster, ",".join(pair.paths)), value)
+        yield family
 
 
 def _of_costs(costs: CostView) -> Iterator[Metric]:
     """How good the cost model is: one sample for each kind of work of each kind of worker, or pair of clusters."""
-    errors = GaugeMetricFamily(
-        "prfaas_cost_relative_error",
-        "Of the latest predictions of single steps and transfers: p50 and p90 of |error|, and the bias.",
-        labels=("work", "of", "statistic"),
-    )
-    samples = CounterMetricFamily("prfaas_cost_samples", "Measurements that were learnt from.", labels=("work", "of"))
+    errors, samples = _family(catalogue.COST_ERROR), _family(catalogue.COST_SAMPLES)
     for line in cost_lines(costs):
         samples.add_metric((line.work, line.of), line.cost.samples)
         for statistic in ("p50", "p90", "bias"):
@@ -380,66 +338,51 @@ def _of_costs(costs: CostView) -> Iterator[Metric]:
 
 
 def _of_workers(workers: tuple[WorkerView, ...]) -> Iterator[Metric]:
-    pulls = CounterMetricFamily(
-        "prfaas_worker_pulls",
-        "Pulls of other workers' cached pages into this one, by how they ended; see docs/life-of-a-request.md.",
-        labels=("worker", "role", "cluster", "outcome"),
-    )
+    pulls = _family(catalogue.WORKER_PULLS)
     for worker in workers:
         for outcome, count in worker.load.pulls:
             pulls.add_metric((worker.worker_id, worker.role, worker.cluster_id, outcome), count)
     yield pulls
-    for kind, families in ((GaugeMetricFamily, _WORKER_GAUGES), (CounterMetricFamily, _WORKER_COUNTERS)):
-        for name, doc, value_of in families:
-            family = kind(f"prfaas_worker_{name}", doc, labels=("worker", "role", "cluster"))
-            for worker in workers:
-                family.add_metric((worker.worker_id, worker.role, worker.cluster_id), value_of(worker))
-            yield family
+    for instrument, value_of in _WORKERS:
+        family = _family(instrument)
+        for worker in workers:
+            family.add_metric((worker.worker_id, worker.role, worker.cluster_id), value_of(worker))
+        yield family
 
 
-_WorkerFamilies = tuple[tuple[str, str, Callable[[WorkerView], float]], ...]
-
-_WORKER_GAUGES: _WorkerFamilies = (
-    ("ready", "1 when the worker takes sequences, 0 when it drains.", lambda w: not w.draining),
-    ("running_sequences", "Sequences in the batch.", lambda w: w.load.num_running),
-    ("waiting_sequences", "Sequences in the queue.", lambda w: w.load.num_waiting),
-    ("waiting_tokens", "Tokens of known prompts that are not computed yet.", lambda w: w.load.num_waiting_tokens),
-    ("pages", "Pages of the KV pool.", lambda w: w.pages_total),
-    ("pages_free", "Pages that are free, or cached and evictable.", lambda w: w.load.pages_free),
-    ("pages_cached", "Evictable pages that hold a prefix.", lambda w: w.load.pages_cached),
-    ("pages_quarantined", "Pages of broken grants, until no write can land.", lambda w: w.load.pages_quarantined),
-    ("kv_sessions", "KV hand-overs under way.", lambda w: w.load.num_sessions),
+_WORKERS: tuple[tuple[Instrument, Callable[[WorkerView], float]], ...] = (
+    (catalogue.WORKER_READY, lambda w: not w.draining),
+    (catalogue.WORKER_RUNNING, lambda w: w.load.num_running),
+    (catalogue.WORKER_WAITING, lambda w: w.load.num_waiting),
+    (catalogue.WORKER_WAITING_TOKENS, lambda w: w.load.num_waiting_tokens),
+    (catalogue.WORKER_PAGES, lambda w: w.pages_total),
+    (catalogue.WORKER_PAGES_FREE, lambda w: w.load.pages_free),
+    (catalogue.WORKER_PAGES_CACHED, lambda w: w.load.pages_cached),
+    (catalogue.WORKER_PAGES_QUARANTINED, lambda w: w.load.pages_quarantined),
+    (catalogue.WORKER_KV_SESSIONS, lambda w: w.load.num_sessions),
+    (catalogue.WORKER_KV_SENT, lambda w: w.load.bytes_sent),
+    (catalogue.WORKER_KV_RECEIVED, lambda w: w.load.bytes_received),
+    (catalogue.WORKER_PROMPT_TOKENS, lambda w: w.load.prompt_tokens),
+    (catalogue.WORKER_GENERATED_TOKENS, lambda w: w.load.generated_tokens),
+    (catalogue.WORKER_CACHED_TOKENS, lambda w: w.load.cached_tokens),
+    (catalogue.WORKER_PULLED_TOKENS, lambda w: w.load.pulled_tokens),
+    (catalogue.WORKER_PULLED_BYTES, lambda w: w.load.pulled_bytes),
+    (catalogue.WORKER_PREEMPTIONS, lambda w: w.load.num_preemptions),
 )
-_WORKER_COUNTERS: _WorkerFamilies = (
-    ("kv_sent_bytes", "KV bytes sent.", lambda w: w.load.bytes_sent),
-    ("kv_received_bytes", "KV bytes received.", lambda w: w.load.bytes_received),
-    ("prompt_tokens", "Prompt tokens of the sequences it started.", lambda w: w.load.prompt_tokens),
-    ("generated_tokens", "Tokens it sampled.", lambda w: w.load.generated_tokens),
-    ("cached_tokens", "Prompt tokens found in its prefix cache.", lambda w: w.load.cached_tokens),
-    ("pulled_tokens", "Tokens whose K/V was pulled from other workers' caches.", lambda w: w.load.pulled_tokens),
-    ("pulled_bytes", "KV bytes pulled from other workers' caches.", lambda w: w.load.pulled_bytes),
-    ("preemptions", "Sequences preempted because pages ran out.", lambda w: w.load.num_preemptions),
-)
-
-_LinkFamilies = tuple[tuple[str, str, Callable[[ClusterPair], float | None]], ...]
-
-# docs/links.md says what each of them means.
-_LINK_GAUGES: _LinkFamilies = (
-    ("pairs", "Pairs of workers.", lambda p: p.num_links),
-    ("pairs_usable", "Pairs of workers whose link may be used.", lambda p: p.num_usable),
-    ("connections", "Connections that live now.", lambda p: p.connections),
-    ("capacity_bytes_per_second", "What the path is configured to carry.", lambda p: p.capacity),
-    ("goodput_bytes_per_second", "What was seen to fit on the path: a lower bound.", lambda p: p.measured),
-    ("believed_bytes_per_second", "What the path is believed to carry now.", lambda p: p.carries),
-    ("throughput_bytes_per_second", "What all workers send now.", lambda p: p.throughput),
-    ("utilisation_ratio", "Throughput over capacity, or over goodput if none is configured.", lambda p: p.utilisation),
-    ("rtt_seconds", "Mean smoothed round trip.", lambda p: p.rtt_s),
-    ("queued_bytes", "Bytes that wait to be sent.", lambda p: p.bytes_queued),
-)
-_LINK_COUNTERS: _LinkFamilies = (
-    ("sent_bytes", "Payload bytes sent, as on the wire.", lambda p: p.bytes_sent),
-    ("retransmits", "TCP segments sent again.", lambda p: p.retransmits),
-    ("reconnects", "Connections that broke and were made again.", lambda p: p.reconnects),
-    ("codec_changes", "Times that K/V was encoded otherwise from then on; each is logged.", lambda p: p.codec_changes),
-    ("falls", "Times that a path meant for RDMA or shared memory was found to be TCP.", lambda p: p.falls),
+_LINKS: tuple[tuple[Instrument, Callable[[ClusterPair], float | None]], ...] = (
+    (catalogue.LINK_PAIRS, lambda p: p.num_links),
+    (catalogue.LINK_PAIRS_USABLE, lambda p: p.num_usable),
+    (catalogue.LINK_CONNECTIONS, lambda p: p.connections),
+    (catalogue.LINK_CAPACITY, lambda p: p.capacity),
+    (catalogue.LINK_GOODPUT, lambda p: p.measured),
+    (catalogue.LINK_BELIEVED, lambda p: p.carries),
+    (catalogue.LINK_THROUGHPUT, lambda p: p.throughput),
+    (catalogue.LINK_UTILISATION, lambda p: p.utilisation),
+    (catalogue.LINK_RTT, lambda p: p.rtt_s),
+    (catalogue.LINK_QUEUED, lambda p: p.bytes_queued),
+    (catalogue.LINK_SENT, lambda p: p.bytes_sent),
+    (catalogue.LINK_RETRANSMITS, lambda p: p.retransmits),
+    (catalogue.LINK_RECONNECTS, lambda p: p.reconnects),
+    (catalogue.LINK_CODEC_CHANGES, lambda p: p.codec_changes),
+    (catalogue.LINK_FALLS, lambda p: p.falls),
 )

@@ -58,6 +58,7 @@ from core.errors import (
     PrfaasError,
     SequenceFailed,
 )
+from core.latency_parts import TtftParts, TtstParts, ttst_parts
 from core.prefix_hash import PageHash, extend_page_hashes, tenant_of
 from core.request import (
     EngineId,
@@ -169,6 +170,7 @@ class Router:
         flight = self._admit(request)
         try:
             await self._wait_for_turn(flight)
+            flight.began_at = self._clock.now()
             async with aclosing(self._stream(flight)) as chunks:
                 async for chunk in chunks:
                     yield chunk
@@ -266,7 +268,7 @@ class Router:
         name = RequestId(f"{self._gateway_id}/{self._num_requests}/{request.request_id}")
         self._num_requests += 1
         num_output = self._output_lengths.expected(0, request.sampling.max_tokens)
-        flight = _Flight(request, name, self._admission.join(request, num_output))
+        flight = _Flight(request, name, self._admission.join(request, num_output), self._clock.now())
         self._flights[request.request_id] = flight
         self._idle.clear()
         if request.deadline_at is not None:
@@ -358,6 +360,7 @@ class Router:
 
     async def _run(self, flight: _Flight, continuation: _Continuation) -> AsyncGenerator[OutputChunk, None]:
         """Attempts, one after the other, until one of them brings the last chunk."""
+        continuation.began_at = self._clock.now()
         try:
             while True:
                 if continuation.attempt is None:
@@ -366,7 +369,7 @@ class Router:
                 if received is None:
                     self._end(continuation, "stopped by the gateway: stop string")
                     self._output_lengths.note(continuation.num_tokens)
-                    yield continuation.last_chunk(self._clock.now(), FinishReason.STOP)
+                    yield continuation.last_chunk(flight, self._clock.now(), FinishReason.STOP)
                     return
                 stage, event = received
                 attempt = continuation.attempt
@@ -380,7 +383,7 @@ class Router:
                     if chunk.finish_reason is None:
                         yield continuation.next_chunk(self._clock.now(), chunk)
                         continue
-                    async with aclosing(self._finish(continuation, attempt, source, chunk)) as last_chunks:
+                    async with aclosing(self._finish(flight, continuation, attempt, source, chunk)) as last_chunks:
                         async for last in last_chunks:
                             yield last
                     return
@@ -388,7 +391,7 @@ class Router:
             self._end(continuation, "the request was ended by its client, its deadline or a failure")
 
     async def _finish(
-        self, continuation: _Continuation, attempt: _Attempt, stage: Role, chunk: TokenChunk
+        self, flight: _Flight, continuation: _Continuation, attempt: _Attempt, stage: Role, chunk: TokenChunk
     ) -> AsyncGenerator[OutputChunk, None]:
         """The last tokens at once; the finish as soon as P has reported the hand-over, for which it waits a little."""
         if stage is Role.PREFILL:
@@ -401,7 +404,7 @@ class Router:
         attempt.finished = True
         self._end(continuation, "the first token was the last")
         self._output_lengths.note(continuation.num_tokens + len(chunk.token_ids))
-        yield continuation.last_chunk(self._clock.now(), chunk.finish_reason, chunk)
+        yield continuation.last_chunk(flight, self._clock.now(), chunk.finish_reason, chunk)
 
     async def _hear_handover(self, continuation: _Continuation, attempt: _Attempt) -> None:
         with suppress(TimeoutError):
@@ -636,8 +639,10 @@ def _is_not(view: ClusterView) -> Callable[[ClusterView], bool]:
 class _Flight:
     """One request in flight."""
 
-    def __init__(self, request: GenerateRequest, name: RequestId, ticket: Ticket) -> None:
+    def __init__(self, request: GenerateRequest, name: RequestId, ticket: Ticket, entered_at: float) -> None:
         self.request = request
+        self.entered_at = entered_at  # the router, on its Clock
+        self.began_at = entered_at  # when its turn had come
         self.name = name  # unique over gateways and time
         self.ticket = ticket
         self.continuations = tuple(_Continuation(request, index, ticket) for index in range(request.sampling.n))
@@ -673,8 +678,10 @@ class _Continuation:
         self.asked: RouteRequest | None = None  # what the policy was asked last
         self._matches: Mapping[int, PrefixMatch] = {}  # as the last route was decided by
         self._page_hashes: dict[int, list[PageHash]] = {}  # page size |-> digests so far
-        self._routed_at = 0.0
-        self._first_token_at: float | None = None
+        self.began_at = 0.0  # it could be routed from then on
+        self._first: _EarlyToken | None = None
+        self._second: _EarlyToken | None = None
+        self._is_early = True  # its first two tokens are still to be noted
         self._last_token_at = 0.0
 
     @property
@@ -748,8 +755,7 @@ class _Continuation:
         )
 
     def started(self, attempt: _Attempt, now: float) -> None:
-        if not self._attempts:
-            self._routed_at = now
+        attempt.began_at = now
         self._attempts.append(attempt)
         self.attempt, self.ordinal = attempt, None
 
@@ -767,10 +773,19 @@ class _Continuation:
         self._token_ids += chunk.token_ids
         if chunk.token_ids:
             self._last_token_at = now
-            if self._first_token_at is None:
-                self._first_token_at = now
+            if self._is_early:
+                self._note_early(_EarlyToken(now, self._attempts[-1], chunk.stats), len(chunk.token_ids))
 
-    def last_chunk(self, now: float, reason: FinishReason | None, chunk: TokenChunk | None = None) -> OutputChunk:
+    def _note_early(self, token: _EarlyToken, num_tokens: int) -> None:
+        """Keep where the first two tokens came from; of a second that came with the first there is nothing to say."""
+        if self._first is None:
+            self._first, self._is_early = token, num_tokens == 1
+        else:
+            self._second, self._is_early = token, False
+
+    def last_chunk(
+        self, flight: _Flight, now: float, reason: FinishReason | None, chunk: TokenChunk | None = None
+    ) -> OutputChunk:
         """The end; ``chunk`` brings the last tokens, if there are any."""
         if chunk is not None:
             self._take(now, chunk)
@@ -782,7 +797,7 @@ class _Continuation:
             finish_reason=reason,
             stop_token_id=None if chunk is None else chunk.stop_token_id,
             cached_tokens=self._cached_tokens(),
-            timing=self._timing(now),
+            timing=self._timing(flight, now),
         )
 
     def _cached_tokens(self) -> int:
@@ -793,14 +808,14 @@ class _Continuation:
                 return stats.cached_tokens
         return 0
 
-    def _timing(self, now: float) -> RequestTiming:
+    def _timing(self, flight: _Flight, now: float) -> RequestTiming:
         """Seconds and bytes are summed over the attempts; workers and the reason are the last one's."""
         last = self._attempts[-1]
         prefills = [stats for a in self._attempts if (stats := a.stats.get(Role.PREFILL)) is not None]
         decodes = [stats for a in self._attempts if (stats := a.stats.get(Role.DECODE)) is not None]
         pulls = [stats.pull for stats in (*prefills, *decodes) if stats.pull is not None]
         arrived_at = self._request.arrived_at
-        first_token_at = now if self._first_token_at is None else self._first_token_at
+        first_token_at = now if self._first is None else self._first.at
         slo, admission_s = self._request.slo, self._ticket.waited_s
         prefill, decode = _summed(prefills), _summed(decodes)
         num_later, expected = self.num_tokens - 1, last.route.expected
@@ -810,7 +825,7 @@ class _Continuation:
             decode_worker=None if last.finished_by_prefill else last.route.decode.worker_id,
             route_reason=last.route.reason,
             admission_s=admission_s,
-            route_s=self._routed_at - arrived_at - admission_s,
+            route_s=self._attempts[0].began_at - arrived_at - admission_s,
             prefill_queue_s=prefill.queue_s,
             prefill_s=prefill.compute_s,
             transfer_s=prefill.transfer_s,
@@ -838,7 +853,59 @@ class _Continuation:
             expected_bytes_shipped=None if expected is None else expected.bytes_shipped,
             colocated_ttft_s=None if expected is None else expected.colocated_ttft_s,
             colocated_tpot_s=None if expected is None else expected.colocated_tpot_s,
+            ttft_parts=self._ttft_parts(flight),
+            ttst_parts=self._ttst_parts(),
         )
+
+    def _ttft_parts(self, flight: _Flight) -> TtftParts | None:
+        first, request = self._first, self._request
+        if first is None:
+            return None
+        began_at, stats = first.attempt.began_at, first.stats or _NO_STATS
+        pull_s = 0.0 if stats.pull is None else stats.pull.seconds
+        siblings_s = self.began_at - flight.began_at if self.index else 0.0
+        return TtftParts(
+            receive_s=flight.entered_at - request.arrived_at - request.tokenize_s,
+            tokenize_s=request.tokenize_s,
+            admission_s=flight.began_at - flight.entered_at,
+            siblings_s=siblings_s,
+            route_s=self._attempts[0].began_at - flight.began_at - siblings_s,
+            retries_s=began_at - self._attempts[0].began_at,
+            messages_s=first.at - began_at - pull_s - stats.queue_s - stats.compute_s,
+            pull_s=pull_s,
+            prefill_queue_s=stats.queue_s,
+            prefill_s=stats.compute_s,
+        )
+
+    def _ttst_parts(self) -> TtstParts | None:
+        first, second = self._first, self._second
+        if first is None or second is None:
+            return None
+        gap_s = second.at - first.at
+        if second.attempt is not first.attempt:
+            return TtstParts(retries_s=gap_s)
+        if first.attempt.prefill is None:
+            return TtstParts(first_step_s=gap_s)
+        sent, decoded = first.attempt.stats.get(Role.PREFILL) or _NO_STATS, second.stats or _NO_STATS
+        return ttst_parts(
+            gap_s,
+            wait_s=sent.transfer_wait_s,
+            exposed_s=sent.exposed_transfer_s,
+            decode_queue_s=decoded.queue_s,
+            first_step_s=decoded.compute_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _EarlyToken:
+    """The first token of a continuation, or the second: when it came, from where, and what its worker said with it."""
+
+    at: float
+    attempt: _Attempt
+    stats: StageStats | None
+
+
+_NO_STATS = StageStats(WorkerId(""), Role.DECODE)
 
 
 def _summed(stages: Sequence[StageStats]) -> StageStats:
@@ -866,6 +933,7 @@ class _Attempt:
         self.decode = decode
         self.session_id = SessionId(spec.sequence_id)  # one hand-over per attempt, so one name does
         self.announcing: asyncio.Task[None] | None = None
+        self.began_at = 0.0  # on the router's Clock
         self.stats: dict[Role, StageStats] = {}  # each stage's latest report, which includes its earlier ones
         self.handed_over = prefill is None  # P has nothing more to say
         self.finished = False

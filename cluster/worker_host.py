@@ -256,6 +256,7 @@ class _Parts(rpc.WorkerServicer):
             pull=self._puller.fetch,
             make_commit=_make_commit,
             run_on_loop=self._run_soon,
+            clock=clock,
         )
         self._decode = DecodeWorker(
             config.worker_id,
@@ -266,6 +267,7 @@ class _Parts(rpc.WorkerServicer):
             pull=self._puller.fetch,
             publish=self._outputs.publish,
             read_commit=_read_commit,
+            clock=clock,
         )
         lease_s = config.kv_transfer.lease_s
         self._links = LinkMonitor(clock)

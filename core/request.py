@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import NamedTuple, NewType
 
 from core.errors import InvalidRequest
+from core.latency_parts import TtftParts, TtstParts
 
 RequestId = NewType("RequestId", str)  # the client's name for a request
 SequenceId = NewType("SequenceId", str)  # one try at one of a request's n continuations; see sequence_id()
@@ -150,7 +151,7 @@ class GenerateRequest:
     """A checked, tokenised request, as a gateway hands it to the router.
 
     ``salt`` separates tenants' prefix caches; ``deadline_at`` is on the gateway's Clock. ``priority``: higher goes
-    first where requests wait.
+    first where requests wait. ``tokenize_s``: of the time since it arrived, what its tokens took.
     """
 
     request_id: RequestId
@@ -161,6 +162,7 @@ class GenerateRequest:
     deadline_at: float | None = None
     slo: Slo = NO_SLO
     priority: int = 0
+    tokenize_s: float = 0.0
 
     def __post_init__(self) -> None:
         _check(len(self.prompt_token_ids) > 0, "prompt", "must hold at least one token", self.prompt_token_ids)
@@ -253,7 +255,7 @@ class StageStats(NamedTuple):
 
     worker_id: WorkerId
     role: Role
-    queue_s: float = 0.0  # from arrival at the worker to the first step that held the sequence
+    queue_s: float = 0.0  # from arrival in the worker's queue to the first step that held the sequence
     compute_s: float = 0.0  # from that step to the stage's last token
     transfer_s: float = 0.0  # prefill only: first write to acknowledged commit
     exposed_transfer_s: float = 0.0  # prefill only: first token to acknowledged commit, what compute did not hide
@@ -262,6 +264,7 @@ class StageStats(NamedTuple):
     bytes_shipped: int = 0  # prefill only: KV payload bytes sent
     num_preemptions: int = 0
     pull: PullReport | None = None  # of cached pages, before this worker prefilled; None: none was asked for
+    transfer_wait_s: float = 0.0  # prefill only: of exposed_transfer_s, before the decode worker had granted pages
 
 
 class TokenChunk(NamedTuple):
@@ -307,7 +310,7 @@ class RequestTiming:
     decode_worker: WorkerId | None  # None: the first token was the last
     route_reason: str
     admission_s: float = 0.0  # waited in the gateway for its turn
-    route_s: float = 0.0
+    route_s: float = 0.0  # from its arrival to its first route, less ``admission_s``: tokenising is in it
     prefill_queue_s: float = 0.0
     prefill_s: float = 0.0
     transfer_s: float = 0.0
@@ -337,6 +340,8 @@ class RequestTiming:
     expected_bytes_shipped: int | None = None
     colocated_ttft_s: float | None = None  # of the best route on which one worker does both
     colocated_tpot_s: float | None = None
+    ttft_parts: TtftParts | None = None  # of ``ttft_s``; None: it has no token
+    ttst_parts: TtstParts | None = None  # of the time from there to the second token; None: it has no second
 
 
 @dataclass(frozen=True, slots=True)

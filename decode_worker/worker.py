@@ -22,6 +22,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+from core.clock import Clock
 from core.errors import GrantRefused, TransferError
 from core.kv_layout import KvLayout
 from core.request import (
@@ -91,14 +92,16 @@ class DecodeWorker:
         reserve: Reserve,
         publish: Publish,
         read_commit: ReadCommit,
+        clock: Clock,
         pull: Pull | None = None,
     ) -> None:
-        """``pull`` None: no sequence will come with pages to pull."""
+        """``clock``: the engine's. ``pull`` None: no sequence will come with pages to pull."""
         self._worker_id = worker_id
         self._engine = engine
         self._page_size = page_size
         self._check = check
         self._reserve_pages = reserve
+        self._clock = clock
         self._pull = pull
         self._publish = publish
         self._read_commit = read_commit
@@ -221,12 +224,12 @@ class DecodeWorker:
         assert arrival is not None, "a session is forgotten only after its pages were given back"
         assert arrival.reservation is not None, "pages arrived for a session that was granted none"
         assert arrival.spec.sequence_id == sequence_id, f"{session_id} committed {sequence_id}"
-        reservation = arrival.reservation
+        reservation, arrived_at = arrival.reservation, self._clock.now()
         with self._lock:
             arrival.admitted = True
             self._by_session.pop(session_id, None)
             aborted = arrival.aborted
-        queued = self._engine.submit(lambda engine: engine.admit(reservation, token_ids))
+        queued = self._engine.submit(lambda engine: engine.admit(reservation, token_ids, arrived_at))
         queued.add_done_callback(lambda done: self._fail_if_refused(arrival, done))
         if aborted:
             self.abort(sequence_id, "aborted while its K/V arrived")
@@ -289,7 +292,8 @@ class DecodeWorker:
         self._queue(arrival)
 
     def _queue(self, arrival: _Arrival) -> None:
-        queued = self._engine.submit(lambda engine: engine.add(arrival.spec))
+        arrived_at = self._clock.now()
+        queued = self._engine.submit(lambda engine: engine.add(arrival.spec, arrived_at))
         queued.add_done_callback(lambda done: self._fail_if_refused(arrival, done))
 
     def _find(self, session_id: SessionId) -> _Arrival | None:

@@ -170,11 +170,14 @@ class Engine:
         _check_vocabulary("output_token_ids", spec.output_token_ids, vocab_size)
         _check_vocabulary("logit_bias", tuple(spec.sampling.logit_bias), vocab_size)
 
-    def add(self, spec: SequenceSpec) -> None:
-        """Queue a sequence. Raises ``InvalidRequest`` for one that can never run here or is here already."""
+    def add(self, spec: SequenceSpec, arrived_at: float | None = None) -> None:
+        """Queue a sequence. Raises ``InvalidRequest`` for one that can never run here or is here already.
+
+        ``arrived_at``: since when it waits, on the engine's clock, if that was before this call: calls wait for a step.
+        """
         self.check(spec)
         with self._books:
-            self._scheduler.add(spec, self._clock.now())
+            self._scheduler.add(spec, self._clock.now() if arrived_at is None else arrived_at)
 
     def reserve(self, spec: SequenceSpec) -> Reservation | None:
         """Take pages for K/V that will be written from outside; None while there are none to spare. From any thread."""
@@ -218,10 +221,12 @@ class Engine:
         with self._books:
             self._scheduler.adopt(room)
 
-    def admit(self, reservation: Reservation, first_token_ids: Sequence[int]) -> None:
-        """Go on with a sequence whose K/V has arrived in its reservation's pages. Raises ``ProtocolViolation``."""
+    def admit(self, reservation: Reservation, first_token_ids: Sequence[int], arrived_at: float | None = None) -> None:
+        """Go on with a sequence whose K/V has arrived in its reservation's pages, at ``arrived_at``. Raises
+        ``ProtocolViolation``."""
         with self._books:
-            self._scheduler.admit(reservation, first_token_ids, self._clock.now())
+            now = self._clock.now() if arrived_at is None else arrived_at
+            self._scheduler.admit(reservation, first_token_ids, now)
 
     def release(self, sequence_id: SequenceId) -> bool:
         """Drop the pages that a sequence with ``hold_kv`` kept; False if no such sequence is held."""

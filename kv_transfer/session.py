@@ -119,6 +119,7 @@ class SendReport:
     num_writes: int = 0
     transfer_s: float = 0.0  # first write queued to acknowledged commit
     exposed_s: float = 0.0  # the tail: commit call to acknowledged commit
+    wait_s: float = 0.0  # of the tail: until the grant came, if it came after the commit call
     tail_bytes: int = 0  # not yet read for sending when the commit was called
     num_groups: int = 0  # groups of layers that were queued
     writes_resent: int = 0
@@ -201,6 +202,7 @@ class SendSession:
         self._sent: list[Write] = []  # what may have to be sent again
         self._payload: bytes | None = None
         self._committed_at: float | None = None
+        self._granted_at: float | None = None
         self._first_write_at: float | None = None
         self._bytes_sent = 0
         self._bytes_overlapped = 0
@@ -249,6 +251,7 @@ class SendSession:
             )
         self._move(SendState.SENDING)
         self._grant = grant
+        self._granted_at = now
         self._link_bytes_per_s = link_bytes_per_s
         self._limits = self._limits.at(link_bytes_per_s)
         outgoing: list[Outgoing] = [Begin(self.session_id, grant.token)]
@@ -407,12 +410,14 @@ class SendSession:
         self._move(SendState.CLOSED)
         started = now if self._first_write_at is None else self._first_write_at
         committed = now if self._committed_at is None else self._committed_at
+        granted = now if self._granted_at is None else self._granted_at
         self._report = SendReport(
             error,
             bytes_sent=self._bytes_sent,
             num_writes=self._num_writes,
             transfer_s=now - started,
             exposed_s=now - committed,
+            wait_s=max(0.0, granted - committed),
             tail_bytes=0 if self._committed_at is None else self._bytes_sent - self._bytes_overlapped,
             num_groups=self._num_groups,
             writes_resent=self._writes_resent,

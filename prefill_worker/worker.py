@@ -25,6 +25,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+from core.clock import Clock
 from core.errors import GrantRefused, PeerLost, TransferError
 from core.request import (
     GatewayId,
@@ -116,9 +117,10 @@ class PrefillWorker:
         ask_grant: AskGrant,
         make_commit: MakeCommit,
         run_on_loop: RunOnLoop,
+        clock: Clock,
         pull: Pull | None = None,
     ) -> None:
-        """``pull`` None: no sequence will come with pages to pull."""
+        """``clock``: the engine's. ``pull`` None: no sequence will come with pages to pull."""
         self._worker_id = worker_id
         self._engine = engine
         self._page_size = page_size
@@ -126,6 +128,7 @@ class PrefillWorker:
         self._check = check
         self._publish = publish
         self._ask_grant = ask_grant
+        self._clock = clock
         self._pull = pull
         self._make_commit = make_commit
         self._run_on_loop = run_on_loop
@@ -279,8 +282,8 @@ class PrefillWorker:
         self._queue(handover)
 
     def _queue(self, handover: _Handover) -> None:
-        spec = handover.spec
-        queued = self._engine.submit(lambda engine: engine.add(spec))
+        spec, arrived_at = handover.spec, self._clock.now()
+        queued = self._engine.submit(lambda engine: engine.add(spec, arrived_at))
         queued.add_done_callback(lambda done: self._fail_if_refused(spec, done))
 
     async def _obtain_grant(self, handover: _Handover, query: GrantQuery) -> None:
@@ -314,6 +317,7 @@ class PrefillWorker:
             stats = stats._replace(
                 transfer_s=report.transfer_s,
                 exposed_transfer_s=report.exposed_s,
+                transfer_wait_s=report.wait_s,
                 bytes_shipped=report.bytes_sent,
             )
             position = len(handover.spec.output_token_ids) + 1

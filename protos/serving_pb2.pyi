@@ -140,7 +140,7 @@ class GenerateStreamChunk(_message.Message):
     def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[OutputLogprob, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class TimingBreakdown(_message.Message):
-    __slots__ = ("prefill_worker", "decode_worker", "tokenize_s", "route_s", "prefill_queue_s", "prefill_s", "transfer_s", "exposed_transfer_s", "decode_queue_s", "decode_s", "ttft_s", "total_s", "bytes_shipped", "num_attempts", "route_reason", "decode_cached_tokens", "num_preemptions", "pull_outcome", "pulled_tokens", "bytes_pulled", "pull_s", "admission_s", "slo_ttft_met", "slo_tpot_met", "slo_miss_expected", "tpot_s", "fallback", "expected_ttft_s", "expected_tpot_s", "expected_bytes_shipped", "colocated_ttft_s", "colocated_tpot_s")
+    __slots__ = ("prefill_worker", "decode_worker", "tokenize_s", "route_s", "prefill_queue_s", "prefill_s", "transfer_s", "exposed_transfer_s", "decode_queue_s", "decode_s", "ttft_s", "total_s", "bytes_shipped", "num_attempts", "route_reason", "decode_cached_tokens", "num_preemptions", "pull_outcome", "pulled_tokens", "bytes_pulled", "pull_s", "admission_s", "slo_ttft_met", "slo_tpot_met", "slo_miss_expected", "tpot_s", "fallback", "expected_ttft_s", "expected_tpot_s", "expected_bytes_shipped", "colocated_ttft_s", "colocated_tpot_s", "ttft_parts", "ttst_parts")
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     TOKENIZE_S_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +173,8 @@ class TimingBreakdown(_message.Message):
     EXPECTED_BYTES_SHIPPED_FIELD_NUMBER: _ClassVar[int]
     COLOCATED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
     COLOCATED_TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    TTFT_PARTS_FIELD_NUMBER: _ClassVar[int]
+    TTST_PARTS_FIELD_NUMBER: _ClassVar[int]
     prefill_worker: str
     decode_worker: str
     tokenize_s: float
@@ -205,7 +207,49 @@ class TimingBreakdown(_message.Message):
     expected_bytes_shipped: int
     colocated_ttft_s: float
     colocated_tpot_s: float
-    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., tokenize_s: _Optional[float] = ..., route_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., decode_queue_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., bytes_shipped: _Optional[int] = ..., num_attempts: _Optional[int] = ..., route_reason: _Optional[str] = ..., decode_cached_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., pull_outcome: _Optional[str] = ..., pulled_tokens: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., pull_s: _Optional[float] = ..., admission_s: _Optional[float] = ..., slo_ttft_met: _Optional[bool] = ..., slo_tpot_met: _Optional[bool] = ..., slo_miss_expected: _Optional[str] = ..., tpot_s: _Optional[float] = ..., fallback: _Optional[str] = ..., expected_ttft_s: _Optional[float] = ..., expected_tpot_s: _Optional[float] = ..., expected_bytes_shipped: _Optional[int] = ..., colocated_ttft_s: _Optional[float] = ..., colocated_tpot_s: _Optional[float] = ...) -> None: ...
+    ttft_parts: TtftParts
+    ttst_parts: TtstParts
+    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., tokenize_s: _Optional[float] = ..., route_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., decode_queue_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., bytes_shipped: _Optional[int] = ..., num_attempts: _Optional[int] = ..., route_reason: _Optional[str] = ..., decode_cached_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., pull_outcome: _Optional[str] = ..., pulled_tokens: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., pull_s: _Optional[float] = ..., admission_s: _Optional[float] = ..., slo_ttft_met: _Optional[bool] = ..., slo_tpot_met: _Optional[bool] = ..., slo_miss_expected: _Optional[str] = ..., tpot_s: _Optional[float] = ..., fallback: _Optional[str] = ..., expected_ttft_s: _Optional[float] = ..., expected_tpot_s: _Optional[float] = ..., expected_bytes_shipped: _Optional[int] = ..., colocated_ttft_s: _Optional[float] = ..., colocated_tpot_s: _Optional[float] = ..., ttft_parts: _Optional[_Union[TtftParts, _Mapping]] = ..., ttst_parts: _Optional[_Union[TtstParts, _Mapping]] = ...) -> None: ...
+
+class TtftParts(_message.Message):
+    __slots__ = ("receive_s", "tokenize_s", "admission_s", "siblings_s", "route_s", "retries_s", "messages_s", "pull_s", "prefill_queue_s", "prefill_s")
+    RECEIVE_S_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZE_S_FIELD_NUMBER: _ClassVar[int]
+    ADMISSION_S_FIELD_NUMBER: _ClassVar[int]
+    SIBLINGS_S_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_S_FIELD_NUMBER: _ClassVar[int]
+    RETRIES_S_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_S_FIELD_NUMBER: _ClassVar[int]
+    PULL_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    receive_s: float
+    tokenize_s: float
+    admission_s: float
+    siblings_s: float
+    route_s: float
+    retries_s: float
+    messages_s: float
+    pull_s: float
+    prefill_queue_s: float
+    prefill_s: float
+    def __init__(self, receive_s: _Optional[float] = ..., tokenize_s: _Optional[float] = ..., admission_s: _Optional[float] = ..., siblings_s: _Optional[float] = ..., route_s: _Optional[float] = ..., retries_s: _Optional[float] = ..., messages_s: _Optional[float] = ..., pull_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ...) -> None: ...
+
+class TtstParts(_message.Message):
+    __slots__ = ("transfer_wait_s", "transfer_s", "decode_queue_s", "first_step_s", "retries_s", "messages_s")
+    TRANSFER_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEP_S_FIELD_NUMBER: _ClassVar[int]
+    RETRIES_S_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_S_FIELD_NUMBER: _ClassVar[int]
+    transfer_wait_s: float
+    transfer_s: float
+    decode_queue_s: float
+    first_step_s: float
+    retries_s: float
+    messages_s: float
+    def __init__(self, transfer_wait_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., decode_queue_s: _Optional[float] = ..., first_step_s: _Optional[float] = ..., retries_s: _Optional[float] = ..., messages_s: _Optional[float] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens")

@@ -188,6 +188,7 @@ def stats_to_message(stats: StageStats) -> pb.StageStats:
         received_tokens=stats.received_tokens,
         bytes_shipped=stats.bytes_shipped,
         num_preemptions=stats.num_preemptions,
+        transfer_wait_s=stats.transfer_wait_s,
     )
     if (pull := stats.pull) is not None:
         message.pull_outcome = pull.outcome.value
@@ -208,6 +209,7 @@ def stats_from_message(message: pb.StageStats) -> StageStats:
         bytes_shipped=message.bytes_shipped,
         num_preemptions=message.num_preemptions,
         pull=_pull_report(message) if message.pull_outcome else None,
+        transfer_wait_s=message.transfer_wait_s,
     )
 
 

@@ -242,7 +242,7 @@ class TokenLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StageStats(_message.Message):
-    __slots__ = ("worker_id", "role", "queue_s", "compute_s", "transfer_s", "exposed_transfer_s", "cached_tokens", "received_tokens", "bytes_shipped", "num_preemptions", "pull_outcome", "pulled_tokens", "bytes_pulled", "pull_s")
+    __slots__ = ("worker_id", "role", "queue_s", "compute_s", "transfer_s", "exposed_transfer_s", "cached_tokens", "received_tokens", "bytes_shipped", "num_preemptions", "pull_outcome", "pulled_tokens", "bytes_pulled", "pull_s", "transfer_wait_s")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
@@ -257,6 +257,7 @@ class StageStats(_message.Message):
     PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BYTES_PULLED_FIELD_NUMBER: _ClassVar[int]
     PULL_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     queue_s: float
@@ -271,7 +272,8 @@ class StageStats(_message.Message):
     pulled_tokens: int
     bytes_pulled: int
     pull_s: float
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., received_tokens: _Optional[int] = ..., bytes_shipped: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., pull_outcome: _Optional[str] = ..., pulled_tokens: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., pull_s: _Optional[float] = ...) -> None: ...
+    transfer_wait_s: float
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., received_tokens: _Optional[int] = ..., bytes_shipped: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., pull_outcome: _Optional[str] = ..., pulled_tokens: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., pull_s: _Optional[float] = ..., transfer_wait_s: _Optional[float] = ...) -> None: ...
 
 class TokenChunk(_message.Message):
     __slots__ = ("sequence_id", "position", "token_ids", "logprobs", "finish_reason", "stop_token_id", "stats")

@@ -16,6 +16,7 @@ from cluster.view import ClusterView, Links, ModelInfo, Offload, WorkerLoad, Wor
 from core.clock import WallClock
 from core.errors import Cancelled, PrfaasError
 from core.fingerprint import CacheFingerprint
+from core.latency_parts import TtftParts, TtstParts
 from core.link import ProbeReport
 from core.request import (
     ClusterId,
@@ -60,6 +61,19 @@ TIMING = RequestTiming(
     expected_bytes_shipped=2048,
     colocated_ttft_s=0.3,
     colocated_tpot_s=0.03,
+    ttft_parts=TtftParts(
+        receive_s=0.001,
+        tokenize_s=0.004,
+        admission_s=0.125,
+        route_s=0.002,
+        messages_s=0.008,
+        pull_s=0.03,
+        prefill_queue_s=0.02,
+        prefill_s=0.06,
+    ),
+    ttst_parts=TtstParts(
+        transfer_wait_s=0.01, transfer_s=0.02, decode_queue_s=0.003, first_step_s=0.016, messages_s=0.001
+    ),
 )
 COSTS = CostView(
     {

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from core.clock import VirtualClock
 from core.errors import GrantRefused, Incompatible, InvalidRequest, PeerLost, ProtocolViolation, TransferError
 from core.kv_layout import KvLayer, KvLayout
 from core.request import (
@@ -51,7 +52,8 @@ class FakeEngine:
         self.reservation: Reservation | None = RESERVATION
         self.refuses: Exception | None = None
 
-    def add(self, spec: SequenceSpec) -> None:
+    def add(self, spec: SequenceSpec, arrived_at: float) -> None:
+        assert arrived_at == 7.0, "when it joined the queue, not when the engine had time for it"
         if self.refuses:
             raise self.refuses
         self.calls.append(("add", spec.sequence_id))
@@ -66,7 +68,8 @@ class FakeEngine:
     def cancel(self, reservation: Reservation) -> None:
         self.calls.append(("cancel", reservation))
 
-    def admit(self, reservation: Reservation, token_ids: tuple[int, ...]) -> None:
+    def admit(self, reservation: Reservation, token_ids: tuple[int, ...], arrived_at: float) -> None:
+        assert arrived_at == 7.0, "when its K/V was there, not when the engine had time for it"
         if self.refuses:
             raise self.refuses
         self.calls.append(("admit", reservation, token_ids))
@@ -124,6 +127,7 @@ class Bench:
             reserve=self.engine.reserve,
             publish=lambda gateway, item: self.published.append(item),
             read_commit=lambda payload: (SPEC.sequence_id, tuple(payload)),
+            clock=VirtualClock(7.0),
             pull=self.pull,
         )
         self.pulled: asyncio.Future[PullReport] | None = None  # what the next pull waits for

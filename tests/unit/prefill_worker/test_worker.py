@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from core.clock import VirtualClock
 from core.errors import GrantRefused, InvalidRequest, PeerLost, TransferAborted
 from core.request import (
     ClusterId,
@@ -92,6 +93,7 @@ class Bench:
             ask_grant=self.ask,
             make_commit=lambda sequence_id, tokens: f"{sequence_id}:{list(tokens)}".encode(),
             run_on_loop=self.run,
+            clock=VirtualClock(7.0),
             pull=self.pull,
         )
         self.pulls: list[tuple[SequenceId, PullTask, SendOrder]] = []
@@ -292,7 +294,7 @@ def test_other_peoples_chunks_are_not_ours() -> None:
 def test_a_sequence_that_the_engine_does_not_take_fails_and_leaves_nothing() -> None:
     bench = Bench()
 
-    def refuse(spec: SequenceSpec) -> None:
+    def refuse(spec: SequenceSpec, arrived_at: float) -> None:
         raise InvalidRequest("max_tokens", "must be above what is already there")
 
     bench.engine.add = refuse  # type: ignore[method-assign]
@@ -326,7 +328,7 @@ async def test_a_sequence_is_queued_when_its_pull_has_ended_however_and_its_stat
     bench.pulled.set_result(report)
     await settle()
 
-    assert bench.engine.calls == [("add", SPEC)]
+    assert bench.engine.calls == [("add", SPEC, 7.0)]
     await asyncio.to_thread(bench.worker.sequence_started, SPEC, 8, PAGES)
     bench.step(8, 2, samples=True)
     bench.token()
