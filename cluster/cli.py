@@ -22,6 +22,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.bench_command import EPILOG as BENCH_EPILOG
+from cluster.bench_command import bench
 from cluster.certificates import (
     AUTHORITY_DAYS,
     CA_KEY_FILE,
@@ -84,6 +86,7 @@ config_app = typer.Typer(help="Check a configuration, or print what can be confi
 app.add_typer(config_app, name="config")
 app.command(epilog=PLAN_EPILOG)(plan)
 app.command(epilog=SIMULATE_EPILOG)(simulate)
+app.command(epilog=BENCH_EPILOG)(bench)
 certs_app = typer.Typer(help="Make the certificates of a service's processes, or look at them.", no_args_is_help=True)
 app.add_typer(certs_app, name="certs")
 

@@ -12,11 +12,14 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
+import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,7 +27,11 @@ from typing import Self
 from core.clock import Clock, WallClock
 from core.errors import PrfaasError
 
+OnWait = Callable[[float, str], None]  # seconds so far, the log's last line
+
 _POLL_S = 0.2
+_START_TIMEOUT_S = 600.0  # a first start may convert a model
+_STOP_TIMEOUT_S = 60.0
 _LOG_TAIL_BYTES = 4096
 
 
@@ -73,9 +80,7 @@ class ServiceProcess:
     def pid(self) -> int:
         return self._child.pid
 
-    def wait_until_healthy(
-        self, timeout_s: float, on_wait: Callable[[float, str], None] = lambda waited_s, last_line: None
-    ) -> float:
+    def wait_until_healthy(self, timeout_s: float, on_wait: OnWait = lambda waited_s, last_line: None) -> float:
         """Return the seconds that it took; ``on_wait`` is told the seconds so far and the log's last line.
 
         Raises ``ServiceNotHealthy`` when the child ends or ``timeout_s`` passes first.
@@ -120,3 +125,47 @@ class ServiceProcess:
                 return bool(response.status == 200)
         except (urllib.error.URLError, OSError):  # not listening yet, or 503 while no worker is ready
             return False
+
+
+@dataclass(frozen=True)
+class ServiceDoors:
+    """Where a service that was started here is reached."""
+
+    http_url: str  # http://127.0.0.1:PORT
+    grpc_address: str  # 127.0.0.1:PORT
+
+
+@contextmanager
+def prfaas_service(
+    config_path: Path,
+    overrides: Sequence[str],
+    log_path: Path,
+    on_wait: OnWait = lambda waited_s, last_line: None,
+) -> Iterator[ServiceDoors]:
+    """``prfaas serve CONFIG`` with these overrides, on free ports of loopback, until the context ends.
+
+    Raises ``ServiceNotHealthy`` if it does not come up.
+    """
+    http_port, grpc_port = free_ports(2)
+    command = [sys.executable, "-m", "cluster", "serve", str(config_path)]
+    for setting in (*overrides, "http.host=127.0.0.1", f"http.port={http_port}", f"grpc.port={grpc_port}"):
+        command += ["--set", setting]
+    url = f"http://127.0.0.1:{http_port}"
+    service = ServiceProcess(command, f"{url}/health", log_path)
+    try:
+        service.wait_until_healthy(_START_TIMEOUT_S, on_wait)
+        yield ServiceDoors(url, f"127.0.0.1:{grpc_port}")
+    finally:
+        service.stop(_STOP_TIMEOUT_S)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that were free a moment ago, all different."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
