@@ -204,6 +204,10 @@ class Generation:
         _require_in_vocabulary(token_ids, field, self.model())
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Each of ``token_ids`` by itself, as log-probabilities show it."""
+        return [self._tokenizer.token_text(token_id)[0] for token_id in token_ids]
+
     def refuse(self, door: Door, error: Exception) -> None:
         """Count a request that its door could not even parse."""
         self._metrics.refuse(door, error)

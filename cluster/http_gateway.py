@@ -1,10 +1,12 @@
-"""The HTTP door: OpenAI's /v1/chat/completions, /v1/completions and /v1/models, and what operators ask for: /health,
-/live, /metrics, /version, and /status, which is the JSON of ``prfaas status --json``.
+"""The HTTP door: OpenAI's /v1/chat/completions, /v1/completions, /v1/responses and /v1/models, Anthropic's
+/v1/messages, vLLM's /tokenize and /detokenize, and what operators ask for: /health, /live, /metrics, /version, and
+/status, which is the JSON of ``prfaas status --json``.
 
 The life of a generating request here:
-1. The body is read up to ``http.max_body_bytes`` and understood by ``openai_api``; every prompt is prepared.
+1. The body is read up to ``http.max_body_bytes`` and understood by its API (``openai_api``, ``responses_api``,
+   ``messages_api``), which knows what it means and how its answer is written; every prompt is prepared.
 2. Nothing is sent before the first token is there, so whatever goes wrong until then has its own status code, from
-   one table, ``_STATUS``, in OpenAI's error body. Later errors are an event in the stream.
+   one table, ``_STATUS``, in the API's error body. Later errors are an event in the stream.
 3. While it runs, the connection is watched: a client that goes away cancels it, which frees both pools.
 
 Every answer has an ``x-request-id``: the client's, or a new one.
@@ -33,7 +35,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster import openai_api
+from cluster import messages_api, openai_api, responses_api, token_api
 from cluster.config import ServiceConfig
 from cluster.front_door import ClusterMembership, Door, RequestRouter, not_ready_reason, retry_after
 from cluster.generation import Finish, Generation, LogprobText, PreparedRequest, TextChunk, TextRequest
@@ -64,6 +66,37 @@ _MAX_REQUEST_ID_CHARS = 128
 
 
 Describe = Callable[[], dict[str, object]]  # the service's workers, links and plan, as JSON
+
+# Paths of OpenAI's and vLLM's servers that a model which generates text has no answer for |-> what they would give.
+_NOT_SERVED = {
+    "/v1/embeddings": "embeddings",
+    "/v1/rerank": "rankings",
+    "/v1/score": "scores",
+    "/v1/moderations": "moderation",
+    "/v1/audio/speech": "speech",
+    "/v1/audio/transcriptions": "transcriptions",
+    "/v1/images/generations": "images",
+    "/v1/batches": "batches; send the requests one by one, as many at once as you like",
+    "/v1/files": "files",
+}
+
+
+def _as_openai(status: int, body: Mapping[str, object]) -> Mapping[str, object]:
+    return body
+
+
+@dataclass(frozen=True)
+class _Api:
+    """What differs between APIs that generate. ``error_body``: how it writes OpenAI's error object."""
+
+    parse: Callable[[object], openai_api.Call]
+    error_body: Callable[[int, Mapping[str, object]], Mapping[str, object]] = _as_openai
+
+
+_CHAT = _Api(openai_api.parse_chat)
+_COMPLETION = _Api(openai_api.parse_completion)
+_RESPONSE = _Api(responses_api.parse_response)
+_MESSAGE = _Api(messages_api.parse_message, messages_api.error_body)
 
 
 class BodyTooLarge(InvalidRequest):
@@ -185,16 +218,41 @@ def make_app(
         model = membership.model()
         return card if model is None else {**card, "max_model_len": model.max_model_len}
 
-    def answer(request: Request, parse: Callable[[object], openai_api.Call]) -> Response:
-        return _Answer(request, parse, generation, metrics, config, clock)
+    def answer(request: Request, api: _Api) -> Response:
+        return _Answer(request, api, generation, metrics, config, clock)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return answer(request, openai_api.parse_chat)
+        return answer(request, _CHAT)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return answer(request, openai_api.parse_completion)
+        return answer(request, _COMPLETION)
+
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        return answer(request, _RESPONSE)
+
+    @app.post("/v1/messages")
+    async def messages(request: Request) -> Response:
+        return answer(request, _MESSAGE)
+
+    tokens = _Tokens(generation, config)
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_tokens(request: Request) -> Response:
+        return await tokens.answer(request, tokens.count, _MESSAGE)
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        return await tokens.answer(request, tokens.tokenize, _CHAT)
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        return await tokens.answer(request, tokens.detokenize, _CHAT)
+
+    for path, what in _NOT_SERVED.items():
+        app.add_api_route(path, _refusal(path, what), methods=["POST"], include_in_schema=False)
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -231,13 +289,69 @@ def make_app(
     return app
 
 
+def _refusal(path: str, what: str) -> Callable[[], Coroutine[None, None, Response]]:
+    message = f"POST {path}: this service generates text and gives no {what}"
+    body = openai_api.error_body(message, "invalid_request_error", None, "unsupported_api")
+
+    async def refuse() -> Response:
+        return JSONResponse(body, status_code=404)  # clients ask again after 5xx
+
+    return refuse
+
+
+class _Tokens:
+    """Questions about tokens, for which nothing is generated."""
+
+    def __init__(self, generation: Generation, config: ServiceConfig) -> None:
+        self._generation = generation
+        self._config = config
+
+    async def answer(
+        self, request: Request, ask: Callable[[object], Coroutine[None, None, dict[str, object]]], api: _Api
+    ) -> Response:
+        """What ``ask`` says of the request's body, or its error."""
+        try:
+            return JSONResponse(await ask(await _read_json(request, self._config.http.max_body_bytes)))
+        except InvalidRequest as error:
+            self._generation.refuse(Door.HTTP, error)
+            return _error_response(error, api)
+        except PrfaasError as error:
+            return _error_response(error, api)
+
+    async def tokenize(self, body: object) -> dict[str, object]:
+        """POST /tokenize."""
+        asked = token_api.parse_tokenize(body)
+        self._check_model(asked.model)
+        token_ids = await self._generation.tokenize(
+            asked.prompt, field=asked.field, add_special_tokens=asked.add_special_tokens
+        )
+        texts = self._generation.token_texts(token_ids) if asked.with_texts else None
+        return token_api.tokenized(token_ids, self._generation.model().max_model_len, texts)
+
+    async def detokenize(self, body: object) -> dict[str, object]:
+        """POST /detokenize."""
+        asked = token_api.parse_detokenize(body)
+        self._check_model(asked.model)
+        return {"prompt": self._generation.detokenize(asked.tokens, field="tokens")}
+
+    async def count(self, body: object) -> dict[str, object]:
+        """POST /v1/messages/count_tokens."""
+        model, prompt = messages_api.parse_count(body)
+        self._check_model(model)
+        return {"input_tokens": len(await self._generation.tokenize(prompt, field="messages"))}
+
+    def _check_model(self, model: str | None) -> None:
+        if model is not None and model != self._config.model_name:
+            raise UnknownModel(model, self._config.model_name)
+
+
 class _Answer(Response):
     """The answer to one generating request: it reads the body, runs the request and watches the connection."""
 
     def __init__(
         self,
         request: Request,
-        parse: Callable[[object], openai_api.Call],
+        api: _Api,
         generation: Generation,
         metrics: Metrics,
         config: ServiceConfig,
@@ -245,7 +359,7 @@ class _Answer(Response):
     ) -> None:
         super().__init__()
         self._request = request
-        self._parse = parse
+        self._api = api
         self._generation = generation
         self._metrics = metrics
         self._config = config
@@ -257,16 +371,16 @@ class _Answer(Response):
             try:
                 body = await _read_json(self._request, self._config.http.max_body_bytes)
                 asked = _read_objectives(self._request)
-                call = self._parse(body)
+                call = self._api.parse(body)
             except InvalidRequest as error:
                 self._metrics.refuse(Door.HTTP, error)
                 raise
         except ClientDisconnect:
             return
         except PrfaasError as error:
-            await _error_response(error)(scope, receive, send)
+            await _error_response(error, self._api)(scope, receive, send)
             return
-        await _until_disconnect(receive, self._run(call, asked, arrived_at, _Sender(scope, receive, send)))
+        await _until_disconnect(receive, self._run(call, asked, arrived_at, _Sender(scope, receive, send, self._api)))
 
     async def _run(self, call: openai_api.Call, asked: _Objectives, arrived_at: float, sender: _Sender) -> None:
         """Answer ``call``; an error is told to the client in the way that is still possible."""
@@ -328,8 +442,9 @@ class _Run:
         extra: dict[str, object] = {"usage": None} if self._call.include_usage else {}
         async for index, chunk in self._chunks:
             if not sender.started:
-                await sender.start_events()
-                for opening in map(self._answer.opening, range(self._num_choices)):
+                await sender.start_events(self._answer)
+                for choice in range(self._num_choices):
+                    opening = self._answer.opening(choice, self._prompt_tokens())
                     if opening is not None:
                         await sender.event(opening)
             finish = chunk.finish
@@ -367,9 +482,11 @@ class _Run:
         prompt = index // self._call.sampling.n
         self._cached_tokens[prompt] = max(self._cached_tokens.get(prompt, 0), chunk.cached_tokens)
 
+    def _prompt_tokens(self) -> int:
+        return sum(len(prepared.request.prompt_token_ids) for prepared in self._prepared)
+
     def _usage(self) -> dict[str, object]:
-        prompt_tokens = sum(len(prepared.request.prompt_token_ids) for prepared in self._prepared)
-        return openai_api.usage(prompt_tokens, self._output_tokens, sum(self._cached_tokens.values()))
+        return openai_api.usage(self._prompt_tokens(), self._output_tokens, sum(self._cached_tokens.values()))
 
     def _timing(self, index: int, finish: Finish) -> dict[str, object]:
         return openai_api.timing(index, finish, self._prepared[index // self._call.sampling.n].tokenize_s)
@@ -378,18 +495,21 @@ class _Run:
 class _Sender:
     """One HTTP answer. ``started`` is True when its status is sent: from then on an error is an event."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, api: _Api) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
+        self._api = api
+        self._events: openai_api.Format | None = None  # how they are written, once there are any
         self.started = False
 
     async def json(self, status: int, body: object, headers: Mapping[str, str]) -> None:
         self.started = True
         await JSONResponse(body, status_code=status, headers=headers)(self._scope, self._receive, self._send)
 
-    async def start_events(self) -> None:
+    async def start_events(self, written_as: openai_api.Format) -> None:
         self.started = True
+        self._events = written_as
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         headers.append((b"x-accel-buffering", b"no"))  # nginx would collect events
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -398,15 +518,16 @@ class _Sender:
         await self._send({"type": "http.response.body", "body": event, "more_body": True})
 
     async def end_events(self) -> None:
-        await self._send({"type": "http.response.body", "body": openai_api.DONE, "more_body": False})
+        ending = b"" if self._events is None else self._events.ending
+        await self._send({"type": "http.response.body", "body": ending, "more_body": False})
 
     async def error(self, error: PrfaasError) -> None:
-        if not self.started:
+        if self._events is not None:
+            await self.event(self._events.failure(_error_body(error)))
+            await self.end_events()
+        elif not self.started:
             self.started = True
-            await _error_response(error)(self._scope, self._receive, self._send)
-            return
-        await self.event(openai_api.event(_error_body(error)))
-        await self.end_events()
+            await _error_response(error, self._api)(self._scope, self._receive, self._send)
 
 
 async def _choices(
@@ -555,14 +676,15 @@ def _error_body(error: PrfaasError) -> dict[str, object]:
     return body
 
 
-def _error_response(error: PrfaasError) -> Response:
+def _error_response(error: PrfaasError, api: _Api = _CHAT) -> Response:
     headers = {}
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(retry_after(error))
         headers["x-prfaas-rejection"] = error.reason
     elif isinstance(error, NoRoute):
         headers["retry-after"] = str(_NO_ROUTE_RETRY_AFTER_S)
-    return JSONResponse(_error_body(error), status_code=_status(error).code, headers=headers)
+    status = _status(error).code
+    return JSONResponse(api.error_body(status, _error_body(error)), status_code=status, headers=headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

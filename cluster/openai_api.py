@@ -85,7 +85,7 @@ _UNSUPPORTED: Mapping[str, Collection[object]] = {
     "web_search_options": (),
 }
 
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +109,15 @@ class Format(Protocol):
 
     @property
     def id(self) -> str:
-        """OpenAI's id of the answer."""
+        """The API's id of the answer."""
         ...
 
-    def opening(self, index: int) -> bytes | None:
+    @property
+    def ending(self) -> bytes:
+        """What a stream ends with, also after an error."""
+        ...
+
+    def opening(self, index: int, prompt_tokens: int) -> bytes | None:
         """The event that begins a choice, if the format has one."""
         ...
 
@@ -122,6 +127,10 @@ class Format(Protocol):
 
     def closing(self, usage: Mapping[str, object]) -> bytes:
         """The event after all choices that carries ``usage``."""
+        ...
+
+    def failure(self, error: Mapping[str, object]) -> bytes:
+        """The event that tells an error in mid-stream; ``error`` as ``error_body`` wrote it."""
         ...
 
     def choice(self, index: int, finish: Finish, logprobs: Sequence[LogprobText] | None) -> dict[str, object]:
@@ -138,11 +147,13 @@ class Format(Protocol):
 # ---- bodies ----
 
 
-class _Strict(BaseModel):
+class Body(BaseModel):
+    """A JSON object of a request: types as they are, no unknown fields."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Body):
     """``stream_options``."""
 
     include_usage: bool = False
@@ -168,21 +179,26 @@ def _logit_bias(value: object) -> object:
     return {int(key): bias for key, bias in value.items()}
 
 
-def _message_text(value: object) -> object:
-    """A message's content: a string, or text parts, which are joined by newlines."""
+def message_text(value: object, kinds: Collection[str] = ("text",)) -> object:
+    """A message's content: a string, or text parts of these kinds, which are joined by newlines."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise ValueError("must be a string or a list of text parts")
     texts = []
     for position, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f'part {position} must be {{"type": "text", "text": "..."}}; only text is served')
+        if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
+            wanted = " or ".join(f'{{"type": "{kind}", "text": "..."}}' for kind in kinds)
+            raise ValueError(f"part {position} must be {wanted}; only text is served")
         texts.append(part["text"])
     return "\n".join(texts)
 
 
-def _without_nulls(value: object) -> object:
+def _chat_text(value: object) -> object:
+    return message_text(value)
+
+
+def without_nulls(value: object) -> object:
     """Answers that clients send back as history carry nulls and empty lists for what they did not have."""
     return {k: v for k, v in value.items() if v is not None and v != []} if isinstance(value, dict) else value
 
@@ -206,15 +222,15 @@ def _prompts(value: object) -> object:
     raise ValueError("must hold only strings, only token ids or only lists of token ids")
 
 
-class Message(_Strict):
+class Message(Body):
     """One turn of a chat."""
 
     role: str
-    content: Annotated[str, BeforeValidator(_message_text)]
+    content: Annotated[str, BeforeValidator(_chat_text)]
     name: str | None = None  # chat templates have no place for it
 
 
-class _Sampling(_Strict):
+class _Sampling(Body):
     """Fields that chats and completions share; null means the default."""
 
     model: str | None = None
@@ -266,7 +282,7 @@ class _Sampling(_Strict):
 class ChatBody(_Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[Annotated[Message, BeforeValidator(_without_nulls)]]
+    messages: list[Annotated[Message, BeforeValidator(without_nulls)]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -281,7 +297,7 @@ class CompletionBody(_Sampling):
 
 def parse_chat(body: object) -> Call:
     """The meaning of a chat body; ``InvalidRequest`` naming the field."""
-    chat = _validate(ChatBody, body)
+    chat = validate(ChatBody, body, _UNSUPPORTED, _HARMLESS)
     if chat.top_logprobs is not None and not chat.logprobs:
         raise InvalidRequest("top_logprobs", "needs logprobs to be true")
     aliases = {"logprobs": "top_logprobs"}
@@ -297,7 +313,7 @@ def parse_chat(body: object) -> Call:
 
 def parse_completion(body: object) -> Call:
     """The meaning of a completion body; ``InvalidRequest`` naming the field."""
-    completion = _validate(CompletionBody, body)
+    completion = validate(CompletionBody, body, _UNSUPPORTED, _HARMLESS)
     max_tokens = _COMPLETION_MAX_TOKENS if completion.max_tokens is None else completion.max_tokens
     return _call(
         completion,
@@ -333,12 +349,12 @@ def _call(
         stream=bool(body.stream),
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         salt=(body.cache_salt or "").encode(),
-        priority=_priority(body.priority or 0),
+        priority=priority(body.priority or 0),
         aliases=aliases,
     )
 
 
-def _priority(given: int) -> int:
+def priority(given: int) -> int:
     """vLLM's field: the lower goes first. Ours is the other way round, as most routers' is."""
     if abs(given) > MAX_PRIORITY:
         raise InvalidRequest(
@@ -352,17 +368,23 @@ def renamed(error: InvalidRequest, aliases: Mapping[str, str]) -> InvalidRequest
     return InvalidRequest(aliases[error.field], error.message) if error.field in aliases else error
 
 
-_BodyT = TypeVar("_BodyT", bound=_Strict)
+_BodyT = TypeVar("_BodyT", bound=Body)
 
 
-def _validate(cls: type[_BodyT], body: object) -> _BodyT:
+def validate(
+    cls: type[_BodyT], body: object, unsupported: Mapping[str, Collection[object]], harmless: Collection[str]
+) -> _BodyT:
+    """The body, checked; ``InvalidRequest`` naming the field.
+
+    ``unsupported``: field |-> the values that ask for nothing. ``harmless``: fields that change no answer.
+    """
     if not isinstance(body, dict):
         raise InvalidRequest("body", "must be a JSON object")
-    for name, harmless in _UNSUPPORTED.items():
+    for name, meaningless in unsupported.items():
         value = body.get(name)
-        if value is not None and value not in harmless:
+        if value is not None and value not in meaningless:
             raise InvalidRequest(name, "is not supported; leave it out")
-    known = {k: v for k, v in body.items() if k not in _UNSUPPORTED and k not in _HARMLESS}
+    known = {k: v for k, v in body.items() if k not in unsupported and k not in harmless}
     try:
         return cls.model_validate(known)
     except ValidationError as error:
@@ -413,29 +435,36 @@ def error_body(message: str, kind: str, param: str | None, code: str | None) -> 
 
 def event(data: object) -> bytes:
     """A server-sent event with one JSON value."""
-    return f"data: {_encode(data)}\n\n".encode()
+    return f"data: {encode(data)}\n\n".encode()
 
 
 DONE = b"data: [DONE]\n\n"
+
+
+def named_event(name: str, data: object) -> bytes:
+    """One with a name, as APIs have it whose events are of several kinds."""
+    return f"event: {name}\ndata: {encode(data)}\n\n".encode()
 
 
 class _Events:
     """Events that differ in their choices only: the rest is encoded once."""
 
     def __init__(self, kind: str, answer_id: str, model: str, created: int) -> None:
-        head = _encode({"id": answer_id, "object": kind, "created": created, "model": model})
+        head = encode({"id": answer_id, "object": kind, "created": created, "model": model})
         self._head = f"data: {head[:-1]},"
 
     def write(self, choice: Mapping[str, object], extra: Mapping[str, object]) -> bytes:
-        tail = f",{_encode(extra)[1:]}" if extra else "}"
-        return f'{self._head}"choices":[{_encode(choice)}]{tail}\n\n'.encode()
+        tail = f",{encode(extra)[1:]}" if extra else "}"
+        return f'{self._head}"choices":[{encode(choice)}]{tail}\n\n'.encode()
 
     def closing(self, usage: Mapping[str, object]) -> bytes:
-        return f'{self._head}"choices":[],"usage":{_encode(usage)}}}\n\n'.encode()
+        return f'{self._head}"choices":[],"usage":{encode(usage)}}}\n\n'.encode()
 
 
 class ChatFormat:
     """``chat.completion`` and ``chat.completion.chunk``."""
+
+    ending = DONE
 
     def __init__(self, model: str, created: int) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -443,7 +472,7 @@ class ChatFormat:
         self._created = created
         self._events = _Events("chat.completion.chunk", self.id, model, created)
 
-    def opening(self, index: int) -> bytes | None:
+    def opening(self, index: int, prompt_tokens: int) -> bytes | None:
         delta = {"role": "assistant", "content": ""}
         return self._events.write({"index": index, "delta": delta, "logprobs": None, "finish_reason": None}, extra={})
 
@@ -463,6 +492,9 @@ class ChatFormat:
     def closing(self, usage: Mapping[str, object]) -> bytes:
         return self._events.closing(usage)
 
+    def failure(self, error: Mapping[str, object]) -> bytes:
+        return event(error)
+
     def choice(self, index: int, finish: Finish, logprobs: Sequence[LogprobText] | None) -> dict[str, object]:
         return {
             "index": index,
@@ -480,6 +512,8 @@ class ChatFormat:
 class CompletionFormat:
     """``text_completion``."""
 
+    ending = DONE
+
     def __init__(self, model: str, created: int) -> None:
         self.id = f"cmpl-{uuid.uuid4().hex}"
         self._model = model
@@ -487,7 +521,7 @@ class CompletionFormat:
         self._events = _Events("text_completion", self.id, model, created)
         self._offsets: dict[int, int] = {}  # choice |-> characters of the tokens whose logprobs were given
 
-    def opening(self, index: int) -> bytes | None:
+    def opening(self, index: int, prompt_tokens: int) -> bytes | None:
         return None
 
     def event(self, index: int, chunk: TextChunk, extra: Mapping[str, object]) -> bytes | None:
@@ -501,6 +535,9 @@ class CompletionFormat:
 
     def closing(self, usage: Mapping[str, object]) -> bytes:
         return self._events.closing(usage)
+
+    def failure(self, error: Mapping[str, object]) -> bytes:
+        return event(error)
 
     def choice(self, index: int, finish: Finish, logprobs: Sequence[LogprobText] | None) -> dict[str, object]:
         return {
