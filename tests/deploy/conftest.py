@@ -1,11 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from tests.deploy.chart import CHART, VALUES, Rendered, render
+from tests.deploy.pods import Machine
+from tests.unit.cluster import tiny_tokenizers
 
 VALUES_FILES = sorted(path.stem for path in VALUES.glob("*.yaml"))
 
@@ -37,3 +43,44 @@ def rendered_with(helm_home: Path) -> Callable[..., Rendered]:
         return render(helm_home, *files, *(word for s in settings for word in ("--set-json", s)), chart=chart)
 
     return get
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of random weights, with a tokenizer."""
+    folder = tiny_tokenizers.save(tmp_path_factory.mktemp("dummy"))
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=None,
+    ).save_pretrained(folder)
+    return f"dummy:{folder}"
+
+
+@pytest.fixture(scope="module")
+def ports() -> list[int]:
+    """Free ones, all different, outside those that Ray gives its workers (10002 to 19999)."""
+    with_sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(9)]
+    found = [s.getsockname()[1] for s in with_sockets]
+    for s in with_sockets:
+        s.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def machine(ports: list[int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """Where a Ray cluster runs whose head listens at the first of ``ports``; nothing is left of it."""
+    ray_tmp = Path(tempfile.mkdtemp(prefix="prfaas-", dir="/tmp"))
+    machine = Machine(tmp_path_factory.mktemp("pods"), f"127.0.0.1:{ports[0]}", ray_tmp)
+    try:
+        yield machine
+    finally:
+        machine.stop()
+        shutil.rmtree(ray_tmp, ignore_errors=True)

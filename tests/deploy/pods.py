@@ -1,0 +1,150 @@
+"""The chart's pods as processes of this machine: commands, environment and files are those of the manifests.
+
+What Kubernetes and the operator of KubeRay do beside the manifests is done here, and nothing else:
+
+    a ConfigMap's mount      its files lie in a folder, whose name stands for the mount's path in the command
+    names of Services        no DNS: the head's address is given in their place
+    the head is waited for   the operator gives its workers' pods an init container for that
+    `ray start`              the operator makes the command of rayStartParams (kuberay's pod.go: defaults that are not
+                             given, then every option as --KEY=VALUE, `true` as a flag)
+    RAY_AUTH_*               the operator's, in its pods; a Secret's value in the gateway's
+
+All processes are on one host and one network, which pods are not: ports that would collide are given as values.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.deploy.chart import ROOT, Rendered
+
+TOKEN = "0123456789abcdef0123456789abcdef"
+_STOP_S = 20.0
+
+
+def ray_start(group: Mapping[str, Any], *, head: bool, address: str) -> str:
+    """The command that the operator gives the Ray container of a group."""
+    defaults = {"dashboard-agent-listen-port": "52365", "metrics-export-port": "8080", "block": "true"}
+    if head:
+        defaults["dashboard-host"] = "0.0.0.0"
+    else:
+        defaults["address"] = address
+    given = {**defaults, **group["rayStartParams"]}
+    options = [f"--{name}" if value == "true" else f"--{name}={value}" for name, value in sorted(given.items())]
+    return " ".join(["ray start", *(["--head"] if head else []), *options])
+
+
+@dataclass
+class Machine:
+    """The processes of one release, and the environment in which they find each other."""
+
+    folder: Path  # for logs and mounted files
+    address: str  # of Ray's head, host:port
+    ray_tmp: Path  # short: Unix sockets are below it
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def environment(self, container: Mapping[str, Any] | None = None) -> dict[str, str]:
+        """What a process sees: this one's environment, Ray's token, and what the container says."""
+        tools = (Path(sys.executable).parent, Path(str(distribution("ray").locate_file("../../../bin"))).resolve())
+        base = {
+            **os.environ,
+            "PATH": os.pathsep.join([*map(str, tools), os.environ.get("PATH", "")]),
+            "PYTHONPATH": str(ROOT),
+            "RAY_TMPDIR": str(self.ray_tmp),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN,
+        }
+        said = {e["name"]: e["value"] for e in (container or {}).get("env", ()) if "value" in e}
+        return base | said
+
+    def start_ray(self, name: str, group: Mapping[str, Any], *, head: bool = False) -> None:
+        """The Ray container of a group's pod."""
+        container = group["template"]["spec"]["containers"][0]
+        wait = "" if head else f"until ray health-check --address {self.address} 2> /dev/null; do sleep 1; done; "
+        command = f"{wait}exec {ray_start(group, head=head, address=self.address)}"
+        self.start(name, ["/bin/bash", "-c", command], self.environment(container))
+
+    def start_gateway(self, rendered: Rendered) -> None:
+        """The container of the Deployment."""
+        pod = rendered.one("Deployment")["spec"]["template"]["spec"]
+        container = pod["containers"][0]
+        words = [self._mounted(word, container, pod, rendered) for word in container["args"]]
+        self.start("gateway", words, self.environment(container) | {"RAY_HEAD_ADDRESS": self.address})
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def wait_for(self, name: str, line: str, timeout_s: float) -> None:
+        """Until a process has said ``line``; ``AssertionError`` with its log if it ends or that takes too long."""
+        give_up_at = time.monotonic() + timeout_s
+        while line not in self.log(name):
+            for each, process in self.processes.items():
+                assert process.poll() is None, f"{each} ended with {process.returncode}:\n{self.log(each)}"
+            assert time.monotonic() < give_up_at, f"{name} has not said {line!r}:\n{self.log(name)}"
+            time.sleep(0.1)
+
+    def terminate(self, name: str) -> int:
+        """SIGTERM, as kubelet does; the exit code."""
+        process = self.processes.pop(name)
+        process.send_signal(signal.SIGTERM)
+        return process.wait(_STOP_S)
+
+    def workers_in(self, name: str) -> int:
+        """Worker processes of ours in the Ray node of a group's pod."""
+        below = psutil.Process(self.processes[name].pid).children(recursive=True)
+        return sum("WorkerActor" in " ".join(process.cmdline()) for process in below)
+
+    def stop(self) -> None:
+        """End everything, Ray's own processes too."""
+        family = [process for process in psutil.process_iter() if self._is_ours(process)]
+        for process in family:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(family, timeout=_STOP_S)
+        for child in self.processes.values():
+            child.wait(_STOP_S)
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get("RAY_TMPDIR") == str(self.ray_tmp)
+        except psutil.Error:
+            return False
+
+    def start(self, name: str, command: list[str], environment: Mapping[str, str]) -> None:
+        """Any command, known by ``name``, its output kept."""
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self.processes[name] = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+
+    def _mounted(self, text: str, container: Any, pod: Any, rendered: Rendered) -> str:
+        """``text`` with the paths of mounted ConfigMaps replaced by folders that hold them."""
+        sources = {volume["name"]: volume["configMap"]["name"] for volume in pod["volumes"] if "configMap" in volume}
+        for mount in container["volumeMounts"]:
+            if mount["name"] in sources:
+                folder = self.folder / mount["name"]
+                folder.mkdir(exist_ok=True)
+                for file, content in rendered.one("ConfigMap", sources[mount["name"]])["data"].items():
+                    (folder / file).write_text(content)
+                text = text.replace(mount["mountPath"], str(folder))
+        return text
