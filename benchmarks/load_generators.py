@@ -1,7 +1,7 @@
 """Do `prfaas bench` and a stock load generator say the same of the same run?
 
     python3.11 -m venv VENV && VENV/bin/pip install aiperf==0.13.0
-    python -m benchmarks.load_generators --aiperf VENV/bin/aiperf --json FILE [--no-service]
+    python -m benchmarks.load_generators --aiperf VENV/bin/aiperf --json FILE [--runs scripted,service]
 
 NVIDIA's AIPerf sends its requests through a proxy that times what passes (benchmarks/recording_proxy.py), and the
 metrics of `prfaas bench` are computed from that: the same requests, the same bytes, seen by both.
@@ -10,7 +10,7 @@ metrics of `prfaas bench` are computed from that: the same requests, the same by
     two runs, scripted  `prfaas bench` on the same script beside AIPerf's report: nothing is shared but the script
     one run, service    AIPerf on `prfaas serve` with the default model: chat over HTTP, real times
 
-The two clients cannot see the same instants: a proxy stands between them, and on two cores whoever is not running waits.
+The two cannot see the same instants: a proxy stands between, and on two cores whoever does not run waits.
 What is compared is TTFT and TPOT (AIPerf calls it inter token latency; both are (E2E - TTFT) / (tokens - 1)) at P50,
 P90, P95 and P99; figures are the largest difference of each, in percent of AIPerf's value.
 """
@@ -41,6 +41,7 @@ from cluster.config import ServiceConfig, load_config
 from cluster.service_process import ServiceProcess, free_ports, prfaas_service
 from engine.model_source import resolve
 
+RUNS = ("scripted", "service")
 PERCENTS = (50, 90, 95, 99)
 METRICS = {"TTFT": ("time_to_first_token", "ttft_s"), "TPOT": ("inter_token_latency", "tpot_s")}
 COLUMNS = {
@@ -78,14 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Cell]] = []
     with tempfile.TemporaryDirectory(prefix="prfaas-bench-") as name:
         folder = Path(name)
-        with _scripted(folder) as endpoint, _proxied(endpoint, folder) as proxy:
-            run = _Run(proxy, MODEL, tokenizer, options.requests)
-            with console.status("AIPerf on the scripted endpoint"):
-                stock, seen = _both(options.aiperf, run, endpoint, folder)
-            rows += comparison("one run, scripted", stock, seen)
-            with console.status("prfaas bench on the scripted endpoint"):
-                rows += comparison("two runs, scripted", stock, _ours(run, endpoint))
-        if not options.no_service:
+        if "scripted" in options.runs:
+            rows += _of_the_script(options, tokenizer, folder, console)
+        if "service" in options.runs:
             rows += _of_the_service(options, config, tokenizer, folder, console)
     finished = report.Report("load_generators", report.commit(), report.machine(), rows, figures(rows))
     title = f"AIPerf beside prfaas bench: {_CONCURRENCY} at once, {_OUTPUT_TOKENS} tokens out, {finished.commit[:12]}"
@@ -173,6 +169,18 @@ def _ours(run: _Run, endpoint: str) -> Percentiles:
     return _of_summary(point)
 
 
+def _of_the_script(
+    options: argparse.Namespace, tokenizer: Path, folder: Path, console: Console
+) -> list[dict[str, Cell]]:
+    with _scripted(folder) as endpoint, _proxied(endpoint, folder) as proxy:
+        run = _Run(proxy, MODEL, tokenizer, options.requests)
+        with console.status("AIPerf on the scripted endpoint"):
+            stock, seen = _both(options.aiperf, run, endpoint, folder)
+        with console.status("prfaas bench on the scripted endpoint"):
+            ours = _ours(run, endpoint)
+    return [*comparison("one run, scripted", stock, seen), *comparison("two runs, scripted", stock, ours)]
+
+
 def _of_the_service(
     options: argparse.Namespace, config: ServiceConfig, tokenizer: Path, folder: Path, console: Console
 ) -> list[dict[str, Cell]]:
@@ -229,8 +237,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, default=Path("deploy/examples/laptop.yaml"), help="the service's YAML")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one of its keys")
     parser.add_argument("--requests", type=int, default=60, help="of each run (default 60)")
-    parser.add_argument("--no-service", action="store_true", help="only the scripted endpoint")
+    parser.add_argument("--runs", type=_runs, default=RUNS, metavar="A,B", help=f"of {', '.join(RUNS)} (default: all)")
     return parser
+
+
+def _runs(text: str) -> tuple[str, ...]:
+    chosen = tuple(text.split(","))
+    if not set(chosen) <= set(RUNS):
+        raise argparse.ArgumentTypeError(f"must be some of {', '.join(RUNS)}, got {text!r}")
+    return chosen
 
 
 if __name__ == "__main__":
