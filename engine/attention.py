@@ -1,4 +1,4 @@
-"""How does a query see keys and values that lie in pages? The attention seam and its two implementations in torch.
+"""How does a query see keys and values that lie in pages? The attention seam and its two references in torch.
 
 A step's tokens are packed without padding: segment after segment, [num_tokens, num_heads, dim]. ``prepare`` turns the
 segments into what every layer of that step shares; then each layer stores its K/V and attends.
@@ -9,9 +9,13 @@ several queries (a prefill chunk), and fetch a tile's keys from the pages in one
     tile queries  [num_sequences * num_queries, num_heads, dim]
     tile keys     [num_sequences, num_kv_heads, num_keys, dim]      contiguous, which is what makes matmul fast on CPU
 
-They differ in what follows. ``matmul`` multiplies, with grouped heads folded into the query axis, and can do
+Beside the two there are ``flashinfer`` (attention_flashinfer.py) and ``varlen`` (attention_varlen.py); which one runs
+is decided in attention_choice.py.
+
+The two differ in what follows. ``matmul`` multiplies, with grouped heads folded into the query axis, and can do
 everything. On CPU it takes half the time of scaled_dot_product_attention in a decode batch of 32 (a fifteenth of that
-function's own ``enable_gqa``), and for prompts 0.6 to 0.9 of its time. ``sdpa`` calls torch's fused kernels, for GPUs.
+function's own ``enable_gqa``), and for prompts 0.6 to 0.9 of its time. ``sdpa`` calls torch's fused kernels, for
+GPUs.
 
 Invariants:
 - A sequence never reads another one's pages. Keys that pad a shorter sequence of a tile repeat its own last token, so
@@ -30,15 +34,18 @@ from typing import Protocol
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from core.errors import InvalidConfig
 from engine.cache_layout import LayerCache
 from engine.page_pool import PagePool
+from engine.uploads import upload
 
 # A tile more costs about as much time as this many padding keys (measured with 3 K/V heads of 64 on CPU).
 MAX_PADDING_KEYS = 1024
 # Scores of a matmul tile are materialised, [num_heads, this, num_keys]: 128 keeps them in the processor's cache and
 # wastes little above the diagonal; 64 to 256 are within a third of it.
 MAX_MATMUL_QUERIES = 128
+# Keys of a static tile, which is padded to the longest sequence there may be: beyond it, gathering padding costs more
+# than a graph saves.
+MAX_STATIC_KEYS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +85,26 @@ class StepAttention(Protocol):
         ...
 
 
+class StaticAttention(StepAttention, Protocol):
+    """One decode step after another over memory that stays where it is, so that a CUDA graph may hold its kernels."""
+
+    def fill(self, segments: Sequence[Segment]) -> None:
+        """From now on the step's sequences are these, one token each; there are always as many. Its kernels, and those
+        that were captured, then compute on them."""
+        ...
+
+
 class AttentionBackend(Protocol):
     """Reads and writes the pages of one pool."""
 
     def prepare(self, segments: Sequence[Segment]) -> StepAttention:
         """What the layers of one step share. ``segments`` are in the order in which the tokens are packed; it is
         faster if segments of one token come together, the short sequences first."""
+        ...
+
+    def allocate(self, num_sequences: int, max_tokens: int) -> StaticAttention | None:
+        """Memory for steps of ``num_sequences`` sequences of at most ``max_tokens`` tokens; the largest is asked for
+        first. None: this backend cannot, or it would cost more than it gives."""
         ...
 
 
@@ -136,6 +157,11 @@ class TiledBackend:
         tiles = tuple(_tiles(segments, self._max_queries))
         return _TiledStep(self._pool, self._core, self._kinds, segments, tiles)
 
+    def allocate(self, num_sequences: int, max_tokens: int) -> StaticAttention | None:
+        if num_sequences * max_tokens > MAX_STATIC_KEYS:
+            return None
+        return _StaticTile(self._pool, self._core, self._kinds, num_sequences, max_tokens)
+
 
 class _TiledStep:
     def __init__(
@@ -150,7 +176,7 @@ class _TiledStep:
         self._core = core
         self._kinds = kinds
         self._tiles = tiles
-        self._slots = _slots(segments, pool.layout.page_size, pool.device)
+        self._slots = slots_of(segments, pool.layout.page_size, pool.device)
         self._keys: dict[tuple[int, LayerCache], _TileKeys] = {}  # (tile, kind of layer)
 
     def store(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -164,21 +190,77 @@ class _TiledStep:
     def _attend_tile(self, number: int, index: int, query: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
         tile, layer = self._tiles[number], self._kinds[index]
         keys = self._tile_keys(number, layer)
-        num_sequences, num_heads = len(tile.starts), query.shape[1]
-        rows = self._pool.pages(index).view(-1, _row_elements(layer))
-        shape = (num_sequences, layer.num_kv_heads, keys.num_keys)
-        k = rows.index_select(0, keys.key_rows).view(*shape, layer.key_dim)
-        v = rows.index_select(0, keys.value_rows).view(*shape, layer.value_dim)
-        group = num_heads // layer.num_kv_heads
-        q = query[tile.tokens].view(num_sequences, tile.num_queries, layer.num_kv_heads, group, layer.key_dim)
-        out = self._core(q.permute(0, 2, 3, 1, 4), k, v, keys, options)
-        return out.permute(0, 3, 1, 2, 4).reshape(-1, num_heads, layer.value_dim)
+        return _attend(self._pool.pages(index), layer, keys, query[tile.tokens], len(tile.starts), options, self._core)
 
     def _tile_keys(self, number: int, layer: LayerCache) -> _TileKeys:
         keys = self._keys.get((number, layer))
         if keys is None:
             keys = self._keys[number, layer] = _find_keys(self._tiles[number], layer, self._pool)
         return keys
+
+
+def _attend(
+    pages: torch.Tensor,
+    layer: LayerCache,
+    keys: _TileKeys,
+    query: torch.Tensor,  # [sequences * queries, heads, key_dim]
+    num_sequences: int,
+    options: AttentionOptions,
+    core: _Core,
+) -> torch.Tensor:
+    num_heads = query.shape[1]
+    rows = pages.view(-1, _row_elements(layer))
+    shape = (num_sequences, layer.num_kv_heads, keys.num_keys)
+    k = rows.index_select(0, keys.key_rows).view(*shape, layer.key_dim)
+    v = rows.index_select(0, keys.value_rows).view(*shape, layer.value_dim)
+    group = num_heads // layer.num_kv_heads
+    q = query.view(num_sequences, -1, layer.num_kv_heads, group, layer.key_dim)
+    out = core(q.permute(0, 2, 3, 1, 4), k, v, keys, options)
+    return out.permute(0, 3, 1, 2, 4).reshape(-1, num_heads, layer.value_dim)
+
+
+class _StaticTile:
+    """Decode steps of ``num_sequences`` sequences as one tile that is always padded to the longest there may be."""
+
+    def __init__(
+        self, pool: PagePool, core: _Core, kinds: tuple[LayerCache, ...], num_sequences: int, max_tokens: int
+    ) -> None:
+        self._pool = pool
+        self._core = core
+        self._kinds = kinds
+        self._num_sequences = num_sequences
+        self._max_tokens = max_tokens
+        first = [Segment(0, 1, (0,))] * num_sequences
+        self._slots = slots_of(first, pool.layout.page_size, pool.device)
+        self._keys = {kind: self._find_keys(first, kind) for kind in set(kinds)}
+
+    def fill(self, segments: Sequence[Segment]) -> None:
+        assert len(segments) == self._num_sequences, "the tile has its size for ever"
+        for mine, new in zip(
+            self._slots, slots_of(segments, self._pool.layout.page_size, self._pool.device), strict=True
+        ):
+            mine.copy_(new)
+        for kind, keys in self._keys.items():
+            new_keys = self._find_keys(segments, kind)
+            keys.key_rows.copy_(new_keys.key_rows)
+            keys.value_rows.copy_(new_keys.value_rows)
+            assert keys.mask is not None, "made with one"
+            assert new_keys.mask is not None, "made with one"
+            keys.mask.copy_(new_keys.mask)
+
+    def store(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        self._pool.keys(index)[self._slots] = key
+        self._pool.values(index)[self._slots] = value
+
+    def attend(self, index: int, query: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+        layer = self._kinds[index]
+        pages = self._pool.pages(index)
+        return _attend(pages, layer, self._keys[layer], query, self._num_sequences, options, self._core)
+
+    def _find_keys(self, segments: Sequence[Segment], kind: LayerCache) -> _TileKeys:
+        tile = _Tile(0, 1, tuple(s.start for s in segments), tuple(s.page_ids for s in segments))
+        num_keys = self._max_tokens if kind.window is None else min(kind.window, self._max_tokens)
+        return _find_keys(tile, kind, self._pool, num_keys)
 
 
 def _tiles(segments: Sequence[Segment], max_queries: int | None) -> Iterator[_Tile]:
@@ -211,32 +293,40 @@ def _cut(first_token: int, segment: Segment, max_queries: int) -> Iterator[_Tile
         yield _Tile(first_token + offset, num_queries, (segment.start + offset,), (segment.page_ids,))
 
 
-def _slots(segments: Sequence[Segment], page_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def slots_of(segments: Sequence[Segment], page_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(page id, offset in the page) of every packed token, two [tokens] tensors."""
     pages = [s.page_ids[position // page_size] for s in segments for position in range(s.start, s.end)]
     offsets = [position % page_size for s in segments for position in range(s.start, s.end)]
-    return torch.tensor(pages, device=device), torch.tensor(offsets, device=device)
+    return upload(pages, torch.int64, device), upload(offsets, torch.int64, device)
 
 
-def _find_keys(tile: _Tile, layer: LayerCache, pool: PagePool) -> _TileKeys:
+def _find_keys(tile: _Tile, layer: LayerCache, pool: PagePool, fixed_keys: int | None = None) -> _TileKeys:
+    """``fixed_keys``: so many, and all under the mask, whatever the lengths."""
     page_size = pool.layout.page_size
     starts = torch.tensor(tile.starts)[:, None]  # [n, 1]
     ends = starts + tile.num_queries
     # A window that nothing has outgrown is none, and the cheaper mask will do.
     window = layer.window if layer.window is not None and layer.window < int(ends.max()) else None
     firsts = torch.zeros_like(starts) if window is None else (starts - window + 1).clamp(min=0)
-    num_keys = int((ends - firsts).max())
+    num_keys = fixed_keys or int((ends - firsts).max())
     positions = firsts + torch.arange(num_keys)  # [n, keys]; from ends[i] on it is padding
     page_ids = _block_table(tile.page_ids, -(-int(ends.max()) // page_size))
     stored = torch.minimum(positions, ends - 1)
     slots = page_ids.gather(1, stored // page_size) * page_size + stored % page_size  # [n, keys]
-    mask_from = _common_keys(tile, window, int((ends - firsts).min()))
+    mask_from = 0 if fixed_keys else _common_keys(tile, window, int((ends - firsts).min()))
     return _TileKeys(
         num_keys=num_keys,
-        key_rows=_rows(slots, layer, page_size, first_element=0, dim=layer.key_dim).to(pool.device),
-        value_rows=_rows(
-            slots, layer, page_size, first_element=page_size * layer.num_kv_heads * layer.key_dim, dim=layer.value_dim
-        ).to(pool.device),
+        key_rows=_to_device(_rows(slots, layer, page_size, first_element=0, dim=layer.key_dim), pool),
+        value_rows=_to_device(
+            _rows(
+                slots,
+                layer,
+                page_size,
+                first_element=page_size * layer.num_kv_heads * layer.key_dim,
+                dim=layer.value_dim,
+            ),
+            pool,
+        ),
         mask=_mask(tile, starts, positions[:, mask_from:], window, pool) if mask_from < num_keys else None,
         mask_from=mask_from,
     )
@@ -279,7 +369,12 @@ def _mask(
     if window is not None:
         hidden |= positions[:, None] <= queries - window
     mask = torch.zeros(hidden.shape, dtype=pool.pages(0).dtype).masked_fill_(hidden, -math.inf)
-    return mask.to(pool.device)
+    return _to_device(mask, pool)
+
+
+def _to_device(host: torch.Tensor, pool: PagePool) -> torch.Tensor:
+    """Without waiting for the device."""
+    return host if pool.device.type == "cpu" else host.pin_memory().to(pool.device, non_blocking=True)
 
 
 def _matmul_core(
@@ -334,15 +429,28 @@ def _sdpa_backend(pool: PagePool) -> AttentionBackend:
     return TiledBackend(pool, _sdpa_core, None)
 
 
+def _varlen_backend(pool: PagePool) -> AttentionBackend:
+    from engine.attention_varlen import VarlenBackend
+
+    return VarlenBackend(pool)
+
+
+def _flashinfer_backend(pool: PagePool) -> AttentionBackend:
+    from engine.attention_flashinfer import FlashInferBackend
+
+    return FlashInferBackend(pool)
+
+
 BACKENDS: Mapping[str, Callable[[PagePool], AttentionBackend]] = MappingProxyType(
-    {"matmul": _matmul_backend, "sdpa": _sdpa_backend}
+    {
+        "matmul": _matmul_backend,
+        "sdpa": _sdpa_backend,
+        "varlen": _varlen_backend,
+        "flashinfer": _flashinfer_backend,
+    }
 )
 
 
 def create_backend(name: str, pool: PagePool) -> AttentionBackend:
-    """The backend of that name for ``pool``; ``auto`` is the fastest on the pool's device."""
-    if name == "auto":
-        name = "matmul" if pool.device.type == "cpu" else "sdpa"
-    if name not in BACKENDS:
-        raise InvalidConfig("engine.attention", f"must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
+    """The backend of that name (``AttentionChoice.name``) for ``pool``."""
     return BACKENDS[name](pool)

@@ -8,6 +8,7 @@ from core.errors import InvalidConfig
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
+SWITCHES = ("auto", "always", "never")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,15 @@ class EngineConfig:
     max_batch_size: most sequences in one step.
     max_prefill_chunk: most tokens of one prompt in one step; null: the whole budget.
     prefix_cache: whether pages of earlier prompts are kept and used again while there is room.
-    attention: name of the attention backend; ``auto`` chooses by device.
+    attention: the attention backend: flashinfer, varlen, sdpa or matmul; ``auto`` takes the fastest that can do what
+        the model asks on the device. One that cannot is refused, with those that can.
+    compile: whether the model's layers go through torch.compile: ``always``, ``never`` or ``auto``, which is on a GPU.
+        A model that cannot be compiled runs eagerly, and says so.
+    compile_cache: folder in which compiled code is kept, so that a second start takes seconds.
+    decode_graphs: whether decode steps are captured as CUDA graphs at the start; ``auto`` is on a GPU, ``always`` takes
+        the same path on CPU too, without graphs.
+    plan_ahead: whether the next step is launched before the tokens of this one are known to the host; ``auto`` is on a
+        GPU, where the host would wait otherwise.
     threads: CPU threads of one worker; null: torch's own choice.
     turns_file: file by which workers that share CPU cores compute one step at a time, which is faster than at once;
         the same for all of them; null: this worker has its device to itself.
@@ -43,6 +52,10 @@ class EngineConfig:
     max_prefill_chunk: int | None = None
     prefix_cache: bool = True
     attention: str = "auto"
+    compile: str = "auto"
+    compile_cache: str = "~/.cache/prfaas/compiled"
+    decode_graphs: str = "auto"
+    plan_ahead: str = "auto"
     threads: int | None = None
     turns_file: str | None = None
     dummy_seed: int = 0
@@ -52,9 +65,17 @@ class EngineConfig:
         """Tokens of one prompt that one step computes at most."""
         return min(self.max_batch_tokens, self.max_prefill_chunk or self.max_batch_tokens)
 
+    def switched_on(self, switch: str, device: str) -> bool:
+        """What ``compile``, ``decode_graphs`` or ``plan_ahead`` means on a device of torch's type ``device``."""
+        value = getattr(self, switch)
+        return value == "always" or (value == "auto" and device == "cuda")
+
     def __post_init__(self) -> None:
         _require(self.device in DEVICES, "engine.device", f"must be one of {', '.join(DEVICES)}", self.device)
         _require(self.dtype in DTYPES, "engine.dtype", f"must be one of {', '.join(DTYPES)}", self.dtype)
+        for name in ("compile", "decode_graphs", "plan_ahead"):
+            value = getattr(self, name)
+            _require(value in SWITCHES, f"engine.{name}", f"must be one of {', '.join(SWITCHES)}", value)
         _require(self.page_size >= 1, "engine.page_size", "must be at least 1 token", self.page_size)
         _require(self.kv_cache_bytes > 0, "engine.kv_cache_bytes", "must be above 0", self.kv_cache_bytes)
         for name in ("num_pages", "max_model_len", "max_prefill_chunk", "threads"):

@@ -7,6 +7,10 @@ The life of a step (``Engine.step``):
 4. The sampler chooses a token for each sequence that has none left to compute.
 5. The scheduler books the tokens and ends what is finished.
 
+A GPU runs behind the host, so there the next step is planned and launched (1 to 4) before this one's tokens are
+waited for (``engine.plan_ahead``): its inputs that are still being sampled are read on the device, and the GPU goes
+from step to step without waiting for the host. Two steps are under way then, never three.
+
 Invariants:
 - Single-threaded: every call comes from one thread (see engine_thread.py), except where it says otherwise. The books
   (scheduler, pages) are under a lock that is free while a step computes, so ``reserve`` and what is about prefixes of
@@ -33,19 +37,20 @@ from core.fingerprint import CacheFingerprint
 from core.prefix_hash import PageHash
 from core.request import Role, SequenceFailure, SequenceId, SequenceSpec, TokenChunk
 from engine.attention import create_backend
+from engine.attention_choice import AttentionChoice, choose_attention
 from engine.cache_layout import CacheLayout
+from engine.compiled_layers import keep_compiled_code
 from engine.config import EngineConfig
 from engine.model_loader import LoadedModel, ModelDescription, load_model
-from engine.model_runner import ModelRunner
+from engine.model_runner import ForwardMode, ModelRunner, SpeedUps
 from engine.model_source import resolve
 from engine.page_allocator import CacheChanges, PageAllocator
 from engine.page_pool import PagePool
-from engine.sampler import Sampler
+from engine.sampler import Sampled, Sampler
 from engine.scheduler import (
     ChunkedPrefillScheduler,
     PrefixRoom,
     Reservation,
-    SampledToken,
     Scheduler,
     StepPlan,
 )
@@ -61,6 +66,25 @@ class StepOutput:
 
     chunks: tuple[TokenChunk, ...] = ()
     failures: tuple[SequenceFailure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step whose tokens have not been waited for."""
+
+    plan: StepPlan
+    sampled: Sampled
+    began_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineModes:
+    """What computes the steps, and why not something faster."""
+
+    attention: AttentionChoice
+    forward: ForwardMode
+    plans_ahead: bool
+    num_fallbacks: int  # times that the engine left compiled code or graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +135,8 @@ class Engine:
         model: ModelDescription,
         fingerprint: CacheFingerprint,
         clock: Clock,
+        attention: AttentionChoice,
+        plans_ahead: bool,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
@@ -119,6 +145,10 @@ class Engine:
         self._clock = clock
         self._books = Lock()
         self._samples: deque[StepSample] = deque(maxlen=_MAX_SAMPLES)
+        self._attention = attention
+        self._plans_ahead = plans_ahead
+        self._ahead: _Launched | None = None  # launched before the step before it was committed
+        self._ended_at = 0.0  # the last step
         self.model = model
         self.fingerprint = fingerprint
         self.listener: StepListener | None = None
@@ -131,18 +161,36 @@ class Engine:
 
         Raises ``UnsupportedModel`` with the reason, or ``InvalidConfig`` if the configuration does not suit it.
         """
+        keep_compiled_code(config.compile_cache)
         loaded = load_model(resolve(model, cache_dir), config)
         pool = PagePool(loaded.layout, loaded.num_pages, loaded.device)
         return cls._of(config, loaded, pool, clock)
 
     @classmethod
     def _of(cls, config: EngineConfig, loaded: LoadedModel, pool: PagePool, clock: Clock) -> Engine:
-        runner = ModelRunner(loaded.model, pool, create_backend(config.attention, pool))
+        choice = choose_attention(config.attention, loaded.attention)
+        logger.info("attention by %s: %s", choice.name, choice.reason)
+        runner = ModelRunner(loaded.model, pool, create_backend(choice.name, pool))
         runner.self_test()
+        device = loaded.device.type
+        graphs = config.max_batch_size if config.switched_on("decode_graphs", device) else 0
+        wishes = SpeedUps(config.switched_on("compile", device), graphs, loaded.description.max_model_len)
+        if wishes.compile or wishes.graph_batch_size:
+            runner.speed_up(wishes)
         allocator = PageAllocator(pool.num_pages, config.page_size, config.prefix_cache)
         model = loaded.description
         scheduler = ChunkedPrefillScheduler(config, allocator, model.max_model_len, model.eos_token_ids)
-        return cls(runner, scheduler, allocator, Sampler(model.eos_token_ids), model, loaded.fingerprint, clock)
+        return cls(
+            runner,
+            scheduler,
+            allocator,
+            Sampler(model.eos_token_ids),
+            model,
+            loaded.fingerprint,
+            clock,
+            choice,
+            config.switched_on("plan_ahead", device),
+        )
 
     @property
     def pool(self) -> PagePool:
@@ -243,39 +291,78 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True if ``step`` may compute something; False until another call changes that."""
-        return self._scheduler.has_work
+        return self._ahead is not None or self._scheduler.has_work
 
     def step(self) -> StepOutput:
-        """Compute one step."""
+        """Compute one step, or finish the one that is under way already and launch the next."""
+        current, self._ahead = self._ahead, None
+        if current is None:
+            began_at = self._clock.now()
+            with self._books:
+                plan = self._scheduler.plan_step(began_at)
+            if plan is None:
+                return StepOutput()
+            launched = self._launch(plan, began_at, None)
+            if isinstance(launched, StepOutput):
+                return launched
+            current = launched
+        failures = self._launch_ahead(current) if self._plans_ahead else ()
+        output = self._finish(current)
+        return StepOutput(output.chunks, output.failures + failures)
+
+    def _launch_ahead(self, current: _Launched) -> tuple[SequenceFailure, ...]:
+        """Launch the step after ``current``, if there is one that can be planned; what failed of it."""
         began_at = self._clock.now()
         with self._books:
-            plan = self._scheduler.plan_step(began_at)
+            plan = self._scheduler.plan_ahead(current.plan, began_at)
         if plan is None:
-            return StepOutput()
+            return ()
+        launched = self._launch(plan, began_at, current.sampled)
+        if isinstance(launched, StepOutput):
+            return launched.failures
+        self._ahead = launched
+        return ()
+
+    def _launch(self, plan: StepPlan, began_at: float, before: Sampled | None) -> _Launched | StepOutput:
         try:
-            sampled = self._execute(plan)
+            return _Launched(plan, self._execute(plan, before), began_at)
         except Exception as error:  # a model may fail in any way; others' sequences must not suffer for it
             return self._fail(plan, error)
-        with self._books:
-            chunks = tuple(self._scheduler.commit_step(plan, sampled, self._clock.now()))
-        self._samples.append(_sample(plan, self._clock.now() - began_at))
-        return StepOutput(chunks)
 
     @torch.inference_mode()
-    def _execute(self, plan: StepPlan) -> dict[SequenceId, SampledToken]:
+    def _execute(self, plan: StepPlan, before: Sampled | None) -> Sampled:
         on_layer_stored = None
         if self.listener is not None:
             for started in plan.started:
                 self.listener.sequence_started(started.spec, started.num_cached_tokens, started.page_ids)
             self.listener.step_planned(plan)
             on_layer_stored = self.listener.layer_stored
-        logits = self._runner.run(plan, on_layer_stored)
+        previous = None if before is None else before.token_ids
+        logits = self._runner.run(plan, on_layer_stored, previous)
+        return self._sampler.launch(logits, plan.sampling_items, previous)
+
+    def _finish(self, step: _Launched) -> StepOutput:
+        """Wait for a step's tokens, and book them."""
+        plan = step.plan
+        try:
+            tokens = step.sampled.read()
+        except Exception as error:
+            return self._fail(plan, error)
         items = plan.sampling_items
-        tokens = self._sampler.sample(logits, items) if items else []
-        return {item.sequence_id: token for item, token in zip(items, tokens, strict=True)}
+        sampled = {item.sequence_id: token for item, token in zip(items, tokens, strict=True)}
+        with self._books:
+            chunks = tuple(self._scheduler.commit_step(plan, sampled, self._clock.now()))
+        now = self._clock.now()
+        # A step that was launched ahead began when the one before it ended.
+        self._samples.append(_sample(plan, now - max(step.began_at, self._ended_at)))
+        self._ended_at = now
+        return StepOutput(chunks)
 
     def _fail(self, plan: StepPlan, error: Exception) -> StepOutput:
         logger.error("a step of %d sequences failed", len(plan.items), exc_info=error)
+        self._runner.wait()
+        with self._books:
+            self._scheduler.drop_step(plan)
         message = f"the engine's step failed: {type(error).__name__}: {error}"
         failed = [item.sequence_id for item in plan.items]
         for sequence_id in failed:
@@ -295,6 +382,11 @@ class Engine:
         samples = tuple(self._samples)
         self._samples.clear()
         return samples
+
+    def modes(self) -> EngineModes:
+        """What computes the steps. From any thread."""
+        runner = self._runner
+        return EngineModes(self._attention, runner.mode, self._plans_ahead, runner.num_fallbacks)
 
     def load(self) -> EngineLoad:
         """What is queued, running and done."""

@@ -22,8 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from core.compute import ComputeProfile
 from core.errors import InvalidConfig, UnsupportedModel
 from core.fingerprint import CacheFingerprint
+from engine.attention_choice import AttentionCase
 from engine.cache_layout import CacheLayout
 from engine.config import EngineConfig
+from engine.merged_linear import merge_projections
 from engine.model_costs import compute_profile
 from engine.model_runner import ATTENTION_NAME, probe_layers, register_attention
 from engine.model_source import ModelSource, SourceKind
@@ -57,6 +59,7 @@ class LoadedModel:
     model: PreTrainedModel
     device: torch.device
     layout: CacheLayout
+    attention: AttentionCase
     num_pages: int
     description: ModelDescription
     fingerprint: CacheFingerprint
@@ -72,7 +75,10 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
     device = _device(config)
     register_attention()
     model = _load(source, config, device)
-    layout = CacheLayout(probe_layers(model), config.page_size)
+    layers = probe_layers(model)
+    layout = CacheLayout(tuple(layer.cache for layer in layers), config.page_size)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    attention = AttentionCase(device.type, capability, config.page_size, layers)
     num_pages = config.num_pages or config.kv_cache_bytes // layout.bytes_per_page
     if num_pages < 1:
         raise InvalidConfig("engine.kv_cache_bytes", f"must hold at least one page, {layout.bytes_per_page} bytes")
@@ -91,7 +97,7 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
         page_size=config.page_size,
         layout=layout.fingerprint(),
     )
-    return LoadedModel(model, device, layout, num_pages, description, fingerprint)
+    return LoadedModel(model, device, layout, attention, num_pages, description, fingerprint)
 
 
 def _device(config: EngineConfig) -> torch.device:
@@ -118,6 +124,11 @@ def _load(source: ModelSource, config: EngineConfig, device: torch.device) -> Pr
         raise UnsupportedModel(f"{source.name}: transformers cannot load it: {error}") from error
     loaded: PreTrainedModel = model.to(device).eval()
     pack_linears(loaded)
+    if device.type == "cuda":
+        merge_projections(loaded)
+        torch.cuda.empty_cache()  # of the weights that were merged
+        # Its heuristics are a tenth faster for some of a decode step's products, and never slower (docs/engine.md).
+        torch.backends.cuda.preferred_blas_library("cublaslt")
     return loaded
 
 

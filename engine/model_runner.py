@@ -4,10 +4,13 @@
    model's own layers call it with q, k and v after norms and rotary embedding, and it builds no mask for that name.
 2. Our keyword ``forward_batch`` travels through the model's ``**kwargs`` to that function: the batch is an argument of
    the call, not a global, so engines in one process do not meet.
-3. All tokens of a step are packed into one row, [1, tokens], with their positions: no padding. Each layer stores its
-   K/V in pages, reports that, and attends to the pages.
+3. All tokens of a step are packed into one row, [1, tokens], with their positions: no padding (step_packing.py). Each
+   layer stores its K/V in pages, reports that, and attends to the pages.
 4. ``logits_to_keep`` gives only the wanted positions' logits, through the model's own head (with its scaling and
    softcapping).
+5. On a GPU projections are merged (merged_linear.py), the layers compiled (compiled_layers.py), with attention as one
+   operator (attention_op.py), and decode steps captured as graphs (decode_graphs.py). ``speed_up`` does that, tries it
+   out, and leaves it where it does not work, with the reason.
 
 What a model asks of its attention beyond causal order, window, scaling, softcap and sinks is refused, not ignored:
 ``probe_layers`` sees what each layer passes, and ``self_test`` compares with the model's own eager attention.
@@ -15,6 +18,7 @@ What a model asks of its attention beyond causal order, window, scaling, softcap
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -25,10 +29,18 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from core.errors import InvalidConfig, UnsupportedModel
-from engine.attention import AttentionBackend, AttentionOptions, Segment, StepAttention
+from engine.attention import AttentionBackend, AttentionOptions, StepAttention
+from engine.attention_choice import LayerAttention
+from engine.attention_op import Desk, DeskBatch, number_layers
 from engine.cache_layout import LayerCache
+from engine.compiled_layers import CompiledLayers
+from engine.decode_graphs import DecodeGraphs
 from engine.page_pool import PagePool
 from engine.scheduler import StepItem, StepPlan
+from engine.step_packing import Chunk, fill_pending, pack
+from engine.uploads import upload
+
+logger = logging.getLogger(__name__)
 
 ATTENTION_NAME = "prfaas_paged"
 # Keywords that models hand down to every attention function and that change nothing here: either they repeat what the
@@ -68,7 +80,7 @@ def paged_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    forward_batch: ForwardBatch | None = None,
+    forward_batch: ForwardBatch | DeskBatch | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -76,6 +88,9 @@ def paged_attention(
     **others: object,
 ) -> tuple[torch.Tensor, None]:
     """The attention function that transformers calls; the signature is theirs. Returns [1, tokens, heads, dim]."""
+    if isinstance(forward_batch, DeskBatch):  # compiled; which keywords the layers give was seen by the probe
+        scale = scaling or query.shape[-1] ** -0.5
+        return forward_batch.call(module, query, key, value, s_aux, scale, softcap), None
     if forward_batch is None:
         raise UnsupportedModel(f"{type(module).__name__} does not hand keywords down to its attention function")
     unknown = [name for name, given in others.items() if _matters(name, given)]
@@ -115,10 +130,10 @@ def register_attention() -> None:
 
 
 class _Probe:
-    """Takes note of every layer's K/V shape, and attends to nothing."""
+    """Takes note of what every layer asks, and attends to nothing."""
 
     def __init__(self) -> None:
-        self.layers: dict[int, LayerCache] = {}
+        self.layers: dict[int, LayerAttention] = {}
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         if call.unknown:
@@ -127,7 +142,7 @@ class _Probe:
             raise UnsupportedModel(f"layer {call.layer} attends more than once in one forward pass")
         if call.query.shape[1] % call.key.shape[1]:
             raise UnsupportedModel(f"layer {call.layer}: query heads are no multiple of its key/value heads")
-        self.layers[call.layer] = LayerCache(
+        cache = LayerCache(
             layer=call.layer,
             num_kv_heads=call.key.shape[1],
             key_dim=call.key.shape[2],
@@ -135,11 +150,13 @@ class _Probe:
             dtype=str(call.key.dtype).removeprefix("torch."),
             window=call.window,
         )
+        options = call.options
+        self.layers[call.layer] = LayerAttention(cache, call.query.shape[1], options.softcap, options.sinks is not None)
         return call.value.new_zeros(*call.query.shape[:2], call.value.shape[2])
 
 
-def probe_layers(model: PreTrainedModel) -> tuple[LayerCache, ...]:
-    """What each layer would store, from one tiny forward pass. Raises ``UnsupportedModel``."""
+def probe_layers(model: PreTrainedModel) -> tuple[LayerAttention, ...]:
+    """What each layer would store and ask, from one tiny forward pass. Raises ``UnsupportedModel``."""
     probe = _Probe()
     row = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     try:
@@ -155,7 +172,7 @@ def probe_layers(model: PreTrainedModel) -> tuple[LayerCache, ...]:
             "their own), so their state cannot be paged"
         )
     layers = tuple(probe.layers[number] for number in sorted(probe.layers))
-    _check_windows(layers, getattr(config, "layer_types", None))
+    _check_windows([layer.cache for layer in layers], getattr(config, "layer_types", None))
     return layers
 
 
@@ -178,7 +195,7 @@ def _forward(
     token_ids: torch.Tensor,
     positions: torch.Tensor,
     wanted: torch.Tensor,
-    forward_batch: ForwardBatch,
+    forward_batch: ForwardBatch | DeskBatch,
 ) -> torch.Tensor:
     """Logits [len(wanted), vocab] of the packed row's tokens at the indices ``wanted``."""
     # A model that does not know the keyword would hand it down to its layers and compute every position's logits.
@@ -214,15 +231,38 @@ class _PagedBatch:
             self._on_layer_stored(index)
         return self._step.attend(index, call.query, call.options)
 
+    def attend_packed(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """The same, as compiled layers ask (attention_op.py)."""
+        options = AttentionOptions(scaling, softcap, sinks)
+        return self.attend(AttentionCall(layer, query, key, value, options, window=None, unknown=()))
+
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
-    """What the runner needs of a StepItem."""
+class SpeedUps:
+    """What ``speed_up`` may try."""
 
-    token_ids: Sequence[int]
-    start: int
-    page_ids: tuple[int, ...]
-    wanted: bool  # its last token's logits are
+    compile: bool
+    graph_batch_size: int  # sequences of the largest decode graph; 0: none
+    max_model_len: int  # tokens that a sequence may have in a graph
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardMode:
+    """How steps are computed."""
+
+    compiled: bool
+    reason: str  # why it is not compiled; empty if it is
+    graph_batch_sizes: tuple[int, ...]
+    graph_reason: str  # why decode steps are not captured; empty if they are
 
 
 class ModelRunner:
@@ -233,40 +273,151 @@ class ModelRunner:
         self._model = model
         self._backend = backend
         self._index_of = {layer.layer: index for index, layer in enumerate(pool.layout.layers)}
+        self._desk = Desk()
+        self._compiled: CompiledLayers | None = None  # None: eager
+        self._graphs: DecodeGraphs | None = None
+        self.mode = ForwardMode(False, "speed_up was not asked for", (), "speed_up was not asked for")
+        self.num_fallbacks = 0  # times that it went back to eager
 
-    def run(self, plan: StepPlan, on_layer_stored: Callable[[int], None] | None = None) -> torch.Tensor:
-        """Compute a step: logits [num sampling items, vocab] in the order of ``plan.sampling_items``.
+    def run(
+        self,
+        plan: StepPlan,
+        on_layer_stored: Callable[[int], None] | None = None,
+        previous: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute a step: logits [num sampling items, vocab] in the order of ``plan.sampling_items``; on a GPU it is
+        only queued. The logits are valid until the next step is.
 
         ``on_layer_stored(index)`` is called when the K/V of all the step's tokens has been written in
-        ``layout.layers[index]`` (on a GPU: has been queued), before that layer attends.
+        ``layout.layers[index]`` (on a GPU: has been queued), before that layer attends, or at the end of a graph.
+        ``previous``: the tokens of the step before, on the device, for items with a ``pending_row``.
         """
-        return self._run([_chunk(item) for item in plan.items], on_layer_stored)
+        return self._run([_chunk(item) for item in plan.items], on_layer_stored, previous)
 
     @torch.inference_mode()
-    def _run(self, chunks: Sequence[_Chunk], on_layer_stored: Callable[[int], None] | None) -> torch.Tensor:
-        # Packed short first: like lengths share a tile of the attention. Logits come back in the caller's order.
-        order = sorted(range(len(chunks)), key=lambda i: (len(chunks[i].token_ids) > 1, chunks[i].start))
-        token_ids: list[int] = []
-        positions: list[int] = []
-        segments: list[Segment] = []
-        last = [0] * len(chunks)  # index of each chunk's last token in the packed row
-        for i in order:
-            chunk = chunks[i]
-            segment = Segment(chunk.start, len(chunk.token_ids), chunk.page_ids)
-            token_ids.extend(chunk.token_ids)
-            positions.extend(range(segment.start, segment.end))
-            segments.append(segment)
-            last[i] = len(token_ids) - 1
-        wanted = [index for index, chunk in zip(last, chunks, strict=True) if chunk.wanted]
+    def _run(
+        self,
+        chunks: Sequence[Chunk],
+        on_layer_stored: Callable[[int], None] | None,
+        previous: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        packed = pack(chunks)
+        if self._graphs is not None:
+            logits = self._graphs.run(packed, previous)
+            if logits is not None:
+                for index in range(self.pool.layout.num_layers if on_layer_stored is not None else 0):
+                    on_layer_stored(index)  # type: ignore[misc]  # the range is empty if it is None
+                return logits
         device = self.pool.device
-        batch = _PagedBatch(self._backend.prepare(segments), self._index_of, on_layer_stored)
-        return _forward(
-            self._model,
-            torch.tensor([token_ids], device=device),
-            torch.tensor([positions], device=device),
-            torch.tensor(wanted, dtype=torch.long, device=device),
-            batch,
+        row = upload(packed.token_ids, torch.int64, device)
+        fill_pending(row, packed, previous)
+        attention = self._backend.prepare(packed.segments)
+        positions = upload(packed.positions, torch.int64, device)
+        wanted = upload(packed.wanted, torch.int64, device)
+        return self._forward(row[None], positions[None], wanted, attention, on_layer_stored)
+
+    def _forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        wanted: torch.Tensor,
+        attention: StepAttention,
+        on_layer_stored: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        batch = _PagedBatch(attention, self._index_of, on_layer_stored)
+        if self._compiled is None:
+            return _forward(self._model, token_ids, positions, wanted, batch)
+        self._desk.attend = batch.attend_packed
+        try:
+            return _forward(self._model, token_ids, positions, wanted, DeskBatch(self._desk))
+        except Exception as error:
+            self.go_eager(f"a compiled step failed: {type(error).__name__}: {_first_line(error)}")
+            raise
+        finally:
+            self._desk.attend = None
+
+    def wait(self) -> None:
+        """Until the device has done all that was queued, or has failed too."""
+        if self.pool.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.pool.device)
+            except RuntimeError as error:
+                logger.error("the device failed: %s", _first_line(error))
+
+    # ---- speed ----
+
+    def speed_up(self, wishes: SpeedUps, backend: str = "inductor") -> None:
+        """Compile and capture what can be, and compare it with the model's own attention as ``self_test`` does.
+
+        Writes to the pool, so it must run before anything is stored. ``backend`` is torch.compile's. What does not
+        work is left, and ``mode`` says why. Raises ``UnsupportedModel`` as ``self_test``.
+        """
+        compile_reason = "" if wishes.compile else "engine.compile says so"
+        if wishes.compile:
+            number_layers(self._model)
+            self._compiled = CompiledLayers(self._model, backend)
+            compile_reason = self._try_compiled()
+        self.mode = ForwardMode(not compile_reason, compile_reason, (), "engine.decode_graphs says so")
+        if wishes.graph_batch_size:
+            self._capture(wishes)
+        mode = self.mode
+        logger.info(
+            "the model runs %s; decode graphs for batches of %s",
+            "compiled" if mode.compiled else f"eagerly: {mode.reason}",
+            ", ".join(map(str, mode.graph_batch_sizes)) or f"none: {mode.graph_reason}",
         )
+
+    def _try_compiled(self) -> str:
+        """Why the compiled layers are not to be used; empty if they are."""
+        assert self._compiled is not None, "made by the caller"
+        if not self._compiled.num_layers:
+            self._compiled = None
+            return "the model's layers were not found"
+        try:
+            self.self_test()
+        except Exception as error:  # dynamo and inductor raise whatever a model provokes
+            if self._compiled is not None:
+                self.go_eager(f"{type(error).__name__}: {_first_line(error)}")
+            reason = self.mode.reason
+            self.self_test()
+            return reason
+        return ""
+
+    def go_eager(self, reason: str) -> None:
+        """Leave compiled code and graphs for good; counted, logged and seen in ``mode``."""
+        if self._compiled is not None:
+            self._compiled.undo()
+        self._compiled = self._graphs = None
+        self.num_fallbacks += 1
+        self.mode = ForwardMode(False, reason, (), reason)
+        logger.warning("the model runs eagerly from now on: %s", reason)
+
+    def _capture(self, wishes: SpeedUps) -> None:
+        mode = self.mode
+        device = self.pool.device
+        try:
+            graphs = DecodeGraphs(
+                self._forward,
+                self._backend,
+                device,
+                wishes.graph_batch_size,
+                wishes.max_model_len,
+                scratch_page=self.pool.num_pages - 1,
+                record=device.type == "cuda",
+            )
+        except Exception as error:
+            reason = f"capturing failed: {type(error).__name__}: {_first_line(error)}"
+            self.num_fallbacks += 1
+            logger.warning("decode steps are not captured: %s", reason)
+            self.mode = ForwardMode(self.mode.compiled, self.mode.reason, (), reason)
+            return
+        if not graphs.buckets or graphs.buckets[-1] != wishes.graph_batch_size:
+            reason = "the attention backend has no static steps of that size"
+            self.mode = ForwardMode(mode.compiled, mode.reason, (), reason)
+            return
+        self._graphs = graphs
+        self.mode = ForwardMode(mode.compiled, mode.reason, graphs.buckets, "")
+        self.self_test()
 
     def self_test(self) -> None:
         """Compare a prompt computed in chunks through pages with the model's own eager attention.
@@ -282,7 +433,8 @@ class ModelRunner:
         token_ids = [(37 * i + 11) % self._model.config.get_text_config().vocab_size for i in range(num_tokens)]
         paged, ends, start = [], [], 0
         for size in _SELF_TEST_CHUNKS:
-            paged.append(self._run([_Chunk(token_ids[start : start + size], start, page_ids, True)], None))
+            # A copy: the next step may write where these are.
+            paged.append(self._run([Chunk(token_ids[start : start + size], start, page_ids, True)], None).clone())
             start += size
             ends.append(start - 1)
         expected = self._eager_logits(token_ids, ends)
@@ -300,14 +452,19 @@ class ModelRunner:
         model.set_attn_implementation("eager")
         try:
             row = torch.tensor([token_ids], device=self.pool.device)
-            logits: torch.Tensor = model(input_ids=row, use_cache=False).logits[0]
+            with torch.compiler.set_stance("force_eager"):
+                logits: torch.Tensor = model(input_ids=row, use_cache=False).logits[0]
         finally:
             model.set_attn_implementation(ATTENTION_NAME)
         return logits[list(wanted)]
 
 
-def _chunk(item: StepItem) -> _Chunk:
-    return _Chunk(item.token_ids, item.start, item.page_ids, item.samples)
+def _chunk(item: StepItem) -> Chunk:
+    return Chunk(item.token_ids, item.start, item.page_ids, item.samples, item.pending_row)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -7,16 +7,21 @@ Order, as vLLM's: log-probabilities of the untouched logits; then min_tokens (en
 repetition, frequency and presence penalties; greedy rows take the maximum here (the lowest id among equals); the others
 go on with temperature, min_p, top_k, top_p and the draw.
 
+``launch`` asks the device for a step's tokens and waits for nothing; ``Sampled.read`` waits for them. In between the
+next step may be launched: where an item's last token is still being sampled (``StepItem.pending_row``), it is read on
+the device, from the step before.
+
 The filters do not sort the vocabulary (only top_p may have to, where the distribution is flat). Each raises a *cutoff*
 below which a row's weights become 0, so tokens of equal weight stay or go together, whatever order ties come in; the
-draw is an inverse CDF over what is left, in the order of token ids.
+draw is an inverse CDF over what is left, in the order of token ids. On a GPU the nucleus is found by halving: looking
+whether a guess was wide enough would make the host wait.
 """
 
 from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -24,16 +29,49 @@ import torch
 
 from core.request import SamplingParams, TokenLogprob
 from engine.scheduler import SampledToken, StepItem
+from engine.uploads import upload
 
 # Below this, dividing by the temperature overflows and the draw is the maximum anyway (vLLM's bound).
 _MIN_TEMPERATURE = 1e-5
 # How many of the largest weights are looked at for top_p, before a whole row is sorted. Real nuclei are mostly far
 # smaller than the first guess; the second is for flat distributions (a row of 49k on one core: 0.3, 0.7 and 3.6 ms).
 _NUCLEUS_GUESSES = (256, 4096)
+_ABOVE_ONE = 0x3F800001  # the bits of the smallest float32 above 1
+_HALVINGS = 30  # of that many integers
 # The draw sums this many weights at a time, then searches one such run: two short scans in place of a long one.
 _RUN = 256
 
 _Cells = tuple[torch.Tensor, torch.Tensor]  # row indices, token ids; one pair for each cell
+
+
+class Sampled:
+    """The tokens of one step, which the device may still be computing."""
+
+    def __init__(self, token_ids: torch.Tensor, logprobs: _Logprobs | None) -> None:
+        self.token_ids = token_ids  # on the device, [items]
+        self._logprobs = logprobs
+        on_device = (token_ids,) if logprobs is None else (token_ids, logprobs.chosen, *logprobs.best)
+        self._host = tuple(_to_host(tensor) for tensor in on_device)
+        self._ready: torch.cuda.Event | None = None
+        if token_ids.device.type == "cuda":
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def read(self) -> list[SampledToken]:
+        """Wait until they are there, and return them in the order of the items."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        token_ids: list[int] = self._host[0].tolist()
+        logprobs = {} if self._logprobs is None else self._logprobs.by_row(token_ids, *self._host[1:])
+        return [SampledToken(token_id, logprobs.get(row)) for row, token_id in enumerate(token_ids)]
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Queue its copy; on CPU it is there already."""
+    if tensor.device.type != "cuda":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 class Sampler:
@@ -45,14 +83,18 @@ class Sampler:
     def sample(self, logits: torch.Tensor, items: Sequence[StepItem]) -> list[SampledToken]:
         """One token for each of ``items``, whose logits are the rows of ``logits`` [len(items), vocab], any float
         dtype and device. ``logits`` is left as it is."""
+        return self.launch(logits, items).read()
+
+    def launch(self, logits: torch.Tensor, items: Sequence[StepItem], previous: torch.Tensor | None = None) -> Sampled:
+        """Ask for what ``sample`` gives, and wait for nothing. ``previous``: the token ids of the step before, on the
+        device, for items with a ``pending_row``."""
         assert logits.shape[0] == len(items), f"{logits.shape[0]} rows of logits for {len(items)} items"
         if not items:
-            return []
-        token_ids = _choose(self._edited(logits, items), items).tolist()
-        logprobs = _logprobs(logits, items, token_ids)
-        return [SampledToken(token_id, logprobs.get(row)) for row, token_id in enumerate(token_ids)]
+            return Sampled(torch.empty(0, dtype=torch.int64, device=logits.device), None)
+        token_ids = _choose(self._edited(logits, items, previous), items)
+        return Sampled(token_ids, _logprobs(logits, items, token_ids))
 
-    def _edited(self, logits: torch.Tensor, items: Sequence[StepItem]) -> torch.Tensor:
+    def _edited(self, logits: torch.Tensor, items: Sequence[StepItem], previous: torch.Tensor | None) -> torch.Tensor:
         """The logits after masks, biases and penalties; the same tensor if there are none."""
         masked = [self._masked_ids(item) for item in items]
         biased = [item.sampling.logit_bias for item in items]
@@ -66,11 +108,11 @@ class Sampler:
         if any(biased):
             values = [bias for row in biased for token_id, bias in row.items() if token_id < scores.shape[1]]
             cells = _cells([tuple(row) for row in biased], scores)
-            scores[cells] += torch.tensor(values, dtype=torch.float32, device=scores.device)
+            scores[cells] += upload(values, torch.float32, scores.device)
         if any(repeated):
-            _penalise_repetition(scores, items, repeated)
+            _penalise_repetition(scores, items, repeated, previous)
         if any(counted):
-            _penalise_counts(scores, items, counted)
+            _penalise_counts(scores, items, counted, previous)
         return scores
 
     def _masked_ids(self, item: StepItem) -> tuple[int, ...]:
@@ -88,22 +130,33 @@ def _cells(ids_by_row: Sequence[Sequence[int]], scores: torch.Tensor) -> _Cells:
     """Indices of cells (row, id). Ids beyond the vocabulary are left out: no logit stands for them."""
     vocab = scores.shape[1]
     pairs = [(row, token_id) for row, ids in enumerate(ids_by_row) for token_id in ids if token_id < vocab]
-    rows, columns = torch.tensor(pairs, dtype=torch.int64, device=scores.device).reshape(-1, 2).unbind(1)
+    rows, columns = upload(pairs, torch.int64, scores.device).reshape(-1, 2).unbind(1)
     return rows, columns
 
 
 def _known_cells(
-    items: Sequence[StepItem], concerned: Sequence[bool], first: Callable[[StepItem], int], scores: torch.Tensor
+    items: Sequence[StepItem],
+    concerned: Sequence[bool],
+    first: Callable[[StepItem], int],
+    scores: torch.Tensor,
+    previous: torch.Tensor | None,
 ) -> _Cells:
-    """Cells of the known tokens, from index ``first`` on, of the rows concerned; a token that occurs twice is named
-    twice."""
+    """Cells of the known tokens, from index ``first`` on, of the rows concerned, and of those that the step before is
+    sampling; a token that occurs twice is named twice."""
     known = [
         _as_numpy(item.known_token_ids)[first(item) :] if on else _NO_TOKENS
         for item, on in zip(items, concerned, strict=True)
     ]
     rows = np.repeat(np.arange(len(items)), [len(ids) for ids in known])
     columns = np.concatenate(known)  # a copy: the scheduler's arrays must be free to grow again
-    return torch.from_numpy(rows).to(scores.device), torch.from_numpy(columns).to(scores.device)
+    cells = upload(rows, torch.int64, scores.device), upload(columns, torch.int64, scores.device)
+    pending = [(row, item.pending_row) for row, item in enumerate(items) if concerned[row]]
+    pending = [(row, of) for row, of in pending if of is not None]
+    if not pending:
+        return cells
+    assert previous is not None, "an item waits for a token of the step before"
+    new_rows, of = upload(pending, torch.int64, scores.device).unbind(1)
+    return torch.cat((cells[0], new_rows)), torch.cat((cells[1], previous[of]))
 
 
 _NO_TOKENS = np.empty(0, dtype=np.int64)
@@ -113,18 +166,22 @@ def _as_numpy(token_ids: array[int]) -> np.ndarray[tuple[int], np.dtype[np.int64
     return np.frombuffer(token_ids, dtype=np.int64)
 
 
-def _penalise_repetition(scores: torch.Tensor, items: Sequence[StepItem], concerned: Sequence[bool]) -> None:
+def _penalise_repetition(
+    scores: torch.Tensor, items: Sequence[StepItem], concerned: Sequence[bool], previous: torch.Tensor | None
+) -> None:
     """Shrink the positive and push down the negative scores of every token of prompt and output."""
-    cells = _known_cells(items, concerned, lambda item: 0, scores)
+    cells = _known_cells(items, concerned, lambda item: 0, scores, previous)
     penalties = _column(items, lambda sampling: sampling.repetition_penalty, scores)[cells[0], 0]
     old = scores[cells]
     # A token named twice is written twice with the same value.
     scores[cells] = torch.where(old > 0, old / penalties, old * penalties)
 
 
-def _penalise_counts(scores: torch.Tensor, items: Sequence[StepItem], concerned: Sequence[bool]) -> None:
+def _penalise_counts(
+    scores: torch.Tensor, items: Sequence[StepItem], concerned: Sequence[bool], previous: torch.Tensor | None
+) -> None:
     """Lower output tokens' scores: by ``frequency_penalty`` for each occurrence, by ``presence_penalty`` once."""
-    cells = _known_cells(items, concerned, lambda item: item.num_prompt_tokens, scores)
+    cells = _known_cells(items, concerned, lambda item: item.num_prompt_tokens, scores, previous)
     frequency = _column(items, lambda sampling: sampling.frequency_penalty, scores)[cells[0], 0]
     presence = _column(items, lambda sampling: sampling.presence_penalty, scores)[cells[0], 0]
     scores.index_put_(cells, -frequency, accumulate=True)
@@ -134,7 +191,7 @@ def _penalise_counts(scores: torch.Tensor, items: Sequence[StepItem], concerned:
 def _column(items: Sequence[StepItem], of: Callable[[SamplingParams], float], like: torch.Tensor) -> torch.Tensor:
     """One parameter of every item: [len(items), 1], float32."""
     values = [of(item.sampling) for item in items]
-    return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(1)
+    return upload(values, torch.float32, like.device).unsqueeze(1)
 
 
 # ---- the choice ----
@@ -151,7 +208,7 @@ def _choose(scores: torch.Tensor, items: Sequence[StepItem]) -> torch.Tensor:
         return scores.argmax(dim=-1)
     if len(drawn) == len(items):
         return _draw(_weights(scores, items), items)
-    rows = torch.tensor(drawn, device=scores.device)
+    rows = upload(drawn, torch.int64, scores.device)
     drawn_items = [items[row] for row in drawn]
     token_ids = scores.argmax(dim=-1)
     token_ids[rows] = _draw(_weights(scores[rows], drawn_items), drawn_items)
@@ -170,7 +227,7 @@ def _weights(scores: torch.Tensor, items: Sequence[StepItem]) -> torch.Tensor:
     if len(ranked) == len(items):
         _cut_ranks(weights, items)
     elif ranked:
-        rows = torch.tensor(ranked, device=weights.device)
+        rows = upload(ranked, torch.int64, weights.device)
         some = weights[rows]
         _cut_ranks(some, [items[row] for row in ranked])
         weights[rows] = some
@@ -189,12 +246,16 @@ def _cut_ranks(weights: torch.Tensor, items: Sequence[StepItem]) -> None:
     with_top_p = any(item.sampling.top_p < 1 for item in items)
     num_ranks = max([k for k in top_ks if k < vocab] + [_NUCLEUS_GUESSES[0] if with_top_p else 1])
     ranks = weights.topk(min(num_ranks, vocab), dim=-1).values  # [S, num_ranks], descending
-    kth = torch.tensor([[k - 1] for k in top_ks], device=weights.device)
-    limited = torch.tensor([[k < vocab] for k in top_ks], device=weights.device)
+    kth = upload([[k - 1] for k in top_ks], torch.int64, weights.device)
+    limited = upload([[k < vocab] for k in top_ks], torch.bool, weights.device)
     if any(k < vocab for k in top_ks):
         _cut(weights, ranks.gather(1, kth.clamp(max=ranks.shape[1] - 1)).where(limited, 0.0))
     if with_top_p:
-        _cut(weights, _nucleus_cutoff(weights, ranks, _column(items, lambda sampling: sampling.top_p, weights)))
+        top_p = _column(items, lambda sampling: sampling.top_p, weights)
+        if weights.device.type == "cuda":
+            _cut(weights, nucleus_cutoff_by_halving(weights, top_p))
+        else:
+            _cut(weights, _nucleus_cutoff(weights, ranks, top_p))
 
 
 def _nucleus_cutoff(weights: torch.Tensor, ranks: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
@@ -216,6 +277,23 @@ def _nucleus_cutoff(weights: torch.Tensor, ranks: torch.Tensor, top_p: torch.Ten
     return cutoff.where(top_p < 1, 0.0)
 
 
+def nucleus_cutoff_by_halving(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """What ``_nucleus_cutoff`` finds, in as many passes whatever the distribution, and without a look at the result.
+
+    Weights are between 0 and 1, so their bits as integers are in their order: 31 halvings of the integers find the
+    largest cutoff above which, itself included, there is enough mass.
+    """
+    mass = weights.sum(dim=-1, keepdim=True, dtype=torch.float64) * top_p.where(top_p < 1, 0.0)
+    low = torch.zeros_like(top_p, dtype=torch.int32)  # enough
+    high = torch.full_like(low, _ABOVE_ONE)  # too little
+    for _ in range(_HALVINGS):
+        middle = low + (high - low) // 2
+        kept = weights.masked_fill(weights < middle.view(torch.float32), 0.0)
+        enough = kept.sum(dim=-1, keepdim=True, dtype=torch.float64) >= mass
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return low.view(torch.float32).where(top_p < 1, 0.0)
+
+
 def _last_needed(ranks: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     """The smallest [S, 1] of the largest weights that together hold ``mass`` [S, 1]."""
     larger = ranks.cumsum(dim=-1, dtype=torch.float64) - ranks  # mass of the weights before each
@@ -234,7 +312,7 @@ def _draw(weights: torch.Tensor, items: Sequence[StepItem]) -> torch.Tensor:
         weights = torch.nn.functional.pad(weights, (0, -vocab % _RUN))
     runs = weights.view(num_rows, -1, _RUN)  # [S, num_runs, _RUN]
     cdf = runs.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)  # [S, num_runs]
-    uniform = torch.tensor([[_uniform(item)] for item in items], dtype=torch.float64, device=weights.device)
+    uniform = upload([[_uniform(item)] for item in items], torch.float64, weights.device)
     target = uniform * cdf[:, -1:]
     run = _first_above(cdf, target)
     before = cdf.gather(1, (run - 1).clamp(min=0)).where(run > 0, 0.0)
@@ -264,21 +342,36 @@ def _uniform(item: StepItem) -> float:
 # ---- log-probabilities ----
 
 
-def _logprobs(logits: torch.Tensor, items: Sequence[StepItem], token_ids: Sequence[int]) -> dict[int, TokenLogprob]:
-    """Log-probabilities of the rows that want them, by row."""
+class _Logprobs:
+    """Log-probabilities of the rows that want them, on the device; ``counts`` says how many of the best each wants."""
+
+    def __init__(
+        self, counts: Mapping[int, int], chosen: torch.Tensor, best: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        self._counts = counts
+        self.chosen = chosen  # [rows]
+        self.best = best  # ids and log-probabilities, [rows, most]
+
+    def by_row(
+        self, token_ids: Sequence[int], chosen: torch.Tensor, ids: torch.Tensor, values: torch.Tensor
+    ) -> dict[int, TokenLogprob]:
+        """From the three tensors in host memory."""
+        chosen_logprobs, best_ids, best_logprobs = chosen.tolist(), ids.tolist(), values.tolist()
+        result: dict[int, TokenLogprob] = {}
+        for index, (row, count) in enumerate(self._counts.items()):
+            top = tuple(zip(best_ids[index][:count], best_logprobs[index][:count], strict=True))
+            result[row] = TokenLogprob(token_ids[row], chosen_logprobs[index], top)
+        return result
+
+
+def _logprobs(logits: torch.Tensor, items: Sequence[StepItem], token_ids: torch.Tensor) -> _Logprobs | None:
     wanted = [(row, item.sampling.logprobs) for row, item in enumerate(items)]
     counts = {row: count for row, count in wanted if count is not None}
     if not counts:
-        return {}
-    rows = torch.tensor(list(counts), device=logits.device)
+        return None
+    rows = upload(list(counts), torch.int64, logits.device)
     raw = logits[rows].to(torch.float32)
     totals = raw.logsumexp(dim=-1, keepdim=True)
-    chosen_ids = torch.tensor([[token_ids[row]] for row in counts], device=logits.device)
-    chosen = (raw.gather(1, chosen_ids) - totals)[:, 0].tolist()
+    chosen = (raw.gather(1, token_ids[rows, None]) - totals)[:, 0]
     best = raw.topk(min(max(counts.values()), raw.shape[1]), dim=-1)
-    best_ids, best_logprobs = best.indices.tolist(), (best.values - totals).tolist()
-    result: dict[int, TokenLogprob] = {}
-    for index, (row, count) in enumerate(counts.items()):
-        top = tuple(zip(best_ids[index][:count], best_logprobs[index][:count], strict=True))
-        result[row] = TokenLogprob(token_ids[row], chosen[index], top)
-    return result
+    return _Logprobs(counts, chosen, (best.indices, best.values - totals))

@@ -47,6 +47,7 @@ TokenIds: TypeAlias = AbstractSequence[int]
 # An engine does not know whose it is: the worker writes its name and role over this one before stats leave it.
 UNNAMED_WORKER = WorkerId("")
 _SHARE_TO_LEND = 4  # one page in so many that nobody waits for
+PENDING_TOKEN = 0  # stands where a token is not known yet
 
 
 class StepItem(NamedTuple):
@@ -67,11 +68,14 @@ class StepItem(NamedTuple):
     # commit_step and never kept (a tensor that shares its memory would stop it from growing).
     known_token_ids: array[int]
     num_prompt_tokens: int  # known_token_ids[:num_prompt_tokens] is the prompt, the rest is output
+    # The one token to compute is still being sampled, by this sampling item of the step before; its place in
+    # ``token_ids`` is taken by PENDING_TOKEN, and ``known_token_ids`` lacks it. None: all tokens are known.
+    pending_row: int | None = None
 
     @property
     def position(self) -> int:
-        """Output index of the token to be sampled."""
-        return len(self.known_token_ids) - self.num_prompt_tokens
+        """Output index of the token to be sampled; to be asked before the step before is committed."""
+        return len(self.known_token_ids) - self.num_prompt_tokens + (self.pending_row is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +158,11 @@ class SchedulerLoad:
 
 
 class Scheduler(Protocol):
-    """Decides what each step computes. One thread calls it; a plan is committed or dropped before the next one."""
+    """Decides what each step computes. One thread calls it.
+
+    A plan of ``plan_step`` is committed or dropped before the next call of it. One of ``plan_ahead`` follows a plan
+    that is being computed, and may be followed by another; both are committed, or given to ``drop_step``, in order.
+    """
 
     def add(self, spec: SequenceSpec, now: float) -> None:
         """Queue a sequence. Raises ``InvalidRequest`` (mostly field ``prompt``) for one that can never run here."""
@@ -217,8 +225,19 @@ class Scheduler(Protocol):
         """The next step, or None if nothing can run before something else changes."""
         ...
 
+    def plan_ahead(self, plan: StepPlan, now: float) -> StepPlan | None:
+        """The step after ``plan``, the latest, which is being computed: its tokens are not known.
+
+        None if there is nothing to compute, or if what would be computed has to be decided with ``plan`` committed.
+        """
+        ...
+
     def commit_step(self, plan: StepPlan, sampled: Mapping[SequenceId, SampledToken], now: float) -> list[TokenChunk]:
         """The step is computed: book it and return the new tokens, one chunk for each sampling sequence."""
+        ...
+
+    def drop_step(self, plan: StepPlan) -> None:
+        """The step failed, and the device writes no page of it any more; its sequences are to be aborted."""
         ...
 
     @property
@@ -251,6 +270,9 @@ class ChunkedPrefillScheduler:
        page is empty. Of what could be evicted, a prefix that is lent takes at most half of that rest: a transfer may be
        slow, and sequences come meanwhile. Room is made for a prefix as far as rules 5 and 6 allow.
     8. Every sequence fits the pool when it is alone: longer ones are refused, or end with LENGTH.
+    9. A step that is planned ahead goes on with the sequences of the one before as if none of them met a stop token,
+       and starts waiting ones; it preempts nobody. What ends meanwhile is computed once more, for nothing. While such
+       a step is under way no page is freed that a sequence had when it was planned: the device may still write there.
     """
 
     def __init__(
@@ -274,6 +296,9 @@ class ChunkedPrefillScheduler:
         self._reserved: dict[SequenceId, _Reserved] = {}
         self._num_lent = 0
         self._stalled = False  # the last plan was empty and nothing changed since
+        self._ahead: deque[StepPlan] = deque()  # of plan_ahead, not committed yet; oldest first
+        # (the newest of them at that moment, pages to be freed when it is committed)
+        self._leaving: deque[tuple[StepPlan, tuple[int, ...]]] = deque()
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._generated_tokens = 0
@@ -410,7 +435,60 @@ class ChunkedPrefillScheduler:
             return None
         return StepPlan((*decodes, *chunks), tuple(started))
 
+    def plan_ahead(self, plan: StepPlan, now: float) -> StepPlan | None:
+        decodes: list[StepItem] = []
+        prefilling: list[tuple[Sequence, int]] = []  # and its tokens that are computed by then
+        computing = {item.sequence_id: item for item in plan.items}
+        rows = {item.sequence_id: row for row, item in enumerate(plan.sampling_items)}
+        for sequence in self._running[: self._max_batch_size]:
+            item = computing.get(sequence.spec.sequence_id)
+            start, row = sequence.num_computed, None
+            if item is not None:
+                start += len(item.token_ids)
+                row = rows.get(item.sequence_id)
+            num_tokens = len(sequence.token_ids)
+            if row is not None:
+                num_tokens += 1
+                if sequence.spec.hold_kv or num_tokens >= sequence.most_tokens:
+                    continue  # the token that is being sampled is its last one here
+            if num_tokens > len(sequence.page_ids) * self._page_size:
+                page_ids = self._allocator.allocate(1)
+                if page_ids is None:
+                    return None  # somebody is to be preempted: that is decided when every token is known
+                sequence.page_ids += tuple(page_ids)
+            if num_tokens - start == 1:
+                if sequence.started_at is None:
+                    sequence.started_at = now
+                decodes.append(_next_item(sequence, start, row))
+            else:
+                prefilling.append((sequence, start))
+        chunks: list[StepItem] = []
+        budget = self._max_batch_tokens - len(decodes)
+        for sequence, start in prefilling:
+            if budget <= 0:
+                break
+            num_tokens = min(len(sequence.token_ids) - start, self._max_chunk, budget)
+            chunks.append(_item(sequence, num_tokens, start))
+            budget -= num_tokens
+        started = self._start_waiting(decodes, chunks, budget, now)
+        if not decodes and not chunks:
+            return None
+        ahead = StepPlan((*decodes, *chunks), tuple(started))
+        self._ahead.append(ahead)
+        return ahead
+
+    def drop_step(self, plan: StepPlan) -> None:
+        self._stalled = False
+        self._end_ahead(plan)
+        self._free_leaving(plan)
+
     def commit_step(self, plan: StepPlan, sampled: Mapping[SequenceId, SampledToken], now: float) -> list[TokenChunk]:
+        chunks = self._commit(plan, sampled, now)
+        self._free_leaving(plan)
+        return chunks
+
+    def _commit(self, plan: StepPlan, sampled: Mapping[SequenceId, SampledToken], now: float) -> list[TokenChunk]:
+        self._end_ahead(plan)
         chunks: list[TokenChunk] = []
         self._stalled = False
         sequences, page_size = self._sequences, self._page_size
@@ -419,7 +497,9 @@ class ChunkedPrefillScheduler:
             sequence_id = item.sequence_id
             sequence = sequences.get(sequence_id)
             if sequence is None or sequence.status is not SequenceStatus.RUNNING:
-                continue  # aborted (and perhaps queued anew) while the step was computed
+                continue  # aborted (and perhaps queued anew) while the step was computed, or ended by the step before
+            if sequence.token_ids is not item.known_token_ids:
+                continue  # aborted, queued anew and started again
             num_computed = sequence.num_computed = sequence.num_computed + len(item.token_ids)
             if num_computed >= (sequence.num_registered + 1) * page_size:
                 self._register_pages(sequence)
@@ -658,9 +738,21 @@ class ChunkedPrefillScheduler:
         """Free the pages of a sequence and end it."""
         self._stalled = False
         sequence.move(SequenceStatus.FINISHED)
-        self._allocator.release(sequence.page_ids)
+        if self._ahead:
+            self._leaving.append((self._ahead[-1], sequence.page_ids))
+        else:
+            self._allocator.release(sequence.page_ids)
         sequence.page_ids = ()
         del self._sequences[sequence.sequence_id]
+
+    def _end_ahead(self, plan: StepPlan) -> None:
+        if self._ahead and self._ahead[0] is plan:
+            self._ahead.popleft()
+
+    def _free_leaving(self, plan: StepPlan) -> None:
+        """Free the pages of what has left while ``plan`` was the newest."""
+        while self._leaving and self._leaving[0][0] is plan:
+            self._allocator.release(self._leaving.popleft()[1])
 
     def _check(self, spec: SequenceSpec) -> None:
         """Raise ``InvalidRequest`` unless the sequence is new here and could run if it were alone."""
@@ -696,9 +788,25 @@ class _End:
     stop_token_id: int | None = None
 
 
-def _item(sequence: Sequence, num_tokens: int) -> StepItem:
-    """The next ``num_tokens`` tokens of a sequence; positional, because decode makes one for each token."""
-    start = sequence.num_computed
+def _next_item(sequence: Sequence, start: int, row: int | None) -> StepItem:
+    """One token at ``start``; with ``row``, the one that is being sampled there."""
+    token_ids = sequence.token_ids
+    return StepItem(
+        sequence.spec.sequence_id,
+        (PENDING_TOKEN if row is not None else token_ids[start],),
+        start,
+        sequence.page_ids,
+        True,
+        sequence.spec.sampling,
+        token_ids,
+        sequence.num_prompt_tokens,
+        row,
+    )
+
+
+def _item(sequence: Sequence, num_tokens: int, start: int | None = None) -> StepItem:
+    """The next ``num_tokens`` tokens of a sequence, or those from ``start`` on."""
+    start = sequence.num_computed if start is None else start
     token_ids = sequence.token_ids
     stop = start + num_tokens
     return StepItem(

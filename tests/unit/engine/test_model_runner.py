@@ -41,7 +41,7 @@ def load(folder: Path, config: EngineConfig = CONFIG) -> LoadedModel:
 
 def runner_of(loaded: LoadedModel) -> ModelRunner:
     pool = PagePool(loaded.layout, loaded.num_pages, loaded.device)
-    return ModelRunner(loaded.model, pool, create_backend("auto", pool))
+    return ModelRunner(loaded.model, pool, create_backend("matmul", pool))
 
 
 def item(name: str, tokens: Sequence[int], start: int, page_ids: tuple[int, ...], *, samples: bool = True) -> StepItem:
@@ -300,7 +300,7 @@ class _Broken:
     """A backend that forgets all but the newest chunk."""
 
     def __init__(self, pool: PagePool) -> None:
-        self._backend = create_backend("auto", pool)
+        self._backend = create_backend("matmul", pool)
 
     def prepare(self, segments: Sequence[Segment]) -> StepAttention:
         return self._backend.prepare([replace(s, start=0, page_ids=s.page_ids[s.start // 4 :]) for s in segments])
