@@ -13,7 +13,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from threading import Event, Thread
 
 from benchmarks.child_process import answer_calls
@@ -59,15 +59,17 @@ class HoldBack:
     def sequence_started(self, spec: SequenceSpec, num_cached_tokens: int, page_ids: Sequence[int]) -> None:
         self._listener.sequence_started(spec, num_cached_tokens, page_ids)
 
-    def step_planned(self, plan: StepPlan) -> None:
-        self._listener.step_planned(plan)
+    def step_planned(self, plan: StepPlan) -> Callable[[int], None]:
+        tell = self._listener.step_planned(plan)
 
-    def layer_stored(self, layer: int) -> None:
-        self._held.append(layer)
-        if len(self._held) == self.num_layers_per_group or layer == self._num_layers - 1:
-            for held in self._held:
-                self._listener.layer_stored(held)
-            self._held.clear()
+        def layer_stored(layer: int) -> None:
+            self._held.append(layer)
+            if len(self._held) == self.num_layers_per_group or layer == self._num_layers - 1:
+                for held in self._held:
+                    tell(held)
+                self._held.clear()
+
+        return layer_stored
 
 
 class Peer:

@@ -181,6 +181,7 @@ class SequenceSpec:
     ``output_token_ids`` are the tokens that earlier tries already gave the client: they are part of the context and
     of the penalties, and the next token has position ``len(output_token_ids)``. ``sampling.n`` is 1.
     ``hold_kv`` asks the engine to stop after one token and to keep the pages until ``release`` (a prefill worker).
+    ``first_token_by``: when the first token is wanted, on the engine's Clock; None: nobody promised anything.
     """
 
     sequence_id: SequenceId
@@ -189,6 +190,7 @@ class SequenceSpec:
     output_token_ids: tuple[int, ...] = ()
     salt: bytes = b""
     hold_kv: bool = False
+    first_token_by: float | None = None
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import grpc
 
@@ -48,11 +49,13 @@ class DecodeService(rpc.DecodeServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"gateway {gateway_id} reads no Outputs stream")
         session_id = SessionId(request.session_id) if request.session_id else None
         try:
+            order = self._order(request)
             spec = wire.spec_from_message(request.sequence, hold_kv=False)
+            spec = replace(spec, first_token_by=order.deadline_at)
             pull = wire.pull_task_from_message(request.pull) if request.HasField("pull") else None
             if pull is not None and session_id is not None:
                 raise ProtocolViolation("pull: only a sequence without a session is prefilled here")
-            self._worker.decode(spec, gateway_id, session_id, self._order(request), pull)
+            self._worker.decode(spec, gateway_id, session_id, order, pull)
         except (ProtocolViolation, InvalidRequest) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except ValueError as error:

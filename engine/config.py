@@ -9,6 +9,7 @@ from core.errors import InvalidConfig
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 SWITCHES = ("auto", "always", "never")
+PREFILL_ORDERS = ("fcfs", "slack")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class EngineConfig:
     max_batch_tokens: token budget of one step, shared by prefill chunks and decode tokens.
     max_batch_size: most sequences in one step.
     max_prefill_chunk: most tokens of one prompt in one step; null: the whole budget.
+    prefill_order: which prompt is computed first: ``fcfs``, as they came, or ``slack``, whose first token is due first
+        (``x-slo-ttft-ms``, ``admission.slo``). With ``slack`` a prompt that would be late otherwise holds up a step
+        that computes longer ones between two layers; nothing is computed twice.
     prefix_cache: whether pages of earlier prompts are kept and used again while there is room.
     attention: the attention backend: flashinfer, varlen, sdpa or matmul; ``auto`` takes the fastest that can do what
         the model asks on the device. One that cannot is refused, with those that can.
@@ -50,6 +54,7 @@ class EngineConfig:
     max_batch_tokens: int = 2048
     max_batch_size: int = 64
     max_prefill_chunk: int | None = None
+    prefill_order: str = "fcfs"
     prefix_cache: bool = True
     attention: str = "auto"
     compile: str = "auto"
@@ -76,6 +81,8 @@ class EngineConfig:
         for name in ("compile", "decode_graphs", "plan_ahead"):
             value = getattr(self, name)
             _require(value in SWITCHES, f"engine.{name}", f"must be one of {', '.join(SWITCHES)}", value)
+        orders = f"must be one of {', '.join(PREFILL_ORDERS)}"
+        _require(self.prefill_order in PREFILL_ORDERS, "engine.prefill_order", orders, self.prefill_order)
         _require(self.page_size >= 1, "engine.page_size", "must be at least 1 token", self.page_size)
         _require(self.kv_cache_bytes > 0, "engine.kv_cache_bytes", "must be above 0", self.kv_cache_bytes)
         for name in ("num_pages", "max_model_len", "max_prefill_chunk", "threads"):

@@ -7,6 +7,10 @@ The life of a step (``Engine.step``):
 4. The sampler chooses a token for each sequence that has none left to compute.
 5. The scheduler books the tokens and ends what is finished.
 
+With ``engine.prefill_order: slack`` the thread that computes may do something else between two layers of a step
+(``between_layers``): what others submit is run there, and a prompt that would be late after this step is computed, in
+a step of its own (``step_urgent``), after which this one goes on. No more than one step is held up at a time.
+
 A GPU runs behind the host, so there the next step is planned and launched (1 to 4) before this one's tokens are
 waited for (``engine.plan_ahead``): its inputs that are still being sampled are read on the device, and the GPU goes
 from step to step without waiting for the host. Two steps are under way then, never three.
@@ -22,7 +26,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -46,6 +50,7 @@ from engine.model_runner import ForwardMode, ModelRunner, SpeedUps
 from engine.model_source import resolve
 from engine.page_allocator import CacheChanges, PageAllocator
 from engine.page_pool import PagePool
+from engine.prefill_order import Pace
 from engine.sampler import Sampled, Sampler
 from engine.scheduler import (
     ChunkedPrefillScheduler,
@@ -58,6 +63,7 @@ from engine.scheduler import (
 logger = logging.getLogger(__name__)
 
 _MAX_SAMPLES = 64  # steps that wait to be reported; of more the latest are
+_FORGETTING = 1.1  # what the shortest step grows by with every step that is longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,15 @@ class _Launched:
     plan: StepPlan
     sampled: Sampled
     began_at: float
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A step whose layers are being launched."""
+
+    plan: StepPlan
+    began_at: float
+    num_layers: int = 0  # that are launched
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +126,9 @@ class StepListener(Protocol):
         K/V of the first ``num_cached_tokens`` tokens is in them already."""
         ...
 
-    def step_planned(self, plan: StepPlan) -> None:
-        """This is computed now."""
-        ...
-
-    def layer_stored(self, layer: int) -> None:
-        """The K/V of every token of the plan is in its pages in ``layout.layers[layer]``; called in that order."""
+    def step_planned(self, plan: StepPlan) -> Callable[[int], None]:
+        """This is computed now. What is returned is called with 0, 1, ... when the K/V of every token of the plan is in
+        its pages in ``layout.layers[0]``, ``[1]``, ...; in between another step may be planned and computed."""
         ...
 
 
@@ -137,6 +149,7 @@ class Engine:
         clock: Clock,
         attention: AttentionChoice,
         plans_ahead: bool,
+        interrupts: bool,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
@@ -149,9 +162,15 @@ class Engine:
         self._plans_ahead = plans_ahead
         self._ahead: _Launched | None = None  # launched before the step before it was committed
         self._ended_at = 0.0  # the last step
+        self._interrupts = interrupts
+        self._under_way: _UnderWay | None = None
+        self._held_up_s = 0.0  # the step under way, by urgent ones
+        self._least_step_s = 0.0  # that a step took of late; 0: none was computed
+        self._num_urgent = 0
         self.model = model
         self.fingerprint = fingerprint
         self.listener: StepListener | None = None
+        self.between_layers: Callable[[], None] | None = None  # called there, if steps may be held up
 
     @classmethod
     def load_model(
@@ -170,7 +189,9 @@ class Engine:
     def _of(cls, config: EngineConfig, loaded: LoadedModel, pool: PagePool, clock: Clock) -> Engine:
         choice = choose_attention(config.attention, loaded.attention)
         logger.info("attention by %s: %s", choice.name, choice.reason)
-        runner = ModelRunner(loaded.model, pool, create_backend(choice.name, pool))
+        interrupts = config.prefill_order == "slack"
+        urgent = create_backend(choice.name, pool) if interrupts else None
+        runner = ModelRunner(loaded.model, pool, create_backend(choice.name, pool), urgent)
         runner.self_test()
         device = loaded.device.type
         graphs = config.max_batch_size if config.switched_on("decode_graphs", device) else 0
@@ -190,6 +211,7 @@ class Engine:
             clock,
             choice,
             config.switched_on("plan_ahead", device),
+            interrupts,
         )
 
     @property
@@ -335,11 +357,54 @@ class Engine:
         if self.listener is not None:
             for started in plan.started:
                 self.listener.sequence_started(started.spec, started.num_cached_tokens, started.page_ids)
-            self.listener.step_planned(plan)
-            on_layer_stored = self.listener.layer_stored
+            on_layer_stored = self.listener.step_planned(plan)
+        if self.between_layers is not None and self._interrupts and self._under_way is None:
+            return self._execute_in_layers(plan, before, on_layer_stored)
+        return self._compute(plan, before, on_layer_stored)
+
+    def _compute(
+        self, plan: StepPlan, before: Sampled | None, on_layer_stored: Callable[[int], None] | None
+    ) -> Sampled:
         previous = None if before is None else before.token_ids
         logits = self._runner.run(plan, on_layer_stored, previous)
         return self._sampler.launch(logits, plan.sampling_items, previous)
+
+    def _execute_in_layers(
+        self, plan: StepPlan, before: Sampled | None, on_layer_stored: Callable[[int], None] | None
+    ) -> Sampled:
+        """As ``_compute``, and look up between two layers."""
+        under_way = self._under_way = _UnderWay(plan, self._clock.now())
+        between_layers = self.between_layers
+        assert between_layers is not None, "the caller's condition"
+
+        def layer_stored(index: int) -> None:
+            if on_layer_stored is not None:
+                on_layer_stored(index)
+            under_way.num_layers = index + 1
+            self._runner.keep_close()
+            between_layers()
+
+        try:
+            return self._compute(plan, before, layer_stored)
+        finally:
+            self._under_way = None
+
+    def step_urgent(self) -> StepOutput:
+        """Compute a step for prompts that cannot wait for the one under way, if there are any; between its layers."""
+        held_up = self._under_way
+        if held_up is None or not held_up.num_layers:
+            return StepOutput()
+        began_at = self._clock.now()
+        share = held_up.num_layers / self.layout.num_layers
+        elapsed_s = began_at - held_up.began_at - self._held_up_s
+        pace = Pace(elapsed_s * (1 / share - 1), elapsed_s / share / held_up.plan.num_tokens, self._least_step_s)
+        with self._books:
+            plan = self._scheduler.plan_urgent(held_up.plan, pace, began_at)
+        if plan is None:
+            return StepOutput()
+        self._num_urgent += 1
+        launched = self._launch(plan, began_at, None)
+        return launched if isinstance(launched, StepOutput) else self._finish(launched)
 
     def _finish(self, step: _Launched) -> StepOutput:
         """Wait for a step's tokens, and book them."""
@@ -353,9 +418,15 @@ class Engine:
         with self._books:
             chunks = tuple(self._scheduler.commit_step(plan, sampled, self._clock.now()))
         now = self._clock.now()
-        # A step that was launched ahead began when the one before it ended.
-        self._samples.append(_sample(plan, now - max(step.began_at, self._ended_at)))
-        self._ended_at = now
+        if self._under_way is not None:  # it holds another one up
+            seconds = now - step.began_at
+            self._held_up_s += seconds
+        else:
+            # A step that was launched ahead began when the one before it ended.
+            seconds = now - max(step.began_at, self._ended_at) - self._held_up_s
+            self._ended_at, self._held_up_s = now, 0.0
+        self._least_step_s = min(seconds, _FORGETTING * self._least_step_s) if self._least_step_s else seconds
+        self._samples.append(_sample(plan, seconds))
         return StepOutput(chunks)
 
     def _fail(self, plan: StepPlan, error: Exception) -> StepOutput:
@@ -371,6 +442,11 @@ class Engine:
         return StepOutput(failures=tuple(SequenceFailure(s, message, True, Role.DECODE) for s in failed))
 
     # ---- reports ----
+
+    @property
+    def num_urgent_steps(self) -> int:
+        """Steps that held another one up, since the engine's start."""
+        return self._num_urgent
 
     def take_cache_changes(self) -> CacheChanges:
         """Prefix pages that became known, or unknown, since this was called last; one caller."""

@@ -3,13 +3,16 @@
     any thread ──submit(fn)──> queue ──between steps──> fn(engine) ──> Future
     engine thread: [fn fn] step [fn] step step ... (nothing to do: asleep until the next submit or stop)
 
+With ``engine.prefill_order: slack`` calls are also run between two layers of a step, and prompts that cannot wait for
+its end are computed there.
+
 Workers that share cores compute in turns (turns.py): then each step waits for its turn, and what is submitted does not.
 
 Invariants:
 - The engine is touched by this thread only, so it needs no locks. It is made by this thread too: OpenMP keeps a pool of
   threads for each thread that ever computed, and once there are more of them than cores it stops to spin at barriers
   and sleeps instead (libgomp), which cost a decode step of one token 54 ms instead of 33 on two cores.
-- What is submitted runs in the order in which it came, and before the next step.
+- What is submitted runs in the order in which it came, and before the next step, at the latest.
 - The thread never ends silently. What a model can do wrong, the engine itself turns into failures; if ``step`` raises
   nevertheless, the engine's books are wrong: the thread logs it, fails what is submitted and calls ``on_death``, so
   that the process can end and be started anew.
@@ -115,6 +118,7 @@ class EngineThread:
             self._end(f"the engine was not made: {error}")
             self._made.set_exception(error)
             return
+        engine.between_layers = lambda: self._between_layers(engine)
         self._made.set_result(engine)
         self._compute(engine)
 
@@ -144,6 +148,12 @@ class EngineThread:
         finally:
             self._turns.give_back()
         self._publish(output)
+
+    def _between_layers(self, engine: Engine) -> None:
+        """Whoever came meanwhile may be urgent."""
+        if self._calls:
+            self._run_calls()
+        self._publish(engine.step_urgent())
 
     def _wait_for_work(self, engine: Engine) -> bool:
         """Block until there is something to do; False: it is time to end."""

@@ -19,6 +19,7 @@ What a model asks of its attention beyond causal order, window, scaling, softcap
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -46,6 +47,7 @@ ATTENTION_NAME = "prfaas_paged"
 # Keywords that models hand down to every attention function and that change nothing here: either they repeat what the
 # batch says already, or they are for other attention functions.
 _WITHOUT_EFFECT = frozenset({"dropout", "is_causal", "position_ids", "position_embeddings", "use_cache"})
+_MOST_LAYERS_AHEAD = 2  # of the GPU, where a step may be held up
 _SELF_TEST_CHUNKS = (13, 9, 1)  # the second begins inside a page, the third is a decode step
 # Largest distance of logits from the model's own, relative to their spread; unrelated ones are 1.4 apart. Rounding
 # gives a tenth of these, except that in bfloat16 it may turn a router to another expert (0.2).
@@ -268,10 +270,16 @@ class ForwardMode:
 class ModelRunner:
     """Computes steps of ``model``, whose K/V goes to ``pool`` through ``backend``."""
 
-    def __init__(self, model: PreTrainedModel, pool: PagePool, backend: AttentionBackend) -> None:
+    def __init__(
+        self, model: PreTrainedModel, pool: PagePool, backend: AttentionBackend, urgent: AttentionBackend | None = None
+    ) -> None:
+        """``urgent``: another of the same kind, for steps that are run between two layers of a step; None: none are."""
         self.pool = pool
         self._model = model
         self._backend = backend
+        self._urgent = urgent
+        self._num_under_way = 0  # runs, the outer and the inner one
+        self._launched: deque[torch.cuda.Event] = deque()  # after the latest layers of the outer one
         self._index_of = {layer.layer: index for index, layer in enumerate(pool.layout.layers)}
         self._desk = Desk()
         self._compiled: CompiledLayers | None = None  # None: eager
@@ -291,8 +299,24 @@ class ModelRunner:
         ``on_layer_stored(index)`` is called when the K/V of all the step's tokens has been written in
         ``layout.layers[index]`` (on a GPU: has been queued), before that layer attends, or at the end of a graph.
         ``previous``: the tokens of the step before, on the device, for items with a ``pending_row``.
+
+        While ``on_layer_stored`` is called another step may be run (with ``urgent``): its K/V and logits are its own.
         """
-        return self._run([_chunk(item) for item in plan.items], on_layer_stored, previous)
+        self._num_under_way += 1
+        try:
+            return self._run([_chunk(item) for item in plan.items], on_layer_stored, previous)
+        finally:
+            self._num_under_way -= 1
+
+    def keep_close(self) -> None:
+        """Wait until a GPU is at most ``_MOST_LAYERS_AHEAD`` layers behind: what is launched now comes after those."""
+        if self.pool.device.type != "cuda":
+            return
+        launched = torch.cuda.Event()
+        launched.record()
+        self._launched.append(launched)
+        if len(self._launched) > _MOST_LAYERS_AHEAD:
+            self._launched.popleft().synchronize()
 
     @torch.inference_mode()
     def _run(
@@ -311,7 +335,11 @@ class ModelRunner:
         device = self.pool.device
         row = upload(packed.token_ids, torch.int64, device)
         fill_pending(row, packed, previous)
-        attention = self._backend.prepare(packed.segments)
+        backend = self._backend
+        if self._num_under_way > 1:
+            assert self._urgent is not None, "steps are run one after the other"
+            backend = self._urgent
+        attention = backend.prepare(packed.segments)
         positions = upload(packed.positions, torch.int64, device)
         wanted = upload(packed.wanted, torch.int64, device)
         return self._forward(row[None], positions[None], wanted, attention, on_layer_stored)
@@ -327,14 +355,14 @@ class ModelRunner:
         batch = _PagedBatch(attention, self._index_of, on_layer_stored)
         if self._compiled is None:
             return _forward(self._model, token_ids, positions, wanted, batch)
-        self._desk.attend = batch.attend_packed
+        outer, self._desk.attend = self._desk.attend, batch.attend_packed
         try:
             return _forward(self._model, token_ids, positions, wanted, DeskBatch(self._desk))
         except Exception as error:
             self.go_eager(f"a compiled step failed: {type(error).__name__}: {_first_line(error)}")
             raise
         finally:
-            self._desk.attend = None
+            self._desk.attend = outer
 
     def wait(self) -> None:
         """Until the device has done all that was queued, or has failed too."""

@@ -18,6 +18,7 @@ its sequence, it does not copy them.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -40,6 +41,7 @@ from core.request import (
 )
 from engine.config import EngineConfig
 from engine.page_allocator import PageAllocator
+from engine.prefill_order import ORDERS, Pace, PrefillOrder, due_at
 from engine.sequence import Sequence, SequenceStatus
 
 TokenIds: TypeAlias = AbstractSequence[int]
@@ -232,6 +234,13 @@ class Scheduler(Protocol):
         """
         ...
 
+    def plan_urgent(self, plan: StepPlan, pace: Pace, now: float) -> StepPlan | None:
+        """A step to be computed between two layers of ``plan``, which goes on afterwards, and committed before it.
+
+        None: nobody would be late for want of it, or somebody would be because of it.
+        """
+        ...
+
     def commit_step(self, plan: StepPlan, sampled: Mapping[SequenceId, SampledToken], now: float) -> list[TokenChunk]:
         """The step is computed: book it and return the new tokens, one chunk for each sampling sequence."""
         ...
@@ -251,11 +260,11 @@ class Scheduler(Protocol):
 
 
 class ChunkedPrefillScheduler:
-    """Prefill chunks and decode tokens share each step; nothing that waits is overtaken.
+    """Prefill chunks and decode tokens share each step; who waits is overtaken as its order says (prefill_order.py).
 
     Rules:
-    1. Running sequences go first, in the order in which they were started; then waiting ones, first come first
-       served. A head of the queue that does not fit blocks those behind it, so nothing starves.
+    1. Running sequences go first, in the order in which they were started (prompts: that of ``config.prefill_order``);
+       then waiting ones, in that order. A head of the queue that does not fit blocks those behind it.
     2. A step computes at most ``max_batch_tokens`` tokens of at most ``max_batch_size`` sequences, and at most
        ``max_prefill_chunk`` tokens of one sequence.
     3. A sequence starts when there are pages for every token known of it; what the prefix cache holds is taken from
@@ -273,6 +282,8 @@ class ChunkedPrefillScheduler:
     9. A step that is planned ahead goes on with the sequences of the one before as if none of them met a stop token,
        and starts waiting ones; it preempts nobody. What ends meanwhile is computed once more, for nothing. While such
        a step is under way no page is freed that a sequence had when it was planned: the device may still write there.
+    10. A step that holds another one up starts waiting prompts that end in it, as far as that breaks no promise of the
+       other's prompts, and makes its decoding sequences wait no longer than the rest of their step.
     """
 
     def __init__(
@@ -290,13 +301,15 @@ class ChunkedPrefillScheduler:
         self._max_len = min(max_model_len, allocator.num_pages * allocator.page_size)  # tokens, prompt and output
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[SequenceId, Sequence] = {}  # whatever is not finished
+        self._order: PrefillOrder = ORDERS[config.prefill_order]()
         self._waiting: deque[Sequence] = deque()  # next to start first
         self._running: list[Sequence] = []  # oldest start first; those beyond max_batch_size wait for a place
         self._num_running_growing = 0  # of them, those that ask for pages until they end
         self._reserved: dict[SequenceId, _Reserved] = {}
         self._num_lent = 0
         self._stalled = False  # the last plan was empty and nothing changed since
-        self._ahead: deque[StepPlan] = deque()  # of plan_ahead, not committed yet; oldest first
+        # Of plan_ahead, not committed yet, oldest first; and any that calls may come into the middle of.
+        self._ahead: deque[StepPlan] = deque()
         # (the newest of them at that moment, pages to be freed when it is committed)
         self._leaving: deque[tuple[StepPlan, tuple[int, ...]]] = deque()
         self._prompt_tokens = 0
@@ -311,7 +324,7 @@ class ChunkedPrefillScheduler:
         self._stalled = False
         sequence = Sequence(spec, now, self._eos_token_ids, self._max_len)
         self._sequences[spec.sequence_id] = sequence
-        self._waiting.append(sequence)
+        self._order.insert(self._waiting, sequence)
 
     def reserve(self, spec: SequenceSpec) -> Reservation | None:
         self._check(spec)
@@ -433,7 +446,52 @@ class ChunkedPrefillScheduler:
         self._stalled = not decodes and not chunks
         if self._stalled:
             return None
-        return StepPlan((*decodes, *chunks), tuple(started))
+        plan = StepPlan((*decodes, *chunks), tuple(started))
+        if self._order.interrupts:
+            self._ahead.append(plan)
+        return plan
+
+    def plan_urgent(self, plan: StepPlan, pace: Pace, now: float) -> StepPlan | None:
+        if not self._waiting or not self._order.interrupts:
+            return None
+        slack_s = self._slack_of(plan, pace, now)
+        budget, num_places = self._max_batch_tokens, self._max_batch_size - len(self._running)
+        decodes: list[StepItem] = []
+        chunks: list[StepItem] = []
+        started: list[StartedSequence] = []
+        for sequence in tuple(self._waiting):
+            if len(started) == num_places:
+                break
+            num_tokens = self._num_uncached(sequence)
+            own_s = max(pace.step_s, num_tokens * pace.token_s)
+            if num_tokens > min(budget, self._max_chunk) or own_s > slack_s:
+                continue
+            if not self._order.is_urgent(sequence, own_s, pace, now):
+                continue
+            if not self._start(sequence):
+                break
+            self._waiting.remove(sequence)
+            started.append(self._begin(sequence, num_tokens, decodes, chunks, now))
+            budget -= num_tokens
+            slack_s -= own_s
+            now += own_s
+        return StepPlan((*decodes, *chunks), tuple(started)) if started else None
+
+    def _slack_of(self, plan: StepPlan, pace: Pace, now: float) -> float:
+        """Seconds that a step may be held up for: rule 10."""
+        slack_s = math.inf
+        for item in plan.items:
+            sequence = self._sequences.get(item.sequence_id)
+            if sequence is None:
+                continue
+            if sequence.num_remaining == 1:
+                slack_s = min(slack_s, pace.left_s)
+                continue
+            later = sequence.num_remaining - len(item.token_ids)
+            left_s = due_at(sequence) - now - pace.left_s - later * pace.token_s
+            if left_s >= 0:  # else it is late anyway
+                slack_s = min(slack_s, left_s)
+        return slack_s
 
     def plan_ahead(self, plan: StepPlan, now: float) -> StepPlan | None:
         decodes: list[StepItem] = []
@@ -464,9 +522,11 @@ class ChunkedPrefillScheduler:
                 prefilling.append((sequence, start))
         chunks: list[StepItem] = []
         budget = self._max_batch_tokens - len(decodes)
-        for sequence, start in prefilling:
+        starts = {sequence.sequence_id: start for sequence, start in prefilling}
+        for sequence in self._order.prefilling(sequence for sequence, _ in prefilling):
             if budget <= 0:
                 break
+            start = starts[sequence.sequence_id]
             num_tokens = min(len(sequence.token_ids) - start, self._max_chunk, budget)
             chunks.append(_item(sequence, num_tokens, start))
             budget -= num_tokens
@@ -606,12 +666,12 @@ class ChunkedPrefillScheduler:
 
     def _continue_chunks(self, batch: list[Sequence], chunks: list[StepItem], budget: int) -> int:
         """Append the next chunk of each sequence whose prefill is under way; returns what is left of the budget."""
-        for sequence in batch:
+        running = SequenceStatus.RUNNING
+        for sequence in self._order.prefilling(s for s in batch if s.status is running and s.num_remaining > 1):
             if budget == 0:
                 break
-            if sequence.status is SequenceStatus.RUNNING and sequence.num_remaining > 1:
-                chunks.append(_item(sequence, min(sequence.num_remaining, self._max_chunk, budget)))
-                budget -= len(chunks[-1].token_ids)
+            chunks.append(_item(sequence, min(sequence.num_remaining, self._max_chunk, budget)))
+            budget -= len(chunks[-1].token_ids)
         return budget
 
     def _start_waiting(
@@ -619,18 +679,25 @@ class ChunkedPrefillScheduler:
     ) -> list[StartedSequence]:
         started: list[StartedSequence] = []
         while self._waiting and budget > 0 and len(self._running) < self._max_batch_size:
-            sequence = self._waiting[0]
+            index = self._order.head(self._waiting, now)
+            sequence = self._waiting[index]
             if not self._start(sequence):
                 break
-            self._waiting.popleft()
-            self._join_batch(sequence)
-            if sequence.started_at is None:
-                sequence.started_at = now
-            started.append(StartedSequence(sequence.spec, sequence.num_computed, sequence.page_ids))
-            item = _item(sequence, min(sequence.num_remaining, self._max_chunk, budget))
-            budget -= len(item.token_ids)
-            (decodes if sequence.num_remaining == 1 else chunks).append(item)
+            del self._waiting[index]
+            num_tokens = min(sequence.num_remaining, self._max_chunk, budget)
+            started.append(self._begin(sequence, num_tokens, decodes, chunks, now))
+            budget -= num_tokens
         return started
+
+    def _begin(
+        self, sequence: Sequence, num_tokens: int, decodes: list[StepItem], chunks: list[StepItem], now: float
+    ) -> StartedSequence:
+        """A sequence that has its pages joins the batch, and the step with its next ``num_tokens``."""
+        self._join_batch(sequence)
+        if sequence.started_at is None:
+            sequence.started_at = now
+        (decodes if sequence.num_remaining == 1 else chunks).append(_item(sequence, num_tokens))
+        return StartedSequence(sequence.spec, sequence.num_computed, sequence.page_ids)
 
     def _start(self, sequence: Sequence) -> bool:
         """Take pages for every known token; False if there are not enough."""

@@ -6,6 +6,7 @@ Also the client side of ``Decode.Grant``, the one call that a prefill worker mak
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import cast
 
 import grpc
@@ -45,9 +46,11 @@ class PrefillService(rpc.PrefillServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"gateway {gateway_id} reads no Outputs stream")
         query = GrantQuery(SessionId(request.session_id), request.decode_address) if request.session_id else None
         try:
+            order = self._order(request)
             spec = wire.spec_from_message(request.sequence, hold_kv=True)
+            spec = replace(spec, first_token_by=order.deadline_at)
             pull = wire.pull_task_from_message(request.pull) if request.HasField("pull") else None
-            self._worker.prefill(spec, gateway_id, query, self._order(request), pull)
+            self._worker.prefill(spec, gateway_id, query, order, pull)
         except (ProtocolViolation, InvalidRequest) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except ValueError as error:

@@ -91,7 +91,7 @@ class _Handover:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """Pages of one session that the current step completes."""
+    """Pages of one session that a step completes."""
 
     session_id: SessionId
     first_page: int
@@ -135,7 +135,6 @@ class PrefillWorker:
         self._lock = threading.Lock()
         self._handovers: dict[SequenceId, _Handover] = {}
         self._by_session: dict[SessionId, SequenceId] = {}
-        self._completed: list[_Stored] = []  # by the step that is being computed; the engine's thread alone
         self._sender: KvSender | None = None
 
     def attach(self, sender: KvSender) -> None:
@@ -209,8 +208,8 @@ class PrefillWorker:
             for layer in range(self._num_layers):
                 self._transport.pages_stored(query.session_id, layer, 0, page_ids[:num_cached])
 
-    def step_planned(self, plan: StepPlan) -> None:
-        self._completed = []
+    def step_planned(self, plan: StepPlan) -> Callable[[int], None]:
+        completed: list[_Stored] = []
         for item in plan.items:
             handover = self._handovers.get(item.sequence_id)
             if handover is None or handover.query is None or handover.token is not None:
@@ -220,11 +219,13 @@ class PrefillWorker:
             first, handover.num_pages_stored = handover.num_pages_stored, end
             if end > first:
                 pages = tuple(item.page_ids[first:end])
-                self._completed.append(_Stored(handover.query.session_id, first, pages))
+                completed.append(_Stored(handover.query.session_id, first, pages))
 
-    def layer_stored(self, layer: int) -> None:
-        for stored in self._completed:
-            self._transport.pages_stored(stored.session_id, layer, stored.first_page, stored.page_ids)
+        def layer_stored(layer: int) -> None:
+            for stored in completed:
+                self._transport.pages_stored(stored.session_id, layer, stored.first_page, stored.page_ids)
+
+        return layer_stored
 
     def on_chunk(self, chunk: TokenChunk) -> bool:
         """The engine made a token of one of ours; False: the sequence is not ours."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -21,10 +21,8 @@ class Recorder:
 
     def sequence_started(self, spec: SequenceSpec, num_cached_tokens: int, page_ids: Sequence[int]) -> None: ...
 
-    def step_planned(self, plan: StepPlan) -> None: ...
-
-    def layer_stored(self, layer: int) -> None:
-        self.heard.append((layer, len(self.stored)))
+    def step_planned(self, plan: StepPlan) -> Callable[[int], None]:
+        return lambda layer: self.heard.append((layer, len(self.stored)))
 
 
 @pytest.mark.parametrize(
@@ -35,9 +33,10 @@ def test_layers_are_told_when_their_group_is_full_or_the_last(group: int, stored
     held = HoldBack(recorder, num_layers=5)
     held.num_layers_per_group = group
 
+    layer_stored = held.step_planned(StepPlan(()))
     for layer in range(5):
         recorder.stored.append(layer)
-        held.layer_stored(layer)
+        layer_stored(layer)
 
     assert recorder.heard == list(enumerate(stored_by_then))
 

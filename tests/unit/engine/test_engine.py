@@ -167,11 +167,8 @@ class Slow:
     def sequence_started(self, spec: SequenceSpec, num_cached_tokens: int, page_ids: Sequence[int]) -> None:
         pass
 
-    def step_planned(self, plan: StepPlan) -> None:
-        pass
-
-    def layer_stored(self, layer: int) -> None:
-        self._clock.advance(1.0)
+    def step_planned(self, plan: StepPlan) -> Callable[[int], None]:
+        return lambda layer: self._clock.advance(1.0)
 
 
 def test_abort_ends_a_sequence_in_any_state(engine: Engine) -> None:
@@ -222,11 +219,9 @@ class Notes:
     def sequence_started(self, spec: SequenceSpec, num_cached_tokens: int, page_ids: Sequence[int]) -> None:
         self.heard.append(("started", (spec.sequence_id, num_cached_tokens, len(page_ids))))
 
-    def step_planned(self, plan: StepPlan) -> None:
+    def step_planned(self, plan: StepPlan) -> Callable[[int], None]:
         self.heard.append(("planned", tuple((item.sequence_id, item.start) for item in plan.items)))
-
-    def layer_stored(self, layer: int) -> None:
-        self.heard.append(("stored", layer))
+        return lambda layer: self.heard.append(("stored", layer))
 
 
 def test_pages_are_reserved_while_a_step_computes(folder: Path) -> None:
@@ -238,7 +233,8 @@ def test_pages_are_reserved_while_a_step_computes(folder: Path) -> None:
         def sequence_started(self, *arguments: Any) -> None:
             pass
 
-        step_planned = sequence_started
+        def step_planned(self, plan: StepPlan) -> Callable[[int], None]:
+            return self.layer_stored
 
         def layer_stored(self, layer: int) -> None:
             name = f"r{len(reserved)}"
@@ -278,7 +274,8 @@ def test_prefixes_come_and_go_while_a_step_computes(folder: Path) -> None:
         def sequence_started(self, *arguments: Any) -> None:
             pass
 
-        step_planned = sequence_started
+        def step_planned(self, plan: StepPlan) -> Callable[[int], None]:
+            return self.layer_stored
 
         def layer_stored(self, layer: int) -> None:
             thread = Thread(target=pull, daemon=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from typing import Any, cast
 
@@ -26,6 +26,9 @@ class CountingEngine:
         self.threads: set[int] = set()
         self.error: Exception | None = None
         self.empty = False
+        self.between_layers: Callable[[], None] | None = None
+        self.in_layers: Callable[[], None] | None = None  # called by the next step, in its middle
+        self.urgent = 0  # steps that cannot wait; each gives one chunk, with a negative position
 
     @property
     def has_work(self) -> bool:
@@ -35,9 +38,18 @@ class CountingEngine:
         self.threads.add(threading.get_ident())
         if self.error is not None:
             raise self.error
+        in_layers, self.in_layers = self.in_layers, None
+        if in_layers is not None:
+            in_layers()
         self.work -= 1
         self.num_steps += 1
         return StepOutput() if self.empty else StepOutput((TokenChunk(SequenceId("s"), self.num_steps),))
+
+    def step_urgent(self) -> StepOutput:
+        if not self.urgent:
+            return StepOutput()
+        self.urgent -= 1
+        return StepOutput((TokenChunk(SequenceId("urgent"), -1 - self.urgent),))
 
 
 class Output:
@@ -265,3 +277,24 @@ def test_what_keeps_the_engine_from_being_made_reaches_who_started_it(output: Ou
         thread.start()
     with pytest.raises(SequenceFailed, match="no such model"):
         early.result(TIMEOUT_S)
+
+
+def test_what_comes_in_the_middle_of_a_step_is_run_between_two_layers(
+    thread: EngineThread, counting: CountingEngine, output: Output
+) -> None:
+    seen: list[list[int]] = []
+
+    def in_layers() -> None:
+        assert counting.between_layers is not None
+        came = thread.submit(lambda engine: setattr(engine, "urgent", 1))
+        counting.between_layers()
+        assert came.done()
+        seen.append(list(output.positions))  # before the step's own token
+        counting.between_layers()
+
+    counting.in_layers = in_layers
+    thread.submit(give_work(1))
+    output.wait_for(2)
+
+    assert seen == [[-1]]
+    assert output.positions == [-1, 1]

@@ -70,7 +70,7 @@ class Bench:
     """A scheduler, its pool and what came out of it."""
 
     def __init__(
-        self, num_pages: int = 16, max_model_len: int = 1000, prefix_cache: bool = True, **config: int
+        self, num_pages: int = 16, max_model_len: int = 1000, prefix_cache: bool = True, **config: int | str
     ) -> None:
         self.allocator = PageAllocator(num_pages, PAGE_SIZE, prefix_cache)
         limits: dict[str, Any] = {"max_batch_size": 4, "max_batch_tokens": 8, **config}

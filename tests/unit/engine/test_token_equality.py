@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from core.clock import VirtualClock
 from core.request import SamplingParams, SequenceId, SequenceSpec
 from engine.config import EngineConfig
-from engine.engine import Engine
+from engine.engine import Engine, StepOutput
+from engine.model_runner import SpeedUps
 from engine.scheduler import StepPlan
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, generate_with, save_tiny_model
 
@@ -104,6 +105,50 @@ def test_preempted(family: str, example: Callable[[str], Example]) -> None:
     engine.check_integrity()
 
 
+@pytest.mark.parametrize(("family", "compiled"), [*((family, False) for family in FAMILIES), ("llama", True)])
+def test_held_up_between_two_layers(family: str, compiled: bool, example: Callable[[str], Example]) -> None:
+    """A long prompt's step lets an urgent prompt through after its first layer, and goes on."""
+    case = example(family)
+    engine = load(case.folder, page_size=4, max_batch_tokens=128, prefill_order="slack")
+    if compiled:
+        engine._runner.speed_up(SpeedUps(compile=True, graph_batch_size=0, max_model_len=128), backend="eager")
+        assert engine.modes().forward.compiled
+    clock = engine._clock
+    assert isinstance(clock, VirtualClock)
+    # A layer takes a second. At the end of the first one, its own share of such a step is just left.
+    own_s = engine.layout.num_layers * len(case.prompts[5]) / len(case.prompts[7])
+    urgent = replace(spec("urgent", case.prompts[5]), first_token_by=clock.now() + 1.5 + own_s)
+    outputs: dict[str, tuple[int, ...]] = {"long": (), "urgent": ()}
+    layers = 0
+
+    def book(output: StepOutput) -> None:
+        assert not output.failures
+        for chunk in output.chunks:
+            outputs[chunk.sequence_id] += chunk.token_ids
+
+    def between_layers() -> None:
+        nonlocal layers
+        layers += 1
+        clock.advance(1.0)
+        if layers == 1:
+            engine.add(urgent)
+            book(engine.step_urgent())
+            assert outputs["urgent"] == case.expected[5][:1]
+            assert outputs["long"] == ()
+            assert engine.step_urgent() == StepOutput(), "nobody else waits"
+
+    engine.between_layers = between_layers
+    engine.add(spec("long", case.prompts[7]))
+    book(engine.step())
+    assert outputs["long"] == case.expected[7][:1]
+    assert layers == engine.layout.num_layers
+    while engine.has_work:
+        book(engine.step())
+    assert outputs == {"long": case.expected[7], "urgent": case.expected[5]}
+    assert engine.num_urgent_steps == 1
+    engine.check_integrity()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_handed_over_between_two_engines(family: str, example: Callable[[str], Example]) -> None:
     """Prefilled on one engine, its pages copied byte by byte at the moment each layer is stored, decoded on another."""
@@ -133,22 +178,20 @@ class _Shipper:
 
     def __init__(self, source: Engine, target: Engine, target_pages: Sequence[int]) -> None:
         self._source, self._target, self._target_pages = source, target, target_pages
-        self._plan: StepPlan | None = None
 
     def sequence_started(self, spec: SequenceSpec, num_cached_tokens: int, page_ids: Sequence[int]) -> None:
         assert num_cached_tokens == 0
 
-    def step_planned(self, plan: StepPlan) -> None:
-        self._plan = plan
+    def step_planned(self, plan: StepPlan) -> Callable[[int], None]:
+        def layer_stored(layer: int) -> None:
+            size = self._source.layout.page_bytes(layer)
+            source, target = self._source.pool.layer_bytes(layer), self._target.pool.layer_bytes(layer)
+            for item in plan.items:
+                for i in range(item.start // 4, -(-(item.start + len(item.token_ids)) // 4)):
+                    page, other = item.page_ids[i] * size, self._target_pages[i] * size
+                    target[other : other + size] = source[page : page + size]
 
-    def layer_stored(self, layer: int) -> None:
-        assert self._plan is not None
-        size = self._source.layout.page_bytes(layer)
-        source, target = self._source.pool.layer_bytes(layer), self._target.pool.layer_bytes(layer)
-        for item in self._plan.items:
-            for i in range(item.start // 4, -(-(item.start + len(item.token_ids)) // 4)):
-                page, other = item.page_ids[i] * size, self._target_pages[i] * size
-                target[other : other + size] = source[page : page + size]
+        return layer_stored
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -123,9 +123,9 @@ class Bench:
     def step(self, start: int, count: int, *, samples: bool, page_ids: Sequence[int] = PAGES) -> None:
         tokens = SPEC.prompt_token_ids[start : start + count]
         item = StepItem(SPEC.sequence_id, tokens, start, tuple(page_ids), samples, SPEC.sampling, None, 10)  # type: ignore[arg-type]
-        self.worker.step_planned(StepPlan((item,)))
+        layer_stored = self.worker.step_planned(StepPlan((item,)))
         for layer in range(2):
-            self.worker.layer_stored(layer)
+            layer_stored(layer)
 
     def token(self, finish: FinishReason | None = None) -> None:
         assert self.worker.on_chunk(TokenChunk(SPEC.sequence_id, 0, (42,), finish_reason=finish, stats=STATS))
