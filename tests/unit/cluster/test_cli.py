@@ -55,6 +55,7 @@ async def door(service: Gateway) -> AsyncIterator[GrpcGateway]:
         service.config,
         service.clock,
         TLS,
+        service.requests,
     )
     await gateway.start()
     yield gateway
