@@ -7,6 +7,7 @@ const PERIOD_MS = 1000;
 const MAX_SAMPLES = 180;
 const MAX_REQUESTS = 40;
 const MAX_CHIPS = 12; // workers of one role that a cluster shows one by one
+const DEGRADED = 0.6; // a path that is believed to carry less than this of its configured capacity
 const MAX_WIRES = 64; // links between workers that a cluster shows one by one
 
 const TTFT_PARTS = ["receive", "tokenize", "admission", "siblings", "route", "retries", "messages", "pull", "prefill_queue", "prefill"];
@@ -33,7 +34,7 @@ function make(space, tag, attributes, children) {
     if (name === "style") Object.assign(node.style, value);
     else node.setAttribute(name, value === true ? "" : value);
   }
-  for (const child of [children].flat(2)) if (child !== null && child !== undefined && child !== "") node.append(child);
+  for (const child of [children].flat(Infinity)) if (child !== null && child !== undefined && child !== "") node.append(child);
   return node;
 }
 const h = (tag, attributes, ...children) => make(false, tag, attributes, children);
@@ -117,7 +118,7 @@ function spark(values) {
 
 // ---- topology ----
 
-const CHIP = { width: 132, height: 58, gap: 12 };
+const CHIP = { width: 124, height: 58, gap: 12 };
 
 function drawTopology(status) {
   const workers = status.workers || [];
@@ -199,7 +200,7 @@ function drawWire(link, where) {
   const bend = down ? (y2 - y1) / 2 : 26;
   const state = link.state === "failed" ? "failed" : link.throughput > 0 ? "busy" : "idle";
   const said = `${link.from_worker} to ${link.to_worker}: ${link.state}${link.reason ? `, ${link.reason}` : ""}, ${link.path || "no path yet"}, ${rate(link.throughput)} now, ${rate(link.rate)} expected`;
-  return s("path", { class: `wire ${state}`, d: `M${x1} ${y1}C${x1} ${y1 + bend} ${x2} ${y2 - (down ? bend : -26)} ${x2} ${y2}`, "stroke-width": state === "busy" ? 2.4 : 1.2 }, s("title", {}, said));
+  return s("path", { class: `wire ${state}`, d: `M${x1} ${y1}C${x1} ${y1 + bend} ${x2} ${y2 - (down ? bend : -26)} ${x2} ${y2}`, "stroke-width": state === "idle" ? 1.2 : 2.2 }, s("title", {}, said));
 }
 
 function drawWorker(worker, at) {
@@ -230,11 +231,14 @@ function drawPath(link, boxes, paths, labels) {
   const y1 = from.y + from.height / 2 + (right ? -14 : 22), y2 = to.y + to.height / 2 + (right ? -14 : 22);
   const bend = sameColumn ? 60 : (x2 - x1) / 2;
   const d = `M${x1} ${y1}C${x1 + bend} ${y1} ${x2 - (sameColumn ? -60 : bend)} ${y2} ${x2} ${y2}`;
-  const load = link.utilisation, failed = link.num_usable === 0;
-  const state = failed ? "failed" : load >= 0.9 ? "hot" : load >= 0.7 ? "warm" : "";
+  const failed = link.num_usable === 0;
+  const left = link.capacity && link.carries !== undefined ? link.carries / link.capacity : null; // of what it should carry
+  const degraded = !failed && left !== null && left < DEGRADED;
+  const load = degraded ? link.throughput / link.carries : link.utilisation;
+  const state = failed ? "failed" : degraded ? "degraded" : load >= 0.9 ? "hot" : load >= 0.7 ? "warm" : "";
   const wide = 3 + 9 * clamp(load || 0, 0, 1);
-  const said = failed ? "not used" : load === undefined ? "capacity not known" : `${share(load)} used`;
-  const more = failed ? `0 of ${link.num_links} pairs usable` : `${rate(link.throughput)} of ${rate(link.capacity ?? link.measured)}${link.rtt_s !== undefined ? ` · ${seconds(link.rtt_s)}` : ""}`;
+  const said = failed ? "not used" : degraded ? `degraded to ${share(left)}` : load === undefined ? "capacity not known" : `${share(load)} used`;
+  const more = failed ? `0 of ${link.num_links} pairs usable` : `${rate(link.throughput)} of ${rate(degraded ? link.carries : link.capacity ?? link.measured)}${link.rtt_s !== undefined ? ` · ${seconds(link.rtt_s)}` : ""}`;
   const title = `${link.from_cluster} to ${link.to_cluster}: ${said}, ${more}, believed ${rate(link.carries)}, ${link.num_usable} of ${link.num_links} pairs usable, ${bytes(link.bytes_queued)} queued`;
   const x = (x1 + x2) / 2, y = (y1 + y2) / 2;
   paths.append(s("path", { class: `path ${state}`, d, "stroke-width": wide }, s("title", {}, title)));
@@ -339,7 +343,7 @@ function drawRequests(requests) {
   const longest = Math.max(...shown.map((r) => r.total_s)) || 1;
   const open = new Set([...$("timeline").querySelectorAll("details[open]")].map((d) => d.dataset.request));
   const ticks = [0, 0.25, 0.5, 0.75, 1].map((x) => h("span", {}, seconds(x * longest)));
-  const axis = h("div", { class: "axis", "aria-hidden": "true" }, h("span", {}, "ended"), h("span", {}, "request"), h("span", {}, "outcome"), h("span", { class: "ticks" }, ticks), h("span", {}, "tokens in/out"), h("span", {}, "first"), h("span", {}, "all"));
+  const axis = h("div", { class: "axis", "aria-hidden": "true" }, h("span", {}, "ended"), h("span", {}, "request"), h("span", {}, "outcome"), h("span", { class: "ticks" }, ticks), h("span", { class: "num" }, "tokens in/out"), h("span", { class: "num" }, "first"), h("span", { class: "num" }, "all"));
   replace($("timeline"), axis, ...shown.map((r) => drawRequest(r, longest, open.has(r.request_id))));
 }
 
