@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
@@ -19,7 +20,8 @@ from typing import Annotated, NoReturn, cast
 
 import grpc
 import typer
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 
 from cluster.bench_command import EPILOG as BENCH_EPILOG
@@ -53,6 +55,7 @@ from cluster.tables import (
     timing_table,
     worker_table,
 )
+from cluster.top_frame import frame
 from cluster.version import version
 from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
 from core.prefix_hash import tenant_of
@@ -62,6 +65,7 @@ from protos import serving_pb2_grpc as rpc
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 _INFO_TIMEOUT_S = 10.0
 _INTERRUPTED = 130
+_TOP_REQUESTS = 40  # that `top` asks for; percentiles are of these
 _PIPE_COLUMNS = 160  # a table that is read by a program must not be folded
 
 app = typer.Typer(
@@ -243,6 +247,33 @@ def status(
         if any(sample.change for sample in info.plan.history):
             console.print()
             console.print(plan_history_table(info.plan.history))
+
+
+@app.command(epilog="Example: prfaas top --address gateway:9000 --interval 2")
+def top(
+    address: Address = DEFAULT_ADDRESS,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one look and end.")] = False,
+) -> None:
+    """Watch a service: workers, links, threshold and roles, and where each second of the last requests went.
+
+    The same as the page at / of the service's HTTP door. Ctrl-C ends it.
+    """
+    console = Console() if sys.stdout.isatty() else Console(width=_PIPE_COLUMNS)
+
+    def look(stub: rpc.GenerationStub) -> Group:
+        info = stub.GetClusterInfo(pb.GetClusterInfoRequest(), timeout=_INFO_TIMEOUT_S)
+        recent = stub.GetRecentRequests(pb.GetRecentRequestsRequest(limit=_TOP_REQUESTS), timeout=_INFO_TIMEOUT_S)
+        return frame(info, recent.requests)
+
+    with _service(address) as stub:
+        if once:
+            console.print(look(stub))
+            return
+        with Live(look(stub), console=console, screen=sys.stdout.isatty(), auto_refresh=False) as live:
+            pause = threading.Event()
+            while not pause.wait(interval):
+                live.update(look(stub), refresh=True)
 
 
 def _routing_lines(info: pb.GetClusterInfoResponse) -> Iterator[str]:

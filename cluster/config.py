@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster import config_schema
+from cluster.log_format import LOG_FORMATS, TEXT
 from cluster.planning_policy import PlannerSettings
 from cluster.routing_policy import COLOCATE, POLICIES, RoutingSettings
 from cluster.yaml_source import overridden, read_yaml
@@ -33,6 +34,7 @@ OTHER_TENANTS = "other"  # what metrics call those that ``admission.tenant_weigh
 UNSALTED = "unsalted"  # what ``admission.tenant_weights`` calls requests without a cache_salt
 CLUSTER_SEPARATOR = "/"  # in names of workers, between the cluster's and the worker's
 _DEFAULT_CLUSTER = "local"
+_OTLP_ENDPOINT = re.compile(r"https?://[^\s/:]+(?::[0-9]{1,5})?/?|https?://\[[0-9A-Fa-f:.]+\](?::[0-9]{1,5})?/?")
 _HOST_AND_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 
 
@@ -265,11 +267,14 @@ class HttpConfig:
     host: address to listen on; ``0.0.0.0``: every interface. There is no authentication.
     port: TCP port; 0: any free one.
     max_body_bytes: larger request bodies get 413.
+    page: whether the page at ``/`` is served, and the list of recent requests that it shows (``/requests``: ids, counts
+        and seconds, no text).
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     max_body_bytes: int = 8 << 20
+    page: bool = True
 
     def __post_init__(self) -> None:
         _require_address("http", self.host, self.port)
@@ -292,6 +297,27 @@ class GrpcConfig:
     def __post_init__(self) -> None:
         _require_address("grpc", self.host, self.port)
         _require(self.max_message_bytes >= 1, "grpc.max_message_bytes", "must be at least 1", self.max_message_bytes)
+
+
+@dataclass(frozen=True)
+class TracingConfig:
+    """Traces of requests over every process, for an OpenTelemetry collector (docs/observability.md). Needs the extra
+    ``otel``.
+
+    endpoint: URL of the collector's OTLP/gRPC receiver, ``http://127.0.0.1:4317``, or https; null: nothing is traced.
+    sample_ratio: share of requests that are traced, of those whose client does not say so itself (``traceparent``).
+    service_name: what the collector calls this service.
+    """
+
+    endpoint: str | None = None
+    sample_ratio: float = 0.01
+    service_name: str = "prfaas"
+
+    def __post_init__(self) -> None:
+        ok = self.endpoint is None or _OTLP_ENDPOINT.fullmatch(self.endpoint) is not None
+        _require(ok, "tracing.endpoint", "must be null or http://host:port or https://host:port", self.endpoint)
+        _require(0 <= self.sample_ratio <= 1, "tracing.sample_ratio", "must be from 0 to 1", self.sample_ratio)
+        _require(bool(self.service_name), "tracing.service_name", "must not be empty", self.service_name)
 
 
 @dataclass(frozen=True)
@@ -363,6 +389,8 @@ class ServiceConfig:
     drain_timeout_s: seconds that running requests get to finish when the service is told to stop.
     start_timeout_s: seconds that the workers get to load the model.
     log_level: the least severe messages that are logged.
+    log_format: ``text``, or ``json``: one object a line, with the request's id where a line is about one.
+    log_requests: whether each process logs a line for each sequence that it is done with.
     """
 
     model: str
@@ -384,10 +412,13 @@ class ServiceConfig:
     http: HttpConfig = field(default_factory=HttpConfig)
     grpc: GrpcConfig = field(default_factory=GrpcConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    tracing: TracingConfig = field(default_factory=TracingConfig)
     plan: dict[str, object] = field(default_factory=dict)
     drain_timeout_s: float = 6.0
     start_timeout_s: float = 600.0
     log_level: str = "info"
+    log_format: str = TEXT
+    log_requests: bool = False
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "model", "must not be empty", self.model)
@@ -397,6 +428,7 @@ class ServiceConfig:
         _require(self.drain_timeout_s >= 0, "drain_timeout_s", "must be at least 0 s", self.drain_timeout_s)
         _require(self.start_timeout_s > 0, "start_timeout_s", "must be above 0 s", self.start_timeout_s)
         _require_word(self.log_level in LOG_LEVELS, "log_level", LOG_LEVELS, self.log_level)
+        _require_word(self.log_format in LOG_FORMATS, "log_format", LOG_FORMATS, self.log_format)
         if self.join:
             self._check_join()
         else:
@@ -468,6 +500,9 @@ class WorkerConfig:
     control: ControlConfig = field(default_factory=ControlConfig)
     credentials: Credentials | None = None
     log_level: str = "info"
+    log_format: str = TEXT
+    log_requests: bool = False
+    tracing: TracingConfig = field(default_factory=TracingConfig)
 
 
 CHOICES: config_schema.Choices = {
@@ -485,6 +520,7 @@ CHOICES: config_schema.Choices = {
     (PlannerConfig, "mode"): PLANNER_MODES,
     (PlannerConfig, "initial"): INITIAL_ROLES,
     (ServiceConfig, "log_level"): LOG_LEVELS,
+    (ServiceConfig, "log_format"): LOG_FORMATS,
 }
 
 

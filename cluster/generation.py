@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 from cluster.config import ServiceConfig
 from cluster.front_door import ClusterMembership, Door, RequestRouter
-from cluster.metrics import Metrics, Outcome, RequestRecord, SloResult
+from cluster.metrics import Metrics, Outcome, RequestRecord, RequestWatcher, SloResult
 from cluster.stop_strings import StopStrings
 from cluster.tokenizer import ChatMessage, Tokenizer
 from cluster.view import ModelInfo
@@ -40,6 +40,15 @@ from core.request import (
     SamplingParams,
     Slo,
     TokenLogprob,
+)
+from core.tracing import (
+    TRACING_OFF,
+    AttributeValue,
+    Span,
+    SpanKind,
+    TraceContext,
+    Tracing,
+    record_steps,
 )
 
 # Above this many characters a prompt is tokenised on a thread: megabytes take seconds, in which no token would be sent.
@@ -88,6 +97,7 @@ class TextRequest:
     deadline_at: float | None = None
     slo: Slo = NO_SLO  # what the client asked for; the rest is the configuration's
     priority: int = 0
+    trace_parent: TraceContext | None = None  # the client's span, if it named one
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +107,7 @@ class PreparedRequest:
     request: GenerateRequest
     door: Door
     tokenize_s: float
+    trace_parent: TraceContext | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +170,10 @@ class Generation:
         config: ServiceConfig,
         clock: Clock,
         seeds: Callable[[], int] = draw_seed,
+        tracing: Tracing = TRACING_OFF,
+        watchers: Sequence[RequestWatcher] = (),
     ) -> None:
+        """``watchers`` hear of each request that has ended, besides ``metrics``."""
         self._router = router
         self._membership = membership
         self._tokenizer = tokenizer
@@ -168,6 +182,8 @@ class Generation:
         self._admission = config.admission
         self._clock = clock
         self._seeds = seeds
+        self._tracing = tracing
+        self._watchers = watchers
 
     @property
     def has_chat_template(self) -> bool:
@@ -238,8 +254,9 @@ class Generation:
             slo=self._admission.slo_for(request.slo),
             priority=request.priority,
             tokenize_s=tokenize_s,
+            trace=self._tracing.root(request.trace_parent),
         )
-        return PreparedRequest(generate, request.door, tokenize_s)
+        return PreparedRequest(generate, request.door, tokenize_s, request.trace_parent)
 
     async def stream(self, prepared: PreparedRequest) -> AsyncGenerator[TextChunk, None]:
         """Text of all n continuations as it comes; each ends with one chunk that has ``finish``.
@@ -264,13 +281,45 @@ class Generation:
             outcome = Outcome.OK if progress.finished else Outcome.of(error)
             raise
         finally:
-            tenant = self._admission.label_of(tenant_of(request.salt))
-            self._metrics.observe(progress.record(prepared.door, outcome, self._clock.now(), tenant))
+            self._note_end(progress.record(prepared.door, outcome, self._clock.now(), self._tenant(request)), prepared)
+
+    def _tenant(self, request: GenerateRequest) -> str:
+        return self._admission.label_of(tenant_of(request.salt))
+
+    def _note_end(self, record: RequestRecord, prepared: PreparedRequest) -> None:
+        self._metrics.observe(record)
+        for watcher in self._watchers:
+            watcher.observe(record)
+        trace, began_at = prepared.request.trace, prepared.request.arrived_at
+        if trace is None:
+            return
+        tracer = self._tracing.tracer
+        parts = record.timings[0].ttft_parts if record.timings else None
+        if parts is not None:
+            steps = ("receive", "tokenize", "admission", "siblings", "route")
+            record_steps(tracer, trace, began_at, {name: getattr(parts, f"{name}_s") for name in steps})
+        error = "" if record.outcome is Outcome.OK else record.outcome.value
+        ended_at, attributes = began_at + record.e2e_s, _span_attributes(record)
+        tracer.record(
+            Span("request", trace, prepared.trace_parent, began_at, ended_at, SpanKind.SERVER, attributes, error)
+        )
 
     def _encode(self, prompt: TextPrompt | ChatPrompt, field: str, add_special_tokens: bool) -> tuple[int, ...]:
         if isinstance(prompt, ChatPrompt):
             return self._tokenizer.encode_chat(prompt.messages, field=field)
         return self._tokenizer.encode(prompt.text, field=field, add_special_tokens=add_special_tokens)
+
+
+def _span_attributes(record: RequestRecord) -> dict[str, AttributeValue]:
+    return {
+        "prfaas.request_id": record.request_id,
+        "prfaas.door": record.door.value,
+        "prfaas.outcome": record.outcome.value,
+        "prfaas.tenant": record.tenant,
+        "prfaas.prompt_tokens": record.prompt_tokens,
+        "prfaas.cached_tokens": record.cached_tokens,
+        "prfaas.generated_tokens": record.generated_tokens,
+    }
 
 
 class _Progress:
@@ -299,6 +348,10 @@ class _Progress:
             slo_result=self._slo_result(outcome),
             timings=tuple(c.timing for c in self.continuations if c.timing is not None),
             tenant=tenant,
+            request_id=request.request_id,
+            ended_at=now,
+            trace=request.trace,
+            tokenize_s=request.tokenize_s,
         )
 
     def _slo_result(self, outcome: Outcome) -> SloResult | None:

@@ -16,7 +16,6 @@ import logging
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import asdict
 from typing import Any
 
 import grpc
@@ -35,6 +34,7 @@ from cluster.cluster_info import (
 from cluster.cluster_links import by_cluster_pair
 from cluster.config import ServiceConfig
 from cluster.cost_model import cost_lines
+from cluster.finished_requests import RecentRequests
 from cluster.front_door import (
     ClusterMembership,
     Door,
@@ -57,6 +57,7 @@ from cluster.generation import (
     TokenText,
 )
 from cluster.internal_tls import TlsDecision
+from cluster.request_info import recent_request, timing_breakdown
 from cluster.tokenizer import ChatMessage
 from cluster.version import version
 from core.clock import Clock
@@ -72,9 +73,11 @@ from core.errors import (
     TransferError,
     UnknownModel,
 )
-from core.request import RequestId, RequestTiming, SamplingParams, Slo
+from core.request import RequestId, SamplingParams, Slo
+from core.tracing import TraceContext
 from protos import serving_pb2 as pb
 from protos import serving_pb2_grpc as rpc
+from protos.trace_metadata import trace_of
 
 logger = logging.getLogger(__name__)
 
@@ -114,10 +117,13 @@ class GrpcGateway:
         config: ServiceConfig,
         clock: Clock,
         internal_tls: TlsDecision,
+        requests: RecentRequests,
     ) -> None:
         self._membership = membership
         self._config = config.grpc
-        self._servicer = GenerationServicer(generation, router, membership, links, planner, config, clock, internal_tls)
+        self._servicer = GenerationServicer(
+            generation, router, membership, links, planner, config, clock, internal_tls, requests
+        )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
         self._server: grpc.aio.Server | None = None
         self._health_task: asyncio.Task[None] | None = None
@@ -132,6 +138,10 @@ class GrpcGateway:
     def cluster_info(self) -> pb.GetClusterInfoResponse:
         """What ``GetClusterInfo`` answers, for the other door."""
         return self._servicer.cluster_info()
+
+    def recent_requests(self, limit: int) -> pb.GetRecentRequestsResponse:
+        """What ``GetRecentRequests`` answers, likewise."""
+        return self._servicer.recent_requests(limit)
 
     async def start(self) -> None:
         """Bind and serve; ``InvalidConfig`` if the address cannot be had."""
@@ -189,6 +199,7 @@ class GenerationServicer(rpc.GenerationServicer):
         config: ServiceConfig,
         clock: Clock,
         internal_tls: TlsDecision,
+        requests: RecentRequests,
     ) -> None:
         self._planner = planner
         self._generation = generation
@@ -198,13 +209,14 @@ class GenerationServicer(rpc.GenerationServicer):
         self._config = config
         self._clock = clock
         self._internal_tls = internal_tls
+        self._requests = requests
         self._started_at = clock.now()
 
     async def Generate(self, request: pb.GenerateRequest, context: _Context) -> None:  # noqa: N802
         """Stream chunks and one final message per continuation."""
         async with _errors_as_statuses(context):
             try:
-                text_request = self._parse(request, context.time_remaining())
+                text_request = self._parse(request, context.time_remaining(), trace_of(context.invocation_metadata()))
             except PrfaasError as error:
                 self._generation.refuse(Door.GRPC, error)
                 raise
@@ -281,6 +293,20 @@ class GenerationServicer(rpc.GenerationServicer):
             plan=plan_info(self._planner.status, now),
         )
 
+    async def GetRecentRequests(  # noqa: N802
+        self, request: pb.GetRecentRequestsRequest, context: _Context
+    ) -> pb.GetRecentRequestsResponse:
+        """The latest requests that have ended, and where their seconds went."""
+        async with _errors_as_statuses(context):
+            return self.recent_requests(request.limit)
+
+    def recent_requests(self, limit: int) -> pb.GetRecentRequestsResponse:
+        """The same, for whoever is in this process."""
+        now = self._clock.now()
+        return pb.GetRecentRequestsResponse(
+            requests=[recent_request(record, now) for record in self._requests.latest(limit)]
+        )
+
     async def CheckLinks(self, _: pb.CheckLinksRequest, context: _Context) -> None:  # noqa: N802
         """Test every link now; one message for each, as its test ends."""
         async with _errors_as_statuses(context):
@@ -291,7 +317,9 @@ class GenerationServicer(rpc.GenerationServicer):
         """End a running request by its id."""
         return pb.AbortResponse(found=self._router.abort(RequestId(request.request_id)))
 
-    def _parse(self, request: pb.GenerateRequest, time_remaining_s: float | None) -> TextRequest:
+    def _parse(
+        self, request: pb.GenerateRequest, time_remaining_s: float | None, trace_parent: TraceContext | None
+    ) -> TextRequest:
         self._check_size(request)
         prompt, field = _parse_prompt(request)
         now = self._clock.now()
@@ -310,6 +338,7 @@ class GenerationServicer(rpc.GenerationServicer):
                 tpot_s=request.slo_tpot_s if request.HasField("slo_tpot_s") else None,
             ),
             priority=request.priority,
+            trace_parent=trace_parent,
         )
 
     def _check_size(self, request: pb.GenerateRequest | pb.TokenizeRequest | pb.DetokenizeRequest) -> None:
@@ -416,7 +445,7 @@ def _messages(prepared: PreparedRequest, chunk: TextChunk) -> list[pb.GenerateRe
                 completion_tokens=chunk.num_output_tokens,
                 cached_tokens=chunk.cached_tokens,
             ),
-            timing=_timing(chunk.finish.timing, prepared.tokenize_s),
+            timing=timing_breakdown(chunk.finish.timing, prepared.tokenize_s),
         )
         if chunk.finish.stop_string is not None:
             complete.stop_string = chunk.finish.stop_string
@@ -433,45 +462,4 @@ def _logprob(entry: LogprobText) -> pb.OutputLogprob:
     chosen = entry.chosen
     return pb.OutputLogprob(
         token_id=chosen.token_id, logprob=chosen.logprob, token=chosen.text, top=[top(token) for token in entry.top]
-    )
-
-
-def _timing(timing: RequestTiming | None, tokenize_s: float) -> pb.TimingBreakdown:
-    if timing is None:
-        return pb.TimingBreakdown(tokenize_s=tokenize_s)
-    return pb.TimingBreakdown(
-        prefill_worker=timing.prefill_worker or "",
-        decode_worker=timing.decode_worker or "",
-        tokenize_s=tokenize_s,
-        route_s=timing.route_s,
-        prefill_queue_s=timing.prefill_queue_s,
-        prefill_s=timing.prefill_s,
-        transfer_s=timing.transfer_s,
-        exposed_transfer_s=timing.exposed_transfer_s,
-        decode_queue_s=timing.decode_queue_s,
-        decode_s=timing.decode_s,
-        ttft_s=timing.ttft_s,
-        total_s=timing.total_s,
-        bytes_shipped=timing.bytes_shipped,
-        num_attempts=timing.num_attempts,
-        route_reason=timing.route_reason,
-        decode_cached_tokens=timing.decode_cached_tokens,
-        num_preemptions=timing.num_preemptions,
-        pull_outcome=timing.pull_outcome,
-        pulled_tokens=timing.pulled_tokens,
-        bytes_pulled=timing.bytes_pulled,
-        pull_s=timing.pull_s,
-        admission_s=timing.admission_s,
-        slo_ttft_met=timing.slo_ttft_met,
-        slo_tpot_met=timing.slo_tpot_met,
-        slo_miss_expected=timing.slo_miss_expected,
-        tpot_s=timing.tpot_s,
-        fallback=timing.fallback,
-        expected_ttft_s=timing.expected_ttft_s,
-        expected_tpot_s=timing.expected_tpot_s,
-        expected_bytes_shipped=timing.expected_bytes_shipped,
-        colocated_ttft_s=timing.colocated_ttft_s,
-        colocated_tpot_s=timing.colocated_tpot_s,
-        ttft_parts=None if timing.ttft_parts is None else pb.TtftParts(**asdict(timing.ttft_parts)),
-        ttst_parts=None if timing.ttst_parts is None else pb.TtstParts(**asdict(timing.ttst_parts)),
     )

@@ -1,6 +1,6 @@
 """The HTTP door: OpenAI's /v1/chat/completions, /v1/completions, /v1/responses and /v1/models, Anthropic's
-/v1/messages, vLLM's /tokenize and /detokenize, and what operators ask for: /health, /live, /metrics, /version, and
-/status, which is the JSON of ``prfaas status --json``.
+/v1/messages, vLLM's /tokenize and /detokenize, and what operators ask for: /health, /live, /metrics, /version, /status,
+which is the JSON of ``prfaas status --json``, and the page at / (page.py).
 
 The life of a generating request here:
 1. The body is read up to ``http.max_body_bytes`` and understood by its API (``openai_api``, ``responses_api``,
@@ -40,6 +40,7 @@ from cluster.config import ServiceConfig
 from cluster.front_door import ClusterMembership, Door, RequestRouter, not_ready_reason, retry_after
 from cluster.generation import Finish, Generation, LogprobText, PreparedRequest, TextChunk, TextRequest
 from cluster.metrics import Metrics
+from cluster.page import Recent, add_page
 from cluster.version import version
 from core.clock import Clock, unix_time
 from core.errors import (
@@ -55,6 +56,7 @@ from core.errors import (
     UnknownModel,
 )
 from core.request import MAX_PRIORITY, RequestId, Slo
+from core.tracing import TRACEPARENT, TraceContext
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ _MAX_DRAINED_BODIES = 8  # a body that is too large is read on to that many time
 _NO_ROUTE_RETRY_AFTER_S = 1
 _REQUEST_ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:+=@/")
 _MAX_REQUEST_ID_CHARS = 128
+_REQUEST_ID = "prfaas.request_id"  # in the ASGI scope
 
 
 Describe = Callable[[], dict[str, object]]  # the service's workers, links and plan, as JSON
@@ -137,10 +140,13 @@ class HttpGateway:
         config: ServiceConfig,
         clock: Clock,
         describe: Describe,
+        recent: Recent,
     ) -> None:
-        """``describe``: what GET /status answers."""
+        """``describe``: what GET /status answers; ``recent``: what GET /requests does."""
         self._config = config.http
         app = make_app(generation, router, membership, metrics, config, clock, describe)
+        if config.http.page:
+            add_page(app, recent)
         self._server = _Server(
             uvicorn.Config(
                 app,
@@ -399,7 +405,9 @@ class _Answer(Response):
 
     async def _prepare(self, call: openai_api.Call, asked: _Objectives, arrived_at: float) -> list[PreparedRequest]:
         """Every prompt, checked before any of them starts."""
-        name = f"http-{uuid.uuid4().hex}"
+        # What the client calls it may come twice at once; this does not, and is found by the client's name.
+        name = f"{self._request.scope[_REQUEST_ID]}-{uuid.uuid4().hex[:8]}"
+        trace_parent = TraceContext.parse(self._request.headers.get(TRACEPARENT, ""))
         many = len(call.prompts) > 1
         requests = [
             TextRequest(
@@ -413,6 +421,7 @@ class _Answer(Response):
                 salt=call.salt,
                 slo=asked.slo,
                 priority=call.priority if asked.priority is None else asked.priority,
+                trace_parent=trace_parent,
             )
             for position, prompt in enumerate(call.prompts)
         ]
@@ -707,7 +716,8 @@ class _RequestIds:
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         usable = 0 < len(given) <= _MAX_REQUEST_ID_CHARS and _REQUEST_ID_CHARS.issuperset(given)
-        header = (b"x-request-id", (given if usable else uuid.uuid4().hex).encode())
+        scope[_REQUEST_ID] = given if usable else uuid.uuid4().hex
+        header = (b"x-request-id", scope[_REQUEST_ID].encode())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -31,15 +31,18 @@ from cluster.catalogue import load_catalogue
 from cluster.config import ServiceConfig
 from cluster.cost_recorder import CostRecorder
 from cluster.demand import DemandMeter
+from cluster.finished_requests import RecentRequests, RequestLog
 from cluster.front_door import no_usable_link_reason
 from cluster.generation import Generation
 from cluster.grpc_gateway import GrpcGateway
 from cluster.http_gateway import HttpGateway
 from cluster.internal_tls import InternalTls, IssueProof, TlsDecision
 from cluster.link_tester import LinkTester, PairResult
+from cluster.log_format import configure_logging
 from cluster.membership import Membership
 from cluster.message_json import as_dict
 from cluster.metrics import Metrics
+from cluster.otlp import open_tracing
 from cluster.planner import Planner
 from cluster.router import Router
 from cluster.routing_policy import make_policy
@@ -48,13 +51,13 @@ from cluster.view import ClusterView
 from core.clock import Clock, WallClock
 from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
 from core.request import ClusterId, GatewayId, Role
+from core.tracing import TRACING_OFF
 from protos.channels import InternalGrpc
 
 logger = logging.getLogger(__name__)
 
 EXIT_OK, EXIT_FAILED, EXIT_WRONG_INPUT = 0, 1, 2
 
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 _CHECK_INTERVAL_S = 0.25  # how often the start looks for workers that failed
 _DOOR_GRACE_S = 0.5  # for answers that are written already; requests were drained before
 _EVERY_INTERFACE = ("0.0.0.0", "::", "[::]")
@@ -115,7 +118,8 @@ def serve(config: ServiceConfig, on_ready: OnReady | None = None) -> int:
 
 def run(config: ServiceConfig, serving: Coroutine[Any, Any, None]) -> int:
     """Run to its end what ``config`` describes; the process's exit code, as ``serve`` says."""
-    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format=_LOG_FORMAT)
+    process = f"cluster {config.cluster_id}" if config.join else "gateway"
+    configure_logging(config.log_level, config.log_format, config.log_requests, process)
     try:
         asyncio.run(serving)
     except (InvalidConfig, UnsupportedModel) as error:
@@ -194,6 +198,8 @@ class _Service:
         self._clock = clock
         self._signals = signals
         self._opened = AsyncExitStack()
+        self._gateway_id = GatewayId(f"gateway-{uuid4().hex[:8]}")
+        self._tracing = TRACING_OFF
         self._router: Router | None = None
         self._endpoints: Endpoints | None = None
 
@@ -203,13 +209,14 @@ class _Service:
         return self._endpoints
 
     async def start(self) -> None:
+        self._open_tracing()
         cluster = await self.start_workers()
         await self._wait_for_links(cluster)
         await self._open_doors(cluster)
 
     async def start_workers(self) -> _Cluster:
         """Steps 1 to 4, without the links."""
-        config, gateway_id = self._config, GatewayId(f"gateway-{uuid4().hex[:8]}")
+        config, gateway_id = self._config, self._gateway_id
         began_at = self._clock.now()
         folder = await resolve_model(config.model, config.model_cache_dir)
         self._opened.push_async_callback(self._stop_fleet)
@@ -262,23 +269,52 @@ class _Service:
         demand = DemandMeter(self._clock, config.planner.demand_window_s)
         policy = make_policy(config.router.policy, config.router.routing)
         gateway_id, admission = cluster.gateway_id, config.admission
-        router = Router(membership, policy, config.router, self._clock, gateway_id, admission, demand)
+        router = Router(membership, policy, config.router, self._clock, gateway_id, admission, demand, self._tracing)
         self._router = router
         self._opened.push_async_callback(router.drain, 0.0)
         planner = self._plan(cluster, router, demand)
         metrics = Metrics(membership, router, config.kv_transfer.capacity, planner)
-        generation = Generation(router, membership, cluster.tokenizer, metrics, config, self._clock)
-        grpc = GrpcGateway(generation, router, membership, cluster.tester, planner, config, self._clock, cluster.tls)
+        requests = RecentRequests()
+        generation = Generation(
+            router,
+            membership,
+            cluster.tokenizer,
+            metrics,
+            config,
+            self._clock,
+            tracing=self._tracing,
+            watchers=(requests, RequestLog()),
+        )
+        grpc = GrpcGateway(
+            generation, router, membership, cluster.tester, planner, config, self._clock, cluster.tls, requests
+        )
         self._opened.push_async_callback(grpc.stop, _DOOR_GRACE_S)
         await grpc.start()
         http = HttpGateway(
-            generation, router, membership, metrics, config, self._clock, lambda: as_dict(grpc.cluster_info())
+            generation,
+            router,
+            membership,
+            metrics,
+            config,
+            self._clock,
+            lambda: as_dict(grpc.cluster_info()),
+            lambda limit: as_dict(grpc.recent_requests(limit)),
         )
         self._opened.push_async_callback(http.stop, _DOOR_GRACE_S)
         await http.start()
         self._endpoints = Endpoints(
             http=f"http://{_authority(config.http.host, http.port)}", grpc=_authority(config.grpc.host, grpc.port)
         )
+
+    def _open_tracing(self) -> None:
+        """First, because what is wrong with it should be said before a model is loaded; hence it is closed last."""
+        self._tracing, otlp = open_tracing(
+            self._config.tracing,
+            self._clock,
+            {"service.instance.id": self._gateway_id, "prfaas.cluster": self._config.cluster_id},
+        )
+        if otlp is not None:
+            self._opened.push_async_callback(asyncio.to_thread, otlp.close)
 
     def _plan(self, cluster: _Cluster, router: Router, demand: DemandMeter) -> Planner:
         """A planner at work; it ends before the workers do."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -31,7 +32,8 @@ from cluster.version import version
 from cluster.view import WorkerView
 from core.errors import Cancelled, DeadlineExceeded, InvalidRequest, NoRoute, Overloaded
 from core.latency_parts import TtftParts, TtstParts
-from core.request import RequestTiming
+from core.request import RequestId, RequestTiming
+from core.tracing import TraceContext
 
 
 class Outcome(StrEnum):
@@ -92,6 +94,9 @@ class SloResult(StrEnum):
         return cls.TPOT_MISSED if tpot_missed else cls.MET
 
 
+_NO_REQUEST = RequestId("")
+
+
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
     """One request when it has ended; ``tpot_s`` has an entry for each continuation of two tokens or more."""
@@ -107,6 +112,18 @@ class RequestRecord:
     slo_result: SloResult | None = None  # None: it had no objective
     timings: tuple[RequestTiming, ...] = ()  # of continuations that ended well
     tenant: str = OTHER_TENANTS  # as AdmissionConfig.label_of names it
+    request_id: RequestId = _NO_REQUEST
+    ended_at: float = 0.0  # on the gateway's Clock
+    trace: TraceContext | None = None
+    tokenize_s: float = 0.0
+
+
+class RequestWatcher(Protocol):
+    """Hears of every request that has ended, once it was prepared."""
+
+    def observe(self, record: RequestRecord) -> None:
+        """It has ended. Must be quick and must not raise."""
+        ...
 
 
 def forecast_errors(timing: RequestTiming) -> dict[str, float]:

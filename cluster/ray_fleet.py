@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.certificates import private_files
 from cluster.config import PoolConfig, ServiceConfig, WorkerConfig
 from cluster.internal_tls import IssueProof, Proof
+from cluster.log_format import configure_logging
 from core.credentials import Credentials, Pem
 from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
 from core.request import ClusterId, Role, WorkerId
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from cluster.worker_host import WorkerHost
 
 logger = logging.getLogger(__name__)
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 _IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a submitted job
 _CONNECT_TIMEOUT_S = 5.0
@@ -185,7 +183,7 @@ class WorkerActor:
 
     def __init__(self, config: ServiceConfig, role: Role, worker_id: WorkerId, registry: str, proof: Proof) -> None:
         os.environ.pop("OMP_NUM_THREADS", None)
-        logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format=LOG_FORMAT)
+        configure_logging(config.log_level, config.log_format, config.log_requests, worker_id)
         self._host: WorkerHost | None = None
         self._failure: StartFailure | None = None
         self._files = ExitStack()
@@ -231,6 +229,9 @@ def worker_config(
         control=config.control,
         credentials=credentials,
         log_level=config.log_level,
+        log_format=config.log_format,
+        log_requests=config.log_requests,
+        tracing=config.tracing,
     )
 
 

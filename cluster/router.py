@@ -77,6 +77,8 @@ from core.request import (
     WorkerId,
     sequence_id,
 )
+from core.request_log import about
+from core.tracing import TRACING_OFF, AttributeValue, Span, SpanKind, TraceContext, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +136,11 @@ class Router:
         gateway_id: GatewayId,
         admission: AdmissionConfig | None = None,
         observer: RequestObserver | None = None,
+        tracing: Tracing = TRACING_OFF,
     ) -> None:
         """``admission`` None: its defaults."""
         self._observer = observer
+        self._tracer = tracing.tracer
         self._membership = membership
         self._policy = policy
         self._config = config
@@ -388,7 +392,8 @@ class Router:
                             yield last
                     return
         finally:
-            self._end(continuation, "the request was ended by its client, its deadline or a failure")
+            reason = "the request was ended by its client, its deadline or a failure"
+            self._end(continuation, reason, error=reason)
 
     async def _finish(
         self, flight: _Flight, continuation: _Continuation, attempt: _Attempt, stage: Role, chunk: TokenChunk
@@ -446,7 +451,8 @@ class Router:
             prefill.open_sequence(spec.sequence_id, deliver, Assignment(num_uncached))
         attempt.announcing = self._spawn(self._announce(continuation, attempt))
         if continuation.num_attempts > 1:
-            logger.info("sequence %s: attempt %d: %s", spec.sequence_id, continuation.num_attempts, route.reason)
+            said = "sequence %s: attempt %d: %s"
+            logger.info(said, spec.sequence_id, continuation.num_attempts, route.reason, extra=about(spec.sequence_id))
 
     async def _find_route(self, flight: _Flight, continuation: _Continuation) -> Route | None:
         """A route, waited for if need be; None if the continuation was stopped first."""
@@ -578,7 +584,7 @@ class Router:
             blamed, message, label = stage, f"worker {event.worker_id} lost: {event.reason}", f"{stage}_lost"
         else:
             blamed, message, label = event.stage, event.message, f"{event.stage}_failed"
-        self._end(continuation, f"another attempt replaces it: {message}")
+        self._end(continuation, f"another attempt replaces it: {message}", error=message)
         if isinstance(event, SequenceFailure) and not event.retryable:
             raise SequenceFailed(message, retryable=False)
         if continuation.num_attempts >= self._config.max_attempts:
@@ -593,16 +599,20 @@ class Router:
             continuation.num_tokens,
             label,
             message,
+            extra=about(attempt.spec.sequence_id),
         )
 
-    def _end(self, continuation: _Continuation, reason: str) -> None:
-        """The attempt is over here; whatever its workers may still hold of it is aborted. Again: nothing."""
+    def _end(self, continuation: _Continuation, reason: str, error: str = "") -> None:
+        """The attempt is over here; whatever its workers may still hold of it is aborted. Again: nothing. ``error``:
+        why it did not bring the end of its sequence; empty: it did."""
         attempt = continuation.attempt
         if attempt is None:
             return
         continuation.attempt = None
         continuation.inbox.clear()
         attempt.close()
+        if attempt.spec.trace is not None:
+            self._tracer.record(attempt.span(attempt.spec.trace, continuation.trace, self._clock.now(), error))
         stages = attempt.stages_to_abort()
         if stages:
             self._spawn(self._abort(attempt, stages, reason))
@@ -699,6 +709,11 @@ class _Continuation:
         return len(self._attempts)
 
     @property
+    def trace(self) -> TraceContext | None:
+        """The request's span; None: it is not traced."""
+        return self._request.trace
+
+    @property
     def backoff_s(self) -> float:
         """How long to look for another worker before one that failed this continuation is taken again."""
         return SAME_WORKER_BACKOFF_S * 2 ** (self.num_attempts - 1) if self._attempts else 0.0
@@ -752,6 +767,7 @@ class _Continuation:
             sampling=self._sampling,
             output_token_ids=tuple(self._token_ids),
             salt=self._request.salt,
+            trace=None if self.trace is None else self.trace.child(),
         )
 
     def started(self, attempt: _Attempt, now: float) -> None:
@@ -977,6 +993,20 @@ class _Attempt:
     def client(self, stage: Role) -> WorkerClient:
         """The connection to ``worker(stage)``."""
         return self.prefill if stage is Role.PREFILL and self.prefill is not None else self.decode
+
+    def span(self, context: TraceContext, request: TraceContext | None, now: float, error: str) -> Span:
+        """This attempt as a span of its request's trace."""
+        attributes: dict[str, AttributeValue] = {
+            "prfaas.sequence_id": self.spec.sequence_id,
+            "prfaas.decode_worker": self.route.decode.worker_id,
+            "prfaas.place": self.route.place,
+            "prfaas.route_reason": self.route.reason,
+        }
+        if self.route.prefill is not None:
+            attributes["prfaas.prefill_worker"] = self.route.prefill.worker_id
+        if self.route.fallback:
+            attributes["prfaas.fallback"] = self.route.fallback
+        return Span("attempt", context, request, self.began_at, now, SpanKind.CLIENT, attributes, error)
 
     def close(self) -> None:
         """Hear nothing more of it."""

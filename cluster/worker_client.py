@@ -40,9 +40,11 @@ from core.request import (
     TokenChunk,
     WorkerId,
 )
+from core.tracing import TraceContext
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
 from protos.channels import InternalGrpc
+from protos.trace_metadata import trace_metadata
 from protos.wire import (
     chunk_from_message,
     compute_from_message,
@@ -329,7 +331,7 @@ class GrpcWorkerClient(WorkerClient):
             deadline_s=deadline_s,
             pull=None if pull is None else pull_task_to_message(pull),
         )
-        await self._call(self._prefill.Prefill, request)
+        await self._call(self._prefill.Prefill, request, spec.trace)
         self._accepted(spec.sequence_id)
 
     async def decode(
@@ -348,7 +350,7 @@ class GrpcWorkerClient(WorkerClient):
             deadline_s=deadline_s,
             pull=None if pull is None else pull_task_to_message(pull),
         )
-        await self._call(self._decode.Decode, request)
+        await self._call(self._decode.Decode, request, spec.trace)
         self._accepted(spec.sequence_id)
 
     async def abort(self, sequence_id: SequenceId, stage: Role, reason: str) -> None:
@@ -406,9 +408,12 @@ class GrpcWorkerClient(WorkerClient):
         self.fail("connection closed")
         await self._channel.close(grace=None)
 
-    async def _call(self, method: Callable[..., Awaitable[object]], request: object) -> None:
+    async def _call(
+        self, method: Callable[..., Awaitable[object]], request: object, trace: TraceContext | None = None
+    ) -> None:
         self._require_alive()
-        await _checked(self.description.worker_id, method(request, timeout=CALL_TIMEOUT_S))
+        call = method(request, timeout=CALL_TIMEOUT_S, metadata=trace_metadata(trace))
+        await _checked(self.description.worker_id, call)
 
 
 async def _checked(peer: str, call: Awaitable[_Reply]) -> _Reply:

@@ -30,6 +30,8 @@ import grpc
 from pydantic import TypeAdapter
 
 from cluster.config import WorkerConfig
+from cluster.log_format import configure_logging
+from cluster.otlp import open_tracing
 from cluster.output_streams import OutputStreams
 from cluster.page_events import PageEventLog
 from cluster.registration import Registrations
@@ -131,7 +133,8 @@ class WorkerHost:
         """Load the model, serve, register; return the address. Raise ``UnsupportedModel``, ``InvalidConfig`` for
         certificates that cannot be used, or what loading raised.
         """
-        logging.getLogger().setLevel(self._config.log_level.upper())
+        config = self._config
+        configure_logging(config.log_level, config.log_format, config.log_requests, config.worker_id)
         if self._config.credentials is not None:
             self._config.credentials.check()  # before the model is loaded, which takes minutes
         engine = self._engine.start()
@@ -223,6 +226,9 @@ class _Parts(rpc.WorkerServicer):
         self._page_events = PageEventLog()
         self._steps = StepLog()
 
+        self._tracing, self._otlp = open_tracing(
+            config.tracing, clock, {"service.instance.id": config.worker_id, "prfaas.cluster": config.cluster_id}
+        )
         self._outputs = OutputStreams(self._loop, self._gateway_gone)
         self._engine = thread
         kv_transfer = replace(config.kv_transfer, host=config.kv_transfer.host or config.host)
@@ -257,6 +263,7 @@ class _Parts(rpc.WorkerServicer):
             make_commit=_make_commit,
             run_on_loop=self._run_soon,
             clock=clock,
+            tracer=self._tracing.tracer,
         )
         self._decode = DecodeWorker(
             config.worker_id,
@@ -268,6 +275,7 @@ class _Parts(rpc.WorkerServicer):
             publish=self._outputs.publish,
             read_commit=_read_commit,
             clock=clock,
+            tracer=self._tracing.tracer,
         )
         lease_s = config.kv_transfer.lease_s
         self._links = LinkMonitor(clock)
@@ -358,6 +366,8 @@ class _Parts(rpc.WorkerServicer):
         self._receiver.close()
         self._transport.close()
         self._engine.stop()
+        if self._otlp is not None:
+            self._otlp.close()
 
     def _busy(self) -> bool:
         return self._decode.num_sequences > 0 or self._prefill.num_sessions > 0
@@ -597,7 +607,6 @@ def _read_commit(payload: bytes) -> tuple[SequenceId, tuple[int, ...]]:
 
 def main(arguments: Sequence[str]) -> int:
     """Serve one worker until SIGTERM or SIGINT; ``arguments`` is one JSON document: a WorkerConfig."""
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     host = WorkerHost(
         TypeAdapter(WorkerConfig).validate_json(arguments[0]), on_death=lambda: os._exit(EXIT_ENGINE_DIED)
     )

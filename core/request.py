@@ -11,6 +11,7 @@ from typing import NamedTuple, NewType
 
 from core.errors import InvalidRequest
 from core.latency_parts import TtftParts, TtstParts
+from core.tracing import TraceContext
 
 RequestId = NewType("RequestId", str)  # the client's name for a request
 SequenceId = NewType("SequenceId", str)  # one try at one of a request's n continuations; see sequence_id()
@@ -151,7 +152,8 @@ class GenerateRequest:
     """A checked, tokenised request, as a gateway hands it to the router.
 
     ``salt`` separates tenants' prefix caches; ``deadline_at`` is on the gateway's Clock. ``priority``: higher goes
-    first where requests wait. ``tokenize_s``: of the time since it arrived, what its tokens took.
+    first where requests wait. ``tokenize_s``: of the time since it arrived, what its tokens took. ``trace``: its span,
+    of which attempts are children; None: it is not traced.
     """
 
     request_id: RequestId
@@ -163,6 +165,7 @@ class GenerateRequest:
     slo: Slo = NO_SLO
     priority: int = 0
     tokenize_s: float = 0.0
+    trace: TraceContext | None = None
 
     def __post_init__(self) -> None:
         _check(len(self.prompt_token_ids) > 0, "prompt", "must hold at least one token", self.prompt_token_ids)
@@ -182,6 +185,7 @@ class SequenceSpec:
     of the penalties, and the next token has position ``len(output_token_ids)``. ``sampling.n`` is 1.
     ``hold_kv`` asks the engine to stop after one token and to keep the pages until ``release`` (a prefill worker).
     ``first_token_by``: when the first token is wanted, on the engine's Clock; None: nobody promised anything.
+    ``trace``: the attempt's span, of which what workers do for it are children; None: it is not traced.
     """
 
     sequence_id: SequenceId
@@ -191,6 +195,7 @@ class SequenceSpec:
     salt: bytes = b""
     hold_kv: bool = False
     first_token_by: float | None = None
+    trace: TraceContext | None = None
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from kv_transfer.transport import PeerIdentity, SendOrder
 from protos import wire
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
+from protos.trace_metadata import trace_of
 
 OutputsCheck = Callable[[GatewayId], bool]
 
@@ -51,7 +52,8 @@ class DecodeService(rpc.DecodeServicer):
         try:
             order = self._order(request)
             spec = wire.spec_from_message(request.sequence, hold_kv=False)
-            spec = replace(spec, first_token_by=order.deadline_at)
+            trace = trace_of(context.invocation_metadata())
+            spec = replace(spec, first_token_by=order.deadline_at, trace=trace)
             pull = wire.pull_task_from_message(request.pull) if request.HasField("pull") else None
             if pull is not None and session_id is not None:
                 raise ProtocolViolation("pull: only a sequence without a session is prefilled here")
@@ -81,7 +83,9 @@ class DecodeService(rpc.DecodeServicer):
         try:
             self._fingerprint.require_compatible(wire.fingerprint_from_message(request.fingerprint))
             layout = wire.kv_layout_from_message(request.layout)
-            grant = await self._worker.grant(SessionId(request.session_id), wait_s, layout, request.sender_descriptor)
+            trace = trace_of(context.invocation_metadata())
+            session_id, descriptor = SessionId(request.session_id), request.sender_descriptor
+            grant = await self._worker.grant(session_id, wait_s, layout, descriptor, trace)
         except Incompatible as error:
             said = (("field", error.field), ("ours", error.ours), ("theirs", error.theirs))
             context.set_trailing_metadata(tuple((f"incompatible-{part}", text) for part, text in said))

@@ -26,6 +26,7 @@ from core.clock import Clock
 from core.errors import GrantRefused, TransferError
 from core.kv_layout import KvLayout
 from core.request import (
+    FinishReason,
     GatewayId,
     PullReport,
     PullTask,
@@ -34,9 +35,12 @@ from core.request import (
     SequenceId,
     SequenceSpec,
     SessionId,
+    StageStats,
     TokenChunk,
     WorkerId,
 )
+from core.request_log import REQUESTS, about
+from core.tracing import TRACING_OFF, AttributeValue, Span, SpanKind, TraceContext, Tracer, record_steps
 from engine.engine_thread import EngineThread
 from engine.scheduler import Reservation
 from kv_transfer.receiver import KvReceiver
@@ -61,6 +65,9 @@ class _Arrival:
     spec: SequenceSpec
     gateway_id: GatewayId
     session_id: SessionId | None
+    arrived_at: float
+    committed_at: float | None = None  # its K/V was here
+    first_stats: StageStats | None = None  # with its first token from here
     reservation: Reservation | None = None
     pulling: asyncio.Task[None] | None = None  # the event loop's alone
     pull: PullReport | None = None  # written before it is queued
@@ -94,6 +101,7 @@ class DecodeWorker:
         read_commit: ReadCommit,
         clock: Clock,
         pull: Pull | None = None,
+        tracer: Tracer = TRACING_OFF.tracer,
     ) -> None:
         """``clock``: the engine's. ``pull`` None: no sequence will come with pages to pull."""
         self._worker_id = worker_id
@@ -102,6 +110,7 @@ class DecodeWorker:
         self._check = check
         self._reserve_pages = reserve
         self._clock = clock
+        self._tracer = tracer
         self._pull = pull
         self._publish = publish
         self._read_commit = read_commit
@@ -151,7 +160,7 @@ class DecodeWorker:
         """
         self._check(spec)
         assert session_id is None or pull is None, "who prefills pulls"
-        arrival = _Arrival(spec, gateway_id, session_id, admitted=session_id is None)
+        arrival = _Arrival(spec, gateway_id, session_id, self._clock.now(), admitted=session_id is None)
         with self._lock:
             if spec.sequence_id in self._arrivals:
                 raise ValueError(f"sequence {spec.sequence_id} is already here")
@@ -164,12 +173,34 @@ class DecodeWorker:
             self._queue(arrival)
 
     async def grant(
-        self, session_id: SessionId, wait_s: float, sender: KvLayout | None = None, sender_descriptor: bytes = b""
+        self,
+        session_id: SessionId,
+        wait_s: float,
+        sender: KvLayout | None = None,
+        sender_descriptor: bytes = b"",
+        trace: TraceContext | None = None,
     ) -> Grant:
-        """Reserve pages for an announced session, for K/V that comes from a pool of layout ``sender``.
+        """Reserve pages for an announced session, for K/V that comes from a pool of layout ``sender``. ``trace``: the
+        hand-over's span at the sender.
 
         Raises ``GrantRefused`` if the session is unknown or pages stay short, and what ``KvReceiver.issue`` raises.
         """
+        asked_at, error = self._clock.now(), ""
+        try:
+            return await self._grant(session_id, wait_s, sender, sender_descriptor)
+        except TransferError as refused:
+            error = str(refused)
+            raise
+        finally:
+            if trace is not None:
+                now, attributes = self._clock.now(), {"prfaas.session_id": session_id}
+                self._tracer.record(
+                    Span("grant", trace.child(), trace, asked_at, now, SpanKind.SERVER, attributes, error)
+                )
+
+    async def _grant(
+        self, session_id: SessionId, wait_s: float, sender: KvLayout | None, sender_descriptor: bytes
+    ) -> Grant:
         arrival = self._find(session_id)
         if arrival is None or arrival.reservation is not None:
             raise GrantRefused(f"session {session_id} was not announced here, or has its grant")
@@ -206,6 +237,7 @@ class DecodeWorker:
         if arrival.pulling is not None:
             arrival.pulling.cancel()  # it will not be queued
         self._forget(arrival)
+        self._trace_decode(arrival, None, reason)
         self._engine.submit(lambda engine: engine.abort(sequence_id))
 
     def abort_gateway(self, gateway_id: GatewayId) -> None:
@@ -226,7 +258,7 @@ class DecodeWorker:
         assert arrival.spec.sequence_id == sequence_id, f"{session_id} committed {sequence_id}"
         reservation, arrived_at = arrival.reservation, self._clock.now()
         with self._lock:
-            arrival.admitted = True
+            arrival.admitted, arrival.committed_at = True, arrived_at
             self._by_session.pop(session_id, None)
             aborted = arrival.aborted
         queued = self._engine.submit(lambda engine: engine.admit(reservation, token_ids, arrived_at))
@@ -241,12 +273,13 @@ class DecodeWorker:
             return
         reservation = arrival.reservation
         self._forget(arrival)
+        self._trace_decode(arrival, None, str(error))
         self._engine.submit(lambda engine: engine.cancel(reservation))
         if not arrival.aborted:
             failure = SequenceFailure(
                 arrival.spec.sequence_id, f"KV did not arrive: {error}", retryable=True, stage=Role.PREFILL
             )
-            logger.warning("sequence %s: %s", failure.sequence_id, failure.message)
+            logger.warning("sequence %s: %s", failure.sequence_id, failure.message, extra=about(failure.sequence_id))
             self._publish(arrival.gateway_id, failure)
 
     # ---- engine thread ----
@@ -264,9 +297,12 @@ class DecodeWorker:
                 pull=arrival.pull,
             )
             chunk = chunk._replace(stats=stats)
+            arrival.first_stats = arrival.first_stats or stats
         if chunk.finish_reason is not None:
             self._forget(arrival)
         self._publish(arrival.gateway_id, chunk)
+        if chunk.finish_reason is not None and chunk.stats is not None:
+            self._tell_end(arrival, chunk.stats, chunk.finish_reason)
         return True
 
     def on_failure(self, failure: SequenceFailure) -> bool:
@@ -275,6 +311,7 @@ class DecodeWorker:
         if arrival is None:
             return False
         self._forget(arrival)
+        self._trace_decode(arrival, None, failure.message)
         self._publish(arrival.gateway_id, replace(failure, stage=Role.DECODE))
         return True
 
@@ -361,7 +398,7 @@ class DecodeWorker:
         if (reservation := arrival.reservation) is not None:
             self._engine.submit(lambda engine: engine.cancel(reservation))
         failure = SequenceFailure(arrival.spec.sequence_id, str(error), retryable=True, stage=Role.DECODE)
-        logger.error("sequence %s was not taken: %s", failure.sequence_id, error)
+        logger.error("sequence %s was not taken: %s", failure.sequence_id, error, extra=about(failure.sequence_id))
         self.on_failure(failure)
 
     def _forget(self, arrival: _Arrival) -> None:
@@ -369,3 +406,56 @@ class DecodeWorker:
             self._arrivals.pop(arrival.spec.sequence_id, None)
             if arrival.session_id is not None:
                 self._by_session.pop(arrival.session_id, None)
+
+    # ---- what is told of it ----
+
+    def _tell_end(self, arrival: _Arrival, stats: StageStats, reason: FinishReason) -> None:
+        """It has finished."""
+        self._trace_decode(arrival, stats, "")
+        sequence_id = arrival.spec.sequence_id
+        REQUESTS.info(
+            "sequence %s: decoded here, %s",
+            sequence_id,
+            reason,
+            extra=about(sequence_id)
+            | {
+                "queue_s": stats.queue_s,
+                "decode_s": stats.compute_s,
+                "received_tokens": stats.received_tokens,
+                "cached_tokens": stats.cached_tokens,
+                "num_preemptions": stats.num_preemptions,
+                "finish_reason": reason.value,
+            },
+        )
+
+    def _trace_decode(self, arrival: _Arrival, stats: StageStats | None, error: str) -> None:
+        """``stats`` None: it did not finish, ``error`` says why."""
+        parent, arrived_at = arrival.spec.trace, arrival.arrived_at
+        if parent is None:
+            return
+        trace, now = parent.child(), self._clock.now()
+        record_steps(self._tracer, trace, arrived_at, _steps(arrival, stats))
+        attributes: dict[str, AttributeValue] = {"prfaas.sequence_id": arrival.spec.sequence_id}
+        if stats is not None:
+            attributes |= {
+                "prfaas.received_tokens": stats.received_tokens,
+                "prfaas.cached_tokens": stats.cached_tokens,
+                "prfaas.num_preemptions": stats.num_preemptions,
+            }
+        self._tracer.record(Span("decode", trace, parent, arrived_at, now, SpanKind.SERVER, attributes, error))
+
+
+def _steps(arrival: _Arrival, stats: StageStats | None) -> dict[str, float]:
+    """What was done one after the other, as far as it came: span |-> seconds."""
+    first = arrival.first_stats
+    steps: dict[str, float] = {}
+    if arrival.session_id is None:
+        steps["decode.pull"] = 0.0 if arrival.pull is None else arrival.pull.seconds
+    elif arrival.committed_at is not None:
+        steps["decode.await_kv"] = arrival.committed_at - arrival.arrived_at
+    if first is not None:
+        steps["decode.queue"] = first.queue_s
+        steps["decode.prefill" if arrival.session_id is None else "decode.first_step"] = first.compute_s
+        if stats is not None:
+            steps["decode.later_steps"] = stats.compute_s - first.compute_s
+    return steps

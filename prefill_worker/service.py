@@ -23,6 +23,7 @@ from protos import wire
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as rpc
 from protos.channels import InternalGrpc
+from protos.trace_metadata import trace_metadata, trace_of
 
 OutputsCheck = Callable[[GatewayId], bool]
 
@@ -48,7 +49,8 @@ class PrefillService(rpc.PrefillServicer):
         try:
             order = self._order(request)
             spec = wire.spec_from_message(request.sequence, hold_kv=True)
-            spec = replace(spec, first_token_by=order.deadline_at)
+            trace = trace_of(context.invocation_metadata())
+            spec = replace(spec, first_token_by=order.deadline_at, trace=trace)
             pull = wire.pull_task_from_message(request.pull) if request.HasField("pull") else None
             self._worker.prefill(spec, gateway_id, query, order, pull)
         except (ProtocolViolation, InvalidRequest) as error:
@@ -105,7 +107,8 @@ class GrantClient:
             sender_descriptor=self._describe(),
         )
         try:
-            reply = await rpc.DecodeStub(channel).Grant(request, timeout=self._wait_s + GRANT_SLACK_S)
+            timeout_s, metadata = self._wait_s + GRANT_SLACK_S, trace_metadata(query.trace)
+            reply = await rpc.DecodeStub(channel).Grant(request, timeout=timeout_s, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             raise await self._typed(query, error) from error
         return grant_from_message(query.session_id, reply)

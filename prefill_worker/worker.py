@@ -40,6 +40,8 @@ from core.request import (
     TokenChunk,
     WorkerId,
 )
+from core.request_log import REQUESTS, about
+from core.tracing import TRACING_OFF, AttributeValue, Span, SpanKind, TraceContext, Tracer, record_steps
 from engine.engine import Engine
 from engine.engine_thread import EngineThread
 from engine.scheduler import StepPlan
@@ -60,6 +62,7 @@ class GrantQuery:
 
     session_id: SessionId
     address: str
+    trace: TraceContext | None = None  # the hand-over's span; None: it is not traced
 
 
 AskGrant = Callable[[GrantQuery], Awaitable[Grant]]
@@ -79,10 +82,13 @@ class _Handover:
     gateway_id: GatewayId
     query: GrantQuery | None  # None: the one token is all that is wanted
     order: SendOrder
+    arrived_at: float
+    trace: TraceContext | None  # its span here, of which the hand-over's is a child; None: it is not traced
     pulling: asyncio.Task[None] | None = None  # the event loop's alone
     pull: PullReport | None = None  # written before it is queued
     num_pages_stored: int = 0  # pages whose K/V was offered to the sender
     opened: bool = False
+    opened_at: float = 0.0
     token: TokenChunk | None = None
     stats: StageStats | None = None
     fault: Role = Role.PREFILL  # whose fault a failure is: the router avoids that worker
@@ -119,6 +125,7 @@ class PrefillWorker:
         run_on_loop: RunOnLoop,
         clock: Clock,
         pull: Pull | None = None,
+        tracer: Tracer = TRACING_OFF.tracer,
     ) -> None:
         """``clock``: the engine's. ``pull`` None: no sequence will come with pages to pull."""
         self._worker_id = worker_id
@@ -129,6 +136,7 @@ class PrefillWorker:
         self._publish = publish
         self._ask_grant = ask_grant
         self._clock = clock
+        self._tracer = tracer
         self._pull = pull
         self._make_commit = make_commit
         self._run_on_loop = run_on_loop
@@ -162,7 +170,10 @@ class PrefillWorker:
         """
         self._check(spec)
         assert spec.hold_kv, "a prefill worker keeps the pages until they have arrived"
-        handover = _Handover(spec, gateway_id, query, order)
+        trace = None if spec.trace is None else spec.trace.child()
+        if trace is not None and query is not None:
+            query = replace(query, trace=trace.child())
+        handover = _Handover(spec, gateway_id, query, order, self._clock.now(), trace)
         with self._lock:
             if spec.sequence_id in self._handovers:
                 raise ValueError(f"sequence {spec.sequence_id} is already here")
@@ -197,7 +208,7 @@ class PrefillWorker:
         handover = self._handovers.get(spec.sequence_id)
         if handover is None or handover.query is None or handover.opened:
             return
-        handover.opened = True
+        handover.opened, handover.opened_at = True, self._clock.now()
         query = handover.query
         num_tokens = len(spec.token_ids)
         self._transport.open(query.session_id, _pages(num_tokens, self._page_size), handover.order, num_tokens)
@@ -236,6 +247,7 @@ class PrefillWorker:
             handover.stats = chunk.stats._replace(worker_id=self._worker_id, role=Role.PREFILL, pull=handover.pull)
         handover.token = chunk
         self._publish(handover.gateway_id, chunk._replace(stats=handover.stats))
+        self._trace_prefill(handover)
         if handover.query is None:
             self._engine.submit(lambda engine: engine.release(chunk.sequence_id))
             self._forget(handover)
@@ -255,7 +267,7 @@ class PrefillWorker:
             handover.reason = failure.message
             self._transport.abort(handover.query.session_id, failure.message)
         else:
-            self._forget(handover)
+            self._forget(handover, failure.message)
             self._publish(handover.gateway_id, replace(failure, stage=Role.PREFILL))
         return True
 
@@ -267,6 +279,7 @@ class PrefillWorker:
             sequence_id = self._by_session.get(session_id)
             handover = self._handovers.get(sequence_id) if sequence_id is not None else None
         if handover is not None:
+            self._trace_handover(handover, report)
             self._engine.submit(lambda engine: self._close_on_engine(engine, handover, report))
 
     # ---- inside ----
@@ -300,7 +313,7 @@ class PrefillWorker:
         if handover.opened and handover.query is not None:
             self._transport.abort(handover.query.session_id, reason)
         else:
-            self._forget(handover)
+            self._forget(handover, reason)
             engine.abort(handover.spec.sequence_id)
 
     def _close_on_engine(self, engine: Engine, handover: _Handover, report: SendReport) -> None:
@@ -310,7 +323,7 @@ class PrefillWorker:
             engine.abort(sequence_id)
         else:
             engine.release(sequence_id)
-        self._forget(handover)
+        self._forget(handover, "" if handover.token is not None else handover.reason or str(report.error))
         if handover.token is not None and handover.token.finish_reason is not None:
             return
         if report.error is None:
@@ -323,10 +336,11 @@ class PrefillWorker:
             )
             position = len(handover.spec.output_token_ids) + 1
             self._publish(handover.gateway_id, TokenChunk(sequence_id, position, stats=stats))
+            self._log_handover(sequence_id, stats, report)
             return
         fault = Role.DECODE if isinstance(report.error, PeerLost | GrantRefused) else handover.fault
         message = handover.reason or f"KV hand-over failed: {report.error}"
-        logger.warning("sequence %s: %s", sequence_id, message)
+        logger.warning("sequence %s: %s", sequence_id, message, extra=about(sequence_id))
         failure = SequenceFailure(sequence_id, message, retryable=True, stage=fault)
         self._publish(handover.gateway_id, failure)
 
@@ -334,14 +348,79 @@ class PrefillWorker:
         """The engine took the sequence, or the gateway hears why not."""
         error = done.exception()
         if error is not None:
-            logger.error("sequence %s was not taken: %s", spec.sequence_id, error)
+            logger.error("sequence %s was not taken: %s", spec.sequence_id, error, extra=about(spec.sequence_id))
             self.on_failure(SequenceFailure(spec.sequence_id, str(error), retryable=True, stage=Role.PREFILL))
 
-    def _forget(self, handover: _Handover) -> None:
+    def _forget(self, handover: _Handover, error: str = "") -> None:
+        """``error``: why it made no token; empty: it did."""
         with self._lock:
             self._handovers.pop(handover.spec.sequence_id, None)
             if handover.query is not None:
                 self._by_session.pop(handover.query.session_id, None)
+        if error and handover.token is None:
+            self._trace_prefill(handover, error)
+
+    # ---- what is told of it ----
+
+    def _trace_prefill(self, handover: _Handover, error: str = "") -> None:
+        trace, arrived_at = handover.trace, handover.arrived_at
+        if trace is None:
+            return
+        stats, pull = handover.stats, handover.pull
+        if stats is not None:
+            pull_s = 0.0 if pull is None else pull.seconds
+            steps = {"prefill.pull": pull_s, "prefill.queue": stats.queue_s, "prefill.compute": stats.compute_s}
+            record_steps(self._tracer, trace, arrived_at, steps)
+        attributes: dict[str, AttributeValue] = {
+            "prfaas.sequence_id": handover.spec.sequence_id,
+            "prfaas.prompt_tokens": len(handover.spec.token_ids),
+            "prfaas.cached_tokens": 0 if stats is None else stats.cached_tokens,
+        }
+        if pull is not None:
+            attributes["prfaas.pull_outcome"] = pull.outcome.value
+        now, parent = self._clock.now(), handover.spec.trace
+        self._tracer.record(Span("prefill", trace, parent, arrived_at, now, SpanKind.SERVER, attributes, error))
+
+    def _trace_handover(self, handover: _Handover, report: SendReport) -> None:
+        if handover.query is None or handover.query.trace is None or not handover.opened:
+            return
+        attributes: dict[str, AttributeValue] = {
+            "prfaas.sequence_id": handover.spec.sequence_id,
+            "prfaas.decode_worker": report.receiver.worker_id,
+            "prfaas.bytes_shipped": report.bytes_sent,
+            "prfaas.exposed_s": report.exposed_s,
+            "prfaas.wait_s": report.wait_s,
+        }
+        ended = handover.token is not None and handover.token.finish_reason is not None  # then nothing was to be sent
+        error = "" if report.error is None or ended else str(report.error)
+        span = Span(
+            "transfer",
+            handover.query.trace,
+            handover.trace,
+            handover.opened_at,
+            self._clock.now(),
+            SpanKind.CLIENT,
+            attributes,
+            error,
+        )
+        self._tracer.record(span)
+
+    def _log_handover(self, sequence_id: SequenceId, stats: StageStats, report: SendReport) -> None:
+        REQUESTS.info(
+            "sequence %s: prefilled here, its K/V is at %s",
+            sequence_id,
+            report.receiver.worker_id,
+            extra=about(sequence_id)
+            | {
+                "queue_s": stats.queue_s,
+                "prefill_s": stats.compute_s,
+                "transfer_s": stats.transfer_s,
+                "exposed_transfer_s": stats.exposed_transfer_s,
+                "bytes_shipped": stats.bytes_shipped,
+                "cached_tokens": stats.cached_tokens,
+                "decode_worker": report.receiver.worker_id,
+            },
+        )
 
 
 def _pages(num_tokens: int, page_size: int) -> int:

@@ -742,6 +742,46 @@ class CheckLinksRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class GetRecentRequestsRequest(_message.Message):
+    __slots__ = ("limit",)
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    limit: int
+    def __init__(self, limit: _Optional[int] = ...) -> None: ...
+
+class GetRecentRequestsResponse(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[RecentRequest]
+    def __init__(self, requests: _Optional[_Iterable[_Union[RecentRequest, _Mapping]]] = ...) -> None: ...
+
+class RecentRequest(_message.Message):
+    __slots__ = ("request_id", "trace_id", "age_s", "door", "outcome", "tenant", "prompt_tokens", "cached_tokens", "completion_tokens", "total_s", "ttft_s", "timings")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TRACE_ID_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    DOOR_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_S_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    trace_id: str
+    age_s: float
+    door: str
+    outcome: str
+    tenant: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    total_s: float
+    ttft_s: float
+    timings: _containers.RepeatedCompositeFieldContainer[TimingBreakdown]
+    def __init__(self, request_id: _Optional[str] = ..., trace_id: _Optional[str] = ..., age_s: _Optional[float] = ..., door: _Optional[str] = ..., outcome: _Optional[str] = ..., tenant: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., total_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., timings: _Optional[_Iterable[_Union[TimingBreakdown, _Mapping]]] = ...) -> None: ...
+
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]

@@ -59,6 +59,11 @@ class GenerationStub:
                 request_serializer=protos_dot_serving__pb2.GetClusterInfoRequest.SerializeToString,
                 response_deserializer=protos_dot_serving__pb2.GetClusterInfoResponse.FromString,
                 _registered_method=True)
+        self.GetRecentRequests = channel.unary_unary(
+                '/prfaas.v1.Generation/GetRecentRequests',
+                request_serializer=protos_dot_serving__pb2.GetRecentRequestsRequest.SerializeToString,
+                response_deserializer=protos_dot_serving__pb2.GetRecentRequestsResponse.FromString,
+                _registered_method=True)
         self.CheckLinks = channel.unary_stream(
                 '/prfaas.v1.Generation/CheckLinks',
                 request_serializer=protos_dot_serving__pb2.CheckLinksRequest.SerializeToString,
@@ -105,6 +110,13 @@ class GenerationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetRecentRequests(self, request, context):
+        """The latest requests that have ended, newest first; bounded, and without prompts and answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CheckLinks(self, request, context):
         """Tests every pair of a prefill and a decode worker now; one message for each, as it ends.
         """
@@ -146,6 +158,11 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.GetClusterInfo,
                     request_deserializer=protos_dot_serving__pb2.GetClusterInfoRequest.FromString,
                     response_serializer=protos_dot_serving__pb2.GetClusterInfoResponse.SerializeToString,
+            ),
+            'GetRecentRequests': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRecentRequests,
+                    request_deserializer=protos_dot_serving__pb2.GetRecentRequestsRequest.FromString,
+                    response_serializer=protos_dot_serving__pb2.GetRecentRequestsResponse.SerializeToString,
             ),
             'CheckLinks': grpc.unary_stream_rpc_method_handler(
                     servicer.CheckLinks,
@@ -293,6 +310,33 @@ class Generation:
             '/prfaas.v1.Generation/GetClusterInfo',
             protos_dot_serving__pb2.GetClusterInfoRequest.SerializeToString,
             protos_dot_serving__pb2.GetClusterInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRecentRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prfaas.v1.Generation/GetRecentRequests',
+            protos_dot_serving__pb2.GetRecentRequestsRequest.SerializeToString,
+            protos_dot_serving__pb2.GetRecentRequestsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,7 @@ DOORS: Mapping[str, frozenset[str]] = {
     "time": frozenset({"core.clock"}),
     "ray": frozenset({"cluster.ray_fleet"}),
     "nixl": frozenset({"kv_transfer.nixl"}),
+    "opentelemetry": frozenset({"cluster.otlp"}),
 }
 # Modules of engine that the gateway and the simulator use: loading them must not load torch.
 TORCH_FREE_ENGINE = frozenset(

@@ -21,11 +21,12 @@ from pydantic import TypeAdapter
 
 from cluster.catalogue import Catalogue
 from cluster.certificates import write_files
-from cluster.config import RouterConfig, TlsConfig, WorkerConfig
+from cluster.config import RouterConfig, TlsConfig, TracingConfig, WorkerConfig
 from cluster.cost_recorder import CostRecorder
 from cluster.internal_tls import InternalTls, Proof
 from cluster.link_tester import LinkTester
 from cluster.membership import Membership
+from cluster.otlp import open_tracing
 from cluster.router import RequestObserver, Router
 from cluster.routing_policy import RoutingPolicy, make_policy
 from cluster.view import ClusterView
@@ -45,6 +46,7 @@ from core.request import (
     SamplingParams,
     WorkerId,
 )
+from core.tracing import TRACING_OFF, Tracing
 from engine.config import EngineConfig
 from kv_transfer.config import KvTransferConfig
 from protos.channels import InternalGrpc
@@ -110,6 +112,7 @@ class LiveCluster:
     hosts: dict[WorkerId, WorkerHost] = field(default_factory=dict)
     processes: dict[WorkerId, WorkerProcess] = field(default_factory=dict)
     num_requests: int = 0
+    tracing: Tracing = TRACING_OFF
 
     async def generate(
         self, prompt: Sequence[int], sampling: SamplingParams | None = None, salt: bytes = b""
@@ -189,6 +192,7 @@ def worker_config(
     engine: EngineConfig,
     kv_transfer: KvTransferConfig | None = None,
     credentials: Credentials | None = None,
+    tracing: TracingConfig = TracingConfig(),
 ) -> WorkerConfig:
     return WorkerConfig(
         worker_id=WorkerId(worker_id),
@@ -202,6 +206,7 @@ def worker_config(
         registries=(registry,),
         credentials=credentials,
         log_level="warning",
+        tracing=tracing,
     )
 
 
@@ -228,6 +233,7 @@ async def live_cluster(
     self_test: bool = False,
     differing: Mapping[str, KvTransferConfig] | None = None,
     observer: RequestObserver | None = None,
+    tracing: TracingConfig = TracingConfig(),
 ) -> AsyncIterator[LiveCluster]:
     """A service of tiny workers on this machine; torn down whatever happens.
 
@@ -245,8 +251,9 @@ async def live_cluster(
     tester.start()
     registry = await membership.start("127.0.0.1")
     routing = make_policy(policy, router.routing) if isinstance(policy, str) else policy
-    requests = Router(membership, routing, router, clock, gateway_id, observer=observer)
-    cluster = LiveCluster(membership, requests, internal, registry)
+    traced, otlp = open_tracing(tracing, clock, {"service.instance.id": gateway_id})
+    requests = Router(membership, routing, router, clock, gateway_id, observer=observer, tracing=traced)
+    cluster = LiveCluster(membership, requests, internal, registry, tracing=traced)
     files = ExitStack()
     roles = [(Role.PREFILL, i) for i in range(num_prefill)] + [(Role.DECODE, i) for i in range(num_decode)]
     engines = {Role.PREFILL: engine, Role.DECODE: decode_engine or engine}
@@ -259,6 +266,7 @@ async def live_cluster(
             engines[role],
             (differing or {}).get(f"{role.value}-{i}", kv_transfer),
             held,
+            tracing,
         )
         for role, i in roles
         for held in [_on_this_node(internal_tls.proof_of(WorkerId(f"{role.value}-{i}")), files)]
@@ -285,3 +293,5 @@ async def live_cluster(
         await membership.close()
         files.close()
         internal_tls.close()
+        if otlp is not None:
+            await asyncio.to_thread(otlp.close)

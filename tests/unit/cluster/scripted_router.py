@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from cluster.admission import AdmissionCounters
 from cluster.config import ServiceConfig
 from cluster.cost_model import ComputeCost, CostError, CostView, LinearCost
+from cluster.finished_requests import RecentRequests
 from cluster.generation import Generation
 from cluster.link_tester import Pair, PairResult
 from cluster.metrics import Metrics
@@ -30,6 +31,7 @@ from core.request import (
     TokenLogprob,
     WorkerId,
 )
+from core.tracing import SpanLog, Tracing
 
 MODEL = ModelInfo(
     architecture="TinyForCausalLM",
@@ -250,6 +252,8 @@ class Gateway:
     config: ServiceConfig
     clock: WallClock
     generation: Generation
+    requests: RecentRequests
+    spans: SpanLog  # of every request
 
 
 def gateway(tokenizer: Tokenizer, answer: str, config: ServiceConfig) -> Gateway:
@@ -258,5 +262,18 @@ def gateway(tokenizer: Tokenizer, answer: str, config: ServiceConfig) -> Gateway
     planner = ScriptedPlanner()
     metrics = Metrics(membership, router, lambda *_: None, planner)
     clock = WallClock()
-    generation = Generation(router, membership, tokenizer, metrics, config, clock, seeds=lambda: 7)
-    return Gateway(tokenizer, router, membership, ScriptedLinks(), planner, metrics, config, clock, generation)
+    requests, spans = RecentRequests(), SpanLog()
+    generation = Generation(
+        router,
+        membership,
+        tokenizer,
+        metrics,
+        config,
+        clock,
+        seeds=lambda: 7,
+        tracing=Tracing(spans, 1.0),
+        watchers=(requests,),
+    )
+    return Gateway(
+        tokenizer, router, membership, ScriptedLinks(), planner, metrics, config, clock, generation, requests, spans
+    )

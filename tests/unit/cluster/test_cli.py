@@ -55,6 +55,7 @@ async def door(service: Gateway) -> AsyncIterator[GrpcGateway]:
         service.config,
         service.clock,
         TLS,
+        service.requests,
     )
     await gateway.start()
     yield gateway
@@ -533,3 +534,17 @@ def test_certs_show_says_whose_and_until_when(tmp_path):
 def test_certs_show_sees_an_expired_certificate(tmp_path):
     held = write_files(tmp_path / "c", Authority.create("service").issue("w", days=-1.0))
     assert "NOT VALID" in invoke("certs", "show", str(held.cert_file)).stdout
+
+
+async def test_top_shows_the_service_once(run, service):
+    await run("generate", "hello", "--max-tokens", "2")
+    result = await run("top", "--once")
+    assert result.exit_code == 0
+    for said in ("tiny", "prefill-0", "decode-0", "last requests, newest first", "ok"):
+        assert said in result.stdout
+
+
+def test_metrics_are_printed_as_the_page_has_them():
+    result = invoke("metrics")
+    assert result.exit_code == 0
+    assert result.stdout == (ROOT / "docs/metrics.md").read_text()

@@ -47,6 +47,7 @@ async def door(service: Gateway) -> AsyncIterator[GrpcGateway]:
         service.config,
         service.clock,
         TLS,
+        service.requests,
     )
     await gateway.start()
     yield gateway
@@ -461,6 +462,7 @@ async def test_a_taken_port_is_named(service, door):
         config,
         service.clock,
         TLS,
+        service.requests,
     )
     with pytest.raises(InvalidConfig) as caught:
         await second.start()
@@ -496,3 +498,17 @@ async def test_requests_are_counted_by_door_and_outcome(service, stub):
     for outcome, count in (("ok", 1), ("invalid", 2)):
         labels = {"door": Door.GRPC.value, "outcome": outcome}
         assert service.metrics.registry.get_sample_value("prfaas_requests_total", labels) == count
+
+
+async def test_recent_requests_come_newest_first_with_where_their_seconds_went(stub):
+    for name in ("a", "b"):
+        metadata = (("traceparent", f"00-{'a' * 32}-{'b' * 16}-01"),)
+        await read(stub.Generate(pb.GenerateRequest(text="hello", request_id=name), metadata=metadata))
+
+    answer = await stub.GetRecentRequests(pb.GetRecentRequestsRequest())
+    (latest,) = (await stub.GetRecentRequests(pb.GetRecentRequestsRequest(limit=1))).requests
+
+    assert [request.request_id for request in answer.requests] == ["b", "a"]
+    assert (latest.request_id, latest.outcome, latest.door, latest.trace_id) == ("b", "ok", "grpc", "a" * 32)
+    assert latest.timings[0].ttft_parts.prefill_s == 0.06
+    assert latest.timings[0].ttst_parts.transfer_s == 0.02

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ from core.errors import (
     SequenceFailed,
 )
 from core.request import SamplingParams, Slo
+from core.tracing import TraceContext
 from tests.unit.cluster.conftest import ANSWER
 from tests.unit.cluster.scripted_router import MODEL, Gateway
 
@@ -41,6 +43,7 @@ def make_door(service: Gateway, config: ServiceConfig) -> HttpGateway:
         config,
         service.clock,
         lambda: {"plan": {"mode": "dual"}},
+        lambda limit: {"requests": [{"request_id": str(limit)}]},
     )
 
 
@@ -658,3 +661,59 @@ async def test_version_and_the_api_page_are_there(client):
     assert (await client.get("/version")).json()["version"]
     paths = (await client.get("/openapi.json")).json()["paths"]
     assert {CHAT, COMPLETION, "/v1/models", "/health", "/live", "/metrics", "/status", "/version"} <= set(paths)
+
+
+async def test_the_page_and_its_files_are_served_and_load_nothing_from_elsewhere(client):
+    page = await client.get("/")
+    assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    for name, kind in (("page.css", "text/css"), ("page.js", "text/javascript")):
+        assert f'"{name}"' in page.text
+        file = await client.get(f"/{name}")
+        assert (file.status_code, file.headers["content-type"].split(";")[0]) == (200, kind)
+        assert "http://" not in file.text.replace("http://www.w3.org/", "")
+        assert "https://" not in file.text
+
+
+async def test_recent_requests_are_json_and_their_number_is_checked(client):
+    assert (await client.get("/requests")).json() == {"requests": [{"request_id": "0"}]}
+    assert (await client.get("/requests?limit=7")).json() == {"requests": [{"request_id": "7"}]}
+    for wrong in ("-1", "x", "1e3", "12345678"):
+        answer = await client.get("/requests", params={"limit": wrong})
+        assert (answer.status_code, "limit" in answer.json()["error"]["message"]) == (400, True)
+
+
+async def test_without_the_page_there_are_neither(service):
+    config = replace(service.config, http=replace(service.config.http, page=False))
+    door = make_door(service, config)
+    await door.start()
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{door.port}") as client:
+            codes = [(await client.get(path)).status_code for path in ("/", "/page.js", "/requests", "/live")]
+    finally:
+        await door.stop(0)
+    assert codes == [404, 404, 404, 200]
+
+
+async def test_a_request_is_found_by_the_clients_name_and_belongs_to_the_clients_trace(client, service):
+    parent = TraceContext.new()
+    headers = {"x-request-id": "mine", "traceparent": str(parent)}
+    await client.post(COMPLETION, json={"prompt": "hello"}, headers=headers)
+
+    (request,) = service.router.requests
+    assert re.fullmatch("mine-[0-9a-f]{8}", request.request_id)
+    assert request.trace is not None
+    assert request.trace.trace_id == parent.trace_id
+    (recent,) = service.requests.latest()
+    assert (recent.request_id, recent.outcome) == (request.request_id, "ok")
+    spans = {span.name: span for span in service.spans.spans}
+    assert spans["request"].context == request.trace
+    assert spans["request"].parent == parent
+    assert {name for name, span in spans.items() if span.parent == request.trace} >= {"receive", "tokenize", "route"}
+
+
+async def test_a_client_may_ask_not_to_be_traced(client, service):
+    await client.post(COMPLETION, json={"prompt": "a"}, headers={"traceparent": f"00-{'a' * 32}-{'b' * 16}-00"})
+    await client.post(COMPLETION, json={"prompt": "a"}, headers={"traceparent": "nonsense"})
+
+    assert [request.trace is None for request in service.router.requests] == [True, False]

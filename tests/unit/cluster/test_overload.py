@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from cluster.config import AdmissionConfig, GrpcConfig, HttpConfig, ServiceConfig
+from cluster.finished_requests import RecentRequests
 from cluster.generation import Generation
 from cluster.grpc_gateway import GrpcGateway
 from cluster.http_gateway import HttpGateway
@@ -66,9 +67,17 @@ async def overloaded(tokenizer: Tokenizer, admission: AdmissionConfig) -> AsyncI
         metrics = Metrics(g.membership, g.router, lambda *_: None, planner)
         generation = Generation(g.router, g.membership, tokenizer, metrics, config, g.clock)
         off = TlsDecision(False, "this is a test")
-        door = GrpcGateway(generation, g.router, g.membership, ScriptedLinks(), planner, config, g.clock, off)
+        requests = RecentRequests()
+        door = GrpcGateway(generation, g.router, g.membership, ScriptedLinks(), planner, config, g.clock, off, requests)
         http = HttpGateway(
-            generation, g.router, g.membership, metrics, config, g.clock, lambda: as_dict(door.cluster_info())
+            generation,
+            g.router,
+            g.membership,
+            metrics,
+            config,
+            g.clock,
+            lambda: as_dict(door.cluster_info()),
+            lambda limit: as_dict(door.recent_requests(limit)),
         )
         await http.start()
         await door.start()

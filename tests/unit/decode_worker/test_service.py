@@ -20,6 +20,9 @@ SPEC = SequenceSpec(SequenceId("s"), (1, 2, 3), SamplingParams(seed=1))
 
 
 class Context:
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
     async def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
         raise Aborted(code, details)
 
