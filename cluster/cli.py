@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, NoReturn, cast
+from typing import Annotated, Any, NoReturn, cast
 
 import grpc
 import typer
@@ -24,6 +24,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from cluster.api_keys import AUTHORIZATION
 from cluster.bench_command import EPILOG as BENCH_EPILOG
 from cluster.bench_command import bench
 from cluster.certificates import (
@@ -95,6 +96,9 @@ certs_app = typer.Typer(help="Make the certificates of a service's processes, or
 app.add_typer(certs_app, name="certs")
 
 Address = Annotated[str, typer.Option("--address", "-a", help="host:port of the service's gRPC door.")]
+ApiKey = Annotated[
+    str | None, typer.Option("--api-key", envvar="PRFAAS_API_KEY", help="A key of the service's api_keys_file.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set one key over the file, e.g. engine.page_size=32. Repeatable."),
@@ -144,6 +148,7 @@ def serve(config_file: ConfigFile, overrides: Overrides = None) -> None:
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model; - reads standard input.")],
     address: Address = DEFAULT_ADDRESS,
+    api_key: ApiKey = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -159,7 +164,7 @@ def generate(
     """Send one prompt and print the answer as it streams."""
     text = sys.stdin.read() if prompt == "-" else prompt
     request = pb.GenerateRequest(sampling_params=_sampling(max_tokens, temperature, top_p, seed, stop or ()))
-    with _service(address) as stub:
+    with _service(address, api_key) as stub:
         if raw or not stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=_INFO_TIMEOUT_S).has_chat_template:
             request.text = text
         else:
@@ -174,6 +179,7 @@ def generate(
 @app.command(epilog="In the conversation: /reset forgets it, /exit or Ctrl-D ends it, Ctrl-C ends an answer early.")
 def chat(
     address: Address = DEFAULT_ADDRESS,
+    api_key: ApiKey = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -184,7 +190,7 @@ def chat(
     sampling = _sampling(max_tokens, temperature, top_p, seed, ())
     beginning = _system(system)
     messages = list(beginning)
-    with _service(address) as stub:
+    with _service(address, api_key) as stub:
         info = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=_INFO_TIMEOUT_S)
         if not info.has_chat_template:
             _fail(f"{info.model} has no chat template; use: prfaas generate --raw", code=1)
@@ -207,12 +213,13 @@ def chat(
 @app.command(epilog="Example: prfaas status --json | jq '.workers[].worker_id'")
 def status(
     address: Address = DEFAULT_ADDRESS,
+    api_key: ApiKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show the workers of a service: roles, pages, queues, bytes shipped; the links between them; what work is
     predicted to cost, with the error of that; and the plan.
     """
-    with _service(address) as stub:
+    with _service(address, api_key) as stub:
         info = stub.GetClusterInfo(pb.GetClusterInfoRequest(), timeout=_INFO_TIMEOUT_S)
     if as_json:
         typer.echo(json.dumps(as_dict(info), ensure_ascii=False))
@@ -296,6 +303,7 @@ def check(
     address: Annotated[
         str | None, typer.Option("--address", "-a", help="Ask the running service with this gRPC door instead.")
     ] = None,
+    api_key: ApiKey = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
@@ -327,7 +335,7 @@ def check(
                     raise InvalidConfig("join", "the gateways test the links of such a cluster: prfaas check --address")
                 _check_config_links(config, note)
         else:
-            with _service(address) as stub:
+            with _service(address, api_key) as stub:
                 for link in stub.CheckLinks(pb.CheckLinksRequest()):
                     note(link)
     checks.sort(key=lambda link: (link.from_worker, link.to_worker))
@@ -446,13 +454,29 @@ def _check_config_links(config: ServiceConfig, note: Callable[[pb.LinkCheck], No
 # ---- talking to a service ----
 
 
+class _ShowsKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[type-arg]
+    """Shows a key with every call."""
+
+    def __init__(self, key: str) -> None:
+        self._metadata = ((AUTHORIZATION, f"Bearer {key}"),)
+
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return continuation(self._with_key(client_call_details), request)
+
+    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return continuation(self._with_key(client_call_details), request)
+
+    def _with_key(self, details: Any) -> Any:
+        return details._replace(metadata=(*(details.metadata or ()), *self._metadata))
+
+
 @contextmanager
-def _service(address: str) -> Iterator[rpc.GenerationStub]:
+def _service(address: str, api_key: str | None) -> Iterator[rpc.GenerationStub]:
     """A client of the service at ``address``; its refusals end the command with one line."""
     options = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
     with grpc.insecure_channel(address, options=options) as channel:
         try:
-            yield rpc.GenerationStub(channel)
+            yield rpc.GenerationStub(grpc.intercept_channel(channel, _ShowsKey(api_key)) if api_key else channel)
         except KeyboardInterrupt:
             raise typer.Exit(_INTERRUPTED) from None
         except grpc.RpcError as error:

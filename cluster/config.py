@@ -264,7 +264,8 @@ class TlsConfig:
 class HttpConfig:
     """The OpenAI-compatible door.
 
-    host: address to listen on; ``0.0.0.0``: every interface. There is no authentication.
+    host: address to listen on; ``0.0.0.0``: every interface. Whoever reaches it may ask, unless ``api_keys_file``
+        is set.
     port: TCP port; 0: any free one.
     max_body_bytes: larger request bodies get 413.
     page: whether the page at ``/`` is served, and the list of recent requests that it shows (``/requests``: ids, counts
@@ -285,7 +286,8 @@ class HttpConfig:
 class GrpcConfig:
     """The prfaas.v1.Generation door.
 
-    host: address to listen on; ``0.0.0.0``: every interface. There is no authentication.
+    host: address to listen on; ``0.0.0.0``: every interface. Whoever reaches it may ask, unless ``api_keys_file``
+        is set.
     port: TCP port; 0: any free one.
     max_message_bytes: larger requests get INVALID_ARGUMENT (from 4 times this size on, RESOURCE_EXHAUSTED).
     """
@@ -388,6 +390,8 @@ class ServiceConfig:
     plan: what ``prfaas plan`` is told besides: a planning document, less what is known from here (docs/planning.md).
     drain_timeout_s: seconds that running requests get to finish when the service is told to stop.
     start_timeout_s: seconds that the workers get to load the model.
+    api_keys_file: file of the keys that clients of the doors must show, one a line; null: they need none. Read again
+        when it changes. What operators ask for needs none (docs/security.md).
     log_level: the least severe messages that are logged.
     log_format: ``text``, or ``json``: one object a line, with the request's id where a line is about one.
     log_requests: whether each process logs a line for each sequence that it is done with.
@@ -416,6 +420,7 @@ class ServiceConfig:
     plan: dict[str, object] = field(default_factory=dict)
     drain_timeout_s: float = 6.0
     start_timeout_s: float = 600.0
+    api_keys_file: str | None = None
     log_level: str = "info"
     log_format: str = TEXT
     log_requests: bool = False
@@ -425,6 +430,7 @@ class ServiceConfig:
         _require(self.served_model_name != "", "served_model_name", "must not be empty", self.served_model_name)
         ok = bool(self.cluster_id) and CLUSTER_SEPARATOR not in self.cluster_id
         _require(ok, "cluster_id", f"must not be empty and hold no {CLUSTER_SEPARATOR}", self.cluster_id)
+        _require(self.api_keys_file != "", "api_keys_file", "must be null or a path", self.api_keys_file)
         _require(self.drain_timeout_s >= 0, "drain_timeout_s", "must be at least 0 s", self.drain_timeout_s)
         _require(self.start_timeout_s > 0, "start_timeout_s", "must be above 0 s", self.start_timeout_s)
         _require_word(self.log_level in LOG_LEVELS, "log_level", LOG_LEVELS, self.log_level)
@@ -456,6 +462,8 @@ class ServiceConfig:
             section = getattr(self, name)
             if section != type(section)():
                 raise InvalidConfig(name, "means nothing with join: a joined cluster has no gateway; leave it out")
+        if self.api_keys_file is not None:
+            raise InvalidConfig("api_keys_file", "means nothing with join: a joined cluster has no door; leave it out")
 
     def worker_id(self, role: Role, index: int) -> WorkerId:
         """The name of the worker that starts as number ``index`` of a pool, unlike any of another cluster."""

@@ -22,6 +22,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cluster.api_keys import ApiKeys
 from cluster.cluster_info import (
     cluster_link_info,
     cost_info,
@@ -72,6 +73,7 @@ from core.errors import (
     SequenceFailed,
     TransferError,
     UnknownModel,
+    WrongKey,
 )
 from core.request import RequestId, SamplingParams, Slo
 from core.tracing import TraceContext
@@ -87,6 +89,7 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 # The error tree as statuses: the first line that fits is taken, so narrow errors stand before wide ones.
 _STATUS: tuple[tuple[type[PrfaasError], grpc.StatusCode], ...] = (
+    (WrongKey, grpc.StatusCode.UNAUTHENTICATED),
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -121,6 +124,8 @@ class GrpcGateway:
     ) -> None:
         self._membership = membership
         self._config = config.grpc
+        self._generation = generation
+        self._keys = ApiKeys(config.api_keys_file)
         self._servicer = GenerationServicer(
             generation, router, membership, links, planner, config, clock, internal_tls, requests
         )
@@ -146,10 +151,11 @@ class GrpcGateway:
     async def start(self) -> None:
         """Bind and serve; ``InvalidConfig`` if the address cannot be had."""
         server = grpc.aio.server(
+            interceptors=(_KeyGate(self._keys, self._generation),),
             options=(
                 ("grpc.max_receive_message_length", _TRANSPORT_LIMIT_FACTOR * self._config.max_message_bytes),
                 ("grpc.so_reuseport", 0),  # else a second service on the same port would silently share it
-            )
+            ),
         )
         rpc.add_GenerationServicer_to_server(self._servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -184,6 +190,42 @@ class GrpcGateway:
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in ("", SERVICE_NAME):
             await self._health.set(service, status)
+
+
+class _KeyGate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
+    """Lets in who shows a key; health and reflection need none."""
+
+    def __init__(self, keys: ApiKeys, generation: Generation) -> None:
+        self._keys = keys
+        self._generation = generation
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(f"/{SERVICE_NAME}/"):
+            return handler
+        try:
+            self._keys.check({name: text for name, text in handler_call_details.invocation_metadata if _is_text(text)})
+        except WrongKey as error:
+            self._generation.refuse(Door.GRPC, error)
+            return _refusing(handler, error)
+        return handler
+
+
+def _is_text(value: str | bytes) -> bool:
+    return isinstance(value, str)
+
+
+def _refusing(handler: Any, error: WrongKey) -> Any:
+    """A handler of the same kind that ends each call with ``error``."""
+
+    async def refuse(request: object, context: _Context) -> None:
+        async with _errors_as_statuses(context):
+            raise error
+
+    types = {"request_deserializer": handler.request_deserializer, "response_serializer": handler.response_serializer}
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(refuse, **types)
+    return grpc.unary_unary_rpc_method_handler(refuse, **types)
 
 
 class GenerationServicer(rpc.GenerationServicer):

@@ -36,6 +36,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster import messages_api, openai_api, responses_api, token_api
+from cluster.api_keys import ApiKeys
 from cluster.config import ServiceConfig
 from cluster.front_door import ClusterMembership, Door, RequestRouter, not_ready_reason, retry_after
 from cluster.generation import Finish, Generation, LogprobText, PreparedRequest, TextChunk, TextRequest
@@ -54,6 +55,7 @@ from core.errors import (
     SequenceFailed,
     TransferError,
     UnknownModel,
+    WrongKey,
 )
 from core.request import MAX_PRIORITY, RequestId, Slo
 from core.tracing import TRACEPARENT, TraceContext
@@ -115,6 +117,7 @@ class _Status:
 
 # The error tree as statuses: the first line that fits is taken, so narrow errors stand before wide ones.
 _STATUS: tuple[tuple[type[PrfaasError], _Status], ...] = (
+    (WrongKey, _Status(401, "authentication_error", "invalid_api_key")),
     (UnknownModel, _Status(404, "invalid_request_error", "model_not_found")),
     (BodyTooLarge, _Status(413, "invalid_request_error", "body_too_large")),
     (InvalidRequest, _Status(400, "invalid_request_error", "invalid_value")),
@@ -215,6 +218,7 @@ def make_app(
 ) -> FastAPI:
     """The routes, without a server."""
     app = FastAPI(title="prfaas", version=version(), summary="OpenAI-compatible door of a prfaas service")
+    app.add_middleware(_KeyGate, keys=ApiKeys(config.api_keys_file), metrics=metrics)
     app.add_middleware(_RequestIds)
     app.add_exception_handler(HTTPException, _http_error)
     created = int(unix_time())
@@ -702,6 +706,31 @@ async def _http_error(request: Request, error: Exception) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
     body = openai_api.error_body(message, "invalid_request_error", None, None)
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+class _KeyGate:
+    """Lets in who shows a key, and everybody to what only reads how the service is: GET outside /v1."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, metrics: Metrics) -> None:
+        self._app = app
+        self._keys = keys
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._keys.needed and _needs_key(scope["method"], scope["path"]):
+            try:
+                self._keys.check({name.decode("latin-1"): text.decode("latin-1") for name, text in scope["headers"]})
+            except WrongKey as error:
+                self._metrics.refuse(Door.HTTP, error)
+                response = _error_response(error)
+                response.headers["www-authenticate"] = "Bearer"
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _needs_key(method: str, path: str) -> bool:
+    return method not in ("GET", "HEAD") or path.startswith("/v1/")
 
 
 class _RequestIds:

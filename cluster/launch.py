@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
+from cluster.api_keys import ApiKeys
 from cluster.catalogue import load_catalogue
 from cluster.config import ServiceConfig
 from cluster.cost_recorder import CostRecorder
@@ -209,6 +210,7 @@ class _Service:
         return self._endpoints
 
     async def start(self) -> None:
+        ApiKeys(self._config.api_keys_file)  # a file that cannot be used is an error now, not when the model is loaded
         self._open_tracing()
         cluster = await self.start_workers()
         await self._wait_for_links(cluster)

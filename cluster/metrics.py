@@ -30,7 +30,7 @@ from cluster.metric_catalogue import WAIT_BUCKETS_S, Instrument, Kind
 from cluster.planner import PlannerStatus
 from cluster.version import version
 from cluster.view import WorkerView
-from core.errors import Cancelled, DeadlineExceeded, InvalidRequest, NoRoute, Overloaded
+from core.errors import Cancelled, DeadlineExceeded, InvalidRequest, NoRoute, Overloaded, WrongKey
 from core.latency_parts import TtftParts, TtstParts
 from core.request import RequestId, RequestTiming
 from core.tracing import TraceContext
@@ -41,6 +41,7 @@ class Outcome(StrEnum):
 
     OK = "ok"
     INVALID = "invalid"
+    WRONG_KEY = "wrong_key"
     OVERLOADED = "overloaded"
     NO_ROUTE = "no_route"
     DEADLINE = "deadline"
@@ -59,6 +60,7 @@ class Outcome(StrEnum):
 
 _OUTCOMES: tuple[tuple[type[BaseException], Outcome], ...] = (
     (InvalidRequest, Outcome.INVALID),
+    (WrongKey, Outcome.WRONG_KEY),
     (Overloaded, Outcome.OVERLOADED),
     (NoRoute, Outcome.NO_ROUTE),
     (DeadlineExceeded, Outcome.DEADLINE),

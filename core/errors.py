@@ -3,6 +3,7 @@
     PrfaasError
     ├── InvalidRequest          theirs: a field of the request is wrong            INVALID_ARGUMENT / 400
     │   └── UnknownModel        theirs: the model they name is not served here     NOT_FOUND / 404
+    ├── WrongKey                theirs: no API key, or one that is not ours        UNAUTHENTICATED / 401
     ├── InvalidConfig           theirs: a key of the configuration is wrong        (start-up, exit code 2)
     ├── UnsupportedModel        theirs: a model that this engine cannot serve      (start-up, with the reason)
     ├── Overloaded              nobody's: a bound was reached, try again later     RESOURCE_EXHAUSTED / 429
@@ -46,6 +47,10 @@ class UnknownModel(InvalidRequest):
 
     def __init__(self, name: str, served: str) -> None:
         super().__init__("model", f"{name!r} is not served here, only {served!r} is")
+
+
+class WrongKey(PrfaasError):
+    """The client showed no API key, or one that is not in ``api_keys_file``."""
 
 
 class InvalidConfig(PrfaasError):

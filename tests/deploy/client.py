@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -32,9 +33,37 @@ class Stream(threading.Thread):
             self.usage = event.get("usage") or self.usage
 
     def require_whole(self) -> None:
-        self.join(WAIT_S)
+        if self.ident is not None:
+            self.join(WAIT_S)
         assert self.finish_reason == "length"
         assert self.usage["completion_tokens"] == MAX_TOKENS
+
+
+class Load(threading.Thread):
+    """A client that asks again once it has its answer, until it is turned away: one is always under way."""
+
+    def __init__(self, http_port: int) -> None:
+        super().__init__(daemon=True)
+        self._http_port = http_port
+        self.begun = threading.Event()
+        self.answers: list[Stream] = []
+
+    def run(self) -> None:
+        while True:
+            answer = Stream(self._http_port)
+            try:
+                answer.run()
+            except urllib.error.URLError:  # 503, or nobody listens any more; an answer that breaks off raises another
+                return
+            self.answers.append(answer)
+            self.begun.set()
+
+    def require_whole(self) -> None:
+        self.join(WAIT_S)
+        assert not self.is_alive()
+        assert self.answers
+        for answer in self.answers:
+            answer.require_whole()
 
 
 def completion(url: str, max_tokens: int, *, stream: bool) -> Iterator[Any]:

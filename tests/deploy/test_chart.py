@@ -183,6 +183,17 @@ def test_a_gated_models_token_reaches_whoever_loads_it_and_stands_in_no_manifest
     assert made.all("Secret") == []
 
 
+def test_the_gateway_alone_sees_the_clients_keys(rendered: Render) -> None:
+    made = rendered("everything-on")
+
+    gateway = _pod(made.one("Deployment"))
+    mounts = {m["name"]: m["mountPath"] for m in gateway["containers"][0]["volumeMounts"]}
+    assert made.config["api_keys_file"] == f"{mounts['api-keys']}/keys"
+    assert {v["name"]: v.get("secret", {}).get("secretName") for v in gateway["volumes"]}["api-keys"] == "api-keys"
+    assert "PRFAAS_API_KEY" in made.one("Pod")["spec"]["containers"][0]["args"][0]
+    assert all("api-keys" not in {v["name"] for v in _pod(g)["volumes"]} for g in made.groups().values())
+
+
 def test_a_cluster_that_joins_has_no_door_and_no_decode_worker(rendered: Render) -> None:
     made = rendered("remote-prefill-cluster")
 

@@ -25,6 +25,9 @@ What one value means for another; values.schema.json checks each value by itself
 {{- if and .Values.config.join (gt (int $config.decode.count) 0) }}
 {{- fail "config.decode.count: must be 0 with config.join: K/V goes to the decode workers of the gateway's cluster" }}
 {{- end }}
+{{- if and .Values.config.join .Values.apiKeys.existingSecret }}
+{{- fail "apiKeys.existingSecret: means nothing with config.join: a cluster that joins has no door" }}
+{{- end }}
 {{- if and .Values.registry.service.enabled (not (dig "registry" "port" 0 $config)) }}
 {{- fail "config.registry.port: is needed with registry.service.enabled: other clusters must know the port" }}
 {{- end }}

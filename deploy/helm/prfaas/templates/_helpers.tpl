@@ -85,6 +85,9 @@ wins. Sections of a gateway are left out of a cluster that joins: `prfaas serve`
       "cert_file" (printf "%s/%s" $files .Values.tls.certKey)
       "key_file" (printf "%s/%s" $files .Values.tls.keyKey)) }}
 {{- end }}
+{{- if .Values.apiKeys.existingSecret }}
+{{- $_ := set $needed "api_keys_file" (printf "/etc/prfaas/api-keys/%s" .Values.apiKeys.key) }}
+{{- end }}
 {{- range $role := list "prefill" "decode" }}
 {{- $_ := set $needed $role (dict "count" 1 "num_cpus" 1 "num_gpus" 0 "resources" (dict $role 1)) }}
 {{- end }}
