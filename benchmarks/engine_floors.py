@@ -55,7 +55,6 @@ def measure_floors(device: torch.device, scale: float = 1.0) -> Floors:
     target = torch.empty_like(source)
     copy_s = _seconds(lambda: target.copy_(source), device)
     read_s = _seconds(source.sum, device)
-    del target
     side = int(8192 * scale**0.5)
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     product_s = _seconds(lambda: left @ right, device)
