@@ -92,7 +92,8 @@ def _paged_attention(
 ) -> torch.Tensor:
     attend = _DESKS[desk].attend
     assert attend is not None, "no step lies on the desk"
-    return attend(int(layer), query, key, value, sinks, scaling, softcap)
+    # Compiled code relies on the order of dimensions that is declared below.
+    return attend(int(layer), query, key, value, sinks, scaling, softcap).contiguous()
 
 
 @_paged_attention.register_fake

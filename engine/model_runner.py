@@ -48,6 +48,7 @@ ATTENTION_NAME = "prfaas_paged"
 # batch says already, or they are for other attention functions.
 _WITHOUT_EFFECT = frozenset({"dropout", "is_causal", "position_ids", "position_embeddings", "use_cache"})
 _MOST_LAYERS_AHEAD = 2  # of the GPU, where a step may be held up
+_MAX_REASON = 300  # characters
 _SELF_TEST_CHUNKS = (13, 9, 1)  # the second begins inside a page, the third is a decode step
 # Largest distance of logits from the model's own, relative to their spread; unrelated ones are 1.4 apart. Rounding
 # gives a tenth of these, except that in bfloat16 it may turn a router to another expert (0.2).
@@ -359,7 +360,7 @@ class ModelRunner:
         try:
             return _forward(self._model, token_ids, positions, wanted, DeskBatch(self._desk))
         except Exception as error:
-            self.go_eager(f"a compiled step failed: {type(error).__name__}: {_first_line(error)}")
+            self.go_eager(f"a compiled step failed: {_in_short(error)}")
             raise
         finally:
             self._desk.attend = outer
@@ -370,7 +371,7 @@ class ModelRunner:
             try:
                 torch.cuda.synchronize(self.pool.device)
             except RuntimeError as error:
-                logger.error("the device failed: %s", _first_line(error))
+                logger.error("the device failed: %s", _in_short(error))
 
     # ---- speed ----
 
@@ -405,7 +406,7 @@ class ModelRunner:
             self.self_test()
         except Exception as error:  # dynamo and inductor raise whatever a model provokes
             if self._compiled is not None:
-                self.go_eager(f"{type(error).__name__}: {_first_line(error)}")
+                self.go_eager(f"{_in_short(error)}")
             reason = self.mode.reason
             self.self_test()
             return reason
@@ -434,7 +435,7 @@ class ModelRunner:
                 record=device.type == "cuda",
             )
         except Exception as error:
-            reason = f"capturing failed: {type(error).__name__}: {_first_line(error)}"
+            reason = f"capturing failed: {_in_short(error)}"
             self.num_fallbacks += 1
             logger.warning("decode steps are not captured: %s", reason)
             self.mode = ForwardMode(self.mode.compiled, self.mode.reason, (), reason)
@@ -491,8 +492,10 @@ def _chunk(item: StepItem) -> Chunk:
     return Chunk(item.token_ids, item.start, item.page_ids, item.samples, item.pending_row)
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+def _in_short(error: Exception) -> str:
+    """Compilers say a lot; the log has it all."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}..."
 
 
 def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -55,6 +55,8 @@ def test_tokens_on_the_gpu_are_those_of_transformers(family: str, attention: str
             num_pages=-(-1024 // page_size),
             max_prefill_chunk=chunk,
             attention=attention,
+            compile="never",  # test_fast_forward_on_gpu.py
+            max_batch_size=6,
         )
         engine = Engine.load_model(config, str(folder), WallClock())
         assert run(engine, prompts, "miss", greedy) == expected
@@ -64,7 +66,8 @@ def test_tokens_on_the_gpu_are_those_of_transformers(family: str, attention: str
 
 def test_sampling_on_the_gpu_is_a_function_of_the_seed(tmp_path: Path) -> None:
     folder = save_tiny_model("llama", tmp_path)
-    engine = Engine.load_model(EngineConfig(device="cuda", dtype="float32", num_pages=64), str(folder), WallClock())
+    config = EngineConfig(device="cuda", dtype="float32", num_pages=64, compile="never")
+    engine = Engine.load_model(config, str(folder), WallClock())
     sampling = SamplingParams(
         max_tokens=NUM_NEW,
         temperature=0.9,

@@ -1,0 +1,347 @@
+"""How near is the engine to what the GPU can do, and what makes up the rest?
+
+    python -m benchmarks.engine [--json FILE] [--parts prefill decode mixed profile] [--peer FILE] [--rehearse]
+
+One engine (no service around it) with a Llama of 8B parameters in bfloat16, random weights, on one GPU:
+
+    prefill   1x1,024, 1x8,192, 8x1,024 and 1x32,768 tokens: from ``add`` to the last first token, prefix cache off
+    decode    batches of 1, 64, 128 and 256 at 1,024 tokens of context and of 64 at 4,096: the median time between steps
+    mixed     200 requests at once, 256-8,192 tokens in (444,944 in all), 128 out
+    profile   kernels of a decode step and of a prefill, by what they are for, and the time in which none ran
+
+Floors are of the same run (engine_floors.py): for prefill the multiplications at the measured rate of a large
+product; for decode the bytes of weights and K/V at the measured bandwidth, the better of a large copy and a large sum.
+``--peer`` adds a column from a ``results.json`` of shared/peers/vllm-gpu on the same machine. ``--rehearse``: a tiny
+model, on whatever is here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks import report
+from benchmarks.engine_floors import Floors, ModelCost, measure_floors
+from benchmarks.engine_profile import profile_terms
+from benchmarks.report import Cell
+from core.clock import WallClock
+from core.request import SamplingParams, SequenceId, SequenceSpec
+from engine.config import EngineConfig
+from engine.engine import Engine
+
+PARTS = ("prefill", "decode", "mixed", "profile")
+COLUMNS = {
+    "what": "what",
+    "ms": "ours, ms",
+    "ms_min": "min",
+    "ms_max": "max",
+    "floor_ms": "floor, ms",
+    "over_floor": "ratio",
+    "tokens_per_s": "tokens/s",
+    "peer_ms": "vLLM, ms",
+    "peer_ratio": "ours/vLLM",
+    "runs": "runs",
+}
+TERM_COLUMNS = {"what": "what", "term": "term", "ms": "ms", "share": "share", "kernels": "kernels"}
+_GIB = 1 << 30
+_SPARE_BYTES = 7 * _GIB  # activations, logits, work spaces and graphs
+_STEP_TOKENS = 16384
+_MAX_BATCH = 256
+_WARM_STEPS, _TIMED_STEPS = 12, 64
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is measured; ``REHEARSAL`` is for machines without a GPU."""
+
+    config: Mapping[str, Any]  # a transformers config.json
+    settings: Mapping[str, Any]  # of EngineConfig
+    prefills: tuple[tuple[int, ...], ...]
+    decodes: tuple[tuple[int, int], ...]  # (batch, context)
+    num_mixed: int
+    mixed_lengths: tuple[int, int]
+    mixed_output: int
+
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+FULL = Scale(
+    LLAMA_8B,
+    {"max_batch_tokens": _STEP_TOKENS, "max_batch_size": _MAX_BATCH, "max_model_len": 40960, "prefix_cache": False},
+    ((1024,), (8192,), (1024,) * 8, (32768,)),
+    ((1, 1024), (64, 1024), (128, 1024), (256, 1024), (64, 4096)),
+    200,
+    (256, 8192),
+    128,
+)
+REHEARSAL = Scale(
+    {
+        **LLAMA_8B,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 512,
+        "dtype": "float32",
+    },
+    {"max_batch_tokens": 256, "max_batch_size": 4, "max_model_len": 1024, "prefix_cache": False, "num_pages": 256},
+    ((64,), (64,) * 4),
+    ((1, 64), (4, 64)),
+    6,
+    (16, 128),
+    8,
+)
+
+
+class Bench:
+    """An engine, and what is asked of it."""
+
+    def __init__(self, engine: Engine, scale: Scale) -> None:
+        self.engine = engine
+        self.scale = scale
+        self._clock = WallClock()
+        self._random = random.Random(1)
+        self._numbers = count()
+
+    def prompt(self, length: int) -> tuple[int, ...]:
+        """Random tokens."""
+        return tuple(self._random.randrange(self.engine.model.vocab_size) for _ in range(length))
+
+    def add(self, prompt: Sequence[int], num_tokens: int) -> None:
+        """Queue a sequence of that many output tokens."""
+        sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+        self.engine.add(SequenceSpec(SequenceId(str(next(self._numbers))), tuple(prompt), sampling))
+
+    def drain(self) -> float:
+        """Run until nothing is left; seconds."""
+        began_at = self._clock.now()
+        while self.engine.has_work:
+            self.step()
+        return self._clock.now() - began_at
+
+    def step(self) -> int:
+        """One step; how many tokens it brought."""
+        output = self.engine.step()
+        if output.failures:
+            raise RuntimeError(output.failures[0].message)
+        return len(output.chunks)
+
+    def prefill(self, lengths: Sequence[int], runs: int) -> list[float]:
+        """Seconds to the last first token of prompts that arrive together; the first run is not counted."""
+        times = []
+        for _ in range(runs + 1):
+            prompts = [self.prompt(length) for length in lengths]
+            for prompt in prompts:
+                self.add(prompt, 1)
+            times.append(self.drain())
+        return times[1:]
+
+    def decode(self, batch: int, context: int) -> list[float]:
+        """Seconds between steps of the whole batch."""
+        num_tokens = _WARM_STEPS + _TIMED_STEPS + 8
+        for _ in range(batch):
+            self.add(self.prompt(context), num_tokens + -(-batch * context // self.step_tokens))
+        ends: list[float] = []
+        while self.engine.has_work:
+            full = self.step() == batch
+            if full:
+                ends.append(self._clock.now())
+        gaps = [later - earlier for earlier, later in pairwise(ends)]
+        return gaps[_WARM_STEPS : _WARM_STEPS + _TIMED_STEPS]
+
+    @property
+    def step_tokens(self) -> int:
+        """Of the prompts of one step."""
+        tokens: int = self.scale.settings["max_batch_tokens"]
+        return tokens
+
+    def mixed(self) -> tuple[float, int]:
+        """(seconds, tokens in and out) of requests that all come at once."""
+        dice = random.Random(42)  # as the peer's script draws them
+        low, high = self.scale.mixed_lengths
+        lengths = [round(math.exp(dice.uniform(math.log(low), math.log(high)))) for _ in range(self.scale.num_mixed)]
+        for length in lengths:
+            self.add(self.prompt(length), self.scale.mixed_output)
+        return self.drain(), sum(lengths) + len(lengths) * self.scale.mixed_output
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    scale = REHEARSAL if options.rehearse else FULL
+    console = Console(highlight=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type != "cuda" and not options.rehearse:
+        console.print("no GPU here: --rehearse runs a tiny model on CPU")
+        return 2
+    floors = measure_floors(device, 1.0 if device.type == "cuda" else 0.02)
+    console.print(floors.text)
+    torch.cuda.empty_cache()  # nothing on CPU
+    clock = WallClock()
+    began_at = clock.now()
+    bench = Bench(_engine(scale, device), scale)
+    start_s = clock.now() - began_at
+    modes = bench.engine.modes()
+    console.print(f"engine ready in {start_s:.1f} s: attention {modes.attention.name}, {modes.forward}")
+    cost = ModelCost.of(bench.engine)
+    peer = json.loads(options.peer.read_text()) if options.peer else {}
+    rows: list[dict[str, Cell]] = []
+    terms: list[dict[str, Cell]] = []
+    figures: dict[str, float] = {"engine_start_s": start_s, **floors.figures}
+    runs: dict[str, Any] = {
+        "prefill": lambda: _prefills(bench, floors, cost, peer, rows, figures),
+        "decode": lambda: _decodes(bench, floors, cost, peer, rows, figures),
+        "mixed": lambda: _mixed(bench, peer, rows, figures),
+        "profile": lambda: _profiles(bench, device, terms),
+    }
+    for part in options.parts:
+        runs[part]()
+        machine = {**report.machine(), "device": bench.engine.model.compute.device, "attention": modes.attention.name}
+        result = report.Report("engine", report.commit(), machine, [*rows, *terms], figures)
+        if options.json is not None:
+            result.write_json(options.json)  # after every part: a run may be cut short
+    title = f"engine on {bench.engine.model.compute.device}"
+    report.Report("engine", report.commit(), report.machine(), rows, figures).print_table(COLUMNS, title)
+    if terms:
+        report.Report("engine", "", {}, terms, {}).print_table(TERM_COLUMNS, "what the time goes to")
+    return 0
+
+
+def _engine(scale: Scale, device: torch.device) -> Engine:
+    settings = dict(scale.settings)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(scale.config))
+        if device.type == "cuda" and "num_pages" not in settings:
+            weights = 2 * ModelCost.parameters(scale.config)
+            settings["kv_cache_bytes"] = torch.cuda.mem_get_info()[0] - weights - _SPARE_BYTES
+        return Engine.load_model(EngineConfig(**settings), f"dummy:{folder}", WallClock())
+
+
+def _prefills(
+    bench: Bench,
+    floors: Floors,
+    cost: ModelCost,
+    peer: Mapping[str, Any],
+    rows: list[dict[str, Cell]],
+    figures: dict[str, float],
+) -> None:
+    for lengths in bench.scale.prefills:
+        name = f"{len(lengths)}x{lengths[0]}"
+        seconds = bench.prefill(lengths, 4 if sum(lengths) > 16384 else 7)
+        flops = cost.prefill_flops(lengths)
+        theirs = peer.get("prefill_held", {}).get(name) or peer.get("prefill", {}).get(name)
+        row = _row(f"prefill {name}", seconds, flops / floors.flops_per_s, theirs["ms"] if theirs else None)
+        rows.append({**row, "tokens_per_s": sum(lengths) / statistics.median(seconds)})
+        if lengths == (8192,):
+            figures["prefill_mfu_8192"] = flops / statistics.median(seconds) / floors.flops_per_s
+            figures["prefill_8192_ms"] = statistics.median(seconds) * 1e3
+
+
+def _decodes(
+    bench: Bench,
+    floors: Floors,
+    cost: ModelCost,
+    peer: Mapping[str, Any],
+    rows: list[dict[str, Cell]],
+    figures: dict[str, float],
+) -> None:
+    for batch, context in bench.scale.decodes:
+        seconds = bench.decode(batch, context)
+        middle = context + _WARM_STEPS + _TIMED_STEPS // 2
+        floor_s = cost.decode_bytes(batch, middle) / floors.bytes_per_s
+        theirs = peer.get("decode", {}).get(f"B{batch}_L{context}")
+        row = _row(
+            f"decode {batch} at {context}", seconds, floor_s, theirs["ms_step_by_difference"] if theirs else None
+        )
+        rows.append({**row, "tokens_per_s": batch / statistics.median(seconds)})
+        if context == 1024:
+            figures[f"decode_over_floor_b{batch}"] = statistics.median(seconds) / floor_s
+            figures[f"decode_ms_b{batch}"] = statistics.median(seconds) * 1e3
+
+
+def _mixed(bench: Bench, peer: Mapping[str, Any], rows: list[dict[str, Cell]], figures: dict[str, float]) -> None:
+    runs = [bench.mixed() for _ in range(2)]
+    best_s, num_tokens = min(runs)
+    theirs = min((run["s"] for run in peer.get("mixed", {}).get("runs", ())), default=None)
+    row = _row(f"mixed, {bench.scale.num_mixed} requests", [s for s, _ in runs], None, theirs and theirs * 1e3)
+    rows.append({**row, "tokens_per_s": num_tokens / best_s})
+    figures["mixed_tokens_per_s"] = num_tokens / best_s
+    figures["mixed_s"] = best_s
+
+
+def _profiles(bench: Bench, device: torch.device, terms: list[dict[str, Cell]]) -> None:
+    batch, context = next((shape for shape in bench.scale.decodes if shape[0] == 64), bench.scale.decodes[-1])
+    for _ in range(batch):
+        bench.add(bench.prompt(context), 64)
+    while bench.step() < batch:
+        pass
+    for _ in range(8):
+        bench.step()
+    terms += profile_terms(f"decode {batch} at {context}", bench.step, 16, device)
+    bench.drain()
+    lengths = bench.scale.prefills[1]
+
+    def prefill() -> None:
+        for prompt in prompts:
+            bench.add(prompt, 1)
+        bench.drain()
+
+    prompts = [bench.prompt(length) for length in lengths]
+    prefill()
+    terms += profile_terms(f"prefill {len(lengths)}x{lengths[0]}", prefill, 3, device)
+
+
+def _row(what: str, seconds: Sequence[float], floor_s: float | None, peer_ms: float | None) -> dict[str, Cell]:
+    middle = statistics.median(seconds)
+    return {
+        "what": what,
+        "ms": middle * 1e3,
+        "ms_min": min(seconds) * 1e3,
+        "ms_max": max(seconds) * 1e3,
+        "floor_ms": None if floor_s is None else floor_s * 1e3,
+        "over_floor": None if floor_s is None else middle / floor_s,
+        "peer_ms": peer_ms,
+        "peer_ratio": None if peer_ms is None else middle * 1e3 / peer_ms,
+        "runs": len(seconds),
+    }
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the report here")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--peer", type=Path, help="results.json of shared/peers/vllm-gpu, of the same machine")
+    parser.add_argument("--rehearse", action="store_true", help="a tiny model, on whatever is here")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Compiled layers, captured decode graphs and steps planned ahead give transformers' tokens; FlashInfer in bfloat16 its
+logits within a bound.
+
+Skipped without a GPU. tests/unit/engine/test_fast_forward.py asks the same of the CPU, without kernels and graphs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
+
+from core.clock import WallClock
+from core.request import SamplingParams, SequenceId, SequenceSpec, TokenChunk
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.scheduler import StepPlan
+from tests.tiny_models import VOCAB_SIZE, generate_with, save_tiny_model
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+    pytest.mark.timeout(600),
+]
+needs_flashinfer = pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="no FlashInfer here")
+
+NUM_NEW = 10
+PROMPT_LENGTHS = (1, 5, 16, 17, 40, 64)
+# Log-probabilities of tiny models with large weights in bfloat16 against float32, relative to the logits' spread.
+LOGIT_BOUND = 0.1
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code() -> Any:
+    yield
+    torch._dynamo.reset()  # models of one family share code, and compiled code is kept per code
+
+
+def load(folder: Path, **settings: Any) -> Engine:
+    defaults: dict[str, Any] = {"device": "cuda", "dtype": "float32", "num_pages": 64, "max_batch_size": 6}
+    return Engine.load_model(EngineConfig(**{**defaults, **settings}), str(folder), WallClock())
+
+
+def chunks(engine: Engine, prompts: Sequence[Sequence[int]], tag: str, **sampling: Any) -> list[list[TokenChunk]]:
+    params = SamplingParams(**{"max_tokens": NUM_NEW, "temperature": 0.0, **sampling})
+    for number, prompt in enumerate(prompts):
+        engine.add(SequenceSpec(SequenceId(f"{tag}/{number}"), tuple(prompt), params))
+    found: list[list[TokenChunk]] = [[] for _ in prompts]
+    while engine.has_work:
+        output = engine.step()
+        assert not output.failures
+        for chunk in output.chunks:
+            found[int(chunk.sequence_id.split("/")[1])].append(chunk)
+    engine.check_integrity()
+    return found
+
+
+def run(engine: Engine, prompts: Sequence[Sequence[int]], tag: str, **sampling: Any) -> list[list[int]]:
+    found = chunks(engine, prompts, tag, **sampling)
+    return [[token for chunk in one for token in chunk.token_ids] for one in found]
+
+
+def example(family: str, folder: Path) -> tuple[Path, list[list[int]], list[list[int]]]:
+    save_tiny_model(family, folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    draw = random.Random(family)
+    prompts = [[draw.randrange(1, VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS]
+    return folder, prompts, [list(generate_with(model, prompt, NUM_NEW)) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "gemma2", "gemma3", "gpt_oss", "deepseek_v3", "mistral", "phi3", "mixtral", "gpt2"]
+)
+def test_tokens_of_compiled_layers_and_graphs(family: str, tmp_path: Path) -> None:
+    folder, prompts, expected = example(family, tmp_path)
+    engine = load(folder)
+    modes = engine.modes()
+    print(family, modes)
+
+    assert modes.plans_ahead
+    assert modes.forward.graph_batch_sizes == (1, 2, 4, 6), modes.forward.graph_reason
+    for size in range(1, len(prompts) + 1):  # every graph, full and padded
+        assert run(engine, prompts[:size], f"of {size}") == expected[:size]
+    # Of these families mixtures of experts may refuse; then it has to be said.
+    assert modes.forward.compiled or (family in ("mixtral", "deepseek_v3", "gpt_oss") and modes.forward.reason)
+
+
+def test_preempted_between_graphs(tmp_path: Path) -> None:
+    folder, prompts, expected = example("llama", tmp_path)
+    engine = load(folder, page_size=4, num_pages=17, compile="never", max_prefill_chunk=7)
+    short = [i for i, length in enumerate(PROMPT_LENGTHS) if length <= 17]
+
+    assert run(engine, [prompts[i] for i in short], "crowded") == [expected[i] for i in short]
+    assert engine.load().num_preemptions > 0
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.9, "top_p": 0.8, "top_k": 50, "seed": 3, "min_p": 0.01},
+        {"temperature": 0.8, "top_p": 0.9, "seed": 5, "repetition_penalty": 1.3, "frequency_penalty": 0.4},
+    ],
+    ids=["filters", "penalties"],
+)
+def test_sampling_does_not_depend_on_planning_ahead(sampling: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path)
+    draw = random.Random(1)
+    prompts = [[draw.randrange(1, VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS]
+    ahead, plain = (load(folder, compile="never", plan_ahead=switch) for switch in ("auto", "never"))
+
+    assert run(ahead, prompts, "s", **sampling) == run(plain, prompts, "s", **sampling)
+
+
+class _Shipper:
+    """Copies the pages of a step, layer by layer, on a stream of its own behind a mark, as a transport does."""
+
+    def __init__(self, source: Engine, target: Engine, pages: Sequence[int]) -> None:
+        self._source, self._target, self._pages = source, target, pages
+        self._plan: StepPlan | None = None
+        self._stream = torch.cuda.Stream()
+        self.heard: list[int] = []
+
+    def sequence_started(self, spec: SequenceSpec, num_cached_tokens: int, page_ids: Sequence[int]) -> None:
+        assert num_cached_tokens == 0
+
+    def step_planned(self, plan: StepPlan) -> None:
+        self._plan = plan
+
+    def layer_stored(self, layer: int) -> None:
+        assert self._plan is not None
+        self.heard.append(layer)
+        mark = torch.cuda.Event()
+        mark.record()
+        self._stream.wait_event(mark)
+        size = self._source.layout.page_size
+        with torch.cuda.stream(self._stream), torch.inference_mode():
+            for item in self._plan.items:
+                for i in range(item.start // size, -(-(item.start + len(item.token_ids)) // size)):
+                    page = self._source.pool.pages(layer)[item.page_ids[i]]
+                    self._target.pool.pages(layer)[self._pages[i]].copy_(page, non_blocking=True)
+
+
+def test_layers_are_reported_while_compiled_steps_and_graphs_compute(tmp_path: Path) -> None:
+    folder, prompts, expected = example("llama", tmp_path)
+    prefill, decode = (load(folder, page_size=4, max_prefill_chunk=39) for _ in range(2))  # the last chunk: one token
+    assert prefill.modes().forward.compiled
+    sampling = SamplingParams(max_tokens=NUM_NEW, temperature=0.0)
+    spec = SequenceSpec(SequenceId("s"), tuple(prompts[4]), sampling)
+    reservation = decode.reserve(spec)
+    assert reservation is not None
+    shipper = prefill.listener = _Shipper(prefill, decode, reservation.page_ids)
+    prefill.add(SequenceSpec(SequenceId("s"), tuple(prompts[4]), sampling, hold_kv=True))
+    first = []
+    while prefill.has_work:
+        first += [token for chunk in prefill.step().chunks for token in chunk.token_ids]
+    torch.cuda.synchronize()
+
+    assert shipper.heard == [0, 1] * 2
+    decode.admit(reservation, first)
+    rest: list[int] = []
+    while decode.has_work:
+        rest += [token for chunk in decode.step().chunks for token in chunk.token_ids]
+    assert [*first, *rest] == expected[4]
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.08,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+
+
+@needs_flashinfer
+@pytest.mark.parametrize(
+    "config", [LlamaConfig(**SHAPE), MistralConfig(**SHAPE, sliding_window=11)], ids=["full", "window"]
+)
+def test_flashinfer_in_bfloat16_is_within_the_bound(config: PreTrainedConfig, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    factory: Any = AutoModelForCausalLM
+    factory.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    reference: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    draw = random.Random(2)
+    prompts = [[draw.randrange(1, VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS]
+    worst = {}
+    for compile_ in ("never", "auto"):
+        engine = load(tmp_path, dtype="bfloat16", compile=compile_, max_prefill_chunk=23)
+        modes = engine.modes()
+        assert modes.attention.name == "flashinfer", modes.attention.reason
+        assert modes.forward.compiled == (compile_ == "auto"), modes.forward.reason
+        assert modes.forward.graph_batch_sizes, modes.forward.graph_reason
+        found = chunks(engine, prompts, "s", logprobs=5) + chunks(engine, prompts[2:], "cached", logprobs=5)
+        errors = []
+        for prompt, one in zip([*prompts, *prompts[2:]], found, strict=True):
+            errors += _errors(reference, prompt, one)
+        worst[compile_] = max(errors)
+    print("largest error of a log-probability, of the spread of the logits:", worst)
+    assert max(worst.values()) < LOGIT_BOUND
+
+
+@torch.no_grad()
+def _errors(reference: Any, prompt: Sequence[int], found: Sequence[TokenChunk]) -> list[float]:
+    """Of every reported log-probability, with the tokens that the engine chose before it."""
+    tokens = [token for chunk in found for token in chunk.token_ids]
+    logits = reference(torch.tensor([[*prompt, *tokens]])).logits[0].float()
+    errors = []
+    for index, chunk in enumerate(found):
+        row = logits[len(prompt) - 1 + index]
+        expected, spread = row.log_softmax(-1), float(row.std())
+        (logprob,) = chunk.logprobs
+        errors += [abs(value - float(expected[token])) / spread for token, value in logprob.top]
+    return errors
