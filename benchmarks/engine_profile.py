@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import Cell
@@ -41,7 +42,7 @@ def profile_terms(what: str, run: Callable[[], object], repeats: int, device: to
             run()
         torch.cuda.synchronize(device)
         wall_s = clock.now() - began_at
-    kernels = [event for event in profiler.events() or () if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
     spent: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     others: dict[str, float] = defaultdict(float)

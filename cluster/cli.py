@@ -261,6 +261,7 @@ def top(
     address: Address = DEFAULT_ADDRESS,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print one look and end.")] = False,
+    api_key: ApiKey = None,
 ) -> None:
     """Watch a service: workers, links, threshold and roles, and where each second of the last requests went.
 
@@ -273,7 +274,7 @@ def top(
         recent = stub.GetRecentRequests(pb.GetRecentRequestsRequest(limit=_TOP_REQUESTS), timeout=_INFO_TIMEOUT_S)
         return frame(info, recent.requests)
 
-    with _service(address) as stub:
+    with _service(address, api_key) as stub:
         if once:
             console.print(look(stub))
             return

@@ -722,7 +722,8 @@ class _KeyGate:
                 self._keys.check({name.decode("latin-1"): text.decode("latin-1") for name, text in scope["headers"]})
             except WrongKey as error:
                 self._metrics.refuse(Door.HTTP, error)
-                response = _error_response(error)
+                api = _MESSAGE if scope["path"].startswith("/v1/messages") else _CHAT
+                response = _error_response(error, api)
                 response.headers["www-authenticate"] = "Bearer"
                 await response(scope, receive, send)
                 return

@@ -38,6 +38,7 @@ _ROLES = ("user", "assistant")
 # status |-> the API's word for it; others are its api_error
 _KINDS = {
     400: "invalid_request_error",
+    401: "authentication_error",
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",
