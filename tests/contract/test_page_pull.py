@@ -657,7 +657,7 @@ async def test_pages_that_arrive_although_nobody_waits_any_more_are_cached_all_t
             adopt(room)
 
         puller.engine.adopt = late  # type: ignore[method-assign]
-        report = await puller.pull(source, timeout_s=0.1)
+        report = await puller.pull(source, timeout_s=1.0)
         assert report.outcome is PullOutcome.TIMEOUT
         may_adopt.set()
         await back(puller, source)
