@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: demo serve test scenarios lint helm chart protos bench bench-kv bench-overlap bench-paper bench-router bench-routing constraints help
+.PHONY: demo serve test scenarios lint helm chart protos bench bench-kv bench-overlap bench-paper bench-router bench-routing constraints docs help
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -71,6 +71,9 @@ bench-router: $(STAMP)  ## Decisions and page events of a gateway with 1,000 wor
 bench-routing: $(STAMP)  ## Every routing policy on the same prompts, on the real service; writes build/routing.json
 	@mkdir -p build
 	@$(BIN)/python -m benchmarks.routing --json build/routing.json $(ARGS)
+
+docs: $(STAMP)  ## The documentation as a site in build/site; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet && echo "build/site/index.html"
 
 constraints: $(STAMP)  ## Pin what .venv holds; to upgrade: empty constraints.txt, rm -r .venv, make constraints
 	@{ sed -n '/^#/p' constraints.txt; \
