@@ -2,7 +2,8 @@
 
 A decode worker makes thousands of tokens a second and Python's gRPC does not make as many messages: everything that
 is published for one gateway before its stream runs again travels as one ``OutputBatch``, in order of publishing. In
-practice that is one message for each engine step.
+practice that is one message for each engine step. When the gateway reads late, what has come for a sequence meanwhile
+travels as one chunk.
 
 A gateway has one stream; a second one replaces the first. A gateway whose stream ends, or that falls ``max_pending``
 messages behind, is gone: ``on_gone`` is called once, so that its sequences free their pages.
@@ -15,7 +16,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 
-from core.request import GatewayId, SequenceFailure, TokenChunk
+from core.request import GatewayId, SequenceFailure, SequenceId, TokenChunk, joined_chunk
 from protos import wire
 from protos import worker_pb2 as pb
 
@@ -106,9 +107,24 @@ class _Stream:
 
 def _batch(items: list[TokenChunk | SequenceFailure]) -> pb.OutputBatch:
     batch = pb.OutputBatch()
+    runs: list[list[TokenChunk]] = []  # of chunks that can travel as one, in the order of their first ones
+    last_run: dict[SequenceId, list[TokenChunk]] = {}
     for item in items:
-        if isinstance(item, TokenChunk):
-            batch.chunks.append(wire.chunk_to_message(item))
-        else:
+        if isinstance(item, SequenceFailure):
             batch.failures.append(wire.failure_to_message(item))
+            continue
+        run = last_run.get(item.sequence_id)
+        if run is not None and _follows(item, run[-1]):
+            run.append(item)
+        else:
+            last_run[item.sequence_id] = run = [item]
+            runs.append(run)
+    for run in runs:
+        batch.chunks.append(wire.chunk_to_message(run[0] if len(run) == 1 else joined_chunk(run)))
     return batch
+
+
+def _follows(chunk: TokenChunk, before: TokenChunk) -> bool:
+    """Is it nothing but more tokens? A chunk that ends something, or reports, is the last of its run."""
+    is_plain = before.finish_reason is None and before.stats is None
+    return is_plain and bool(chunk.token_ids) and chunk.position == before.position + len(before.token_ids)

@@ -34,7 +34,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -75,6 +75,7 @@ from core.request import (
     StageStats,
     TokenChunk,
     WorkerId,
+    joined_chunk,
     sequence_id,
 )
 from core.request_log import about
@@ -88,6 +89,7 @@ STOPPING = "the gateway is stopping and takes no new requests"
 FALLBACK_LOG_S = 10.0  # a fallback is logged when it begins, and so long after the last time while it lasts
 WIND_UP_S = 1.0  # after a drain: for generators to end and for workers to hear of aborts
 RELEASE_POLL_S = 0.05  # while requests wait for their turn: how often the workers' loads are looked at
+WAKES_A_TURN = 8  # continuations whose readers run before the event loop looks at its sockets again
 RELEASE_GAP_S = 0.01  # after nobody's turn came, whatever happens meanwhile: asking costs decisions of the policy
 
 
@@ -161,6 +163,7 @@ class Router:
         self._routes: Counter[str] = Counter()
         self._output_lengths = OutputLengths()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._wakes = _Wakes()
 
     # ---- what the front doors call ----
 
@@ -272,7 +275,8 @@ class Router:
         name = RequestId(f"{self._gateway_id}/{self._num_requests}/{request.request_id}")
         self._num_requests += 1
         num_output = self._output_lengths.expected(0, request.sampling.max_tokens)
-        flight = _Flight(request, name, self._admission.join(request, num_output), self._clock.now())
+        ticket = self._admission.join(request, num_output)
+        flight = _Flight(request, name, ticket, self._clock.now(), self._wakes)
         self._flights[request.request_id] = flight
         self._idle.clear()
         if request.deadline_at is not None:
@@ -381,16 +385,21 @@ class Router:
                 if not isinstance(event, TokenChunk):
                     self._survive(continuation, attempt, stage, event)
                     continue
-                for source, chunk in attempt.take(stage, event):
-                    if not continuation.num_tokens:
-                        self._admission.first_token(flight.ticket)
-                    if chunk.finish_reason is None:
-                        yield continuation.next_chunk(self._clock.now(), chunk)
-                        continue
-                    async with aclosing(self._finish(flight, continuation, attempt, source, chunk)) as last_chunks:
-                        async for last in last_chunks:
-                            yield last
-                    return
+                due = attempt.take(stage, event)
+                while (later := continuation.inbox.next_chunk()) is not None:  # what has come meanwhile goes along
+                    due += attempt.take(*later)
+                if not due:
+                    continue
+                source, chunk = due[-1][0], due[0][1] if len(due) == 1 else joined_chunk([one for _, one in due])
+                if not continuation.num_tokens:
+                    self._admission.first_token(flight.ticket)
+                if chunk.finish_reason is None:
+                    yield continuation.next_chunk(self._clock.now(), chunk)
+                    continue
+                async with aclosing(self._finish(flight, continuation, attempt, source, chunk)) as last_chunks:
+                    async for last in last_chunks:
+                        yield last
+                return
         finally:
             reason = "the request was ended by its client, its deadline or a failure"
             self._end(continuation, reason, error=reason)
@@ -418,8 +427,8 @@ class Router:
                     received = await continuation.inbox.get()
                     if received is None or not isinstance(received[1], TokenChunk):
                         return
-                    for _ in attempt.take(received[0], received[1]):
-                        raise AssertionError("a token came after the finish")
+                    after = attempt.take(received[0], received[1])
+                    assert not after, "a token came after the finish"
 
     # ---- one attempt ----
 
@@ -649,13 +658,15 @@ def _is_not(view: ClusterView) -> Callable[[ClusterView], bool]:
 class _Flight:
     """One request in flight."""
 
-    def __init__(self, request: GenerateRequest, name: RequestId, ticket: Ticket, entered_at: float) -> None:
+    def __init__(
+        self, request: GenerateRequest, name: RequestId, ticket: Ticket, entered_at: float, wakes: _Wakes
+    ) -> None:
         self.request = request
         self.entered_at = entered_at  # the router, on its Clock
         self.began_at = entered_at  # when its turn had come
         self.name = name  # unique over gateways and time
         self.ticket = ticket
-        self.continuations = tuple(_Continuation(request, index, ticket) for index in range(request.sampling.n))
+        self.continuations = tuple(_Continuation(request, index, ticket, wakes) for index in range(request.sampling.n))
         self.route: Route | None = None  # of continuation 0's last attempt
         self.timer: asyncio.TimerHandle | None = None
 
@@ -673,9 +684,9 @@ class _Flight:
 class _Continuation:
     """One of n: the tokens that the client has, and the attempt under way."""
 
-    def __init__(self, request: GenerateRequest, index: int, ticket: Ticket) -> None:
+    def __init__(self, request: GenerateRequest, index: int, ticket: Ticket, wakes: _Wakes) -> None:
         self.index = index
-        self.inbox = _Inbox()
+        self.inbox = _Inbox(wakes)
         self.attempt: _Attempt | None = None
         self.ordinal: int | None = None  # ``RouteRequest.ordinal`` of the attempt to come; None: none was asked for
         self.excluded: set[EngineId] = set()
@@ -959,8 +970,8 @@ class _Attempt:
         self._next_position = len(spec.output_token_ids)
         self._early: dict[int, tuple[Role, TokenChunk]] = {}  # position |-> chunk that came before its predecessor
 
-    def take(self, stage: Role, chunk: TokenChunk) -> Iterator[tuple[Role, TokenChunk]]:
-        """Note a chunk; yield those whose turn it is, in order of position, each with the stage that sent it."""
+    def take(self, stage: Role, chunk: TokenChunk) -> list[tuple[Role, TokenChunk]]:
+        """Note a chunk; those whose turn it is, in order of position, each with the stage that sent it."""
         if chunk.stats is not None:
             self.stats[stage] = chunk.stats
         is_report = not chunk.token_ids and chunk.finish_reason is None
@@ -968,11 +979,13 @@ class _Attempt:
         if is_report:
             if stage is Role.PREFILL:
                 self.leave_prefill()
-            return
+            return []
         self._early[chunk.position] = (stage, chunk)
-        while (due := self._early.pop(self._next_position, None)) is not None:
-            self._next_position += len(due[1].token_ids)
-            yield due
+        due: list[tuple[Role, TokenChunk]] = []
+        while (following := self._early.pop(self._next_position, None)) is not None:
+            self._next_position += len(following[1].token_ids)
+            due.append(following)
+        return due
 
     def is_decodes_alone(self, num_tokens: int) -> bool:
         """D has the K/V and the client has P's token: P may go, nothing is lost."""
@@ -1025,10 +1038,48 @@ class _Attempt:
         return tuple(stages)
 
 
+class _Wakes:
+    """Lets readers run, a few in each turn of the event loop; the others keep their order.
+
+    One engine step brings tokens for hundreds of continuations. If all their readers ran before the loop looks at its
+    sockets again, a gateway that is too slow for one message per token would fall ever further behind. So it reads the
+    next step meanwhile, and whoever still waits takes all its tokens at once: the busier, the fewer messages.
+    """
+
+    def __init__(self) -> None:
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._num_woken = 0  # in this turn
+        self._turning = False
+
+    def wake(self, waiter: asyncio.Future[None]) -> None:
+        """Its reader may run: in this turn, if few do, else in a later one."""
+        if not self._turning:
+            self._turning = True
+            asyncio.get_running_loop().call_soon(self._turn)
+        if self._num_woken < WAKES_A_TURN and not self._waiters:
+            self._num_woken += 1
+            waiter.set_result(None)
+        else:
+            self._waiters.append(waiter)
+
+    def _turn(self) -> None:
+        self._num_woken = 0
+        while self._waiters and self._num_woken < WAKES_A_TURN:
+            waiter = self._waiters.popleft()
+            if not waiter.done():  # its reader was cancelled
+                self._num_woken += 1
+                waiter.set_result(None)
+        self._turning = bool(self._num_woken)
+        if self._turning:
+            asyncio.get_running_loop().call_soon(self._turn)
+
+
 class _Inbox:
     """What one continuation waits for, in order of arrival; one reader."""
 
-    def __init__(self) -> None:
+    def __init__(self, wakes: _Wakes) -> None:
+        self._wakes = wakes
+        self._is_waking = False
         self._events: deque[tuple[Role, SequenceEvent]] = deque()
         self._error: PrfaasError | None = None
         self.stopped = False
@@ -1064,6 +1115,16 @@ class _Inbox:
                 return self._events.popleft()
             await self._wait()
 
+    def next_chunk(self) -> tuple[Role, TokenChunk] | None:
+        """The next event if it is there and a chunk; None if there is something else to look at first."""
+        if not self._events or self._error is not None or self.stopped:
+            return None
+        stage, event = self._events[0]
+        if not isinstance(event, TokenChunk):
+            return None
+        self._events.popleft()
+        return stage, event
+
     async def guard(self, work: Coroutine[None, None, bool]) -> None:
         """Wait for ``work``, or until interrupted or stopped, whichever comes first."""
         task = asyncio.ensure_future(work)
@@ -1082,8 +1143,9 @@ class _Inbox:
         try:
             await self._waiter
         finally:
-            self._waiter = None
+            self._waiter, self._is_waking = None, False
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._waiter is not None and not self._waiter.done() and not self._is_waking:
+            self._is_waking = True
+            self._wakes.wake(self._waiter)

@@ -39,6 +39,8 @@ class Tokenizer:
         # The Rust object behind a fast tokenizer decodes ten times faster than the Python class around it.
         self._backend = getattr(hf_tokenizer, "backend_tokenizer", None)
         self._token_text: dict[int, tuple[str, bytes]] = {}
+        # Characters of a token decoded alone, without and with special tokens: half of the detokenisers' work.
+        self._lengths: tuple[dict[int, int], dict[int, int]] = ({}, {})
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -95,7 +97,7 @@ class Tokenizer:
         def decode(token_ids: Sequence[int]) -> str:
             return self.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-        return Detokenizer(decode, prompt_token_ids)
+        return Detokenizer(decode, prompt_token_ids, self._lengths[skip_special_tokens])
 
     def _token_bytes(self, token_id: int, text: str) -> bytes:
         if _REPLACEMENT not in text:
@@ -119,8 +121,15 @@ class Detokenizer:
     may end inside a character, also every one of a long run, so what was shown is counted in characters.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], prompt_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        prompt_token_ids: Sequence[int],
+        lengths: dict[int, int] | None = None,
+    ) -> None:
+        """``lengths``: characters of tokens that ``decode`` was given alone; found ones are added."""
         self._decode = decode
+        self._lengths = {} if lengths is None else lengths
         self._window = list(prompt_token_ids[-_PROMPT_TAIL_TOKENS:])
         self._num_context = len(self._window)
         self._num_shown = len(decode(self._window)) if self._window else 0
@@ -140,8 +149,16 @@ class Detokenizer:
         if shown or crowded:  # silent tokens (special ones) leave the context that has text in place
             self._window = self._window[self._num_context :]
             self._num_context = len(self._window)
-            self._num_shown = len(self._decode(self._window))
+            self._num_shown = (
+                self._length_alone(token_id) if self._num_context == 1 else len(self._decode(self._window))
+            )
         return shown
+
+    def _length_alone(self, token_id: int) -> int:
+        length = self._lengths.get(token_id)
+        if length is None:
+            length = self._lengths[token_id] = len(self._decode((token_id,)))
+        return length
 
     def flush(self) -> str:
         """The text of what is still pending, when no more tokens will come: a broken character stays broken."""

@@ -68,6 +68,10 @@ _Outputs = grpc.aio.UnaryStreamCall[pb.OutputsRequest, pb.OutputBatch]
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
+    # A gateway that is busy reads late. With the windows that gRPC finds by itself megabytes of tokens would wait
+    # unread, each step a message; with a small one the worker hears of it and sends together what has come meanwhile.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 16384),
 )
 
 

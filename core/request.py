@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import chain
 from typing import NamedTuple, NewType
 
 from core.errors import InvalidRequest
@@ -289,6 +290,20 @@ class TokenChunk(NamedTuple):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the stop token that ended it, if one did
     stats: StageStats | None = None
+
+
+def joined_chunk(chunks: Sequence[TokenChunk]) -> TokenChunk:
+    """Several chunks of one sequence, each where the one before ends, as one; only the last may end the sequence."""
+    last = chunks[-1]
+    return TokenChunk(
+        last.sequence_id,
+        chunks[0].position,
+        tuple(chain.from_iterable([chunk.token_ids for chunk in chunks])),
+        tuple(chain.from_iterable([chunk.logprobs for chunk in chunks])),
+        last.finish_reason,
+        last.stop_token_id,
+        last.stats,
+    )
 
 
 @dataclass(frozen=True, slots=True)

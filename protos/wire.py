@@ -245,6 +245,9 @@ def chunk_to_message(chunk: TokenChunk) -> pb.TokenChunk:
 
 
 def chunk_from_message(message: pb.TokenChunk) -> TokenChunk:
+    has_stop = message.HasField("stop_token_id")
+    if not (message.finish_reason or message.logprobs or has_stop or message.HasField("stats")):  # nearly always
+        return TokenChunk(SequenceId(message.sequence_id), message.position, tuple(message.token_ids))
     return TokenChunk(
         sequence_id=SequenceId(message.sequence_id),
         position=message.position,
@@ -258,7 +261,7 @@ def chunk_from_message(message: pb.TokenChunk) -> TokenChunk:
             for entry in message.logprobs
         ),
         finish_reason=FinishReason(message.finish_reason) if message.finish_reason else None,
-        stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
+        stop_token_id=message.stop_token_id if has_stop else None,
         stats=stats_from_message(message.stats) if message.HasField("stats") else None,
     )
 
