@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: demo serve test scenarios lint helm chart protos bench bench-kv bench-overlap bench-paper bench-router bench-routing constraints help
+.PHONY: browser demo serve test scenarios lint helm chart protos bench bench-kv bench-overlap bench-paper bench-router bench-routing constraints help
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -71,6 +71,9 @@ bench-router: $(STAMP)  ## Decisions and page events of a gateway with 1,000 wor
 bench-routing: $(STAMP)  ## Every routing policy on the same prompts, on the real service; writes build/routing.json
 	@mkdir -p build
 	@$(BIN)/python -m benchmarks.routing --json build/routing.json $(ARGS)
+
+browser:  ## The Chromium that tests look at the page with (Debian's; as root); without one they are skipped
+	@command -v chromium-headless-shell >/dev/null || apt-get install -y -qq chromium-headless-shell
 
 constraints: $(STAMP)  ## Pin what .venv holds; to upgrade: empty constraints.txt, rm -r .venv, make constraints
 	@{ sed -n '/^#/p' constraints.txt; \
