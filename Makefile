@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: demo serve test scenarios lint helm chart protos bench bench-kv bench-overlap bench-paper bench-router bench-routing constraints docs help
+.PHONY: browser demo serve test scenarios lint helm chart protos bench bench-kv bench-overlap bench-paper bench-router bench-routing constraints docs help
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -74,6 +74,9 @@ bench-routing: $(STAMP)  ## Every routing policy on the same prompts, on the rea
 
 docs: $(STAMP)  ## The documentation as a site in build/site; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet && echo "build/site/index.html"
+
+browser:  ## The Chromium that tests look at the page with (Debian's; as root); without one they are skipped
+	@command -v chromium-headless-shell >/dev/null || apt-get install -y -qq chromium-headless-shell
 
 constraints: $(STAMP)  ## Pin what .venv holds; to upgrade: empty constraints.txt, rm -r .venv, make constraints
 	@{ sed -n '/^#/p' constraints.txt; \

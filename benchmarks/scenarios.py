@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.datacenters import EAST, LEASE_S, VOCAB_SIZE, WEST, TwoDatacenters, engine_config
+from benchmarks.datacenters import EAST, HTTP_PORT, LEASE_S, VOCAB_SIZE, WEST, TwoDatacenters, engine_config
 from benchmarks.fleet_recorder import INTERVAL_S, FleetRecorder, Sample, draw, write_json
 from benchmarks.network_lab import NetworkLab, NetworkPath, why_unavailable
 from benchmarks.orderly_exit import exit_on_sigterm
+from benchmarks.page_camera import PageCamera, find_browser
 from benchmarks.steady_load import Mix, Request, SteadyLoad
 from cluster.service_process import ServiceNotHealthy
 from core.clock import WallClock
@@ -43,6 +44,7 @@ LONG_ANSWERS = Mix(rate_rps=0.5, prompt_tokens=(SHORTEST, 4 * SHORTEST), output_
 LONG_PROMPTS = Mix(rate_rps=3.0, prompt_tokens=(4 * SHORTEST, LONGEST), output_tokens=4)
 BURST = 32  # of them at once, more than are decoded at a time: a queue grows
 
+STEPS = "abcd"
 READY_WITHIN_S = 120.0
 MOVES_WITHIN_S = 2.0
 MOVES_BACK_WITHIN_S = 25.0
@@ -91,21 +93,30 @@ class Checks:
 class Story:
     """The steps, on a fleet that serves."""
 
-    def __init__(self, lab: NetworkLab, load: SteadyLoad, recorder: FleetRecorder, checks: Checks) -> None:
+    def __init__(
+        self,
+        lab: NetworkLab,
+        load: SteadyLoad,
+        recorder: FleetRecorder,
+        checks: Checks,
+        camera: PageCamera | None = None,
+    ) -> None:
+        """``camera``: photographs the gateway's page before and after the link degrades."""
+        self._camera = camera
         self._lab = lab
         self._load = load
         self._recorder = recorder
         self._check = checks
 
-    async def tell(self) -> None:
-        """All steps."""
-        steps = (
-            self.long_prompts_go_to_west,
-            self.the_link_is_narrowed_and_widened,
-            self.long_answers_convert_a_worker,
-            self.the_link_is_cut_and_mended,
-        )
-        for step in steps:
+    async def tell(self, letters: str = STEPS) -> None:
+        """The steps of these letters, in order."""
+        steps = {
+            "a": self.long_prompts_go_to_west,
+            "b": self.the_link_is_narrowed_and_widened,
+            "c": self.long_answers_convert_a_worker,
+            "d": self.the_link_is_cut_and_mended,
+        }
+        for step in (steps[letter] for letter in letters):
             num_failed = len(self._load.failed)
             await step()
             self._nothing_failed(num_failed)
@@ -132,6 +143,7 @@ class Story:
         """b: by ``tc``, while K/V is on it."""
         say(f"b  the link from {WIDE_GBPS:g} to {NARROW_GBPS:g} Gbit/s, and back")
         before = self._recorder.last.threshold_tokens or math.inf
+        await self._photograph("page-before")
         for _ in range(2):
             self._load.spawn(LONGEST, CALM.output_tokens)
         await self._recorder.wait_for(lambda sample: sample.link_received > _BUSY * WIDE, 10.0)
@@ -144,6 +156,7 @@ class Story:
             within, f"t rises within {MOVES_WITHIN_S:g} s", f"after {took_s:.1f} s, {before:.0f} to {self._threshold()}"
         )
         await asyncio.sleep(6.0)
+        await self._photograph("page-after")
         high = _threshold(self._recorder.last)
         self._lab.reshape(WIDE_GBPS)
         widened_at = self._recorder.mark("b: wide again")
@@ -202,6 +215,10 @@ class Story:
         say(f"       {len(retried)} requests were moved from west to east under way")
 
     # ---- inside ----
+
+    async def _photograph(self, name: str) -> None:
+        if self._camera is not None:
+            say(f"written: {await self._camera.shoot(name)}")
 
     def _nothing_failed(self, num_before: int) -> None:
         failed = self._load.failed[num_before:]
@@ -275,8 +292,13 @@ def alone(engine: Engine, request: Request) -> tuple[int, ...]:
     return tokens
 
 
-async def run(lab: NetworkLab, load: SteadyLoad, recorder: FleetRecorder, checks: Checks) -> None:
+async def run(
+    lab: NetworkLab, load: SteadyLoad, recorder: FleetRecorder, checks: Checks, options: argparse.Namespace
+) -> None:
     """The story, once the fleet serves."""
+    browser = find_browser() if options.page is not None else None
+    if options.page is not None and browser is None:
+        say("no photographs of the page: there is no Chromium here")
     async with AsyncExitStack() as opened:
         await opened.enter_async_context(recorder)
         joined = await recorder.wait_for(lambda sample: sample.num_west_usable > 0, READY_WITHIN_S)
@@ -284,7 +306,11 @@ async def run(lab: NetworkLab, load: SteadyLoad, recorder: FleetRecorder, checks
         if joined is None:
             return
         await opened.enter_async_context(load)
-        await Story(lab, load, recorder, checks).tell()
+        camera = None
+        if browser is not None:
+            camera = PageCamera(f"http://127.0.0.1:{HTTP_PORT}/", options.page, browser)
+            await opened.enter_async_context(camera)
+        await Story(lab, load, recorder, checks, camera).tell(options.steps)
         await load.stop()
         checks(await load.wait_for_all(30.0), "every request ends", f"{len(load.requests)} requests")
 
@@ -319,7 +345,7 @@ def _story(lab: NetworkLab, folder: Path, options: argparse.Namespace) -> int:
             say("starting two datacenters, each with a Ray cluster of its own")
             fleet.wait_until_ready(READY_WITHIN_S)
             say(f"east serves, {load.now:.0f} s after the start")
-            asyncio.run(run(lab, load, recorder, checks))
+            asyncio.run(run(lab, load, recorder, checks, options))
             if checks.num_failed:
                 for name in (EAST, WEST):
                     print(f"\n---- the last lines of {name} ----\n{fleet.log(name)}", file=sys.stderr)
@@ -341,6 +367,12 @@ def say(line: str) -> None:
     print(f"scenarios: {line}", flush=True)
 
 
+def _steps(letters: str) -> str:
+    if not letters or not set(letters) <= set(STEPS):
+        raise argparse.ArgumentTypeError(f"must be some of {STEPS}")
+    return letters
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scenarios", description=(__doc__ or "").partition("\n")[0]
@@ -348,6 +380,8 @@ def _parser() -> argparse.ArgumentParser:
     build = Path("build")
     parser.add_argument("--json", type=Path, default=build / "scenarios.json", metavar="FILE", help="the time series")
     parser.add_argument("--plot", type=Path, default=build / "scenarios.png", metavar="FILE", help="its picture")
+    parser.add_argument("--steps", default=STEPS, type=_steps, metavar="LETTERS", help=f"which, of {STEPS}")
+    parser.add_argument("--page", type=Path, metavar="DIR", help="photograph the gateway's page in step b, in Chromium")
     return parser
 
 

@@ -26,6 +26,7 @@ def timing_table(complete: pb.GenerateComplete) -> Table:
         ("transfer", f"{timing.transfer_s:.3f} s, of which {timing.exposed_transfer_s:.3f} s after the first token"),
         ("decode", f"{timing.decode_s:.3f} s after {timing.decode_queue_s:.3f} s in the queue"),
         ("first token, all", f"{timing.ttft_s:.3f} s, {timing.total_s:.3f} s"),
+        *_part_rows(timing),
         ("expected", _expected(timing)),
         ("one worker alone", _alone(timing)),
         ("fallback", timing.fallback or "-"),
@@ -35,6 +36,14 @@ def timing_table(complete: pb.GenerateComplete) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _part_rows(timing: pb.TimingBreakdown) -> Iterator[tuple[str, str]]:
+    """What the time to the first token went into, and the time from there to the second; nothing of what took none."""
+    for name, field in (("to the first token", "ttft_parts"), ("then to the second", "ttst_parts")):
+        if timing.HasField(field):
+            parts = getattr(timing, field).ListFields()
+            yield name, ", ".join(f"{part.name.removesuffix('_s')} {seconds:.3f} s" for part, seconds in parts)
 
 
 def _pull_rows(timing: pb.TimingBreakdown) -> Iterator[tuple[str, str]]:

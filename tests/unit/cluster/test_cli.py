@@ -536,6 +536,12 @@ def test_certs_show_sees_an_expired_certificate(tmp_path):
     assert "NOT VALID" in invoke("certs", "show", str(held.cert_file)).stdout
 
 
+async def test_timing_shows_the_parts_of_the_time_to_both_tokens(run):
+    result = await run("generate", "hello", "--max-tokens", "2", "--timing")
+    assert "prefill_queue 0.020 s, prefill 0.060 s" in " ".join(result.stderr.split())
+    assert "transfer 0.020 s, decode_queue 0.003 s" in " ".join(result.stderr.split())
+
+
 async def test_top_shows_the_service_once(run, service):
     await run("generate", "hello", "--max-tokens", "2")
     result = await run("top", "--once")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 from playwright.async_api import Browser, Page, async_playwright, expect
 
+from benchmarks.page_camera import find_browser
 from cluster.grpc_gateway import GrpcGateway
 from cluster.http_gateway import HttpGateway
 from cluster.internal_tls import TlsDecision
@@ -25,8 +25,7 @@ from tests.unit.cluster.page_views import CAPACITY, FAILURE, FAR, HOME, fleet, r
 from tests.unit.cluster.scripted_router import Gateway
 
 BUILD = Path(__file__).resolve().parents[3] / "build"
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+BROWSER = find_browser()
 pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: apt-get install chromium-headless-shell"),
     pytest.mark.timeout(120),

@@ -115,6 +115,24 @@ def test_an_acknowledged_commit_closes_with_the_times_of_the_hand_over() -> None
     assert session.report.bytes_overlapped == 8
 
 
+@pytest.mark.parametrize(("granted_at", "wait_s"), [(11.0, 0.0), (13.5, 1.5)], ids=["before", "after"])
+def test_of_the_tail_it_is_told_how_long_the_grant_was_waited_for(granted_at: float, wait_s: float) -> None:
+    session = opened()
+    session.store(0, 1, [3], 10.0)
+    outgoing: list[Outgoing] = []
+    if granted_at < 12.0:
+        outgoing += session.grant(GRANT, granted_at)
+    outgoing += session.commit(b"", 12.0)
+    if granted_at > 12.0:
+        outgoing += session.grant(GRANT, granted_at)
+    for write in outgoing:
+        if isinstance(write, Write):
+            session.written(write)
+    session.acknowledged(14.0)
+    assert session.report is not None
+    assert (session.report.exposed_s, session.report.wait_s) == (2.0, wait_s)
+
+
 def test_what_the_receiver_misses_is_sent_again_and_the_commit_behind_it() -> None:
     session = sending()
     (first,) = session.store(0, 1, [3, 4], 0.0)
