@@ -30,6 +30,8 @@ CRDS = Path(__file__).parent / "kuberay_crds"
 KUBERNETES = ("1.30", "1.37")  # the oldest that Chart.yaml allows, the newest that kubernetes-validate knows
 NAMESPACE = "serving"
 
+_MONITORS = {"ServiceMonitor": "endpoints", "PodMonitor": "podMetricsEndpoints"}  # kind |-> its list
+
 Manifest = Mapping[str, Any]
 
 
@@ -85,21 +87,22 @@ def require_valid(manifest: Manifest, kubernetes: str) -> None:
     """Raise what is wrong with a manifest, or that nothing knows its kind."""
     group = manifest["apiVersion"].rpartition("/")[0]
     if group in ("ray.io", "monitoring.coreos.com"):
-        jsonschema.Draft202012Validator(_schemas()[manifest["kind"]]).validate(manifest)
+        jsonschema.Draft202012Validator(_schema(manifest["kind"])).validate(manifest)
     else:
         kubernetes_validate.validate(manifest, kubernetes, strict=True)
 
 
 @functools.cache
-def _schemas() -> dict[str, Any]:
-    """Kind |-> schema, of kinds that are not Kubernetes' own."""
-    schemas = {"ServiceMonitor": _monitor("endpoints"), "PodMonitor": _monitor("podMetricsEndpoints")}
-    for path in sorted(CRDS.glob("*.yaml.gz")):
-        definition = yaml.load(gzip.decompress(path.read_bytes()), Loader=yaml.CSafeLoader)
-        (schema,) = (v["schema"]["openAPIV3Schema"] for v in definition["spec"]["versions"] if v["name"] == "v1")
-        _refuse_unknown_fields(schema)
-        schemas[definition["spec"]["names"]["kind"]] = schema
-    return schemas
+def _schema(kind: str) -> dict[str, Any]:
+    """Of a kind that is not Kubernetes' own."""
+    if kind in _MONITORS:
+        return _monitor(_MONITORS[kind])
+    packed = (CRDS / f"ray.io_{kind.lower()}s.yaml.gz").read_bytes()
+    definition = yaml.load(gzip.decompress(packed), Loader=yaml.CSafeLoader)
+    versions = definition["spec"]["versions"]
+    (schema,) = (version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == "v1")
+    _refuse_unknown_fields(schema)
+    return dict(schema)
 
 
 def _refuse_unknown_fields(schema: dict[str, Any]) -> None:

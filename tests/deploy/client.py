@@ -16,16 +16,17 @@ MAX_TOKENS = 120
 class Stream(threading.Thread):
     """A client that reads a long answer to its end."""
 
-    def __init__(self, http_port: int) -> None:
+    def __init__(self, http_port: int, key: str = "") -> None:
         super().__init__(daemon=True)
-        self._url = f"http://127.0.0.1:{http_port}/v1/completions"
+        self._http_port = http_port
+        self._key = key
         self.begun = threading.Event()
         self.num_events = 0
         self.finish_reason: str | None = None
         self.usage: dict[str, int] = {}
 
     def run(self) -> None:
-        for event in completion(self._url, MAX_TOKENS, stream=True):
+        for event in completion(self._http_port, MAX_TOKENS, stream=True, key=self._key):
             self.num_events += 1
             self.begun.set()
             for choice in event["choices"]:
@@ -66,11 +67,13 @@ class Load(threading.Thread):
             answer.require_whole()
 
 
-def completion(url: str, max_tokens: int, *, stream: bool) -> Iterator[Any]:
+def completion(http_port: int, max_tokens: int, *, stream: bool, key: str = "") -> Iterator[Any]:
     """The answer's JSON, or those of its events."""
     body: dict[str, object] = {"prompt": "the quick brown fox", "max_tokens": max_tokens, "temperature": 0}
     body |= {"ignore_eos": True, "stream": stream} | ({"stream_options": {"include_usage": True}} if stream else {})
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+    url = f"http://127.0.0.1:{http_port}/v1/completions"
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=WAIT_S) as response:
         if not stream:
             yield json.load(response)

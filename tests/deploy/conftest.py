@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import functools
 import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import kubernetes_validate.utils
 import pytest
 from transformers import LlamaConfig
 
@@ -14,6 +16,16 @@ from tests.deploy.pods import Machine
 from tests.unit.cluster import tiny_tokenizers
 
 VALUES_FILES = sorted(path.stem for path in VALUES.glob("*.yaml"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _schemas_are_read_once() -> Iterator[None]:
+    """kubernetes-validate reads and parses megabytes of JSON for each manifest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            kubernetes_validate.utils, "schema_contents", functools.cache(kubernetes_validate.utils.schema_contents)
+        )
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,9 @@
 
 What Kubernetes and the operator of KubeRay do beside the manifests is done here, and nothing else:
 
-    a ConfigMap's mount      its files lie in a folder, whose name stands for the mount's path in the command
-    names of Services        no DNS: the head's address is given in their place
+    mounted ConfigMaps and   their files lie in folders, whose names stand for the mounts' paths in commands and in
+    Secrets                  ConfigMaps; what is in the Secrets, the test says
+    names of Services        no DNS: addresses of this machine stand in their place
     the head is waited for   the operator gives its workers' pods an init container for that
     `ray start`              the operator makes the command of rayStartParams (kuberay's pod.go: defaults that are not
                              given, then every option as --KEY=VALUE, `true` as a flag)
@@ -31,6 +32,7 @@ from tests.deploy.chart import ROOT, Rendered
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 _STOP_S = 20.0
+_TEST_S = 60.0
 
 
 def ray_start(group: Mapping[str, Any], *, head: bool, address: str) -> str:
@@ -52,6 +54,7 @@ class Machine:
     folder: Path  # for logs and mounted files
     address: str  # of Ray's head, host:port
     ray_tmp: Path  # short: Unix sockets are below it
+    secrets: dict[str, Mapping[str, str]] = field(default_factory=dict)  # name |-> file |-> content
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def environment(self, container: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -79,9 +82,25 @@ class Machine:
     def start_gateway(self, rendered: Rendered) -> None:
         """The container of the Deployment."""
         pod = rendered.one("Deployment")["spec"]["template"]["spec"]
-        container = pod["containers"][0]
-        words = [self._mounted(word, container, pod, rendered) for word in container["args"]]
-        self.start("gateway", words, self.environment(container) | {"RAY_HEAD_ADDRESS": self.address})
+        environment = self.environment(pod["containers"][0]) | {"RAY_HEAD_ADDRESS": self.address}
+        self.start("gateway", self._command(pod, rendered), environment)
+
+    def run_helm_test(self, rendered: Rendered) -> str:
+        """What the container of the pod of `helm test` says; ``CalledProcessError`` if it fails."""
+        pod = rendered.one("Pod")["spec"]
+        service = rendered.one("Service")["metadata"]["name"]
+        words = [word.replace(f"{service}:", "127.0.0.1:") for word in self._command(pod, rendered)]
+        done = subprocess.run(
+            words,
+            env=self.environment(pod["containers"][0]),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=True,
+            timeout=_TEST_S,
+        )
+        return done.stdout
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
@@ -105,6 +124,13 @@ class Machine:
         """Worker processes of ours in the Ray node of a group's pod."""
         below = psutil.Process(self.processes[name].pid).children(recursive=True)
         return sum("WorkerActor" in " ".join(process.cmdline()) for process in below)
+
+    def wait_until_no_worker_is_left(self, *names: str) -> None:
+        """Ray ends a worker that was killed soon, not at once; ``AssertionError`` if it does not."""
+        give_up_at = time.monotonic() + _STOP_S
+        while any(self.workers_in(name) for name in names):
+            assert time.monotonic() < give_up_at, {name: self.workers_in(name) for name in names}
+            time.sleep(0.1)
 
     def stop(self) -> None:
         """End everything, Ray's own processes too."""
@@ -137,14 +163,30 @@ class Machine:
                 start_new_session=True,
             )
 
-    def _mounted(self, text: str, container: Any, pod: Any, rendered: Rendered) -> str:
-        """``text`` with the paths of mounted ConfigMaps replaced by folders that hold them."""
-        sources = {volume["name"]: volume["configMap"]["name"] for volume in pod["volumes"] if "configMap" in volume}
-        for mount in container["volumeMounts"]:
-            if mount["name"] in sources:
-                folder = self.folder / mount["name"]
-                folder.mkdir(exist_ok=True)
-                for file, content in rendered.one("ConfigMap", sources[mount["name"]])["data"].items():
-                    (folder / file).write_text(content)
-                text = text.replace(mount["mountPath"], str(folder))
-        return text
+    def _command(self, pod: Any, rendered: Rendered) -> list[str]:
+        """A container's command, its mounts being folders here, which are made."""
+        (container,) = pod["containers"]
+        folders: dict[str, Path] = {}  # a mount's path |-> here
+        contents: dict[Path, Mapping[str, str]] = {}
+        volumes = {volume["name"]: volume for volume in pod.get("volumes", ())}
+        for mount in container.get("volumeMounts", ()):
+            volume = volumes[mount["name"]]
+            if "configMap" in volume:
+                content = rendered.one("ConfigMap", volume["configMap"]["name"])["data"]
+            elif "secret" in volume:
+                content = self.secrets[volume["secret"]["secretName"]]
+            else:
+                continue
+            folders[mount["mountPath"]] = folder = self.folder / mount["name"]
+            contents[folder] = content
+
+        def here(text: str) -> str:
+            for path, folder in folders.items():
+                text = text.replace(path, str(folder))
+            return text
+
+        for folder, content in contents.items():
+            folder.mkdir(exist_ok=True)
+            for file, text in content.items():
+                (folder / file).write_text(here(text))
+        return [here(word) for word in (*container.get("command", ()), *container["args"])]

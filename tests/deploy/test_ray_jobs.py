@@ -53,6 +53,7 @@ def dashboard(machine: Machine, ports: list[int]) -> str:
     return f"http://127.0.0.1:{port}"
 
 
+@pytest.mark.timeout(600)  # a cluster, a service and what else this machine does
 def test_a_ray_job_serves_and_is_asked_read_and_drained_from_a_second_shell(
     machine: Machine, dashboard: str, service: dict[str, object], ports: list[int], tmp_path: Path
 ) -> None:
@@ -81,7 +82,7 @@ def test_a_ray_job_serves_and_is_asked_read_and_drained_from_a_second_shell(
     assert "Job 'prfaas' was stopped" in second_shell("status", "prfaas")
     assert machine.processes["first shell"].wait(STOP_S) == 0
     assert "a second signal stops at once" in machine.log("first shell")
-    assert machine.workers_in("head") == 0
+    machine.wait_until_no_worker_is_left("head")
 
     wrong = subprocess.run(
         ["ray", *submit, *serve, "--set", "engine.pagesize=1"],

@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.deploy.chart import ROOT, NotRendered, Rendered
+from tests.deploy.chart import ROOT, NotRendered, Rendered, render
 
 RenderWith = Callable[..., Rendered]
 
@@ -107,6 +108,13 @@ def test_values_that_contradict_each_other_are_refused_by_name(wrong: str, rende
         rendered_with(*settings)
 
     assert said in str(caught.value)
+
+
+def test_a_release_named_like_no_service_can_be_is_refused_by_name(helm_home: Path) -> None:
+    with pytest.raises(NotRendered, match="fullnameOverride: is needed with a release named 1p1d"):
+        render(helm_home, release="1p1d")
+
+    assert render(helm_home, "--set", "fullnameOverride=one", release="1p1d").all("Service", "one")
 
 
 def test_the_schema_of_config_is_the_services_own() -> None:

@@ -2,6 +2,9 @@
 What one value means for another; values.schema.json checks each value by itself. A failure names the values.
 */}}
 {{- define "prfaas.check" -}}
+{{- if not (regexMatch "^[a-z]" (include "prfaas.fullname" .)) }}
+{{- fail (printf "fullnameOverride: is needed with a release named %s: names of Services begin with a letter" .Release.Name) }}
+{{- end }}
 {{- $config := include "prfaas.config" . | fromYaml }}
 {{- range $role := list "prefill" "decode" }}
 {{- $group := index $.Values.workerGroups $role }}
