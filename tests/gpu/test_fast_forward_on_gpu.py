@@ -29,6 +29,7 @@ pytestmark = [
 ]
 needs_flashinfer = pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="no FlashInfer here")
 
+MIXTURES = ("mixtral", "deepseek_v3", "gpt_oss")  # transformers' routing may copy to the host, which no graph can hold
 NUM_NEW = 10
 PROMPT_LENGTHS = (1, 5, 16, 17, 40, 64)
 # Log-probabilities of tiny models with large weights in bfloat16 against float32, relative to the logits' spread.
@@ -83,11 +84,13 @@ def test_tokens_of_compiled_layers_and_graphs(family: str, tmp_path: Path) -> No
     print(family, modes)
 
     assert modes.plans_ahead
-    assert modes.forward.graph_batch_sizes == (1, 2, 4, 6), modes.forward.graph_reason
+    assert modes.forward.compiled, modes.forward.reason
+    if family in MIXTURES:
+        assert modes.forward.graph_batch_sizes or "capturing failed" in modes.forward.graph_reason
+    else:
+        assert modes.forward.graph_batch_sizes == (1, 2, 4, 6), modes.forward.graph_reason
     for size in range(1, len(prompts) + 1):  # every graph, full and padded
         assert run(engine, prompts[:size], f"of {size}") == expected[:size]
-    # Of these families mixtures of experts may refuse; then it has to be said.
-    assert modes.forward.compiled or (family in ("mixtral", "deepseek_v3", "gpt_oss") and modes.forward.reason)
 
 
 def test_preempted_between_graphs(tmp_path: Path) -> None:
