@@ -293,10 +293,10 @@ class _StaticStep:
             upload(page_ids, torch.int32, device),
             _pinned(_last_page_lens(segments, page_size), device),
         )
-        # Plans copy these too, but the first store comes before the first plan.
-        self._page_starts.copy_(filled[0], non_blocking=True)
-        self._buffers.page_ids[: len(page_ids)].copy_(filled[1])
-        self._last_page_lens.copy_(filled[2], non_blocking=True)
+        if not self._planned:  # plans copy these too, but the first store comes before the first plan
+            self._page_starts.copy_(filled[0], non_blocking=True)
+            self._buffers.page_ids[: len(page_ids)].copy_(filled[1])
+            self._last_page_lens.copy_(filled[2], non_blocking=True)
         positions = np.array([s.start for s in segments], np.int32)
         self._positions.copy_(_pinned(positions, device), non_blocking=True)
         self._filled = filled
