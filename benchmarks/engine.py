@@ -210,7 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Bench(_engine(scale, device), scale)
     start_s = clock.now() - began_at
     modes = bench.engine.modes()
-    console.print(f"engine ready in {start_s:.1f} s: attention {modes.attention.name}, {modes.forward}")
+    console.print(
+        f"engine ready in {start_s:.1f} s: attention {modes.attention}, {modes.forward} {modes.forward_reason}"
+    )
     cost = ModelCost.of(bench.engine)
     peer = json.loads(options.peer.read_text()) if options.peer else {}
     rows: list[dict[str, Cell]] = []
@@ -224,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for part in options.parts:
         runs[part]()
-        machine = {**report.machine(), "device": bench.engine.model.compute.device, "attention": modes.attention.name}
+        machine = {**report.machine(), "device": bench.engine.model.compute.device, "attention": modes.attention}
         result = report.Report("engine", report.commit(), machine, [*rows, *terms], figures)
         if options.json is not None:
             result.write_json(options.json)  # after every part: a run may be cut short

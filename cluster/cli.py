@@ -50,6 +50,7 @@ from cluster.tables import (
     check_table,
     cluster_link_table,
     cost_table,
+    engine_table,
     link_table,
     plan_history_table,
     plan_table,
@@ -235,6 +236,8 @@ def status(
     )
     console.print(f"internal TLS {info.internal_tls}", highlight=False, soft_wrap=True, markup=False)
     console.print(worker_table(info.workers))
+    console.print()
+    console.print(engine_table(info.workers))
     if info.links:
         console.print()
         console.print(link_table(info.links))

@@ -39,6 +39,11 @@ def worker_info(worker: WorkerView, now: float) -> pb.WorkerInfo:
         num_sessions=load.num_sessions,
         pages_quarantined=load.pages_quarantined,
         num_preemptions=load.num_preemptions,
+        attention=load.modes.attention,
+        attention_reason=load.modes.attention_reason,
+        forward=load.modes.forward,
+        forward_reason=load.modes.forward_reason,
+        engine_fallbacks=load.modes.num_fallbacks,
     )
 
 

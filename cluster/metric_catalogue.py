@@ -195,6 +195,9 @@ WORKER_PULLED_TOKENS = _counter(
 )
 WORKER_PULLED_BYTES = _counter("worker_pulled_bytes", "KV bytes pulled from other workers' caches.", *_WORKER)
 WORKER_PREEMPTIONS = _counter("worker_preemptions", "Sequences preempted because pages ran out.", *_WORKER)
+WORKER_ENGINE_FALLBACKS = _counter(
+    "worker_engine_fallbacks", "Times its engine left compiled code or graphs; `prfaas status` says why.", *_WORKER
+)
 
 # ---- links; docs/links.md says what each of them means ----
 
@@ -307,6 +310,7 @@ SECTIONS = (
             WORKER_PULLED_TOKENS,
             WORKER_PULLED_BYTES,
             WORKER_PREEMPTIONS,
+            WORKER_ENGINE_FALLBACKS,
         ),
     ),
     Section(

@@ -387,6 +387,7 @@ _WORKERS: tuple[tuple[Instrument, Callable[[WorkerView], float]], ...] = (
     (catalogue.WORKER_PULLED_TOKENS, lambda w: w.load.pulled_tokens),
     (catalogue.WORKER_PULLED_BYTES, lambda w: w.load.pulled_bytes),
     (catalogue.WORKER_PREEMPTIONS, lambda w: w.load.num_preemptions),
+    (catalogue.WORKER_ENGINE_FALLBACKS, lambda w: w.load.modes.num_fallbacks),
 )
 _LINKS: tuple[tuple[Instrument, Callable[[ClusterPair], float | None]], ...] = (
     (catalogue.LINK_PAIRS, lambda p: p.num_links),

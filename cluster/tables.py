@@ -112,6 +112,17 @@ def worker_table(workers: Iterable[pb.WorkerInfo]) -> Table:
     return table
 
 
+def engine_table(workers: Iterable[pb.WorkerInfo]) -> Table:
+    """What computes each worker's steps, and why not something faster."""
+    table = _table(("worker", "attention", "model", "why"), ("fallbacks",))
+    for worker in workers:
+        why = "; ".join(reason for reason in (worker.attention_reason, worker.forward_reason) if reason)
+        table.add_row(
+            worker.worker_id, worker.attention or "-", worker.forward or "-", why, str(worker.engine_fallbacks)
+        )
+    return table
+
+
 def link_table(links: Iterable[pb.LinkInfo]) -> Table:
     """Every ordered pair of workers, with what is known of the path between them."""
     table = _table(

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.cost_model import NO_COSTS, CostView
+from core.compute import UNKNOWN_MODES, EngineModes
 from core.fingerprint import CacheFingerprint
 from core.link import LinkEstimate, ProbeReport
 from core.request import ClusterId, EngineId, PullTask, Role, WorkerId
@@ -59,6 +60,7 @@ class WorkerLoad:
     num_announced: int = 0  # sequences whose K/V is to come; they are in no batch yet
     num_announced_tokens: int = 0  # of those of them that hold no page yet
     num_other_role: int = 0  # sequences of the role that it does not advertise: it had it, and they go on to their end
+    modes: EngineModes = UNKNOWN_MODES
 
 
 @dataclass(frozen=True, slots=True)

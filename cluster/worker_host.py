@@ -220,6 +220,7 @@ class _Parts(rpc.WorkerServicer):
         self._fingerprint = engine.fingerprint
         self._layout = engine.layout
         self._load: EngineLoad = engine.load()
+        self._modes = engine.modes
         self._load_at = clock.now()  # when the engine was asked for it; ``_announced`` is of that moment too
         self._announced = Announced()
         self._load_asked = False
@@ -571,6 +572,7 @@ class _Parts(rpc.WorkerServicer):
             num_announced=self._announced.num_sequences,
             num_announced_tokens=self._announced.num_tokens,
             num_other_role=self._decode.num_sequences if self._role is Role.PREFILL else self._prefill.num_sessions,
+            modes=wire.modes_to_message(self._modes()),
         )
 
     def _num_sessions(self) -> int:

@@ -28,6 +28,20 @@ UNKNOWN_PROFILE = ComputeProfile()
 
 
 @dataclass(frozen=True, slots=True)
+class EngineModes:
+    """What computes an engine's steps, and why not something faster. All empty: nothing is known."""
+
+    attention: str = ""  # the backend's name
+    attention_reason: str = ""
+    forward: str = ""  # compiled or eager, and with which decode graphs
+    forward_reason: str = ""  # why it is not compiled, or not captured; empty if it is both
+    num_fallbacks: int = 0  # times that the engine left compiled code or graphs
+
+
+UNKNOWN_MODES = EngineModes()
+
+
+@dataclass(frozen=True, slots=True)
 class StepSample:
     """One engine step: what it held, and how long it took. Sequences that computed one token each are decoding."""
 

@@ -288,13 +288,18 @@ class _StaticStep:
         assert len(segments) == self._num_sequences, "its kernels are for so many"
         device, page_size = self._backend.device, self._backend.page_size
         page_starts, page_ids = self._backend.page_lists.of(segments, page_size)
-        self._filled = (
+        filled = (
             _pinned(page_starts, device),
             upload(page_ids, torch.int32, device),
             _pinned(_last_page_lens(segments, page_size), device),
         )
+        if not self._planned:  # plans copy these too, but the first store comes before the first plan
+            self._page_starts.copy_(filled[0], non_blocking=True)
+            self._buffers.page_ids[: len(page_ids)].copy_(filled[1])
+            self._last_page_lens.copy_(filled[2], non_blocking=True)
         positions = np.array([s.start for s in segments], np.int32)
         self._positions.copy_(_pinned(positions, device), non_blocking=True)
+        self._filled = filled
         for kind, planned in self._planned.items():
             self._plan(kind, planned)
 

@@ -109,20 +109,17 @@ class _Graph:
     def __init__(self, size: int, attention: StaticAttention, device: torch.device) -> None:
         self.size = size
         self.attention = attention
-        self.token_ids = torch.zeros(1, size, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(1, size, dtype=torch.int64, device=device)
-        self.wanted = torch.zeros(size, dtype=torch.int64, device=device)
+        # One memory for all three: each copy between two graphs is time in which the GPU does little.
+        self._numbers = torch.zeros(3, size, dtype=torch.int64, device=device)
+        self.token_ids, self.positions, self.wanted = self._numbers[:1], self._numbers[1:2], self._numbers[2]
         self.recorded: torch.cuda.CUDAGraph | None = None
 
     def fill(self, packed: PackedStep, previous: torch.Tensor | None) -> None:
         numbers = np.stack([_padded(row, self.size) for row in (packed.token_ids, packed.positions, packed.wanted)])
-        on_device = upload(numbers, torch.int64, self.wanted.device)
-        fill_pending(on_device[0], packed, previous)
+        self._numbers.copy_(upload(numbers, torch.int64, self._numbers.device, keep=True), non_blocking=True)
+        fill_pending(self._numbers[0], packed, previous)
         if len(packed.pending) and self.size > len(packed.segments):
-            on_device[0, len(packed.segments) :] = on_device[0, 0]  # which may have been pending
-        self.token_ids[0].copy_(on_device[0])
-        self.positions[0].copy_(on_device[1])
-        self.wanted.copy_(on_device[2])
+            self._numbers[0, len(packed.segments) :] = self._numbers[0, 0]  # which may have been pending
         self.attention.fill(_repeated(packed.segments, self.size))
 
 

@@ -35,7 +35,7 @@ from typing import Protocol
 import torch
 
 from core.clock import Clock
-from core.compute import StepSample
+from core.compute import EngineModes, StepSample
 from core.errors import InvalidRequest
 from core.fingerprint import CacheFingerprint
 from core.prefix_hash import PageHash
@@ -90,16 +90,6 @@ class _UnderWay:
     plan: StepPlan
     began_at: float
     num_layers: int = 0  # that are launched
-
-
-@dataclass(frozen=True, slots=True)
-class EngineModes:
-    """What computes the steps, and why not something faster."""
-
-    attention: AttentionChoice
-    forward: ForwardMode
-    plans_ahead: bool
-    num_fallbacks: int  # times that the engine left compiled code or graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,8 +451,20 @@ class Engine:
 
     def modes(self) -> EngineModes:
         """What computes the steps. From any thread."""
-        runner = self._runner
-        return EngineModes(self._attention, runner.mode, self._plans_ahead, runner.num_fallbacks)
+        mode = self._runner.mode
+        parts = ["compiled" if mode.compiled else "eager"]
+        if mode.graph_batch_sizes:
+            parts.append(f"decode graphs up to {mode.graph_batch_sizes[-1]}")
+        if self._plans_ahead:
+            parts.append("planned ahead")
+        reasons = dict.fromkeys(reason for reason in (mode.reason, mode.graph_reason) if reason)
+        choice = self._attention
+        return EngineModes(choice.name, choice.reason, ", ".join(parts), "; ".join(reasons), self._runner.num_fallbacks)
+
+    @property
+    def forward(self) -> ForwardMode:
+        """How the model's layers run, in numbers. From any thread."""
+        return self._runner.mode
 
     def load(self) -> EngineLoad:
         """What is queued, running and done."""

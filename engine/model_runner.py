@@ -343,7 +343,12 @@ class ModelRunner:
         attention = backend.prepare(packed.segments)
         positions = upload(packed.positions, torch.int64, device)
         wanted = upload(packed.wanted, torch.int64, device)
-        return self._forward(row[None], positions[None], wanted, attention, on_layer_stored)
+        try:
+            return self._forward(row[None], positions[None], wanted, attention, on_layer_stored)
+        except Exception as error:
+            if self._compiled is not None:
+                self.go_eager(f"a compiled step failed: {_in_short(error)}")
+            raise
 
     def _forward(
         self,
@@ -359,9 +364,6 @@ class ModelRunner:
         outer, self._desk.attend = self._desk.attend, batch.attend_packed
         try:
             return _forward(self._model, token_ids, positions, wanted, DeskBatch(self._desk))
-        except Exception as error:
-            self.go_eager(f"a compiled step failed: {_in_short(error)}")
-            raise
         finally:
             self._desk.attend = outer
 

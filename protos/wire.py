@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from core.compute import ComputeProfile, StepSample
+from core.compute import ComputeProfile, EngineModes, StepSample
 from core.errors import PrfaasError, ProtocolViolation
 from core.fingerprint import CacheFingerprint
 from core.kv_layout import KvLayer, KvLayout
@@ -371,6 +371,26 @@ def compute_from_message(message: pb.ComputeProfile) -> ComputeProfile:
         weight_flops=message.weight_flops,
         attention_flops=message.attention_flops,
         step_tokens=message.step_tokens,
+    )
+
+
+def modes_to_message(modes: EngineModes) -> pb.EngineModes:
+    return pb.EngineModes(
+        attention=modes.attention,
+        attention_reason=modes.attention_reason,
+        forward=modes.forward,
+        forward_reason=modes.forward_reason,
+        num_fallbacks=modes.num_fallbacks,
+    )
+
+
+def modes_from_message(message: pb.EngineModes) -> EngineModes:
+    return EngineModes(
+        message.attention,
+        message.attention_reason,
+        message.forward,
+        message.forward_reason,
+        message.num_fallbacks,
     )
 
 

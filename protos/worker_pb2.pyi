@@ -83,7 +83,7 @@ class WatchRequest(_message.Message):
     def __init__(self, interval_s: _Optional[float] = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("version", "engine_id", "role", "draining", "num_running", "num_waiting", "num_waiting_tokens", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "num_sessions", "pages_quarantined", "num_preemptions", "links", "page_events", "pulls", "pulled_tokens", "pulled_bytes", "load_age_s", "num_announced", "num_other_role", "num_announced_tokens", "steps")
+    __slots__ = ("version", "engine_id", "role", "draining", "num_running", "num_waiting", "num_waiting_tokens", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "num_sessions", "pages_quarantined", "num_preemptions", "links", "page_events", "pulls", "pulled_tokens", "pulled_bytes", "load_age_s", "num_announced", "num_other_role", "num_announced_tokens", "steps", "modes")
     class PullsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +118,7 @@ class WorkerState(_message.Message):
     NUM_OTHER_ROLE_FIELD_NUMBER: _ClassVar[int]
     NUM_ANNOUNCED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    MODES_FIELD_NUMBER: _ClassVar[int]
     version: int
     engine_id: str
     role: str
@@ -145,7 +146,22 @@ class WorkerState(_message.Message):
     num_other_role: int
     num_announced_tokens: int
     steps: _containers.RepeatedCompositeFieldContainer[StepSample]
-    def __init__(self, version: _Optional[int] = ..., engine_id: _Optional[str] = ..., role: _Optional[str] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkReport, _Mapping]]] = ..., page_events: _Optional[_Union[PageEvents, _Mapping]] = ..., pulls: _Optional[_Mapping[str, int]] = ..., pulled_tokens: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., load_age_s: _Optional[float] = ..., num_announced: _Optional[int] = ..., num_other_role: _Optional[int] = ..., num_announced_tokens: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ...) -> None: ...
+    modes: EngineModes
+    def __init__(self, version: _Optional[int] = ..., engine_id: _Optional[str] = ..., role: _Optional[str] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkReport, _Mapping]]] = ..., page_events: _Optional[_Union[PageEvents, _Mapping]] = ..., pulls: _Optional[_Mapping[str, int]] = ..., pulled_tokens: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., load_age_s: _Optional[float] = ..., num_announced: _Optional[int] = ..., num_other_role: _Optional[int] = ..., num_announced_tokens: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ..., modes: _Optional[_Union[EngineModes, _Mapping]] = ...) -> None: ...
+
+class EngineModes(_message.Message):
+    __slots__ = ("attention", "attention_reason", "forward", "forward_reason", "num_fallbacks")
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_REASON_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_REASON_FIELD_NUMBER: _ClassVar[int]
+    NUM_FALLBACKS_FIELD_NUMBER: _ClassVar[int]
+    attention: str
+    attention_reason: str
+    forward: str
+    forward_reason: str
+    num_fallbacks: int
+    def __init__(self, attention: _Optional[str] = ..., attention_reason: _Optional[str] = ..., forward: _Optional[str] = ..., forward_reason: _Optional[str] = ..., num_fallbacks: _Optional[int] = ...) -> None: ...
 
 class StepSample(_message.Message):
     __slots__ = ("prefill_tokens", "prefill_pairs", "decode_batch", "decode_context", "seconds")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ pytestmark = [
 ]
 needs_flashinfer = pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="no FlashInfer here")
 
+MIXTURES = ("mixtral", "deepseek_v3", "gpt_oss")  # transformers' routing may copy to the host, which no graph can hold
 NUM_NEW = 10
 PROMPT_LENGTHS = (1, 5, 16, 17, 40, 64)
 # Log-probabilities of tiny models with large weights in bfloat16 against float32, relative to the logits' spread.
@@ -80,14 +81,16 @@ def test_tokens_of_compiled_layers_and_graphs(family: str, tmp_path: Path) -> No
     folder, prompts, expected = example(family, tmp_path)
     engine = load(folder)
     modes = engine.modes()
-    print(family, modes)
+    print(family, modes, engine.forward)
 
-    assert modes.plans_ahead
-    assert modes.forward.graph_batch_sizes == (1, 2, 4, 6), modes.forward.graph_reason
+    assert "planned ahead" in modes.forward
+    assert engine.forward.compiled, engine.forward.reason
+    if family in MIXTURES:
+        assert engine.forward.graph_batch_sizes or "capturing failed" in engine.forward.graph_reason
+    else:
+        assert engine.forward.graph_batch_sizes == (1, 2, 4, 6), engine.forward.graph_reason
     for size in range(1, len(prompts) + 1):  # every graph, full and padded
         assert run(engine, prompts[:size], f"of {size}") == expected[:size]
-    # Of these families mixtures of experts may refuse; then it has to be said.
-    assert modes.forward.compiled or (family in ("mixtral", "deepseek_v3", "gpt_oss") and modes.forward.reason)
 
 
 def test_preempted_between_graphs(tmp_path: Path) -> None:
@@ -121,34 +124,32 @@ class _Shipper:
 
     def __init__(self, source: Engine, target: Engine, pages: Sequence[int]) -> None:
         self._source, self._target, self._pages = source, target, pages
-        self._plan: StepPlan | None = None
         self._stream = torch.cuda.Stream()
         self.heard: list[int] = []
 
     def sequence_started(self, spec: SequenceSpec, num_cached_tokens: int, page_ids: Sequence[int]) -> None:
         assert num_cached_tokens == 0
 
-    def step_planned(self, plan: StepPlan) -> None:
-        self._plan = plan
+    def step_planned(self, plan: StepPlan) -> Callable[[int], None]:
+        def layer_stored(layer: int) -> None:
+            self.heard.append(layer)
+            mark = torch.cuda.Event()
+            mark.record()
+            self._stream.wait_event(mark)
+            size = self._source.layout.page_size
+            with torch.cuda.stream(self._stream), torch.inference_mode():
+                for item in plan.items:
+                    for i in range(item.start // size, -(-(item.start + len(item.token_ids)) // size)):
+                        page = self._source.pool.pages(layer)[item.page_ids[i]]
+                        self._target.pool.pages(layer)[self._pages[i]].copy_(page, non_blocking=True)
 
-    def layer_stored(self, layer: int) -> None:
-        assert self._plan is not None
-        self.heard.append(layer)
-        mark = torch.cuda.Event()
-        mark.record()
-        self._stream.wait_event(mark)
-        size = self._source.layout.page_size
-        with torch.cuda.stream(self._stream), torch.inference_mode():
-            for item in self._plan.items:
-                for i in range(item.start // size, -(-(item.start + len(item.token_ids)) // size)):
-                    page = self._source.pool.pages(layer)[item.page_ids[i]]
-                    self._target.pool.pages(layer)[self._pages[i]].copy_(page, non_blocking=True)
+        return layer_stored
 
 
 def test_layers_are_reported_while_compiled_steps_and_graphs_compute(tmp_path: Path) -> None:
     folder, prompts, expected = example("llama", tmp_path)
     prefill, decode = (load(folder, page_size=4, max_prefill_chunk=39) for _ in range(2))  # the last chunk: one token
-    assert prefill.modes().forward.compiled
+    assert prefill.forward.compiled
     sampling = SamplingParams(max_tokens=NUM_NEW, temperature=0.0)
     spec = SequenceSpec(SequenceId("s"), tuple(prompts[4]), sampling)
     reservation = decode.reserve(spec)
@@ -199,9 +200,9 @@ def test_flashinfer_in_bfloat16_is_within_the_bound(config: PreTrainedConfig, tm
     for compile_ in ("never", "auto"):
         engine = load(tmp_path, dtype="bfloat16", compile=compile_, max_prefill_chunk=23)
         modes = engine.modes()
-        assert modes.attention.name == "flashinfer", modes.attention.reason
-        assert modes.forward.compiled == (compile_ == "auto"), modes.forward.reason
-        assert modes.forward.graph_batch_sizes, modes.forward.graph_reason
+        assert modes.attention == "flashinfer", modes.attention_reason
+        assert engine.forward.compiled == (compile_ == "auto"), engine.forward.reason
+        assert engine.forward.graph_batch_sizes, engine.forward.graph_reason
         found = chunks(engine, prompts, "s", logprobs=5) + chunks(engine, prompts[2:], "cached", logprobs=5)
         errors = []
         for prompt, one in zip([*prompts, *prompts[2:]], found, strict=True):

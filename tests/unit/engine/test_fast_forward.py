@@ -89,7 +89,7 @@ def test_static_steps_planned_ahead(family: str, example: Examples) -> None:
     folder, prompts, expected = example(family)
     engine = load(folder, max_prefill_chunk=7, decode_graphs="always")
 
-    assert engine.modes().forward.graph_batch_sizes == (1, 2, 4, 5)
+    assert engine.forward.graph_batch_sizes == (1, 2, 4, 5)
     assert run(engine, prompts) == expected
     assert run(engine, prompts, "from the prefix cache") == expected
 
@@ -99,7 +99,7 @@ def test_compiled(family: str, example: Examples) -> None:
     folder, prompts, expected = example(family)
     engine = load(folder, compile="always", decode_graphs="always")
 
-    forward = engine.modes().forward
+    forward = engine.forward
     assert forward.compiled, forward.reason
     assert run(engine, prompts) == expected
 
@@ -212,8 +212,8 @@ def test_a_model_that_cannot_be_compiled_runs_eagerly_and_says_so(
     engine = load(folder, compile="always")
 
     modes = engine.modes()
-    assert not modes.forward.compiled
-    assert "no kernel for this" in modes.forward.reason
+    assert not engine.forward.compiled
+    assert "no kernel for this" in engine.forward.reason
     assert modes.num_fallbacks == 1
     assert "runs eagerly from now on" in caplog.text
     assert run(engine, prompts) == expected
@@ -224,7 +224,7 @@ def test_a_model_whose_layers_are_not_found_runs_eagerly(example: Examples, monk
     monkeypatch.setattr("engine.compiled_layers.decoder_layers", lambda model: ())
     engine = load(folder, compile="always")
 
-    assert engine.modes().forward.reason == "the model's layers were not found"
+    assert engine.forward.reason == "the model's layers were not found"
     assert run(engine, prompts) == expected
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.compute import ComputeProfile, StepSample
+from core.compute import ComputeProfile, EngineModes, StepSample
 from core.errors import ProtocolViolation
 from core.fingerprint import CacheFingerprint
 from core.kv_layout import KvLayer, KvLayout
@@ -258,3 +258,9 @@ def test_links_cross_whole(link: LinkEstimate) -> None:
 @given(PROBES)
 def test_probe_reports_cross_whole(report: ProbeReport) -> None:
     assert wire.probe_from_message(wire.probe_to_message(report)) == report
+
+
+def test_modes_survive_the_wire() -> None:
+    modes = EngineModes("flashinfer", "the fastest", "compiled", "", 2)
+
+    assert wire.modes_from_message(wire.modes_to_message(modes)) == modes
