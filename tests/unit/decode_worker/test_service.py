@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import grpc
@@ -55,7 +56,8 @@ async def test_what_is_to_be_pulled_comes_with_its_place_on_the_link() -> None:
 
     await service(worker).Decode(told, Context())  # type: ignore[arg-type]
 
-    assert worker.decoded == [(SPEC, "gateway", None, SendOrder("acme", deadline_at=2.5), TASK)]
+    wanted = replace(SPEC, first_token_by=2.5)
+    assert worker.decoded == [(wanted, "gateway", None, SendOrder("acme", deadline_at=2.5), TASK)]
 
 
 async def test_a_sequence_whose_kv_comes_under_a_session_pulls_nothing() -> None:
