@@ -3,7 +3,7 @@
     python -m benchmarks.head_of_line [--json FILE] [--plot FILE] [--device cpu|cuda] [--quick]
 
     whole       prompts as they come, each in one step
-    chunks      as they come, in steps of so many tokens that a short prompt fits beside a part of a long one
+    chunks      as they come, at most so many tokens of one prompt in a step, and as many of others beside it
     slack       whose first token is due first; a prompt that would be late holds up a step between two layers
                 (engine/prefill_order.py, FlowPrefill's idea)
 
@@ -241,7 +241,10 @@ class _Bench:
 
     def __init__(self, scale: Scale, folder: str, arm: str) -> None:
         wishes = dict(ARMS[arm])
-        step_tokens = scale.chunk_tokens if wishes.pop("chunked", False) else scale.long_tokens + scale.short_tokens
+        step_tokens = scale.long_tokens + scale.short_tokens
+        if wishes.pop("chunked", False):
+            step_tokens = 2 * scale.chunk_tokens
+            wishes["max_prefill_chunk"] = scale.chunk_tokens
         self._scale = scale
         self._clock = WallClock()
         self._first: dict[SequenceId, tuple[float, float]] = {}  # instant of the token, seconds of queue
