@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: browser demo serve test scenarios lint helm chart protos bench bench-kv bench-overlap bench-paper bench-router bench-routing constraints docs help
+.PHONY: browser demo serve test scenarios lint helm chart protos bench bench-kv bench-overlap bench-paper bench-router bench-routing bench-gateway constraints docs help
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -71,6 +71,10 @@ bench-router: $(STAMP)  ## Decisions and page events of a gateway with 1,000 wor
 bench-routing: $(STAMP)  ## Every routing policy on the same prompts, on the real service; writes build/routing.json
 	@mkdir -p build
 	@$(BIN)/python -m benchmarks.routing --json build/routing.json $(ARGS)
+
+bench-gateway: $(STAMP)  ## Tokens/s through one gateway process and two, over gRPC and SSE; writes build/gateway.json
+	@mkdir -p build
+	@$(BIN)/python -m benchmarks.gateway --json build/gateway.json $(ARGS)
 
 docs: $(STAMP)  ## The documentation as a site in build/site; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet && echo "build/site/index.html"

@@ -7,7 +7,6 @@ fails; what is sent are values of types that both import, never of the child's `
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -18,10 +17,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from benchmarks.orderly_exit import end_with_parent
+
 Wrap = Callable[[Sequence[str]], list[str]]  # a command |-> the same within a namespace
 
 _ROOT = Path(__file__).resolve().parent.parent
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h: what the process gets when its parent ends
 
 
 class CallFailed(Exception):
@@ -86,7 +86,7 @@ class ChildProcess:
 
 def answer_calls(control_fd: int, target: object) -> None:
     """In the child: call ``target``'s methods until the parent closes the socket."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     control = Connection(control_fd)
     while True:
         try:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 import time
 from urllib.parse import urlsplit
 
 import grpc
 
+from benchmarks.orderly_exit import end_with_parent
 from benchmarks.stand_in_worker import Emission
 from protos import serving_pb2 as pb
 from protos import serving_pb2_grpc as rpc
@@ -130,4 +132,5 @@ def main(kind: str, address: str, num_clients: int, num_tokens: int, step_us: in
 
 
 if __name__ == "__main__":
+    end_with_parent(signal.SIGKILL)
     main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6]))

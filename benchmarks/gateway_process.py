@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 
+from benchmarks.orderly_exit import end_with_parent
 from cluster.config import GrpcConfig, HttpConfig, PlannerConfig, PoolConfig, RouterConfig, ServiceConfig, TlsConfig
 from cluster.internal_tls import IssueProof
 from cluster.launch import Endpoints, serve_async
@@ -74,4 +76,5 @@ def main(model: str) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent(signal.SIGKILL)
     main(sys.argv[1])

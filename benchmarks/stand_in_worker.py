@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -27,6 +28,7 @@ from typing import Any
 import grpc
 from tokenizers import Tokenizer
 
+from benchmarks.orderly_exit import end_with_parent
 from cluster.bench.prompts import WORDS
 from cluster.output_streams import OutputStreams
 from cluster.registration import Registrations
@@ -156,4 +158,5 @@ async def _serve(registry: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent(signal.SIGKILL)
     asyncio.run(_serve(sys.argv[1], Path(sys.argv[2])))
