@@ -97,7 +97,7 @@ async def test_http_refuses_who_shows_no_key_and_says_what_to_show(
     assert response.status_code == 401
     assert response.headers["www-authenticate"] == "Bearer"
     assert response.headers["x-request-id"]
-    assert response.json()["error"]["code"] == "invalid_api_key"
+    assert response.json()["error"]["type"] == "authentication_error"  # OpenAI's word and Anthropic's
     assert "authorization: Bearer KEY" in response.json()["error"]["message"]
     assert num_refused(service, "http") == before + 1
 
