@@ -404,7 +404,8 @@ class _Answer(Response):
         except PrfaasError as error:
             await sender.error(error)
         except Exception:
-            logger.exception("an HTTP request failed for a reason that is ours")
+            about = {"request_id": self._request.scope[_REQUEST_ID]}
+            logger.exception("an HTTP request failed for a reason that is ours", extra=about)
             await sender.error(PrfaasError("internal error, see the gateway's log"))
 
     async def _prepare(self, call: openai_api.Call, asked: _Objectives, arrived_at: float) -> list[PreparedRequest]:
