@@ -5,6 +5,7 @@ Bounded, and without prompts and answers: a request is its name, its tenant's la
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import asdict
 
@@ -35,6 +36,8 @@ class RequestLog:
 
     def observe(self, record: RequestRecord) -> None:
         """A ``RequestWatcher``."""
+        if not REQUESTS.isEnabledFor(logging.INFO):
+            return
         ttft = "no token" if record.ttft_s is None else f"first token after {record.ttft_s:.3f} s"
         REQUESTS.info(
             "request %s: %s after %.3f s, %s",

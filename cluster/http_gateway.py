@@ -41,7 +41,7 @@ from cluster.config import ServiceConfig
 from cluster.front_door import ClusterMembership, Door, RequestRouter, not_ready_reason, retry_after
 from cluster.generation import Finish, Generation, LogprobText, PreparedRequest, TextChunk, TextRequest
 from cluster.metrics import Metrics
-from cluster.page import Recent, add_page
+from cluster.page import REQUESTS_PATH, Recent, add_page
 from cluster.version import version
 from core.clock import Clock, unix_time
 from core.errors import (
@@ -404,7 +404,8 @@ class _Answer(Response):
         except PrfaasError as error:
             await sender.error(error)
         except Exception:
-            logger.exception("an HTTP request failed for a reason that is ours")
+            about = {"request_id": self._request.scope[_REQUEST_ID]}
+            logger.exception("an HTTP request failed for a reason that is ours", extra=about)
             await sender.error(PrfaasError("internal error, see the gateway's log"))
 
     async def _prepare(self, call: openai_api.Call, asked: _Objectives, arrived_at: float) -> list[PreparedRequest]:
@@ -709,7 +710,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 class _KeyGate:
-    """Lets in who shows a key, and everybody to what only reads how the service is: GET outside /v1."""
+    """Lets in who shows a key, and everybody to what only reads how the service is: GET outside /v1, but for the list
+    of other clients' requests."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys, metrics: Metrics) -> None:
         self._app = app
@@ -731,7 +733,7 @@ class _KeyGate:
 
 
 def _needs_key(method: str, path: str) -> bool:
-    return method not in ("GET", "HEAD") or path.startswith("/v1/")
+    return method not in ("GET", "HEAD") or path.startswith("/v1/") or path == REQUESTS_PATH
 
 
 class _RequestIds:

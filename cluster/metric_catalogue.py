@@ -362,8 +362,8 @@ LABELS = {
     "name": "a number of docs/planning.md",
     "of": "what was predicted or compared: `ttft`, `tpot`, `bytes_shipped`, `throughput`; of costs: a kind of worker "
     "or two datacenters",
-    "outcome": "how it ended: requests `ok`, `invalid`, `overloaded`, `no_route`, `deadline`, `cancelled`, `failed`; "
-    "of pulls see docs/life-of-a-request.md; of self-tests `passed` or the kind of the error",
+    "outcome": "how it ended: requests `ok`, `invalid`, `overloaded`, `no_route`, `deadline`, `cancelled`, `failed`, "
+    "`wrong_key`; of pulls see docs/life-of-a-request.md; of self-tests `passed` or the kind of the error",
     "part": "see docs/observability.md",
     "path": "what was found to carry the bytes: `tcp`, `tcp+tls1.3`, `ucx:shm`, ...",
     "place": "`local`, `offloaded` or `colocated`",

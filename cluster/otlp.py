@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from opentelemetry.trace import SpanContext
 
 _MAX_WAITING = 8192  # spans; about a thousand requests
+_MAX_BATCH = 512  # of one message
 _SEND_EVERY_MS = 1000
 _SEND_TIMEOUT_S = 5.0
-_CLOSE_TIMEOUT_MS = 2000
+_CLOSE_TIMEOUT_S = 2.0
 
 
 class OtlpTracer:
@@ -59,14 +60,15 @@ class OtlpTracer:
         exporter = OTLPSpanExporter(
             endpoint=config.endpoint, insecure=not config.endpoint.startswith("https:"), timeout=_SEND_TIMEOUT_S
         )
-        self._processor = BatchSpanProcessor(
-            exporter,
-            max_queue_size=_MAX_WAITING,
-            schedule_delay_millis=_SEND_EVERY_MS,
-            max_export_batch_size=512,
-            export_timeout_millis=_SEND_TIMEOUT_S * 1000,
+        self._provider.add_span_processor(
+            BatchSpanProcessor(
+                exporter,
+                max_queue_size=_MAX_WAITING,
+                schedule_delay_millis=_SEND_EVERY_MS,
+                max_export_batch_size=_MAX_BATCH,
+                export_timeout_millis=_SEND_TIMEOUT_S * 1000,
+            )
         )
-        self._provider.add_span_processor(self._processor)
         self._tracer = self._provider.get_tracer("prfaas", version())
         self._kinds = {kind: getattr(trace.SpanKind, kind.name) for kind in SpanKind}
 
@@ -87,8 +89,10 @@ class OtlpTracer:
 
     def close(self) -> None:
         """Send what waits, for a bounded time; blocks. Later spans are lost."""
-        self._processor.force_flush(_CLOSE_TIMEOUT_MS)
-        self._processor._batch_processor.shutdown(_CLOSE_TIMEOUT_MS)  # the public one waits for 30 s
+        # The SDK's own shutdown waits up to 30 s for a collector that is not there.
+        sending = threading.Thread(target=self._provider.shutdown, name="otlp-close", daemon=True)
+        sending.start()
+        sending.join(_CLOSE_TIMEOUT_S)
 
     def _remote(self, parent: TraceContext) -> SpanContext:
         return self._trace.SpanContext(

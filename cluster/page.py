@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 Recent = Callable[[int], dict[str, object]]  # that many of the latest requests, as JSON; 0: all that are kept
 
+REQUESTS_PATH = "/requests"  # a key is needed for it, where keys are needed: the requests are other clients'
 _LIMIT = re.compile("[0-9]{1,6}", re.ASCII)
 _FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),
@@ -38,7 +39,7 @@ def add_page(app: FastAPI, recent: Recent) -> None:
         content = (files("cluster") / "static" / name).read_bytes()
         app.add_api_route(path, _static(content, media_type), methods=["GET"], include_in_schema=False)
 
-    @app.get("/requests")
+    @app.get(REQUESTS_PATH)
     async def requests(request: Request) -> Response:
         given = request.query_params.get("limit", "0")
         if not _LIMIT.fullmatch(given):

@@ -40,6 +40,7 @@ from core.errors import (
 from core.kv_layout import KvLayout
 from core.prefix_hash import PageHash, page_hashes
 from core.request import EngineId, PullOutcome, PullReport, PullTask, SequenceSpec, SessionId
+from core.request_log import about
 from engine.prefix_loan import PrefixLoans
 from engine.scheduler import PrefixRoom
 from kv_transfer.receiver import KvReceiver
@@ -211,7 +212,8 @@ class PagePuller:
         except PrfaasError as error:
             outcome, reason = _outcome_of(error), str(error)
         except Exception as error:  # a bug, here or in a library: the request must not suffer for it
-            logger.exception("sequence %s: a pull from %s failed", spec.sequence_id, task.worker_id)
+            said = "sequence %s: a pull from %s failed"
+            logger.exception(said, spec.sequence_id, task.worker_id, extra=about(spec.sequence_id))
             outcome, reason = PullOutcome.FAILED, f"{type(error).__name__}: {error}"
         num_tokens, num_bytes = num_pages * self._layout.page_size, num_pages * self._layout.bytes_per_page
         report = PullReport(outcome, num_tokens, num_bytes, self._clock.now() - started_at)
@@ -381,6 +383,7 @@ class PagePuller:
                 task.num_tokens,
                 task.worker_id,
                 said,
+                extra=about(spec.sequence_id),
             )
 
     def _back_off_from(self, engine_id: EngineId) -> None:

@@ -412,6 +412,8 @@ class DecodeWorker:
     def _tell_end(self, arrival: _Arrival, stats: StageStats, reason: FinishReason) -> None:
         """It has finished."""
         self._trace_decode(arrival, stats, "")
+        if not REQUESTS.isEnabledFor(logging.INFO):
+            return
         sequence_id = arrival.spec.sequence_id
         REQUESTS.info(
             "sequence %s: decoded here, %s",

@@ -406,6 +406,8 @@ class PrefillWorker:
         self._tracer.record(span)
 
     def _log_handover(self, sequence_id: SequenceId, stats: StageStats, report: SendReport) -> None:
+        if not REQUESTS.isEnabledFor(logging.INFO):
+            return
         REQUESTS.info(
             "sequence %s: prefilled here, its K/V is at %s",
             sequence_id,

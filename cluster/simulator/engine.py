@@ -106,15 +106,15 @@ class SimulatedEngine:
         self._wake()
         self._arm()
 
-    def add(self, spec: SequenceSpec) -> None:
-        """Queue a sequence; to be submitted. Raises ``InvalidRequest``."""
-        self.scheduler.add(spec, self._now)
+    def add(self, spec: SequenceSpec, arrived_at: float | None = None) -> None:
+        """Queue a sequence that waits since ``arrived_at`` (None: now); to be submitted. Raises ``InvalidRequest``."""
+        self.scheduler.add(spec, self._now if arrived_at is None else arrived_at)
         self._sampler.begin(spec, len(spec.output_token_ids), self._answers.of(spec))
         self._silent.add(spec.sequence_id)
 
-    def admit(self, reservation: Reservation, first_token_ids: Sequence[int]) -> None:
-        """Go on with a sequence whose K/V has arrived; to be submitted."""
-        self.scheduler.admit(reservation, first_token_ids, self._now)
+    def admit(self, reservation: Reservation, first_token_ids: Sequence[int], arrived_at: float | None = None) -> None:
+        """Go on with a sequence whose K/V has arrived, at ``arrived_at`` (None: now); to be submitted."""
+        self.scheduler.admit(reservation, first_token_ids, self._now if arrived_at is None else arrived_at)
         spec = reservation.spec
         self._sampler.begin(spec, len(spec.output_token_ids) + len(first_token_ids), self._answers.of(spec))
         self._silent.add(spec.sequence_id)

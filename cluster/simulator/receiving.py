@@ -100,7 +100,7 @@ class ReceivingHalf:
             return
         arrival.admitted = True
         if pull is None:
-            self._engine.submit(lambda: self._queue(arrival))
+            self._join(arrival)
         else:
             arrival.pulling = self._host.loop.create_task(self._pull_and_queue(arrival, pull))
 
@@ -146,7 +146,8 @@ class ReceivingHalf:
         self.bytes_received += num_bytes
         arrival.admitted = True
         del self._by_session[session_id]
-        self._engine.submit(lambda: self._admit(arrival))
+        arrived_at = self._host.loop.time()
+        self._engine.submit(lambda: self._admit(arrival, arrived_at))
         return True
 
     def sender_lost(self, session_id: SessionId) -> None:
@@ -223,23 +224,28 @@ class ReceivingHalf:
     async def _pull_and_queue(self, arrival: _Arrival, pull: Coroutine[None, None, PullReport]) -> None:
         arrival.pull = await pull
         arrival.pulling = None
-        self._engine.submit(lambda: self._queue(arrival))
+        self._join(arrival)
 
-    def _queue(self, arrival: _Arrival) -> None:
+    def _join(self, arrival: _Arrival) -> None:
+        arrived_at = self._host.loop.time()
+        self._engine.submit(lambda: self._queue(arrival, arrived_at))
+
+    def _queue(self, arrival: _Arrival, arrived_at: float) -> None:
         if arrival.spec.sequence_id not in self._arrivals:
             return
         try:
-            self._engine.add(arrival.spec)
+            self._engine.add(arrival.spec, arrived_at)
         except InvalidRequest as error:
             self._forget(arrival)
             arrival.publish(SequenceFailure(arrival.spec.sequence_id, str(error), True, Role.DECODE))
 
-    def _admit(self, arrival: _Arrival) -> None:
+    def _admit(self, arrival: _Arrival, arrived_at: float) -> None:
         if arrival.spec.sequence_id not in self._arrivals or arrival.reservation is None:
             return
         known = len(arrival.spec.output_token_ids)
         arrival.num_told = known + 1  # the first token came from the sender
-        self._engine.admit(arrival.reservation, self._host.answers.of(arrival.spec).tokens(known, known + 1))
+        tokens = self._host.answers.of(arrival.spec).tokens(known, known + 1)
+        self._engine.admit(arrival.reservation, tokens, arrived_at)
 
     def _give_back(self, arrival: _Arrival) -> None:
         """Nothing can land in its pages any more: links forget the flows of what was aborted."""

@@ -74,7 +74,7 @@ class SendingHalf:
         prompt = _Prompt(spec, publish, session_id, receiver)
         self._prompts[spec.sequence_id] = prompt
         if pull is None:
-            self._engine.submit(lambda: self._queue(prompt))
+            self._join(prompt)
         else:
             prompt.pulling = self._host.loop.create_task(self._pull_and_queue(prompt, pull))
 
@@ -153,13 +153,17 @@ class SendingHalf:
     async def _pull_and_queue(self, prompt: _Prompt, pull: Coroutine[None, None, PullReport]) -> None:
         prompt.pull = await pull
         prompt.pulling = None
-        self._engine.submit(lambda: self._queue(prompt))
+        self._join(prompt)
 
-    def _queue(self, prompt: _Prompt) -> None:
+    def _join(self, prompt: _Prompt) -> None:
+        arrived_at = self._host.loop.time()
+        self._engine.submit(lambda: self._queue(prompt, arrived_at))
+
+    def _queue(self, prompt: _Prompt, arrived_at: float) -> None:
         if prompt.ended:
             return
         try:
-            self._engine.add(prompt.spec)
+            self._engine.add(prompt.spec, arrived_at)
         except InvalidRequest as error:
             self._fail(prompt, str(error), Role.PREFILL)
 

@@ -347,6 +347,22 @@ function drawRequests(requests) {
   replace($("timeline"), axis, ...shown.map((r) => drawRequest(r, longest, open.has(r.request_id))));
 }
 
+function askForKey() {
+  if ($("key")) return; // it may be half typed
+  const input = h("input", { id: "key", type: "password", autocomplete: "off", "data-key": "key" });
+  const enter = () => {
+    try { sessionStorage.setItem("prfaas-key", input.value.trim()); } catch { return; }
+    replace($("timeline"), h("p", { class: "empty" }, "Asking with this key."));
+    poll();
+  };
+  const button = h("button", { type: "button" }, "Show requests");
+  button.addEventListener("click", enter);
+  input.addEventListener("keydown", (event) => { if (event.key === "Enter") enter(); });
+  const said = stored("prfaas-key") ? "That key is not one of the service's." : "Requests are shown to who has one of the service's keys.";
+  $("requests-aside").textContent = "";
+  replace($("timeline"), h("p", { class: "key" }, h("label", { for: "key" }, `${said} Key: `), input, " ", button));
+}
+
 function drawRequest(request, longest, isOpen) {
   const parts = segments(request), ok = request.outcome === "ok";
   const told = parts.filter((x) => x.seconds >= 0.0005).map((x) => `${PART_NAMES[x.part]} ${seconds(x.seconds)}`).join(", ");
@@ -424,8 +440,17 @@ function drawHead(status) {
   $("about").textContent = `version ${status.version} · up ${up} · policy ${status.policy} · internal TLS ${status.internal_tls.split(":")[0]}`;
 }
 
+const WRONG_KEY = 401;
+
+function stored(name) {
+  try { return sessionStorage.getItem(name); } catch { return null; } // there may be no storage
+}
+
 async function fetchJson(path) {
-  const answer = await fetch(path, { cache: "no-store", headers: { accept: "application/json" } });
+  const headers = { accept: "application/json" }, key = stored("prfaas-key");
+  if (key) headers.authorization = `Bearer ${key}`;
+  const answer = await fetch(path, { cache: "no-store", headers });
+  if (answer.status === WRONG_KEY) return null;
   if (!answer.ok) throw new Error(`${path} answers ${answer.status}`);
   return answer.json();
 }
@@ -434,13 +459,15 @@ async function poll() {
   clearTimeout(timer);
   try {
     const [status, recent] = await Promise.all([fetchJson("status"), fetchJson(`requests?limit=${MAX_REQUESTS}`)]);
+    const requests = recent ? recent.requests : [];
     note(status);
     drawHead(status);
-    drawTiles(status, recent.requests);
+    drawTiles(status, requests);
     drawTopology(status);
     drawPlan(status);
     drawRouting(status);
-    drawRequests(recent.requests);
+    if (recent) drawRequests(requests);
+    else askForKey();
     drawTables(status);
     document.body.dataset.drawn = String(Number(document.body.dataset.drawn || 0) + 1);
   } catch (error) {

@@ -13,6 +13,7 @@ from cluster.bench.metrics import Slos, summary
 from cluster.bench.prompts import TokenWording
 from cluster.bench.schedule import DrawnRequests, make_schedule
 from cluster.config import GrpcConfig, ServiceConfig
+from cluster.finished_requests import RecentRequests
 from cluster.generation import Generation
 from cluster.grpc_gateway import GrpcGateway
 from cluster.internal_tls import TlsDecision
@@ -43,7 +44,8 @@ async def test_conversations_with_a_real_service_reuse_what_it_answered(
         membership, router = cluster.membership, cluster.router
         metrics = Metrics(membership, router, lambda *_: None, planner)
         generation = Generation(router, membership, tokenizer, metrics, config, clock)
-        door = GrpcGateway(generation, router, membership, links, planner, config, clock, TlsDecision(False, "test"))
+        off, requests = TlsDecision(False, "test"), RecentRequests()
+        door = GrpcGateway(generation, router, membership, links, planner, config, clock, off, requests)
         await door.start()
         target = GrpcTarget(f"127.0.0.1:{door.port}")
         try:

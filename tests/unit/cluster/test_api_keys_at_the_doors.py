@@ -37,7 +37,14 @@ def config(service: Gateway, tmp_path: Path) -> ServiceConfig:
 @pytest.fixture
 async def client(service: Gateway, config: ServiceConfig) -> AsyncIterator[httpx.AsyncClient]:
     door = HttpGateway(
-        service.generation, service.router, service.membership, service.metrics, config, service.clock, dict
+        service.generation,
+        service.router,
+        service.membership,
+        service.metrics,
+        config,
+        service.clock,
+        dict,
+        lambda limit: {"requests": []},
     )
     await door.start()
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{door.port}", timeout=20) as client:
@@ -56,6 +63,7 @@ async def address(service: Gateway, config: ServiceConfig) -> AsyncIterator[str]
         config,
         service.clock,
         TlsDecision(False, "test"),
+        service.requests,
     )
     await door.start()
     yield f"127.0.0.1:{door.port}"
@@ -74,6 +82,7 @@ def num_refused(service: Gateway, door: str) -> float:
         ("POST", "/v1/chat/completions"),
         ("POST", "/v1/messages"),
         ("GET", "/v1/models"),
+        ("GET", "/requests"),
         ("POST", "/tokenize"),
         ("POST", "/no-such-path"),
     ],
@@ -88,7 +97,7 @@ async def test_http_refuses_who_shows_no_key_and_says_what_to_show(
     assert response.status_code == 401
     assert response.headers["www-authenticate"] == "Bearer"
     assert response.headers["x-request-id"]
-    assert response.json()["error"]["code"] == "invalid_api_key"
+    assert response.json()["error"]["type"] == "authentication_error"  # OpenAI's word and Anthropic's
     assert "authorization: Bearer KEY" in response.json()["error"]["message"]
     assert num_refused(service, "http") == before + 1
 
@@ -101,7 +110,7 @@ async def test_http_answers_who_shows_a_key(headers: dict[str, str], client: htt
     assert response.json()["choices"][0]["message"]["content"] == ANSWER
 
 
-@pytest.mark.parametrize("path", ["/health", "/live", "/metrics", "/version", "/status"])
+@pytest.mark.parametrize("path", ["/health", "/live", "/metrics", "/version", "/status", "/", "/page.js"])
 async def test_http_tells_everybody_how_the_service_is(path: str, client: httpx.AsyncClient) -> None:
     assert (await client.get(path)).status_code in (200, 503)
 

@@ -64,10 +64,16 @@ async def browser() -> AsyncIterator[Browser]:
 
 
 @asynccontextmanager
-async def opened(service: Gateway, running: Browser, *, dark: bool = False) -> AsyncIterator[Opened]:
-    """The service's page in a new tab."""
+async def opened(
+    service: Gateway, running: Browser, *, dark: bool = False, keys: Path | None = None
+) -> AsyncIterator[Opened]:
+    """The service's page in a new tab. ``keys``: a file of those that the service asks for."""
     link = LinkConfig(from_cluster=FAR, to_cluster=HOME, capacity_gbps=CAPACITY / BYTES_PER_GBIT)
-    config = replace(service.config, kv_transfer=KvTransferConfig(links=(link, LinkConfig())))
+    config = replace(
+        service.config,
+        kv_transfer=KvTransferConfig(links=(link, LinkConfig())),
+        api_keys_file=None if keys is None else str(keys),
+    )
     grpc = GrpcGateway(
         service.generation,
         service.router,
@@ -193,6 +199,22 @@ async def test_what_a_name_holds_is_text_and_an_empty_service_says_so(service: G
         await expect(page.locator("details.request .name")).to_have_text("<img src=x onerror=alert(1)>")
         assert await page.locator("img").count() == 0
         assert tab.errors == []
+
+
+async def test_where_keys_are_needed_requests_are_shown_to_who_has_one(service: Gateway, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("the-key\n")
+    fleet(service, degraded=False)
+    requests(service.requests, service.clock.now(), num=3)
+    async with browser() as running, opened(service, running, keys=keys) as tab:
+        page = tab.page
+        await expect(page.locator("g.worker")).to_have_count(9)
+        await expect(page.locator("details.request")).to_have_count(0)
+        await page.get_by_label("Requests are shown to who has").fill("wrong")
+        await page.get_by_role("button", name="Show requests").click()
+        await page.get_by_label("That key is not one of the service's").fill("the-key")
+        await page.keyboard.press("Enter")
+        await expect(page.locator("details.request")).to_have_count(3)
 
 
 async def faint_texts(page: Page) -> list[str]:

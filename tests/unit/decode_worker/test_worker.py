@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +32,8 @@ from core.request import (
     TokenChunk,
     WorkerId,
 )
+from core.request_log import REQUESTS
+from core.tracing import SpanLog, TraceContext
 from decode_worker.worker import Announced, DecodeWorker
 from engine.scheduler import Reservation
 from kv_transfer.session import Grant
@@ -116,7 +120,7 @@ class FakeReceiver:
 
 class Bench:
     def __init__(self) -> None:
-        self.engine, self.receiver = FakeEngine(), FakeReceiver()
+        self.engine, self.receiver, self.spans = FakeEngine(), FakeReceiver(), SpanLog()
         self.published: list[TokenChunk | SequenceFailure] = []
         self.refused: str | None = None
         self.worker = DecodeWorker(
@@ -129,6 +133,7 @@ class Bench:
             read_commit=lambda payload: (SPEC.sequence_id, tuple(payload)),
             clock=VirtualClock(7.0),
             pull=self.pull,
+            tracer=self.spans,
         )
         self.pulled: asyncio.Future[PullReport] | None = None  # what the next pull waits for
         self.worker.attach(self.receiver)  # type: ignore[arg-type]
@@ -373,3 +378,42 @@ async def test_an_abort_during_a_pull_ends_it_and_nothing_is_queued(ended: bool)
     assert bench.pulled.cancelled() is not ended
     assert ("add", SPEC.sequence_id) not in bench.engine.calls
     assert bench.worker.num_sequences == 0
+
+
+# ---- what is told of it ----
+
+
+async def test_a_sequence_that_was_handed_over_is_a_span_with_its_steps_and_a_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bench, attempt, transfer = Bench(), TraceContext.new(), TraceContext.new()
+    with caplog.at_level(logging.INFO, logger=REQUESTS.name):
+        bench.worker.decode(replace(SPEC, trace=attempt), GATEWAY, SESSION)
+        await bench.worker.grant(SESSION, 1.0, trace=transfer)
+        bench.worker.committed(SESSION, bytes([42]))
+        first = StageStats(WorkerId(""), Role.DECODE, queue_s=0.5, compute_s=1.0)
+        last = first._replace(compute_s=4.0)
+        bench.worker.on_chunk(TokenChunk(SPEC.sequence_id, 1, (5,), stats=first))
+        bench.worker.on_chunk(TokenChunk(SPEC.sequence_id, 2, (6,), finish_reason=FinishReason.LENGTH, stats=last))
+
+    spans = {span.name: span for span in bench.spans.spans}
+    assert set(spans) == {"grant", "decode", "decode.queue", "decode.first_step", "decode.later_steps"}
+    assert spans["grant"].parent == transfer
+    assert spans["decode"].parent == attempt
+    seconds = {name: span.ended_at - span.began_at for name, span in spans.items() if "." in name}
+    assert seconds == {"decode.queue": 0.5, "decode.first_step": 1.0, "decode.later_steps": 3.0}
+    assert not any(span.error for span in spans.values())
+    (line,) = caplog.records
+    assert (line.sequence_id, line.finish_reason) == (SPEC.sequence_id, "length")  # type: ignore[attr-defined]
+
+
+async def test_a_grant_that_is_refused_and_a_sequence_that_is_aborted_say_why_in_their_spans() -> None:
+    bench, attempt, transfer = Bench(), TraceContext.new(), TraceContext.new()
+    with pytest.raises(GrantRefused):
+        await bench.worker.grant(SESSION, 1.0, trace=transfer)
+    bench.worker.decode(replace(SPEC, trace=attempt), GATEWAY, SESSION)
+    bench.worker.abort(SPEC.sequence_id, "the client went away")
+
+    refused, aborted = bench.spans.spans
+    assert (refused.name, "not announced" in refused.error) == ("grant", True)
+    assert (aborted.name, aborted.parent, aborted.error) == ("decode", attempt, "the client went away")

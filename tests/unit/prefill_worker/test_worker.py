@@ -6,8 +6,10 @@ The engine and the sender are recorders that run everything at once, so each tes
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +34,8 @@ from core.request import (
     TokenChunk,
     WorkerId,
 )
+from core.request_log import REQUESTS
+from core.tracing import SpanLog, TraceContext
 from engine.scheduler import StepItem, StepPlan
 from kv_transfer.session import Grant, SendReport
 from kv_transfer.transport import SendOrder
@@ -79,7 +83,7 @@ class Bench:
     """One worker, its recorders, and what it published."""
 
     def __init__(self, grant: Grant | Exception = GRANT) -> None:
-        self.engine, self.sender = Recorder(), Recorder()
+        self.engine, self.sender, self.spans = Recorder(), Recorder(), SpanLog()
         self.published: list[TokenChunk | SequenceFailure] = []
         self.grant = grant
         self.refused: str | None = None
@@ -95,6 +99,7 @@ class Bench:
             run_on_loop=self.run,
             clock=VirtualClock(7.0),
             pull=self.pull,
+            tracer=self.spans,
         )
         self.pulls: list[tuple[SequenceId, PullTask, SendOrder]] = []
         self.pulled: asyncio.Future[PullReport] | None = None  # what the next pull waits for
@@ -371,3 +376,45 @@ async def test_an_abort_in_the_moment_in_which_a_pull_ends_queues_nothing() -> N
 
     assert "add" not in bench.engine.names()
     assert bench.worker.num_sessions == 0
+
+
+# ---- what is told of it ----
+
+
+def test_a_hand_over_is_two_spans_of_its_attempt_and_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    bench, attempt = Bench(), TraceContext.new()
+    with caplog.at_level(logging.INFO, logger=REQUESTS.name):
+        bench.worker.prefill(replace(SPEC, trace=attempt), GATEWAY, QUERY)
+        bench.worker.sequence_started(SPEC, 0, PAGES)
+        bench.step(0, 10, samples=True)
+        bench.token()
+        bench.close()
+
+    spans = {span.name: span for span in bench.spans.spans}
+    assert set(spans) == {"prefill", "prefill.queue", "prefill.compute", "transfer"}
+    assert spans["prefill"].parent == attempt
+    assert spans["transfer"].parent == spans["prefill.queue"].parent == spans["prefill"].context
+    assert spans["transfer"].attributes["prfaas.bytes_shipped"] == 96
+    assert (spans["prefill.compute"].began_at, spans["prefill.compute"].ended_at) == (8.0, 10.0)
+    assert not any(span.error for span in spans.values())
+    (line,) = caplog.records
+    assert (line.request_id, line.bytes_shipped) == (SPEC.sequence_id, 96)  # type: ignore[attr-defined]
+
+
+def test_a_prompt_that_is_given_up_is_a_span_that_says_why() -> None:
+    bench, attempt = Bench(), TraceContext.new()
+    bench.worker.prefill(replace(SPEC, trace=attempt), GATEWAY, QUERY)
+    bench.worker.abort(SPEC.sequence_id, "the client went away")
+
+    (span,) = bench.spans.spans
+    assert (span.name, span.parent, span.error) == ("prefill", attempt, "the client went away")
+
+
+def test_what_is_not_traced_has_no_span() -> None:
+    bench = Bench()
+    bench.worker.prefill(SPEC, GATEWAY, QUERY)
+    bench.worker.sequence_started(SPEC, 0, PAGES)
+    bench.step(0, 10, samples=True)
+    bench.token()
+    bench.close()
+    assert bench.spans.spans == []

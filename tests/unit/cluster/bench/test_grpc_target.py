@@ -28,6 +28,7 @@ async def door(service: Gateway) -> AsyncIterator[str]:
         service.config,
         service.clock,
         TlsDecision(False, "test"),
+        service.requests,
     )
     await gateway.start()
     yield f"127.0.0.1:{gateway.port}"
