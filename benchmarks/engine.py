@@ -18,6 +18,7 @@ model, on whatever is here.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import random
@@ -209,6 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began_at = clock.now()
     bench = Bench(_engine(scale, device), scale)
     start_s = clock.now() - began_at
+    gc.collect()
+    gc.freeze()  # as a worker does (cluster/worker_host.py)
     modes = bench.engine.modes()
     console.print(
         f"engine ready in {start_s:.1f} s: attention {modes.attention}, {modes.forward} {modes.forward_reason}"
