@@ -18,6 +18,7 @@ model, on whatever is here.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import random
@@ -46,6 +47,7 @@ PARTS = ("prefill", "decode", "mixed", "profile")
 COLUMNS = {
     "what": "what",
     "ms": "ours, ms",
+    "ms_mean": "mean",
     "ms_min": "min",
     "ms_max": "max",
     "floor_ms": "floor, ms",
@@ -209,6 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began_at = clock.now()
     bench = Bench(_engine(scale, device), scale)
     start_s = clock.now() - began_at
+    gc.collect()
+    gc.freeze()  # as a worker does (cluster/worker_host.py)
     modes = bench.engine.modes()
     console.print(
         f"engine ready in {start_s:.1f} s: attention {modes.attention}, {modes.forward} {modes.forward_reason}"
@@ -280,9 +284,8 @@ def _decodes(
         middle = context + _WARM_STEPS + _TIMED_STEPS // 2
         floor_s = cost.decode_bytes(batch, middle) / floors.bytes_per_s
         theirs = peer.get("decode", {}).get(f"B{batch}_L{context}")
-        row = _row(
-            f"decode {batch} at {context}", seconds, floor_s, theirs["ms_step_by_difference"] if theirs else None
-        )
+        peer_ms = theirs["ms_step_median_gap"] if theirs else None  # a median as ours
+        row = _row(f"decode {batch} at {context}", seconds, floor_s, peer_ms)
         rows.append({**row, "tokens_per_s": batch / statistics.median(seconds)})
         if context == 1024:
             figures[f"decode_over_floor_b{batch}"] = statistics.median(seconds) / floor_s
@@ -326,6 +329,7 @@ def _row(what: str, seconds: Sequence[float], floor_s: float | None, peer_ms: fl
     return {
         "what": what,
         "ms": middle * 1e3,
+        "ms_mean": statistics.mean(seconds) * 1e3,
         "ms_min": min(seconds) * 1e3,
         "ms_max": max(seconds) * 1e3,
         "floor_ms": None if floor_s is None else floor_s * 1e3,

@@ -14,6 +14,7 @@ This is the one file of ``cluster`` that reaches the torch half of ``engine``; i
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -160,7 +161,11 @@ class WorkerHost:
 
     def _load_engine(self) -> Engine:
         config = self._config
-        return Engine.load_model(config.engine, config.model, self._clock, cache_dir=config.model_cache_dir)
+        engine = Engine.load_model(config.engine, config.model, self._clock, cache_dir=config.model_cache_dir)
+        # What is there now stays: a collection that goes through a model's objects holds up several decode steps.
+        gc.collect()
+        gc.freeze()
+        return engine
 
     def _on_output(self, output: StepOutput) -> None:
         self._started.on_output(output)

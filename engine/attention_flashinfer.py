@@ -1,11 +1,15 @@
 """How do FlashInfer's kernels attend to our pages?
 
 A page keeps its heads before its tokens and K before V, so a layer's memory is what FlashInfer calls HND,
-[num_pages, 2, kv_heads, page_size, dim], as it lies. A step is cut in two, each with the kernel that is fastest for it:
+[num_pages, 2, kv_heads, page_size, dim], as it lies. A step is cut into runs of neighbours that are computed alike:
 
-    leading segments of one token   decode: FlashAttention 2 on tensor cores, keys split over the device
-    the others                      prefill: FlashAttention 3 on Hopper, else 2; from the fresh K and V themselves if
-                                    nothing of these sequences was stored before, which reads no pages at all
+    decode     leading segments of one token: FlashAttention 2 on tensor cores, keys split over the device
+    fresh      nothing of the sequence was stored before: prefill from the step's K and V, which reads no pages at all
+    gathered   a long chunk behind stored tokens: prefill from a copy of its keys in their order. FlashAttention 3 is a
+               quarter slower from pages of 16 tokens, and the copy takes a twentieth of that from ``LONG_CHUNK`` on
+    paged      the rest: prefill from pages
+
+Prefill is FlashAttention 3 on Hopper, else 2, which reads pages as fast and gathers nothing.
 
 A kernel's *plan* divides its work over the device, for all layers of one kind (heads, window, soft cap, scaling). It is
 made on the host, from lengths, and copied to the device without waiting: the pinned block it is copied from is the
@@ -14,7 +18,8 @@ wrapper's own, so before it is written again the copy must have run (``_Planned`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +38,8 @@ _LAYOUT = "HND"
 _WORKSPACE_BYTES = 384 << 20
 _INT_WORKSPACE_BYTES = 8 << 20
 _HOPPER = (9, 0)
+LONG_CHUNK = 1024  # tokens
+_MOST_GATHERED = 1 << 17  # tokens of a run: K and V of an 8B model's layer are half a GiB then
 
 _Ints = NDArray[np.int32]
 
@@ -105,6 +112,7 @@ class FlashInferBackend:
         self.page_size = layout.page_size
         self.device = device
         self.kinds = tuple(replace(layer, layer=0) for layer in layout.layers)
+        self.halves = tuple((pool.keys(index), pool.values(index)) for index in range(layout.num_layers))
         self.pages = tuple(
             pool.pages(index).view(pool.num_pages, 2, layer.num_kv_heads, layout.page_size, layer.key_dim)
             for index, layer in enumerate(layout.layers)
@@ -125,16 +133,16 @@ class FlashInferBackend:
         return _StaticStep(self, self._static, num_sequences)
 
     def wrapper(self, part: str, kind: _Kind) -> _Planned:
-        """The one for eager steps: ``part`` is decode, paged or fresh."""
+        """The one for eager steps: ``part`` is a ``_Part.name``."""
         planned = self._wrappers.get((part, kind))
         if planned is None:
-            planned = self._wrappers[part, kind] = _Planned(self._make_wrapper(part))
+            planned = self._wrappers[part, kind] = _Planned(self._make_wrapper(part.split()[0]))
         return planned
 
-    def _make_wrapper(self, part: str) -> Any:
-        if part == "decode":
+    def _make_wrapper(self, way: str) -> Any:
+        if way == "decode":
             return flashinfer.BatchDecodeWithPagedKVCacheWrapper(self.workspace, _LAYOUT, use_tensor_cores=True)
-        if part == "paged":
+        if way == "paged":
             return flashinfer.BatchPrefillWithPagedKVCacheWrapper(self.workspace, _LAYOUT, backend=self.prefill_kernel)
         return flashinfer.BatchPrefillWithRaggedKVCacheWrapper(self.workspace, "NHD", backend=self.prefill_kernel)
 
@@ -146,13 +154,22 @@ class FlashInferBackend:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Some neighbouring segments of a step. Arrays of the host are pinned."""
+    """Neighbouring segments of a step that are computed alike. Arrays of the host are pinned."""
 
+    way: str  # decode, fresh, gathered, paged
+    number: int  # of the step's parts of that way
     tokens: slice  # of the packed batch
     starts: torch.Tensor  # host, [segments + 1]: where each segment's tokens begin, the first at 0
     page_starts: torch.Tensor  # host, [segments + 1]
     page_ids: torch.Tensor  # device
     last_page_lens: torch.Tensor  # host, [segments]
+    key_starts: torch.Tensor  # host, [segments + 1]: of all tokens that are stored by then, one after the other
+    slots: tuple[torch.Tensor, torch.Tensor] | None  # device: page and offset of each of those; if they are gathered
+
+    @property
+    def name(self) -> str:
+        """Of its wrapper: two parts of one way have a plan each."""
+        return f"{self.way} {self.number}"
 
 
 class _Step:
@@ -160,8 +177,6 @@ class _Step:
 
     def __init__(self, backend: FlashInferBackend, segments: Sequence[Segment]) -> None:
         self._backend = backend
-        num_decoding = next((i for i, s in enumerate(segments) if s.num_tokens > 1), len(segments))
-        self._parts: list[tuple[str, _Part]] = []
         page_starts, page_ids = backend.page_lists.of(segments, backend.page_size)
         self._page_starts = upload(page_starts, torch.int32, backend.device)
         self._page_ids = upload(page_ids, torch.int32, backend.device)
@@ -173,22 +188,48 @@ class _Step:
         )
         positions = np.concatenate([np.arange(s.start, s.end, dtype=np.int32) for s in segments])
         self._positions = upload(positions, torch.int32, backend.device)
-        for first, end in ((0, num_decoding), (num_decoding, len(segments))):
-            if end > first:
-                some = segments[first:end]
-                token_starts = np.concatenate(([0], np.cumsum(counts[first:end]))).astype(np.int32)
-                first_token = int(counts[:first].sum())
-                part = _Part(
-                    slice(first_token, first_token + int(token_starts[-1])),
-                    _pinned(token_starts, backend.device),
-                    _pinned(page_starts[first : end + 1] - page_starts[first], backend.device),
-                    self._page_ids[page_starts[first] : page_starts[end]],
-                    _pinned(last[first:end], backend.device),
-                )
-                is_fresh = all(s.start == 0 for s in some)
-                self._parts.append(("decode" if end == num_decoding else "fresh" if is_fresh else "paged", part))
+        self._parts = [
+            self._part(way, number, segments, range(first, end), page_starts, page_ids)
+            for way, number, first, end in _runs(segments, gathers=backend.prefill_kernel == "fa3")
+        ]
         self._planned: dict[_Kind, list[Any]] = {}
         self._stored: tuple[int, torch.Tensor, torch.Tensor] | None = None  # layer, its K and V of this step
+
+    def _part(
+        self,
+        way: str,
+        number: int,
+        segments: Sequence[Segment],
+        indices: range,
+        page_starts: _Ints,
+        page_ids: _Ints,
+    ) -> _Part:
+        device, page_size = self._backend.device, self._backend.page_size
+        some = segments[indices.start : indices.stop]
+        first_token = sum(segment.num_tokens for segment in segments[: indices.start])
+        starts = _starts([segment.num_tokens for segment in some])
+        slots = None
+        if way == "gathered":
+            positions = [np.arange(segment.end) for segment in some]
+            pages = [
+                page_ids[page_starts[i] : page_starts[i + 1]][of // page_size]
+                for i, of in zip(indices, positions, strict=True)
+            ]
+            slots = (
+                upload(np.concatenate(pages), torch.int64, device),
+                upload(np.concatenate(positions) % page_size, torch.int64, device),
+            )
+        return _Part(
+            way,
+            number,
+            slice(first_token, first_token + int(starts[-1])),
+            _pinned(starts, device),
+            _pinned(page_starts[indices.start : indices.stop + 1] - page_starts[indices.start], device),
+            self._page_ids[page_starts[indices.start] : page_starts[indices.stop]],
+            _pinned(_last_page_lens(some, page_size), device),
+            _pinned(_starts([segment.end for segment in some]), device),
+            slots,
+        )
 
     def store(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
         self._stored = (index, key, value)
@@ -208,22 +249,26 @@ class _Step:
         kind = self._backend.kind(index, query, options)
         wrappers = self._planned.get(kind)
         if wrappers is None:
-            wrappers = self._planned[kind] = [self._plan(name, part, kind) for name, part in self._parts]
+            wrappers = self._planned[kind] = [self._plan(part, kind) for part in self._parts]
         out = torch.empty_like(query)
-        for (name, part), wrapper in zip(self._parts, wrappers, strict=True):
-            if name == "fresh":
+        for part, wrapper in zip(self._parts, wrappers, strict=True):
+            rows, into = query[part.tokens], out[part.tokens]
+            if part.slots is not None:
+                keys, values = self._backend.halves[index]
+                wrapper.run(rows, keys[part.slots], values[part.slots], out=into)
+            elif part.way == "fresh":
                 assert self._stored is not None, "store comes first"
                 layer, key, value = self._stored
                 assert layer == index, "store comes first"
-                wrapper.run(query[part.tokens], key[part.tokens], value[part.tokens], out=out[part.tokens])
+                wrapper.run(rows, key[part.tokens], value[part.tokens], out=into)
             else:
-                wrapper.run(query[part.tokens], self._backend.pages[index], out=out[part.tokens])
+                wrapper.run(rows, self._backend.pages[index], out=into)
         return out
 
-    def _plan(self, name: str, part: _Part, kind: _Kind) -> Any:
-        planned = self._backend.wrapper(name, kind)
+    def _plan(self, part: _Part, kind: _Kind) -> Any:
+        planned = self._backend.wrapper(part.name, kind)
         cache, keywords = kind.cache, kind.plan_keywords
-        if name == "decode":
+        if part.way == "decode":
             planned.plan(
                 part.page_starts,
                 part.page_ids,
@@ -234,7 +279,7 @@ class _Step:
                 self._backend.page_size,
                 **keywords,
             )
-        elif name == "paged":
+        elif part.way == "paged":
             planned.plan(
                 part.starts,
                 part.page_starts,
@@ -249,7 +294,7 @@ class _Step:
             )
         else:
             planned.plan(
-                part.starts, part.starts, kind.num_heads, cache.num_kv_heads, cache.key_dim, causal=True, **keywords
+                part.starts, part.key_starts, kind.num_heads, cache.num_kv_heads, cache.key_dim, causal=True, **keywords
             )
         return planned.wrapper
 
@@ -355,6 +400,39 @@ class _StaticStep:
             self._backend.page_size,
             **kind.plan_keywords,
         )
+
+
+def _runs(segments: Sequence[Segment], gathers: bool) -> Iterator[tuple[str, int, int, int]]:
+    """(way, number among the runs of that way, first segment, the one after the last) of neighbours alike."""
+    num_decoding = next((i for i, s in enumerate(segments) if s.num_tokens > 1), len(segments))
+    numbers: Counter[str] = Counter()
+    first = 0
+    while first < len(segments):
+        way = _way(segments[first], first < num_decoding, gathers)
+        end, num_keys = first + 1, segments[first].end
+        while end < len(segments) and _way(segments[end], end < num_decoding, gathers) == way:
+            num_keys += segments[end].end
+            if way == "gathered" and num_keys > _MOST_GATHERED:
+                break
+            end += 1
+        yield way, numbers[way], first, end
+        numbers[way] += 1
+        first = end
+
+
+def _way(segment: Segment, decodes: bool, gathers: bool) -> str:
+    if decodes:
+        return "decode"
+    if segment.start == 0:
+        return "fresh"
+    return "gathered" if gathers and segment.num_tokens >= LONG_CHUNK and segment.end <= _MOST_GATHERED else "paged"
+
+
+def _starts(counts: Sequence[int]) -> _Ints:
+    """Where each begins, and where the last ends."""
+    starts = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=starts[1:])
+    return starts
 
 
 def _last_page_lens(segments: Sequence[Segment], page_size: int) -> _Ints:

@@ -38,6 +38,24 @@ def test_flashinfer_equals_the_textbook(window: int | None, num_kv_heads: int, p
     assert max(ragged_steps(case)) < TOLERANCE
 
 
+@pytest.mark.parametrize("window", [None, 5], ids=["full", "window"])
+def test_long_chunks_behind_stored_tokens_are_gathered(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine import attention_flashinfer
+
+    monkeypatch.setattr(attention_flashinfer, "LONG_CHUNK", 2)
+    layer = LayerCache(0, 2, HEAD_DIM, HEAD_DIM, "bfloat16", window)
+    case = Case("flashinfer", layer, 16, AttentionOptions(scaling=HEAD_DIM**-0.5), num_heads=8, device="cuda")
+
+    errors = [
+        case.step(("a", 37), ("b", 5)),
+        case.step(("b", 1), ("a", 19)),
+        case.step(("c", 3), ("b", 40), ("a", 7)),
+        case.step(("b", 1), ("d", 9), ("c", 1), ("a", 21)),
+    ]
+
+    assert max(errors) < TOLERANCE
+
+
 @pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
 def test_nothing_in_other_pages_reaches_a_sequence(static: bool) -> None:
     layer = LayerCache(0, 2, HEAD_DIM, HEAD_DIM, "bfloat16")
