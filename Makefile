@@ -77,7 +77,9 @@ bench-gateway: $(STAMP)  ## Tokens/s through one gateway process and two, over g
 	@$(BIN)/python -m benchmarks.gateway --json build/gateway.json $(ARGS)
 
 docs: $(STAMP)  ## The documentation as a site in build/site; a broken link is an error
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet && echo "build/site/index.html"
+	@mkdir -p build  # not --quiet: what is not logged is no error in strict mode
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build > build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
+	@echo build/site/index.html
 
 browser:  ## The Chromium that tests look at the page with (Debian's; as root); without one they are skipped
 	@command -v chromium-headless-shell >/dev/null || apt-get install -y -qq chromium-headless-shell
