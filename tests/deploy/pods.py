@@ -5,7 +5,7 @@ What Kubernetes and the operator of KubeRay do beside the manifests is done here
     mounted ConfigMaps and   their files lie in folders, whose names stand for the mounts' paths in commands and in
     Secrets                  ConfigMaps; what is in the Secrets, the test says
     names of Services        no DNS: addresses of this machine stand in their place
-    the head is waited for   the operator gives its workers' pods an init container for that
+    the head comes first     the operator's init containers wait for it; here the test does
     `ray start`              the operator makes the command of rayStartParams (kuberay's pod.go: defaults that are not
                              given, then every option as --KEY=VALUE, `true` as a flag)
     RAY_AUTH_*               the operator's, in its pods; a Secret's value in the gateway's
@@ -75,9 +75,8 @@ class Machine:
     def start_ray(self, name: str, group: Mapping[str, Any], *, head: bool = False) -> None:
         """The Ray container of a group's pod."""
         container = group["template"]["spec"]["containers"][0]
-        wait = "" if head else f"until ray health-check --address {self.address} 2> /dev/null; do sleep 1; done; "
-        command = f"{wait}exec {ray_start(group, head=head, address=self.address)}"
-        self.start(name, ["/bin/bash", "-c", command], self.environment(container))
+        command = ray_start(group, head=head, address=self.address)
+        self.start(name, ["/bin/bash", "-c", f"exec {command}"], self.environment(container))
 
     def start_gateway(self, rendered: Rendered) -> None:
         """The container of the Deployment."""
