@@ -23,7 +23,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -133,23 +135,16 @@ def main() -> int:
     shares: Sequence[float] = SHARES
     if options.quick:
         scale, shares = replace(scale, prompts=12), (0.5,)
-    console = Console(stderr=True)
     rows: list[dict[str, Cell]] = []
+    alone: dict[bool, float] = {}
     with tempfile.TemporaryDirectory(prefix="prfaas-bench-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(scale.model), encoding="utf-8")
-        alone: dict[bool, float] = {}
         for arm in ARMS:
-            with _Bench(scale, folder, arm) as bench:
-                warm = {is_long: bench.alone_s(is_long) for is_long in (False, True)}
-                # What the first arm takes alone is what all arms' rates and promises are made of.
-                alone = alone or warm
-                promise = promise_of(scale, alone[True])
-                most_rps = 1 / (LONG_SHARE * alone[True] + (1 - LONG_SHARE) * alone[False])
-                console.print(f"{arm}, alone: {warm[False] * 1e3:.1f} ms and {warm[True]:.2f} s")
-                for share in shares:
-                    seen, held_up, took_s = bench.play(arrivals(share * most_rps, scale.prompts), promise)
-                    rows.append(row(arm, share, share * most_rps, seen, promise, held_up, took_s))
-                    console.print(f"{arm} at {share:g}: {rows[-1]['goodput_rps']:.2f} in time/s")
+            # A process for each: an engine keeps the device's memory until its process ends.
+            with ProcessPoolExecutor(1, get_context("spawn")) as one:
+                alone, made = one.submit(run_arm, scale, folder, arm, shares, alone).result()
+            rows += made
+    promise = promise_of(scale, alone[True])
     finished = report.Report(
         "head_of_line",
         report.commit(),
@@ -164,6 +159,26 @@ def main() -> int:
     if options.plot is not None:
         draw(rows, options.plot)
     return 0
+
+
+def run_arm(
+    scale: Scale, folder: str, arm: str, shares: Sequence[float], alone: Mapping[bool, float]
+) -> tuple[dict[bool, float], list[dict[str, Cell]]]:
+    """(seconds of a short and of a long prompt alone, a row for each rate). Rates and promises of all arms are made of
+    what the first one took alone, so that one gets ``alone`` empty."""
+    console = Console(stderr=True)
+    rows = []
+    with _Bench(scale, folder, arm) as bench:
+        own = {is_long: bench.alone_s(is_long) for is_long in (False, True)}
+        console.print(f"{arm}, alone: {own[False] * 1e3:.1f} ms and {own[True]:.2f} s")
+        known = dict(alone) or own
+        promise = promise_of(scale, known[True])
+        most_rps = 1 / (LONG_SHARE * known[True] + (1 - LONG_SHARE) * known[False])
+        for share in shares:
+            seen, held_up, took_s = bench.play(arrivals(share * most_rps, scale.prompts), promise)
+            rows.append(row(arm, share, share * most_rps, seen, promise, held_up, took_s))
+            console.print(f"{arm} at {share:g}: {rows[-1]['goodput_rps']:.2f} in time/s")
+    return known, rows
 
 
 def promise_of(scale: Scale, long_alone_s: float) -> Promise:
