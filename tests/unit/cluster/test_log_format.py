@@ -27,7 +27,9 @@ def stream() -> Iterator[io.StringIO]:
 def test_json_lines_have_what_a_collector_looks_for(stream):
     configure_logging("info", "json", True, "prefill-0")
 
-    logging.getLogger("a.b").warning("sequence %s: no", "x", extra=about(SequenceId("g/1/client/0.0")))
+    logging.getLogger("a.b").warning(
+        "sequence %s: no", "x", extra=about(SequenceId("g/1/client/0.0")) | {"_ray_mark": 1}
+    )
     try:
         raise ValueError("boom")
     except ValueError:
