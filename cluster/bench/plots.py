@@ -47,6 +47,7 @@ def _comparison(report: BenchReport, path: Path) -> Path:
         _shade(axis, [one for one in lost if one.arm == first and one.criterion == criterion.name], first)
         axis.set_xlabel(report.axis)
         axis.set_ylabel(f"{criterion.name} ({criterion.unit})")
+        axis.margins(y=0.12)  # the curves below the upper edge
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
