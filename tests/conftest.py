@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # `make test` runs a process for each core, and those start services whose workers take all cores. Tiny models gain
@@ -15,3 +18,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # No test asserts on wall time, and neither does hypothesis: an example that takes long says that the machine is busy.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A service that is started in a test's own process sets up its logging, pytest's handlers among it."""
+    root = logging.getLogger()
+    level, formatters = root.level, [(handler, handler.formatter) for handler in root.handlers]
+    yield
+    root.setLevel(level)
+    for handler, formatter in formatters:
+        handler.setFormatter(formatter)

@@ -172,7 +172,7 @@ def test_conversion_is_announced(
     with caplog.at_level(logging.INFO):
         resolve(str(gguf), tmp_path / "cache")
 
-    assert [record.message.split()[0] for record in caplog.records] == ["converting", "converted"]
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["converting", "converted"]
 
 
 def test_loading_the_module_loads_no_torch() -> None:
