@@ -131,6 +131,7 @@ STATS = st.builds(
     compute_s=SECONDS,
     transfer_s=SECONDS,
     exposed_transfer_s=SECONDS,
+    transfer_wait_s=SECONDS,
     cached_tokens=COUNTS,
     received_tokens=COUNTS,
     bytes_shipped=st.integers(0, 2**63),
