@@ -17,7 +17,6 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
-from transformers import LlamaConfig
 
 from cluster import ray_fleet
 from cluster.config import PoolConfig, RayConfig, ServiceConfig, TlsConfig
@@ -41,20 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model of random weights, with a tokenizer."""
-    folder = tiny_tokenizers.save(tmp_path_factory.mktemp("dummy"))
-    LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=None,
-    ).save_pretrained(folder)
-    return f"dummy:{folder}"
+    return tiny_tokenizers.save_dummy_model(tmp_path_factory.mktemp("dummy"))
 
 
 @asynccontextmanager

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import kubernetes_validate.utils
 import pytest
-from transformers import LlamaConfig
 
 from tests.deploy.chart import CHART, VALUES, Rendered, render
 from tests.deploy.pods import Machine
@@ -60,20 +59,7 @@ def rendered_with(helm_home: Path) -> Callable[..., Rendered]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model of random weights, with a tokenizer."""
-    folder = tiny_tokenizers.save(tmp_path_factory.mktemp("dummy"))
-    LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=None,
-    ).save_pretrained(folder)
-    return f"dummy:{folder}"
+    return tiny_tokenizers.save_dummy_model(tmp_path_factory.mktemp("dummy"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
@@ -70,3 +70,20 @@ def save(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> Path:
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(str(folder))
     return folder
+
+
+def save_dummy_model(folder: Path) -> str:
+    """A model of random weights with this tokenizer, as ``model`` of a configuration names it."""
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=None,
+    ).save_pretrained(save(folder))
+    return f"dummy:{folder}"
