@@ -38,7 +38,7 @@ class EngineConfig:
     decode_graphs: whether decode steps are captured as CUDA graphs at the start; ``auto`` is on a GPU, ``always`` takes
         the same path on CPU too, without graphs.
     plan_ahead: whether the next step is launched before the tokens of this one are known to the host; ``auto`` is on a
-        GPU, where the host would wait otherwise.
+        GPU, where the host would wait otherwise, as long as launching takes less than half of a step.
     threads: CPU threads of one worker; null: torch's own choice.
     turns_file: file by which workers that share CPU cores compute one step at a time, which is faster than at once;
         the same for all of them; null: this worker has its device to itself.

@@ -13,7 +13,8 @@ a step of its own (``step_urgent``), after which this one goes on. No more than 
 
 A GPU runs behind the host, so there the next step is planned and launched (1 to 4) before this one's tokens are
 waited for (``engine.plan_ahead``): its inputs that are still being sampled are read on the device, and the GPU goes
-from step to step without waiting for the host. Two steps are under way then, never three.
+from step to step without waiting for the host, unless launching takes as long as computing (launch_pace.py). Two
+steps are under way then, never three.
 
 Invariants:
 - Single-threaded: every call comes from one thread (see engine_thread.py), except where it says otherwise. The books
@@ -45,6 +46,7 @@ from engine.attention_choice import AttentionChoice, choose_attention
 from engine.cache_layout import CacheLayout
 from engine.compiled_layers import keep_compiled_code
 from engine.config import EngineConfig
+from engine.launch_pace import LaunchPace
 from engine.model_loader import LoadedModel, ModelDescription, load_model
 from engine.model_runner import ForwardMode, ModelRunner, SpeedUps
 from engine.model_source import resolve
@@ -63,7 +65,6 @@ from engine.scheduler import (
 logger = logging.getLogger(__name__)
 
 _MAX_SAMPLES = 64  # steps that wait to be reported; of more the latest are
-_FORGETTING = 1.1  # what the shortest step grows by with every step that is longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ class Engine:
         fingerprint: CacheFingerprint,
         clock: Clock,
         attention: AttentionChoice,
-        plans_ahead: bool,
+        pace: LaunchPace | None,
         interrupts: bool,
     ) -> None:
         self._runner = runner
@@ -149,13 +150,13 @@ class Engine:
         self._books = Lock()
         self._samples: deque[StepSample] = deque(maxlen=_MAX_SAMPLES)
         self._attention = attention
-        self._plans_ahead = plans_ahead
+        self._pace = pace or LaunchPace()
+        self._plans_ahead = pace is not None
         self._ahead: _Launched | None = None  # launched before the step before it was committed
         self._ended_at = 0.0  # the last step
         self._interrupts = interrupts
         self._under_way: _UnderWay | None = None
         self._held_up_s = 0.0  # the step under way, by urgent ones
-        self._least_step_s = 0.0  # that a step took of late; 0: none was computed
         self._num_urgent = 0
         self.model = model
         self.fingerprint = fingerprint
@@ -200,7 +201,7 @@ class Engine:
             loaded.fingerprint,
             clock,
             choice,
-            config.switched_on("plan_ahead", device),
+            LaunchPace(config.plan_ahead == "always") if config.switched_on("plan_ahead", device) else None,
             interrupts,
         )
 
@@ -318,7 +319,7 @@ class Engine:
             if isinstance(launched, StepOutput):
                 return launched
             current = launched
-        failures = self._launch_ahead(current) if self._plans_ahead else ()
+        failures = self._launch_ahead(current) if self._plans_ahead and self._pace.launching_pays() else ()
         output = self._finish(current)
         return StepOutput(output.chunks, output.failures + failures)
 
@@ -336,8 +337,11 @@ class Engine:
         return ()
 
     def _launch(self, plan: StepPlan, began_at: float, before: Sampled | None) -> _Launched | StepOutput:
+        launching_at = self._clock.now()
         try:
-            return _Launched(plan, self._execute(plan, before), began_at)
+            sampled = self._execute(plan, before)
+            self._pace.launched(self._clock.now() - launching_at)
+            return _Launched(plan, sampled, began_at)
         except Exception as error:  # a model may fail in any way; others' sequences must not suffer for it
             return self._fail(plan, error)
 
@@ -387,7 +391,7 @@ class Engine:
         began_at = self._clock.now()
         share = held_up.num_layers / self.layout.num_layers
         elapsed_s = began_at - held_up.began_at - self._held_up_s
-        pace = Pace(elapsed_s * (1 / share - 1), elapsed_s / share / held_up.plan.num_tokens, self._least_step_s)
+        pace = Pace(elapsed_s * (1 / share - 1), elapsed_s / share / held_up.plan.num_tokens, self._pace.step_s)
         with self._books:
             plan = self._scheduler.plan_urgent(held_up.plan, pace, began_at)
         if plan is None:
@@ -415,7 +419,7 @@ class Engine:
             # A step that was launched ahead began when the one before it ended.
             seconds = now - max(step.began_at, self._ended_at) - self._held_up_s
             self._ended_at, self._held_up_s = now, 0.0
-        self._least_step_s = min(seconds, _FORGETTING * self._least_step_s) if self._least_step_s else seconds
+        self._pace.stepped(seconds)
         self._samples.append(_sample(plan, seconds))
         return StepOutput(chunks)
 
@@ -456,7 +460,8 @@ class Engine:
         if mode.graph_batch_sizes:
             parts.append(f"decode graphs up to {mode.graph_batch_sizes[-1]}")
         if self._plans_ahead:
-            parts.append("planned ahead")
+            pays = self._pace.launching_pays()
+            parts.append("planned ahead" if pays else "not planned ahead: launching takes as long as computing")
         reasons = dict.fromkeys(reason for reason in (mode.reason, mode.graph_reason) if reason)
         choice = self._attention
         return EngineModes(choice.name, choice.reason, ", ".join(parts), "; ".join(reasons), self._runner.num_fallbacks)
