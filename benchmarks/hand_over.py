@@ -1,6 +1,7 @@
 """What does disaggregation cost the second token? Two whole workers beside one of them alone, in the same run.
 
     python -m benchmarks.hand_over [--json FILE] [--tokens 8192 32768] [--devices 0 1] [--rounds 5]
+        [--transport nixl]
 
 Two worker processes (engine, K/V transfer, gRPC; a model of random weights, by default of Llama 3.1 8B's shape) on a
 GPU each, and the gateway's router in this process, over each transport. The same prompts go, one at a time and in
@@ -142,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="prfaas-bench-") as folder:
         Path(folder, "config.json").write_text(json.dumps(MODELS[options.model]), encoding="utf-8")
-        rows = [row for arm in ARMS for row in asyncio.run(_run(arm, folder, options))]
+        rows = [
+            row for arm in ARMS if arm.transport in options.transport for row in asyncio.run(_run(arm, folder, options))
+        ]
     finished = report.Report("hand_over", report.commit(), report.machine(), rows, figures(rows))
     finished.print_table(
         COLUMNS, f"{options.model}, devices {' and '.join(options.devices)}, {finished.commit[:12]}; ms"
@@ -303,6 +306,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="of the prompts")
     parser.add_argument("--devices", nargs=2, default=["0", "1"], metavar=("PREFILL", "DECODE"))
+    parser.add_argument("--transport", nargs="+", choices=[arm.transport for arm in ARMS], default=["nixl", "tcp"])
     parser.add_argument("--model", choices=MODELS, default="llama-8b", help="shape of the random weights")
     parser.add_argument("--rounds", type=int, default=5, help="after one warm-up (default 5)")
     return parser
