@@ -8,6 +8,7 @@ GPU each, and the gateway's router in this process, over each transport. The sam
 turns, from the prefill to the decode worker, and to the decode worker alone, which then prefills them itself:
 
     gap        first to second token at the router
+    wait       of TTFT what was not prefill: messages, and queues for pages and for the engine
     added      gap beyond the one of the decode worker alone: what the hand-over costs
     share      added, over the seconds of prefill
 
@@ -90,6 +91,7 @@ COLUMNS = {
     "arm": "arm",
     "path": "path",
     "ttft_ms": "TTFT",
+    "wait_ms": "wait",
     "prefill_ms": "prefill",
     "transfer_ms": "transfer",
     "tail_ms": "tail",
@@ -210,6 +212,7 @@ def _row(num_tokens: int, name: str, path: str, served: Sequence[Served]) -> dic
         "arm": name,
         "path": path,
         "ttft_ms": middle([one.ttft_s for one in served]),
+        "wait_ms": middle([_wait_s(one) for one in served]),
         "prefill_ms": middle([one.timing.prefill_s for one in served]),
         "transfer_ms": middle([one.timing.transfer_s for one in served]),
         "tail_ms": middle([one.timing.exposed_transfer_s for one in served]),
@@ -219,6 +222,12 @@ def _row(num_tokens: int, name: str, path: str, served: Sequence[Served]) -> dic
         "share": None,
         "same": None,
     }
+
+
+def _wait_s(served: Served) -> float:
+    parts = served.timing.ttft_parts
+    assert parts is not None, "it has a token"
+    return served.ttft_s - parts.prefill_s
 
 
 async def _serve(router: Router, request_id: RequestId, prompt: tuple[int, ...]) -> Served:
@@ -273,7 +282,7 @@ def _start(role: Role, device: str, arm: Arm, folder: str, registry: str, num_to
     most = num_tokens + 2 * _NUM_NEW
     engine = EngineConfig(
         device="cpu" if device == "cpu" else "cuda",
-        num_pages=most // 16 + 8,
+        num_pages=2 * most // 16 + 8,  # with one prompt's the gateway would wait for a report that they are free again
         max_model_len=most,
         max_batch_tokens=most,
         prefix_cache=False,
