@@ -8,6 +8,8 @@ simulated with those seconds, and the same requests. A warm-up goes before, for 
 steps of a fresh service is not what they take later. It sends one request after the other, which tells how fast this
 machine is; then they come at a share of that rate, so that a slow machine is as busy as a fast one.
 
+Beside the measures stand the parts of the mean TTFT (core/latency_parts.py) that are not nothing: where the two differ.
+
 What is left of an error: the gateway's and the workers' Python competes with the model for two cores, which a simulated
 device does not know; steps that hold prompts and tokens alike are taken for the sum of both.
 """
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from random import Random
 
@@ -43,6 +45,7 @@ from cluster.simulator.world import simulate
 from cluster.view import ModelInfo
 from core.compute import ComputeProfile
 from core.fingerprint import CacheFingerprint
+from core.latency_parts import TtftParts
 from core.request import ClusterId
 from protos import serving_pb2 as pb
 from protos import serving_pb2_grpc as rpc
@@ -71,6 +74,7 @@ class Seen:
     input_tokens: int
     cached_tokens: int
     bytes_shipped: int
+    parts: TtftParts
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ def main() -> int:
         real = _serve(Path(folder), costs_file, options.requests, options.share)
         simulated = _simulate(config, costs_file, real)
     rows = [row(name, measures(real.seen)[name], measures(simulated)[name]) for name in measures(real.seen)]
+    rows += part_rows(real.seen, simulated)
     by_name = {str(row["measure"]): row for row in rows}
     report = Report(
         benchmark="calibration",
@@ -214,6 +219,7 @@ async def _send(stub: rpc.GenerationStub, turn: Turn) -> Seen:
         turn.input_tokens,
         complete.usage.cached_tokens,
         timing.bytes_shipped,
+        TtftParts(**{field.name: getattr(timing.ttft_parts, field.name) for field in fields(TtftParts)}),
     )
 
 
@@ -243,9 +249,13 @@ def _simulate(config: ServiceConfig, costs_file: Path, real: Served) -> list[See
     result = simulate(scenario, Workload(conversations))
     measured = {conversation.turns[0].number for conversation in real.workload.conversations}
     return [
-        Seen(r.ttft_s, r.tpot_s, r.input_tokens, r.timing.cached_tokens, r.timing.bytes_shipped)
+        Seen(r.ttft_s, r.tpot_s, r.input_tokens, r.timing.cached_tokens, r.timing.bytes_shipped, r.timing.ttft_parts)
         for r in result.records
-        if r.number in measured and r.ttft_s is not None and r.tpot_s is not None and r.timing is not None
+        if r.number in measured
+        and r.ttft_s is not None
+        and r.tpot_s is not None
+        and r.timing is not None
+        and r.timing.ttft_parts is not None
     ]
 
 
@@ -262,6 +272,19 @@ def measures(seen: Sequence[Seen]) -> dict[str, float]:
         "hit rate": sum(one.cached_tokens for one in seen) / sum(one.input_tokens for one in seen),
         "shipped MB": sum(one.bytes_shipped for one in seen) / 1e6,
     }
+
+
+def part_rows(real: Sequence[Seen], simulated: Sequence[Seen]) -> list[dict[str, Cell]]:
+    """The means of the TTFT's parts that take a millisecond or more on either side."""
+    means = [
+        {name: float(np.mean([asdict(one.parts)[name] for one in seen])) for name in asdict(TtftParts())}
+        for seen in (real, simulated)
+    ]
+    return [
+        row(f"of it {name.removesuffix('_s')} s", means[0][name], means[1][name])
+        for name in means[0]
+        if max(means[0][name], means[1][name]) >= 1e-3
+    ]
 
 
 def row(name: str, real: float, simulated: float) -> dict[str, Cell]:

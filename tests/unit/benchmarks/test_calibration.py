@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.calibration import Seen, measures, row, workload_of
+from benchmarks.calibration import Seen, measures, part_rows, row, workload_of
+from core.latency_parts import TtftParts
 
 
 def test_measures_by_hand() -> None:
-    seen = [Seen(0.1 * n, 0.01 * n, 100, 50, 2_000_000) for n in range(1, 12)]
+    seen = [Seen(0.1 * n, 0.01 * n, 100, 50, 2_000_000, TtftParts()) for n in range(1, 12)]
     found = measures(seen)
 
     assert found == {
@@ -20,6 +21,18 @@ def test_measures_by_hand() -> None:
         "hit rate": 0.5,
         "shipped MB": 22,
     }
+
+
+def test_parts_of_the_ttft_stand_side_by_side_where_they_are_something() -> None:
+    real = [Seen(0.3, 0.01, 100, 0, 0, TtftParts(messages_s=s, prefill_s=0.2, route_s=1e-4)) for s in (0.1, 0.3)]
+    simulated = [Seen(0.2, 0.01, 100, 0, 0, TtftParts(messages_s=0.002, prefill_s=0.2))]
+
+    found = part_rows(real, simulated)
+
+    assert [(one["measure"], one["real"], one["simulated"]) for one in found] == [
+        ("of it messages s", pytest.approx(0.2), 0.002),
+        ("of it prefill s", pytest.approx(0.2), 0.2),
+    ]
 
 
 def test_an_error_is_relative_to_what_is_real_and_there_is_none_of_nothing() -> None:

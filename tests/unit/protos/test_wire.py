@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.compute import ComputeProfile, EngineModes, StepSample
@@ -163,12 +163,14 @@ CHUNKS = st.builds(
 )
 
 
+@settings(max_examples=40)
 @given(SPECS)
 def test_a_sequence_survives_the_wire(spec: SequenceSpec) -> None:
     data = wire.spec_to_message(spec).SerializeToString()
     assert wire.spec_from_message(pb.SequenceSpec.FromString(data), hold_kv=spec.hold_kv) == spec
 
 
+@settings(max_examples=40)  # each has dozens of fields to draw
 @given(CHUNKS)
 def test_a_chunk_survives_the_wire(chunk: TokenChunk) -> None:
     data = wire.chunk_to_message(chunk).SerializeToString()
