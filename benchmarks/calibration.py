@@ -4,9 +4,10 @@
 
 The default service of this machine (deploy/examples/laptop.yaml, two workers that share the cores in turns) gets the
 requests over gRPC, open loop, and keeps what its workers measured (``router.costs_file``). Then the same service is
-simulated with those seconds, and the same requests. A warm-up goes before, for both: what is measured of the first
-steps of a fresh service is not what they take later. It sends one request after the other, which tells how fast this
-machine is; then they come at a share of that rate, so that a slow machine is as busy as a fast one.
+simulated with those seconds, spread as they were, and the same requests. A warm-up goes before, for both: what is
+measured of the first steps of a fresh service is not what they take later. It sends one request after the other, which
+tells how fast this machine and its messages are; then they come at a share of that rate, so that a slow machine is as
+busy as a fast one.
 
 Beside the measures stand the parts of the mean TTFT (core/latency_parts.py) that are not nothing: where the two differ.
 
@@ -39,7 +40,7 @@ from cluster.simulator.conversation import Conversation, Prompt, Turn
 from cluster.simulator.hand_over import KvShape
 from cluster.simulator.host import WorkerKind
 from cluster.simulator.scenario import ClusterSpec, Scenario
-from cluster.simulator.step_cost import FittedCost
+from cluster.simulator.step_cost import MeasuredCost
 from cluster.simulator.workload import Workload
 from cluster.simulator.world import simulate
 from cluster.view import ModelInfo
@@ -62,7 +63,7 @@ _NUM_WARM_UP = 24
 _PAUSE_S = 10.0  # between warm-up and measurement: nothing of it is under way then
 _SEND_BYTES_PER_S = 1e9  # loopback
 _NO_PROXY = (("grpc.enable_http_proxy", 0),)
-_LATENCY_S = 0.001  # of a gRPC message on this machine
+_MESSAGES = 4  # before a first token: the announcement to the decode worker and its answer, the prompt, the token
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Served:
     workload: Workload
     seen: list[Seen]
     rate_rps: float
+    latency_s: float  # of a gRPC message while the service has one request
 
 
 def main() -> int:
@@ -161,26 +163,27 @@ def _serve(folder: Path, costs_file: Path, count: int, share: float) -> Served:
     with ServiceProcess(command, f"http://127.0.0.1:{http_port}/health", folder / "service.log") as service:
         service.wait_until_healthy(300.0)
         began_at = time.perf_counter()
-        warm_up = asyncio.run(_one_by_one(address, workload_of(_NUM_WARM_UP, 1.0, seed=1, first=1_000_000)))
+        warm_up, alone = asyncio.run(_one_by_one(address, workload_of(_NUM_WARM_UP, 1.0, seed=1, first=1_000_000)))
+        latency_s = float(np.median([one.parts.messages_s for one in alone])) / _MESSAGES
         rate = share * _NUM_WARM_UP / (time.perf_counter() - began_at)
         time.sleep(_PAUSE_S)
         starts_at = time.perf_counter() - began_at
         workload = workload_of(count, rate, seed=2, first=0)
         seen = asyncio.run(_send_all(address, workload))
         later = [replace(c, starts_at=starts_at + c.starts_at) for c in workload.conversations]
-        return Served(_ask(address), warm_up, Workload(later), seen, rate)
+        return Served(_ask(address), warm_up, Workload(later), seen, rate, latency_s)
 
 
-async def _one_by_one(address: str, workload: Workload) -> Workload:
-    """The requests at the instants at which each was sent: when the last one had ended."""
-    sent = []
+async def _one_by_one(address: str, workload: Workload) -> tuple[Workload, list[Seen]]:
+    """The requests at the instants at which each was sent: when the last one had ended; and how they were served."""
+    sent, seen = [], []
     async with grpc.aio.insecure_channel(address, options=_NO_PROXY) as channel:
         stub = rpc.GenerationStub(channel)
         began_at = time.perf_counter()
         for conversation in workload.conversations:
             sent.append(replace(conversation, starts_at=time.perf_counter() - began_at))
-            await _send(stub, conversation.turns[0])
-    return Workload(sent)
+            seen.append(await _send(stub, conversation.turns[0]))
+    return Workload(sent), seen
 
 
 def _ask(address: str) -> Service:
@@ -232,7 +235,7 @@ def _simulate(config: ServiceConfig, costs_file: Path, real: Served) -> list[See
     fingerprint = CacheFingerprint("smollm2", "1", "float32", engine.page_size, "smollm2")
     kv_bytes = service.kv_bytes_per_token
     kind = WorkerKind(
-        cost=FittedCost(saved_costs(costs_file)),
+        cost=MeasuredCost(saved_costs(costs_file)),
         engine=engine,
         kv=KvShape(kv_bytes, 0.0, _NUM_LAYERS),
         model=ModelInfo("smollm2", fingerprint, service.max_model_len, 1 << 62, (), kv_bytes, _NUM_LAYERS),
@@ -240,7 +243,12 @@ def _simulate(config: ServiceConfig, costs_file: Path, real: Served) -> list[See
         send_bytes_per_s=_SEND_BYTES_PER_S,
     )
     here = ClusterSpec(
-        ClusterId(config.cluster_id), kind, config.prefill.count, config.decode.count, _LATENCY_S, shares_device=True
+        ClusterId(config.cluster_id),
+        kind,
+        config.prefill.count,
+        config.decode.count,
+        real.latency_s,
+        shares_device=True,
     )
     scenario = Scenario(
         (here,), router=config.router, admission=config.admission, planner=PlannerConfig(mode=PLANNER_OFF)

@@ -321,6 +321,11 @@ class _Line:
         self._learnt = False
         return self._told
 
+    def ratios(self) -> tuple[float, ...]:
+        """Measured over predicted seconds of the samples, ascending."""
+        predicted = ((sample.seconds, self._told.seconds(sample.features)) for sample in self.samples)
+        return tuple(sorted(seconds / expected for seconds, expected in predicted if expected > 0))
+
     def to_json(self) -> dict[str, Any]:
         samples = [[sample.number, sample.seconds, *sample.features] for sample in self.samples]
         return {"samples": samples, "errors": list(self.errors)}
@@ -365,7 +370,17 @@ def _transfer_prior(capacity: float | None) -> tuple[float, float]:
     return ASSUMED_TRANSFER_T0_S, 1 / (capacity or ASSUMED_LINK_BYTES_PER_S)
 
 
-def saved_costs(path: Path) -> ComputeCost:
+@dataclass(frozen=True, slots=True)
+class SavedCosts:
+    """What a service has learnt of workers. ``prefill_ratios`` and ``decode_ratios``: the measured seconds over those
+    that the fit predicts, of each step that it keeps: what a line through them leaves out. Empty: none was measured."""
+
+    compute: ComputeCost
+    prefill_ratios: tuple[float, ...] = ()
+    decode_ratios: tuple[float, ...] = ()
+
+
+def saved_costs(path: Path) -> SavedCosts:
     """What a live service has learnt of its workers and kept in the file at ``path``; of several kinds of workers that
     of which it knows most. ``InvalidConfig`` if there is none."""
     lines = _read(path)
@@ -374,13 +389,15 @@ def saved_costs(path: Path) -> ComputeCost:
     if not known:
         raise InvalidConfig(str(path), "holds no costs of workers (router.costs_file of a service that ran)")
     priors = (UNKNOWN_COMPUTE.prefill_cost.coefficients, UNKNOWN_COMPUTE.decode_cost.coefficients)
-    found: list[tuple[int, str, ComputeCost]] = []
+    found: list[tuple[int, str, SavedCosts]] = []
     for profile in sorted(known):
         prefill, decode = (
-            _Line.from_json(f"{work} {profile}", prior, lines[f"{work} {profile}"]).cost()
+            _Line.from_json(f"{work} {profile}", prior, lines[f"{work} {profile}"])
             for work, prior in zip(("prefill", "decode"), priors, strict=True)
         )
-        found.append((prefill.samples + decode.samples, profile, ComputeCost(prefill, decode)))
+        compute = ComputeCost(prefill.cost(), decode.cost())
+        num_samples = len(prefill.samples) + len(decode.samples)
+        found.append((num_samples, profile, SavedCosts(compute, prefill.ratios(), decode.ratios())))
     return max(found, key=lambda entry: entry[:2])[2]
 
 

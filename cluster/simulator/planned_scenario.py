@@ -22,7 +22,7 @@ from cluster.simulator.hand_over import KvShape
 from cluster.simulator.host import WorkerKind
 from cluster.simulator.network import LinkSpec, RateChange
 from cluster.simulator.scenario import ClusterSpec, Scenario
-from cluster.simulator.step_cost import FittedCost, ProfiledCost, RooflineCost, StepCost
+from cluster.simulator.step_cost import MeasuredCost, ProfiledCost, RooflineCost, StepCost
 from cluster.throughput_model import Polynomial, best_operating_point
 from cluster.view import ModelInfo
 from core.compute import ComputeProfile
@@ -72,7 +72,7 @@ def scenario_of(
         cluster = config.clusters[pool.name]
         size = cluster.gpus_per_instance or max(pool.gpus_per_prefill, pool.gpus_per_decode)
         batch = _MOST_SEQUENCES if pool.decode is None else max(1, int(pool.decode.max_batch_size))
-        cost = FittedCost(saved) if saved is not None else _cost(cluster, catalogue, shape, size)
+        cost = MeasuredCost(saved) if saved is not None else _cost(cluster, catalogue, shape, size)
         kind = _kind(pool.name, cluster, catalogue, config, shape, size, batch, cost, service, demand)
         num_instances = cluster.num_gpus // size
         if pool is not planned.serving:

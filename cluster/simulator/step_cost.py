@@ -2,11 +2,13 @@
 
 A step may hold parts of prompts and one token for each sequence of a decode batch. Three sources of seconds:
 
-    FittedCost    coefficients of steps (cost_model.py): fitted to a live service, or saved by one
+    FittedCost    coefficients of steps (cost_model.py)
+    MeasuredCost  the same, saved by a live service, and spread about the line as its own steps were
     ProfiledCost  a table of whole prompts, measured alone: a prompt takes as long whatever its chunks and neighbours
     RooflineCost  a published model on a published device (roofline.py): the slower of compute and memory
 
-Invariants: seconds are above 0 for a step that computes anything, and do not fall when it computes more.
+Invariants: seconds are above 0 for a step that computes anything, equal for equal steps, and, but for what is spread,
+do not fall when it computes more.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from cluster.cost_fit import Sample, fit
-from cluster.cost_model import ComputeCost, CostModel, LinearCost, prefill_features
+from cluster.cost_model import ComputeCost, CostModel, LinearCost, SavedCosts, prefill_features
 from cluster.roofline import Instance
 from cluster.throughput_model import Polynomial
 
@@ -65,6 +67,27 @@ class FittedCost:
 
     def seen(self, step_tokens: float) -> ComputeCost:
         return replace(self.compute, step_tokens=step_tokens)
+
+
+@dataclass(frozen=True)
+class MeasuredCost:
+    """Steps of a live service are not all as long as the line through them says: others compute on the same cores, the
+    machine has ups and downs. Which of the measured ratios a step gets is drawn by what it holds, so that it is the
+    same whoever asks, and in which order."""
+
+    saved: SavedCosts
+
+    def step_s(self, chunks: Sequence[PromptChunk], batch: int, context_tokens: int) -> float:
+        seconds = FittedCost(self.saved.compute).step_s(chunks, batch, context_tokens)
+        ratios = self.saved.prefill_ratios if chunks else self.saved.decode_ratios
+        if not ratios:
+            return seconds
+        # Of numbers alone: the same in every process, unlike that of text.
+        drawn = hash((tuple(chunks), batch, context_tokens)) % len(ratios)
+        return max(seconds * ratios[drawn], _LEAST_STEP_S)
+
+    def seen(self, step_tokens: float) -> ComputeCost:
+        return replace(self.saved.compute, step_tokens=step_tokens)
 
 
 @dataclass(frozen=True)
