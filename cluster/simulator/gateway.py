@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cluster.catalogue import load_catalogue
@@ -18,7 +18,7 @@ from cluster.simulator.records import OK, RequestRecord
 from cluster.simulator.scenario import Scenario
 from cluster.simulator.virtual_loop import VirtualTimeLoop
 from core.errors import PrfaasError
-from core.request import EngineId, GatewayId, RequestTiming
+from core.request import EngineId, GatewayId, RequestTiming, Role
 from protos.channels import InternalGrpc
 
 _GATEWAY = GatewayId("gateway")
@@ -42,6 +42,10 @@ class _Traffic:
     @property
     def num_queued(self) -> int:
         return self.router.num_queued
+
+    @property
+    def num_missed(self) -> Mapping[Role, int]:
+        return self.router.num_missed
 
 
 class SimulatedGateway:
