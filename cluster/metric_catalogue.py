@@ -375,8 +375,8 @@ LABELS = {
     "of": "what was predicted or compared: `ttft`, `tpot`, `bytes_shipped`, `throughput`; of costs: a kind of worker "
     "or two datacenters",
     "outcome": "how it ended: requests `ok`, `invalid`, `overloaded`, `no_route`, `deadline`, `cancelled`, `failed`, "
-    "`wrong_key`; of pulls see docs/life-of-a-request.md; of self-tests `passed` or the kind of the error; of pools see "
-    "docs/planning.md",
+    "`wrong_key`; of pulls see docs/life-of-a-request.md; of self-tests `passed` or the kind of the error; of starts "
+    "and drains see docs/planning.md",
     "part": "see docs/observability.md",
     "path": "what was found to carry the bytes: `tcp`, `tcp+tls1.3`, `ucx:shm`, ...",
     "place": "`local`, `offloaded` or `colocated`",

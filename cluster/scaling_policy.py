@@ -11,8 +11,8 @@ for. A worker that has been too many for ``downscale_delay_s`` is given back, on
 
 - between the two marks nothing happens, and each delay begins anew whenever the number of workers changes;
 - the price of a start is the seconds that starts took: a queue that will be gone before a worker is ready asks for
-  none, and an idle worker is kept at least as long as it takes to get another one (which at most doubles the cost of
-  the best choice in hindsight, whatever comes: the ski-rental argument);
+  none, and an idle worker is kept at least ``start_price`` times as long as it takes to get another one (at 1 that at
+  most doubles the cost of the best choice in hindsight, whatever comes: the ski-rental argument);
 - the cost model may be wrong. The share in use at which a role was pressed for the whole delay is remembered: nothing
   is given back that would bring it near that again, until the demand has halved;
 - what waits asks for one worker at a time, and for the next only when that one is ready and it still waits;
@@ -47,7 +47,8 @@ class ScalingSettings:
     upscale_utilisation: predicted share of a role's time in use, from which on it is short of workers.
     downscale_utilisation: share up to which those that are left may be used for one to be given back.
     upscale_delay_s: how long a role must have been short before a worker is asked for.
-    downscale_delay_s: how long one must have been too many; at least as long as a start takes.
+    downscale_delay_s: how long one must have been too many before it is given back.
+    start_price: it is kept at least so many times as long as a start takes, which is measured.
     conversion_wait_s: a role that is short while the other has slack waits so much longer, for a conversion.
     max_pending: workers that may be on their way at most, of all pools together.
     start_s: seconds that a worker is taken to need from being asked for to being ready, until one was measured.
@@ -62,6 +63,7 @@ class ScalingSettings:
     downscale_utilisation: float = 0.6
     upscale_delay_s: float = 10.0
     downscale_delay_s: float = 300.0
+    start_price: float = 1.0
     conversion_wait_s: float = 40.0
     max_pending: int = 2
     start_s: float = 30.0
@@ -79,6 +81,7 @@ class ScalingSettings:
         _require(self.max_pending >= 1, "max_pending", "at least 1")
         for name in ("upscale_delay_s", "downscale_delay_s", "conversion_wait_s", "start_s", "drain_timeout_s"):
             _require(getattr(self, name) >= 0, name, "at least 0 s")
+        _require(self.start_price >= 0, "start_price", "at least 0")
         for name in ("placement_timeout_s", "retry_s"):
             _require(getattr(self, name) > 0, name, "above 0 s")
         _require(self.max_retry_s >= self.retry_s, "max_retry_s", "at least retry_s")
@@ -424,7 +427,8 @@ class _Judge:
         return next(may, None)
 
     def _give_back_delay_s(self, pool: Role) -> float:
-        return max(self._settings.downscale_delay_s, self._start_s(self._scaling.pools[pool]))
+        settings = self._settings
+        return max(settings.downscale_delay_s, settings.start_price * self._start_s(self._scaling.pools[pool]))
 
 
 def _loads(view: PlanningView, demand: MeasuredDemand, threshold_tokens: float) -> dict[Role, float | None]:

@@ -15,7 +15,7 @@ from cluster.planner import PlannerStatus
 from cluster.tokenizer import Tokenizer
 from cluster.view import ClusterView, Links, ModelInfo, Offload, WorkerLoad, WorkerView
 from core.clock import WallClock
-from core.errors import Cancelled, PrfaasError
+from core.errors import Cancelled, InvalidRequest, PrfaasError
 from core.fingerprint import CacheFingerprint
 from core.latency_parts import TtftParts, TtstParts
 from core.link import ProbeReport
