@@ -138,9 +138,7 @@ class PlannerStatus:
     conversions: Mapping[tuple[Role, Outcome], int] = field(default_factory=dict)  # (to, how it ended) |-> how often
     num_failures: int = 0  # looks that raised
     pools: Mapping[Role, PoolStatus] = field(default_factory=dict)  # whose sizes may change
-    starts: Mapping[tuple[Role, Ended], int] = field(
-        default_factory=dict
-    )  # and drains: how they ended
+    starts: Mapping[tuple[Role, Ended], int] = field(default_factory=dict)  # and drains: how they ended
     history: tuple[PlanSample, ...] = ()  # oldest first
 
 

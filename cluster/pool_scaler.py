@@ -37,6 +37,7 @@ from core.request import Role, WorkerId
 logger = logging.getLogger(__name__)
 
 LOOK_S = 0.5  # between two looks at what Ray has done
+_STOP_SLACK_S = 5.0  # a worker has stopped so long after its time to drain, or will not
 _START_MEMORY = 0.5  # weight of the last start in the measured seconds of one
 
 
@@ -140,6 +141,7 @@ class _Pool:
     config: PoolConfig
     wanted: int
     held: int | None = None
+    give_back: Role | None = None  # of which role one goes, if one does; None: whichever
     start_s: float | None = None
     retry_at: float | None = None
     wait_s: float = 0.0  # the last back-off
@@ -166,7 +168,6 @@ class PoolScaler:
         self._clock = clock
         self._pools = {role: _Pool(config, config.count) for role, config in pools.items()}
         self._workers: dict[WorkerId, _Worker] = {}
-        self._give_back: Role | None = None
         self._ended: Counter[tuple[Role, Ended]] = Counter()
         self._stuck = ""  # why nothing can drain although a pool is too large; said once
         self._task: asyncio.Task[None] | None = None
@@ -203,11 +204,10 @@ class PoolScaler:
 
     def aim(self, sizes: PoolSizes) -> None:
         """The planner's target; pools that an operator holds keep theirs."""
-        self._give_back = sizes.give_back
         for role, size in sizes.sizes.items():
             pool = self._pools[role]
             if pool.held is None:
-                self._want(pool, size)
+                self._want(pool, size, sizes.give_back)
 
     def hold(self, role: Role, size: int | None) -> str:
         """An operator's target, kept until it is None again; what to answer. ``InvalidRequest`` beyond the bounds."""
@@ -225,7 +225,7 @@ class PoolScaler:
             raise InvalidRequest("replicas", f"must be from {bounds} of the {role} pool, got {size}")
         else:
             before, pool.held, pool.retry_at, pool.wait_s = pool.wanted, size, None, 0.0
-            self._want(pool, size)
+            self._want(pool, size, None)
             said = f"{role}: {before} to {size} workers, held until: prfaas scale {role} auto"
         logger.info("scale: an operator: %s", said)
         return said
@@ -271,9 +271,10 @@ class PoolScaler:
             await asyncio.sleep(LOOK_S)
 
     @staticmethod
-    def _want(pool: _Pool, size: int) -> None:
+    def _want(pool: _Pool, size: int, give_back: Role | None) -> None:
         size = min(pool.config.most, max(pool.config.least, size))
         if size < pool.wanted:
+            pool.give_back = give_back
             pool.retry_at, pool.wait_s, pool.problem = None, 0.0, ""
         pool.wanted = size
 
@@ -317,7 +318,7 @@ class PoolScaler:
         now = self._clock.now()
         if worker.draining:
             overdue_s = now - worker.since - self._settings.drain_timeout_s
-            if worker.phase in (Phase.STOPPED, Phase.FAILED) or overdue_s > LOOK_S + 5.0:
+            if worker.phase in (Phase.STOPPED, Phase.FAILED) or overdue_s > _STOP_SLACK_S:
                 in_order = worker.phase is Phase.STOPPED and overdue_s < 0
                 ended = Ended.DRAINED if in_order else Ended.CUT_SHORT
                 await self._end(worker_id, worker, ended, f"after {now - worker.since:.1f} s")
@@ -366,7 +367,7 @@ class PoolScaler:
         if any(worker.draining for worker in self._workers.values()):
             return
         may_be_empty = Role.PREFILL in self._pools and self._pools[Role.PREFILL].config.least == 0
-        chosen = choose_to_drain(self._membership.view(), mine, self._give_back, may_be_empty)
+        chosen = choose_to_drain(self._membership.view(), mine, self._pools[role].give_back, may_be_empty)
         if isinstance(chosen, str):
             if chosen != self._stuck:
                 logger.warning("scale: the %s pool has more workers than it should, but %s", role, chosen)

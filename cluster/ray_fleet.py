@@ -81,7 +81,7 @@ class RayFleet:
         self._retiring: dict[WorkerId, Any] = {}  # likewise, told to stop |-> reference to their answer
         self._failed: dict[WorkerId, str] = {}  # likewise |-> why their start failed
         self._service = uuid4().hex[:8]  # two services of one namespace may have workers of one name
-        self._num_started = 0
+        self._num_named = 0
         self._registry = ""  # what ``start`` was given
         self._issue_proof: IssueProof | None = None
         self._stopping: list[Any] | None = None  # references to the workers' answers that they stopped
@@ -125,9 +125,8 @@ class RayFleet:
     def _start_actor(self, role: Role, worker_id: WorkerId, placing: str | PlacementGroupSchedulingStrategy) -> None:
         assert self._issue_proof is not None, "start() comes first"
         pool = self._config.pool(role)
-        self._num_started += 1  # a name may come again while Ray still buries the actor that had it
         actor: Any = ray.remote(WorkerActor).options(
-            name=f"{worker_id}@{self._service}-{self._num_started}",
+            name=self._ray_name(worker_id),
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
             resources=pool.resources or None,
@@ -139,6 +138,11 @@ class RayFleet:
         )
         self._starting[handle.start_failure.remote()] = worker_id
 
+    def _ray_name(self, worker_id: WorkerId) -> str:
+        """A name for Ray that was not used before: it may still bury the one that had a worker's name."""
+        self._num_named += 1
+        return f"{worker_id}@{self._service}-{self._num_named}"
+
     # ---- single workers of elastic pools (pool_scaler.py) ----
 
     def members(self) -> Mapping[WorkerId, Role]:
@@ -149,7 +153,7 @@ class RayFleet:
         """Ask Ray for one more worker; returns at once. Its name is the first that is free."""
         names = (self._config.worker_id(role, index) for index in itertools.count())
         worker_id = next(name for name in names if name not in self._workers)
-        group = placement_group([_bundle(self._config.pool(role))], name=f"{worker_id}@{self._service}")
+        group = placement_group([_bundle(self._config.pool(role))], name=self._ray_name(worker_id))
         self._own_groups[worker_id] = group
         self._pool_of[worker_id] = role
         placing = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=False)

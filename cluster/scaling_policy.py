@@ -277,7 +277,7 @@ class _Judge:
         """Would the others do without one of its workers?"""
         coming = self._on_its_way(role)  # it would be given up before one that works
         left, load = self._has[role] - (not coming), self._load[role]
-        if left < 0 or (left == 0 and role is Role.DECODE):
+        if left < 0 or (left == 0 and role is Role.DECODE) or 0 < left < self._bounds_of(role)[0]:
             return False
         if left == 0:
             return self._idle
@@ -346,6 +346,9 @@ class _Judge:
             return "fixed", f"{role} is short ({why}), but its pool has a fixed size"
         if sizes[role] >= pool.most:
             return "at_max", f"{role} is short ({why}), but its pool has its {pool.most} workers"
+        most = self._bounds_of(role)[1]
+        if self._has[role] + self._on_its_way(role) >= most:
+            return "at_max", f"{role} is short ({why}), but planner.dual.max_{role} is {most:.0f}"
         if now - since_s < settings.upscale_delay_s:
             waited = f"for {now - since_s:.0f} s, {settings.upscale_delay_s:g} s are waited"
             return "delay", f"{role} is short ({why}) {waited}"
@@ -356,7 +359,7 @@ class _Judge:
         room = settings.max_pending - num_missing
         if room < 1:
             return "pending", f"{role} is short ({why}); {num_missing} workers are on their way"
-        more = max(1, min(self._missing(role), room, pool.most - sizes[role]))
+        more = int(max(1, min(self._missing(role), room, pool.most - sizes[role], most - self._has[role])))
         sizes[role] += more
         return word, f"{more} more {role} worker{'s' if more > 1 else ''}: {why}"
 
@@ -376,6 +379,12 @@ class _Judge:
             return 1
         needed = math.ceil(load / self._settings.upscale_utilisation - _NOTHING)
         return needed - self._has[role] - self._on_its_way(role)
+
+    def _bounds_of(self, role: Role) -> tuple[int, float]:
+        """Workers that have the role at least, where it has any, and at most."""
+        if role is Role.PREFILL:
+            return self._bounds.min_prefill, self._bounds.max_prefill or math.inf
+        return self._bounds.min_decode, self._bounds.max_decode or math.inf
 
     def _may_convert(self, other: Role, roles: Mapping[Role, RoleMemory]) -> bool:
         """Has the other role a worker that it could lose, by load, history and the configured bounds?"""

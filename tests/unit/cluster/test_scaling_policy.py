@@ -144,7 +144,7 @@ def test_what_waits_asks_for_one_worker_of_the_role_that_it_waits_for(
 
 def test_a_queue_that_will_be_gone_before_a_worker_is_ready_asks_for_none() -> None:
     quick, slow = (ScalingView({Role.PREFILL: pool(Role.PREFILL, 1, start_s=start_s)}) for start_s in (4.0, 6.0))
-    queued = lambda at: view(at, 1, 1, local_queue_s=2.0)  # noqa: E731
+    queued = lambda at: view(at, 1, 2, local_queue_s=2.0)  # noqa: E731
 
     # 6 req/s use 60 % of its time: 2 s of queue are gone in 5 s
     assert looks(10, queued, quick, 6.0)[-1].cause == "queue"
@@ -154,18 +154,29 @@ def test_a_queue_that_will_be_gone_before_a_worker_is_ready_asks_for_none() -> N
 def test_workers_on_their_way_count_and_no_more_than_max_pending_are() -> None:
     coming = {Role.DECODE: pool(Role.DECODE, 2, most=9, wanted=4, num_pending=2)}
 
-    assert causes(looks(30, lambda at: view(at, 1, 2), ScalingView(coming), 14.0)) == ["balanced"]
-    assert causes(looks(30, lambda at: view(at, 1, 2), ScalingView(coming), 30.0))[-1] == "pending"
+    assert causes(looks(30, view, ScalingView(coming), 14.0)) == ["balanced"]
+    assert causes(looks(30, lambda at: view(at, 4, 2), ScalingView(coming), 30.0))[-1] == "pending"
     unasked = {Role.DECODE: replace(coming[Role.DECODE], num_pending=0)}  # nobody could place them
-    assert causes(looks(30, lambda at: view(at, 1, 2), ScalingView(unasked), 30.0))[-1] == "pending"
+    assert causes(looks(30, lambda at: view(at, 4, 2), ScalingView(unasked), 30.0))[-1] == "pending"
 
 
 def test_a_pool_that_has_its_most_says_so() -> None:
     full = {Role.DECODE: pool(Role.DECODE, 2, most=2, least=1)}
 
-    plans = looks(30, lambda at: view(at, 1, 2), ScalingView(full), 14.0)
+    plans = looks(30, view, ScalingView(full), 14.0)
     assert causes(plans) == ["at_max"]
     assert plans[-1].pools.sizes == {Role.DECODE: 2}
+
+
+def test_the_bounds_of_the_roles_hold_whatever_the_pools_may() -> None:
+    bounds = PlannerSettings(max_decode=2, min_decode=2)
+    plan, _ = plan_pools(view(0.0), ScalingView(both()), demand(14.0), OFFLOAD_NOTHING, NOTHING_YET, SETTINGS, bounds)
+    assert (plan.cause, plan.reason.endswith("planner.dual.max_decode is 2")) == ("at_max", True)
+    memory = NOTHING_YET
+    for at in range(200):
+        seen = view(float(at), 1, 2)
+        plan, memory = plan_pools(seen, ScalingView(both(1, 2)), demand(1.0), OFFLOAD_NOTHING, memory, SETTINGS, bounds)
+    assert plan.pools.sizes[Role.DECODE] == 2
 
 
 def test_a_worker_too_many_goes_after_the_delay_the_price_of_a_start_included() -> None:
