@@ -54,6 +54,7 @@ from cluster.tables import (
     link_table,
     plan_history_table,
     plan_table,
+    pool_table,
     timing_table,
     worker_table,
 )
@@ -254,6 +255,9 @@ def status(
     if info.HasField("plan"):
         console.print()
         console.print(plan_table(info.plan))
+        if info.plan.pools:
+            console.print()
+            console.print(pool_table(info.plan.pools))
         if any(sample.change for sample in info.plan.history):
             console.print()
             console.print(plan_history_table(info.plan.history))
@@ -285,6 +289,32 @@ def top(
             pause = threading.Event()
             while not pause.wait(interval):
                 live.update(look(stub), refresh=True)
+
+
+@app.command(epilog="Examples: prfaas scale decode 3, and to let it follow the load again: prfaas scale decode auto")
+def scale(
+    pool: Annotated[str, typer.Argument(metavar="POOL", help="prefill or decode.")],
+    replicas: Annotated[str, typer.Argument(metavar="N", help="Workers, within the pool's bounds; or auto.")],
+    address: Address = DEFAULT_ADDRESS,
+    api_key: ApiKey = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Set how many workers a pool has, within its min_replicas and max_replicas, and keep it there.
+
+    Workers that go drain first: no request is lost. With auto, the pool follows the load again. A restart of the
+    service forgets it.
+    """
+    if replicas != "auto" and not replicas.isdecimal():
+        _fail(f"N must be a number of workers or auto, got {replicas!r}", code=2)
+    request = pb.ScalePoolRequest(pool=pool, replicas=None if replicas == "auto" else int(replicas))
+    with _service(address, api_key) as stub:
+        answer = stub.ScalePool(request, timeout=_INFO_TIMEOUT_S)
+    if as_json:
+        typer.echo(json.dumps(as_dict(answer), ensure_ascii=False))
+        return
+    typer.echo(answer.answer)
+    console = Console() if sys.stdout.isatty() else Console(width=_PIPE_COLUMNS)
+    console.print(pool_table([answer.pool]))
 
 
 def _routing_lines(info: pb.GetClusterInfoResponse) -> Iterator[str]:

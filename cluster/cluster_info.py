@@ -11,6 +11,7 @@ from cluster.link_tester import PairResult
 from cluster.planner import PlannerStatus, PlanSample
 from cluster.view import LinkView, Offload, WorkerView
 from core.link import LinkEstimate
+from core.request import Role
 from protos import serving_pb2 as pb
 
 
@@ -159,6 +160,7 @@ def plan_info(status: PlannerStatus, now: float) -> pb.PlanInfo:
             for c in status.changing
         ],
         history=[_plan_sample(sample, now) for sample in status.history],
+        pools=[pool_info(status, role, now) for role in status.pools],
     )
     target = status.target
     if target is None:
@@ -176,6 +178,32 @@ def plan_info(status: PlannerStatus, now: float) -> pb.PlanInfo:
         )
     )
     return info
+
+
+def pool_info(status: PlannerStatus, role: Role, now: float) -> pb.PoolInfo:
+    """One elastic pool; ``now`` on the gateway's Clock."""
+    pool = status.pools[role]
+    return pb.PoolInfo(
+        pool=role,
+        min_replicas=pool.least,
+        max_replicas=pool.most,
+        desired=pool.wanted,
+        ready_prefill=pool.ready.get(Role.PREFILL, 0),
+        ready_decode=pool.ready.get(Role.DECODE, 0),
+        pending=[
+            pb.PoolChange(worker_id=name, state=state, age_s=max(0.0, now - since))
+            for name, state, since in pool.pending
+        ],
+        draining=[
+            pb.PoolChange(worker_id=name, state="draining", age_s=max(0.0, now - since))
+            for name, since in pool.draining
+        ],
+        held=pool.held is not None,
+        start_s=pool.start_s,
+        retry_in_s=None if pool.retry_at is None or pool.retry_at <= now else pool.retry_at - now,
+        problem=pool.problem,
+        ended={ended: count for (each, ended), count in status.starts.items() if each is role},
+    )
 
 
 def _gain(gain: Gain) -> pb.DisaggregationGain:

@@ -16,6 +16,7 @@ from cluster import config_schema
 from cluster.log_format import LOG_FORMATS, TEXT
 from cluster.planning_policy import PlannerSettings
 from cluster.routing_policy import COLOCATE, POLICIES, RoutingSettings
+from cluster.scaling_policy import ScalingSettings
 from cluster.yaml_source import overridden, read_yaml
 from core.credentials import Credentials
 from core.errors import InvalidConfig
@@ -42,7 +43,11 @@ _HOST_AND_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})"
 class PoolConfig:
     """The workers that start in one role, and what Ray gives each of them.
 
-    count: number of workers.
+    count: number of workers at the start.
+    min_replicas: workers that the pool keeps at least while the service runs; null: ``count``. 0 is for prefill alone:
+        an idle pool may go, and decode workers then prefill.
+    max_replicas: workers that it may grow to; null: ``count``. If it is not ``min_replicas``, the pool follows the load
+        (docs/planning.md): each of its workers then has a placement group of its own, which an autoscaler sees.
     num_cpus: Ray CPUs of each worker; 0: not counted.
     num_gpus: Ray GPUs of each worker.
     resources: custom Ray resources of each worker, by name.
@@ -51,6 +56,8 @@ class PoolConfig:
     """
 
     count: int = 1
+    min_replicas: int | None = None
+    max_replicas: int | None = None
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     resources: dict[str, float] = field(default_factory=dict)
@@ -64,6 +71,37 @@ class PoolConfig:
         for name, amount in self.resources.items():
             _require(amount >= 0, f"resources.{name}", "must be at least 0", amount)
         _require_word(self.placement is None or self.placement in PLACEMENTS, "placement", PLACEMENTS, self.placement)
+        _require(self.least >= 0, "min_replicas", "must be null or at least 0", self.min_replicas)
+        _require(self.least <= self.count, "min_replicas", f"must be at most count ({self.count})", self.min_replicas)
+        _require(self.most >= self.count, "max_replicas", f"must be at least count ({self.count})", self.max_replicas)
+        if self.is_elastic:
+            _require(
+                self.placement is None,
+                "placement",
+                "must be null in a pool that grows: each of its workers has a placement group of its own",
+                self.placement,
+            )
+            _require(
+                self.num_cpus + self.num_gpus + sum(self.resources.values()) > 0,
+                "num_cpus",
+                "must be above 0 in a pool that grows, or num_gpus or resources: Ray places workers by what they need",
+                self.num_cpus,
+            )
+
+    @property
+    def least(self) -> int:
+        """Workers that it keeps."""
+        return self.count if self.min_replicas is None else self.min_replicas
+
+    @property
+    def most(self) -> int:
+        """Workers that it may have."""
+        return self.count if self.max_replicas is None else self.max_replicas
+
+    @property
+    def is_elastic(self) -> bool:
+        """May the number of its workers change while the service runs?"""
+        return self.least < self.most
 
 
 @dataclass(frozen=True)
@@ -214,6 +252,7 @@ class PlannerConfig:
     retest_s: float = 5.0
     convert_timeout_s: float = 60.0
     dual: PlannerSettings = field(default_factory=PlannerSettings)
+    scaling: ScalingSettings = field(default_factory=ScalingSettings)
 
     def __post_init__(self) -> None:
         _require_word(self.mode in PLANNER_MODES, "planner.mode", PLANNER_MODES, self.mode)
@@ -439,9 +478,21 @@ class ServiceConfig:
             self._check_join()
         else:
             _require(self.decode.count >= 1, "decode.count", "must be at least 1", self.decode.count)
+            self._check_pools()
         _require_distinct_ports(http=self.http.port, grpc=self.grpc.port, registry=self.registry.port)
         for role in Role:
             self.engine_for(role)  # raises for what a pool's own engine section has wrong
+
+    def _check_pools(self) -> None:
+        """What the sizes of the pools mean for the rest."""
+        least = self.decode.min_replicas
+        _require(least != 0, "decode.min_replicas", "must be null or at least 1: nothing else decodes", least)
+        mode = self.router.without_prefill
+        if self.prefill.is_elastic and self.prefill.least == 0 and mode != "local":
+            raise InvalidConfig(
+                "prefill.min_replicas",
+                f"must be at least 1 with router.without_prefill {mode}: without prefill workers nothing is served",
+            )
 
     def _check_join(self) -> None:
         for index, address in enumerate(self.join):
@@ -458,6 +509,9 @@ class ServiceConfig:
             "must be 0 with join, as K/V of a joined cluster goes to the decode workers of the gateway's",
             self.decode.count,
         )
+        for name in ("min_replicas", "max_replicas"):
+            if getattr(self.prefill, name) is not None:
+                raise InvalidConfig(f"prefill.{name}", "means nothing with join: nobody plans there; leave it out")
         for name in ("http", "grpc", "registry", "router", "admission", "planner"):
             section = getattr(self, name)
             if section != type(section)():
@@ -478,6 +532,11 @@ class ServiceConfig:
     def pool(self, role: Role) -> PoolConfig:
         """The workers that start in ``role``."""
         return self.prefill if role is Role.PREFILL else self.decode
+
+    @property
+    def elastic_roles(self) -> tuple[Role, ...]:
+        """Pools whose size may change."""
+        return tuple(role for role in Role if self.pool(role).is_elastic)
 
     def engine_for(self, role: Role) -> EngineConfig:
         """``engine`` with what the pool of ``role`` sets differently."""

@@ -92,6 +92,13 @@ class FleetPlanner(Protocol):
         """What it does now, as a frozen snapshot."""
         ...
 
+    def scale(self, role: Role, size: int | None) -> str:
+        """Hold a pool at so many workers; None: let it follow the load again. What was done, in words.
+
+        Raises ``InvalidRequest`` for a pool of a fixed size, or a size beyond its bounds.
+        """
+        ...
+
 
 class ClusterMembership(Protocol):
     """Knows the workers."""

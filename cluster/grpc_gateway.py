@@ -30,6 +30,7 @@ from cluster.cluster_info import (
     link_info,
     offload_info,
     plan_info,
+    pool_info,
     worker_info,
 )
 from cluster.cluster_links import by_cluster_pair
@@ -75,7 +76,7 @@ from core.errors import (
     UnknownModel,
     WrongKey,
 )
-from core.request import RequestId, SamplingParams, Slo
+from core.request import RequestId, Role, SamplingParams, Slo
 from core.tracing import TraceContext
 from protos import serving_pb2 as pb
 from protos import serving_pb2_grpc as rpc
@@ -334,6 +335,16 @@ class GenerationServicer(rpc.GenerationServicer):
             fallbacks_by_reason=counters.fallbacks_by_reason,
             plan=plan_info(self._planner.status, now),
         )
+
+    async def ScalePool(self, request: pb.ScalePoolRequest, context: _Context) -> pb.ScalePoolResponse:  # noqa: N802
+        """Hold an elastic pool at a size, or let it follow the load again."""
+        async with _errors_as_statuses(context):
+            if request.pool not in tuple(Role):
+                raise InvalidRequest("pool", f"must be one of {', '.join(Role)}, got {request.pool!r}")
+            role = Role(request.pool)
+            answer = self._planner.scale(role, request.replicas if request.HasField("replicas") else None)
+            pool = pool_info(self._planner.status, role, self._clock.now())
+            return pb.ScalePoolResponse(answer=answer, pool=pool)
 
     async def GetRecentRequests(  # noqa: N802
         self, request: pb.GetRecentRequestsRequest, context: _Context

@@ -80,6 +80,10 @@ def _require_alike(config: ServiceConfig) -> None:
         if prefill != decode:
             message = f"must be that of prefill ({prefill!r}) with planner.initial: search, got {decode!r}"
             raise InvalidConfig(f"decode.{name}", message)
+    for role in config.elastic_roles:
+        bounds = f"{config.pool(role).least} to {config.pool(role).most}"
+        message = f"must be null, as min_replicas must, with planner.initial: search, which sets count; got {bounds}"
+        raise InvalidConfig(f"{role}.max_replicas", message)
     num_workers = config.prefill.count + config.decode.count
     if num_workers < 2:
         raise InvalidConfig("prefill.count", f"must be at least 1 with planner.initial: search, got {num_workers - 1}")

@@ -22,10 +22,10 @@ import gc
 import logging
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 from uuid import uuid4
 
 from cluster.api_keys import ApiKeys
@@ -46,13 +46,14 @@ from cluster.message_json import as_dict
 from cluster.metrics import Metrics
 from cluster.otlp import open_tracing
 from cluster.planner import Planner
+from cluster.pool_scaler import PoolScaler, WorkerPhase
 from cluster.router import Router
 from cluster.routing_policy import make_policy
 from cluster.tokenizer import Tokenizer
 from cluster.view import ClusterView
 from core.clock import Clock, WallClock
 from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
-from core.request import ClusterId, GatewayId, Role
+from core.request import ClusterId, GatewayId, Role, WorkerId
 from core.tracing import TRACING_OFF
 from protos.channels import InternalGrpc
 
@@ -97,6 +98,39 @@ class Fleet(Protocol):
     def stop(self, timeout_s: float) -> None:
         """End every worker, within about ``timeout_s``; 0: at once. Harmless if nothing runs."""
         ...
+
+
+@runtime_checkable
+class ElasticFleet(Fleet, Protocol):
+    """One that also starts and ends single workers, of pools whose size may change: ``PoolFleet``, but blocking."""
+
+    def members(self) -> Mapping[WorkerId, Role]: ...
+    def add(self, role: Role) -> WorkerId: ...
+    def phases(self) -> Mapping[WorkerId, WorkerPhase]: ...
+    def retire(self, worker_id: WorkerId, timeout_s: float) -> None: ...
+    def remove(self, worker_id: WorkerId) -> None: ...
+
+
+class _PoolsInThreads:
+    """A fleet's single workers for the scaler, which waits on the event loop: each call is made in a thread."""
+
+    def __init__(self, fleet: ElasticFleet) -> None:
+        self._fleet = fleet
+
+    async def members(self) -> Mapping[WorkerId, Role]:
+        return await to_the_end(asyncio.to_thread(self._fleet.members))
+
+    async def add(self, role: Role) -> WorkerId:
+        return await to_the_end(asyncio.to_thread(self._fleet.add, role))
+
+    async def phases(self) -> Mapping[WorkerId, WorkerPhase]:
+        return await to_the_end(asyncio.to_thread(self._fleet.phases))
+
+    async def retire(self, worker_id: WorkerId, timeout_s: float) -> None:
+        await to_the_end(asyncio.to_thread(self._fleet.retire, worker_id, timeout_s))
+
+    async def remove(self, worker_id: WorkerId) -> None:
+        await to_the_end(asyncio.to_thread(self._fleet.remove, worker_id))
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +312,7 @@ class _Service:
         router = Router(membership, policy, config.router, self._clock, gateway_id, admission, demand, self._tracing)
         self._router = router
         self._opened.push_async_callback(router.drain, 0.0)
-        planner = self._plan(cluster, router, demand)
+        planner = await self._plan(cluster, router, demand)
         metrics = Metrics(membership, router, config.kv_transfer.capacity, planner)
         requests = RecentRequests()
         generation = Generation(
@@ -322,9 +356,22 @@ class _Service:
         if otlp is not None:
             self._opened.push_async_callback(asyncio.to_thread, otlp.close)
 
-    def _plan(self, cluster: _Cluster, router: Router, demand: DemandMeter) -> Planner:
-        """A planner at work; it ends before the workers do."""
+    async def _plan(self, cluster: _Cluster, router: Router, demand: DemandMeter) -> Planner:
+        """A planner at work, and a scaler if pools may grow; they end before the workers do."""
         config = self._config
+        scaler: PoolScaler | None = None
+        if config.elastic_roles:
+            assert isinstance(self._fleet, ElasticFleet), "pools of this fleet have a fixed size"
+            scaler = PoolScaler(
+                _PoolsInThreads(self._fleet),
+                cluster.membership,
+                {role: config.pool(role) for role in config.elastic_roles},
+                config.planner.scaling,
+                config.start_timeout_s,
+                self._clock,
+            )
+            self._opened.push_async_callback(scaler.close)
+            await scaler.start()
         planner = Planner(
             cluster.membership,
             demand,
@@ -335,6 +382,8 @@ class _Service:
             capacity=config.kv_transfer.capacity,
             retest=cluster.tester.retest,
             tpot_s=config.admission.tpot_slo_s,
+            ttft_s=config.admission.ttft_slo_s,
+            scaler=scaler,
         )
         self._opened.push_async_callback(planner.close)
         planner.start()

@@ -238,6 +238,14 @@ PLAN_ABUNDANT = _gauge("plan_bandwidth_abundant", "1 when caches of other cluste
 PLAN_WORKERS = _gauge("plan_workers", "Local workers that should have a role.", "role")
 PLAN_CHANGING_WORKERS = _gauge("plan_changing_workers", "Workers that change.")
 PLAN_NUMBER = _gauge("plan_number", "What the plan rests on; docs/planning.md says each unit.", "name")
+POOL_WORKERS = _gauge(
+    "pool_workers", "Workers of a pool whose size may change: desired, and what has become of that.", "pool", "state"
+)
+POOL_STARTS = _counter("pool_starts", "Starts, drains and deaths of workers of such pools.", "pool", "outcome")
+POOL_START_SECONDS = _gauge(
+    "pool_start_seconds", "From asking for a worker to its being ready, of the last starts.", "pool"
+)
+POOL_HELD = _gauge("pool_held", "1 while an operator holds the pool's size, 0 while it follows the load.", "pool")
 DISAGGREGATION_GAIN = _gauge(
     "disaggregation_gain_ratio",
     "The fleet over the same local workers colocated; above 1: disaggregation is better.",
@@ -346,6 +354,10 @@ SECTIONS = (
             PLAN_WORKERS,
             PLAN_CHANGING_WORKERS,
             PLAN_NUMBER,
+            POOL_WORKERS,
+            POOL_STARTS,
+            POOL_START_SECONDS,
+            POOL_HELD,
             DISAGGREGATION_GAIN,
         ),
     ),
@@ -357,19 +369,22 @@ LABELS = {
     "cluster": "the worker's datacenter",
     "door": "`grpc` or `http`",
     "from_cluster": "the datacenter that sends",
-    "kind": "what of the plan changed: `threshold`, `bandwidth`, `role`, ...",
+    "kind": "what of the plan changed: `threshold`, `bandwidth`, `role`, `pools`, ...",
     "mode": "`off`, `static` or `dual`",
     "name": "a number of docs/planning.md",
     "of": "what was predicted or compared: `ttft`, `tpot`, `bytes_shipped`, `throughput`; of costs: a kind of worker "
     "or two datacenters",
     "outcome": "how it ended: requests `ok`, `invalid`, `overloaded`, `no_route`, `deadline`, `cancelled`, `failed`, "
-    "`wrong_key`; of pulls see docs/life-of-a-request.md; of self-tests `passed` or the kind of the error",
+    "`wrong_key`; of pulls see docs/life-of-a-request.md; of self-tests `passed` or the kind of the error; of starts "
+    "and drains see docs/planning.md",
     "part": "see docs/observability.md",
     "path": "what was found to carry the bytes: `tcp`, `tcp+tls1.3`, `ucx:shm`, ...",
     "place": "`local`, `offloaded` or `colocated`",
+    "pool": "`prefill` or `decode`: for which a worker was started, whatever its role is now",
     "reason": "a word of a closed list; the log line beside it has the sentence",
     "result": "`met`, `ttft_missed`, `tpot_missed`, `both_missed`, `refused`, `failed`, `cancelled`",
     "role": "`prefill` or `decode`, as the worker advertises it now",
+    "state": "`desired`, `ready`, `pending` (asked for) or `draining`",
     "statistic": "`p50`, `p90` or `bias`",
     "tenant": "a name in `admission.tenant_weights` (`prfaas tenant SALT` prints it; `unsalted`: no cache_salt); "
     "all that it does not name together are `other`",

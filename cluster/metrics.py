@@ -278,6 +278,7 @@ class _PlanAtScrape(Collector):
         yield conversions
         yield _single(catalogue.PLANNER_FAILURES, status.num_failures)
         yield from _of_plan(status)
+        yield from _of_pools(status)
 
 
 def _of_plan(status: PlannerStatus) -> Iterator[Metric]:
@@ -297,6 +298,25 @@ def _of_plan(status: PlannerStatus) -> Iterator[Metric]:
 
 
 _GAINS = ("throughput", "ttft", "tpot")
+
+
+def _of_pools(status: PlannerStatus) -> Iterator[Metric]:
+    """Of pools whose size may change; nothing without one."""
+    workers, starts = _family(catalogue.POOL_WORKERS), _family(catalogue.POOL_STARTS)
+    for role, pool in status.pools.items():
+        counts = (pool.wanted, sum(pool.ready.values()), len(pool.pending), len(pool.draining))
+        for state, count in zip(_POOL_STATES, counts, strict=True):
+            workers.add_metric((role, state), count)
+    for (role, ended), count in status.starts.items():
+        starts.add_metric((role, ended), count)
+    yield workers
+    yield starts
+    known = [(role, pool.start_s) for role, pool in status.pools.items() if pool.start_s is not None]
+    yield _labelled(catalogue.POOL_START_SECONDS, known)
+    yield _labelled(catalogue.POOL_HELD, [(role, pool.held is not None) for role, pool in status.pools.items()])
+
+
+_POOL_STATES = ("desired", "ready", "pending", "draining")
 
 
 # ---- instruments of the catalogue, as the client library has them ----

@@ -4,6 +4,7 @@
                                     PlanningPolicy.plan               ──>  FleetTarget
     threshold and mode              Membership.note_offload, at every change; the router's policy reads it in its view
     roles                           WorkerClient.set_role, one worker at a time (role_conversion.py chooses and watches)
+    sizes of pools                  PoolScaler.aim, where pools may grow (scaling_policy.py decides)
 
 The policy decides, purely; here are the effects and what has been said so far. ``Planner.status`` is all that people
 and metrics get to know. Everything happens on the gateway's loop; what a look costs is about a millisecond.
@@ -21,7 +22,7 @@ import logging
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from cluster.cluster_links import Capacity
@@ -35,17 +36,21 @@ from cluster.planning_policy import (
     THRESHOLD,
     DualTimescale,
     FleetTarget,
+    MeasuredDemand,
     PlannerMemory,
     PlanningPolicy,
     PlanningView,
+    Roles,
     StaticPlan,
 )
-from cluster.planning_view import Fleets, fleets, planning_view, silent_links
+from cluster.planning_view import Fleets, fleets, planning_view, scaling_view, silent_links
+from cluster.pool_scaler import Ended, PoolScaler, PoolStatus
 from cluster.role_conversion import Conversion, Ending, Outcome, choose, ending
+from cluster.scaling_policy import NOTHING_YET, POOLS, PoolPlan, ScalingMemory, plan_pools
 from cluster.throughput_model import OFFLOAD_NOTHING
 from cluster.view import ClusterView, Offload
 from core.clock import Clock
-from core.errors import PrfaasError
+from core.errors import InvalidRequest, PrfaasError
 from core.request import ClusterId, EngineId, Role
 
 logger = logging.getLogger(__name__)
@@ -91,6 +96,12 @@ class Traffic(Protocol):
         """Requests that wait in the gateway for their turn."""
         ...
 
+    @property
+    def num_missed(self) -> Mapping[Role, int]:
+        """Requests so far that were predicted to miss an objective, by the role that is too slow for it: those that
+        were refused for it, and those that were served all the same."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class PlanSample:
@@ -126,6 +137,8 @@ class PlannerStatus:
     changes: Mapping[tuple[str, str], int] = field(default_factory=dict)  # (kind, reason) |-> how often
     conversions: Mapping[tuple[Role, Outcome], int] = field(default_factory=dict)  # (to, how it ended) |-> how often
     num_failures: int = 0  # looks that raised
+    pools: Mapping[Role, PoolStatus] = field(default_factory=dict)  # whose sizes may change
+    starts: Mapping[tuple[Role, Ended], int] = field(default_factory=dict)  # and drains: how they ended
     history: tuple[PlanSample, ...] = ()  # oldest first
 
 
@@ -152,10 +165,13 @@ class Planner:
         capacity: Capacity,
         retest: Callable[[EngineId, EngineId], None],
         tpot_s: float | None = None,
+        ttft_s: float | None = None,
+        scaler: PoolScaler | None = None,
     ) -> None:
         """``cluster_id``: of this gateway. ``capacity``: configured bytes/s between two clusters
         (``KvTransferConfig.capacity``). ``retest``: of the link between two engines (``LinkTester.retest``).
-        ``tpot_s``: objective for the time between tokens, to which decode batches are kept; None: there is none."""
+        ``tpot_s``: objective for the time between tokens, to which decode batches are kept; None: there is none.
+        ``ttft_s``: likewise for the first token. ``scaler``: of the pools that may grow; None: none may."""
         self._membership = membership
         self._demand = demand
         self._traffic = traffic
@@ -163,6 +179,10 @@ class Planner:
         self._clock = clock
         self._cluster_id = cluster_id
         self._tpot_s = tpot_s
+        self._ttft_s = ttft_s
+        self._scaler = scaler
+        self._scaling_memory: ScalingMemory = NOTHING_YET
+        self._num_missed: Mapping[Role, int] = {}  # at the last look
         self._capacity = capacity
         self._retest = retest
         self._retested_at: dict[tuple[ClusterId, ClusterId], float] = {}
@@ -191,6 +211,8 @@ class Planner:
             changes=dict(self._changes),
             conversions=dict(self._conversions),
             num_failures=self._num_failures,
+            pools={} if self._scaler is None else self._scaler.status,
+            starts={} if self._scaler is None else self._scaler.ended,
             history=tuple(self._history),
         )
 
@@ -207,6 +229,19 @@ class Planner:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def scale(self, role: Role, size: int | None) -> str:
+        """Hold a pool at so many workers, or with None let it follow the load again; what was done, in words.
+
+        Raises ``InvalidRequest`` for a pool of a fixed size, or a size beyond its bounds.
+        """
+        if self._scaler is None:
+            raise InvalidRequest(
+                "pool", f"the {role} pool has a fixed size: set {role}.min_replicas and {role}.max_replicas"
+            )
+        said = self._scaler.hold(role, size)
+        self._changes[POOLS, "operator"] += 1
+        return said
 
     def look(self) -> None:
         """One turn of the loop."""
@@ -225,12 +260,15 @@ class Planner:
             now=now,
         )
         target, self._memory = self._policy.plan(seen, demand, self._memory)
+        target = self._with_pools(target, seen, found, demand)
         changes = self._changes_of(target, seen)
         for kind, said in changes.items():
             self._changes[kind, target.causes.get(kind, "unnamed")] += 1
             gain = target.gain
             logger.info("plan: %s: %s", said, gain.reason if kind == ADVICE and gain is not None else target.reason)
         self._publish(target)
+        if self._scaler is not None and target.pools is not None:
+            self._scaler.aim(target.pools)
         if ROLES in changes:
             self._convert(found, target, seen, now)
         self._target, self._seen = target, seen
@@ -250,6 +288,28 @@ class Planner:
             took_s = self._clock.now() - began_at
             await asyncio.sleep(max(self._config.interval_s, took_s * (1 / _MOST_OF_THE_LOOP - 1)))
 
+    def _with_pools(
+        self, target: FleetTarget, seen: PlanningView, found: Fleets, demand: MeasuredDemand
+    ) -> FleetTarget:
+        """The target with the sizes of pools, if any may change and this planner decides them."""
+        if self._scaler is None or self._config.mode != PLANNER_DUAL:
+            return target
+        missed, self._num_missed = self._num_missed, self._traffic.num_missed
+        now_missed = {role: count - missed.get(role, 0) for role, count in self._num_missed.items()}
+        scaling = scaling_view(found, self._scaler.views(), missed=now_missed, ttft_s=self._ttft_s)
+        # While one is asked to change its role, that is what helps.
+        aimed = replace(seen, num_changing=max(seen.num_changing, int(_roles_of(seen) != target.roles)))
+        plan, self._scaling_memory = plan_pools(
+            aimed,
+            scaling,
+            demand,
+            target.threshold_tokens,
+            self._scaling_memory,
+            self._config.scaling,
+            self._config.dual,
+        )
+        return _joined(target, plan)
+
     def _changes_of(self, target: FleetTarget, seen: PlanningView) -> dict[str, str]:
         """kind |-> what is new, in words."""
         last, found = self._target, {}
@@ -263,6 +323,11 @@ class Planner:
             found[ROLES] = f"roles {now[0]} + {now[1]} to {aimed.num_prefill} + {aimed.num_decode}"
         if target.advice and (last is None or last.advice != target.advice):
             found[ADVICE] = f"advice {target.advice}"
+        if self._scaler is not None and target.pools is not None:
+            wanted = {role: status.wanted for role, status in self._scaler.status.items()}
+            moved = [(role, wanted[role], size) for role, size in target.pools.sizes.items() if wanted[role] != size]
+            if moved:
+                found[POOLS] = ", ".join(f"{role} pool {before} to {size}" for role, before, size in moved)
         return found
 
     def _publish(self, target: FleetTarget) -> None:
@@ -367,6 +432,21 @@ class Planner:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _roles_of(seen: PlanningView) -> Roles:
+    return Roles(seen.num_prefill, seen.num_decode)
+
+
+def _joined(target: FleetTarget, plan: PoolPlan) -> FleetTarget:
+    """One target, of what both policies say."""
+    return replace(
+        target,
+        pools=plan.pools,
+        reason=f"{target.reason}; {plan.reason}",
+        numbers={**target.numbers, **plan.numbers},
+        causes={**target.causes, POOLS: plan.cause},
+    )
 
 
 def _tokens(threshold: float) -> str:

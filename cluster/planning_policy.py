@@ -41,6 +41,7 @@ from cluster.throughput_model import (
     threshold_for,
 )
 from core.errors import InvalidConfig
+from core.request import Role
 
 THRESHOLD, MODE, ROLES, ADVICE = "threshold", "mode", "roles", "advice"  # what a target says, and may change
 DISAGGREGATE, COLOCATE = "disaggregate", "colocate"
@@ -94,6 +95,14 @@ class Roles:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolSizes:
+    """How many workers each pool should have, whatever they do; a pool whose size is fixed is not named."""
+
+    sizes: Mapping[Role, int]
+    give_back: Role | None = None  # of which role a worker goes, if a pool is to lose one; None: whichever
+
+
+@dataclass(frozen=True, slots=True)
 class FleetTarget:
     """What the fleet should be, why, and the numbers behind it."""
 
@@ -104,7 +113,8 @@ class FleetTarget:
     abundant: bool = False  # bandwidth mode: caches of other clusters may be fetched
     advice: str = ""  # ``disaggregate``, ``colocate``, or empty: nothing is known of it
     gain: Gain | None = None  # what the advice rests on
-    causes: Mapping[str, str] = field(default_factory=dict)  # threshold, mode, roles, advice |-> one word for why
+    causes: Mapping[str, str] = field(default_factory=dict)  # threshold, mode, roles, advice, pools |-> a word for why
+    pools: PoolSizes | None = None  # None: all sizes are fixed; set by scaling_policy.py
 
 
 @dataclass(frozen=True, slots=True)

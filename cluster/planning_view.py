@@ -22,6 +22,7 @@ from cluster.cluster_links import Capacity, ClusterPair, by_cluster_pair
 from cluster.cost_model import ASSUMED_LINK_BYTES_PER_S, ComputeCost, CostView
 from cluster.length_distribution import Curve, Numbers
 from cluster.planning_policy import MeasuredDemand, PlanningView
+from cluster.scaling_policy import PoolView, ScalingView
 from cluster.throughput_model import Polynomial
 from cluster.view import ClusterView, LinkView, WorkerView
 from core.request import ClusterId, EngineId, Role
@@ -94,6 +95,31 @@ def planning_view(
         unknown="" if local.known else "no costs are known yet",
         num_draining=sum(role is Role.PREFILL for role in becoming.values()),
     )
+
+
+def scaling_view(
+    found: Fleets, pools: Mapping[Role, PoolView], *, missed: Mapping[Role, int], ttft_s: float | None
+) -> ScalingView:
+    """The pools now. ``missed``: requests since the last look that were to miss an objective, by the role that is too
+    slow for it. ``ttft_s``: the objective; None: there is none."""
+    decode = [worker for worker in found.local if worker.role is Role.DECODE]
+    sequences = sum(worker.load.num_running + worker.load.num_waiting for worker in decode)
+    places = sum(worker.max_batch_size or _ASSUMED_BATCH for worker in decode)
+    pages_used = sum(worker.pages_total - worker.load.pages_free for worker in decode)
+    pages = sum(worker.pages_total for worker in decode)
+    return ScalingView(
+        pools=pools,
+        decode_fullness=max(sequences / max(1, places), pages_used / max(1, pages)),
+        num_running=sum(_num_sequences(worker) for worker in found.local),
+        missed=missed,
+        ttft_s=ttft_s,
+    )
+
+
+def _num_sequences(worker: WorkerView) -> int:
+    """In a batch, in its queue, or with K/V on its way; as it says, or as this gateway knows if that is more."""
+    load = worker.load
+    return max(load.num_running + load.num_waiting + load.num_announced, worker.num_assigned)
 
 
 # ---- links ----

@@ -6,6 +6,8 @@ Ray starts, places and restarts processes, and is asked for nothing else: reques
                  driver's (nested groups deadlock); it ends with this process (not detached)
     start        the model is loaded in the actor's constructor, so a restarted actor serves again by itself; it takes
                  any free port and draws a new engine id at each start, so no two starts can be mistaken for each other
+    pools        a worker of a pool that grows and shrinks (elastic) has a placement group of its own: while it is
+                 pending an autoscaler sees it, and when it is removed nothing of its machine is reserved any more
     restart      for ever after a crash (``max_restarts=-1``), never after an exception: one at the first start is
                  kept for ``check``, which raises it; one at a restart ends the actor and is in its log
     threads      Ray sets OMP_NUM_THREADS to the CPUs that it reserves; reserving is not limiting, so it is taken back
@@ -15,6 +17,7 @@ Ray starts, places and restarts processes, and is asked for nothing else: reques
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import socket
@@ -25,13 +28,19 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.certificates import private_files
 from cluster.config import PoolConfig, ServiceConfig, WorkerConfig
 from cluster.internal_tls import IssueProof, Proof
 from cluster.log_format import configure_logging
+from cluster.pool_scaler import Phase, WorkerPhase
 from core.credentials import Credentials, Pem
 from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
 from core.request import ClusterId, Role, WorkerId
@@ -43,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 _IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a submitted job
 _CONNECT_TIMEOUT_S = 5.0
+_PLACED = "CREATED"  # the state of a placement group whose bundles are reserved
 _STOP_SLACK_S = 1.0  # an actor answers so long after the time that it was given to stop in
 
 
@@ -66,6 +76,14 @@ class RayFleet:
         self._workers: dict[WorkerId, Any] = {}  # worker id |-> actor handle
         self._starting: dict[Any, WorkerId] = {}  # reference to the actor's start |-> worker id
         self._groups: list[PlacementGroup] = []
+        self._own_groups: dict[WorkerId, PlacementGroup] = {}  # of workers of elastic pools
+        self._pool_of: dict[WorkerId, Role] = {}  # likewise
+        self._retiring: dict[WorkerId, Any] = {}  # likewise, told to stop |-> reference to their answer
+        self._failed: dict[WorkerId, str] = {}  # likewise |-> why their start failed
+        self._service = uuid4().hex[:8]  # two services of one namespace may have workers of one name
+        self._num_named = 0
+        self._registry = ""  # what ``start`` was given
+        self._issue_proof: IssueProof | None = None
         self._stopping: list[Any] | None = None  # references to the workers' answers that they stopped
 
     def join(self) -> str:
@@ -94,23 +112,116 @@ class RayFleet:
         They register at ``registry`` (host:port) and, in a cluster that joins, at the gateways elsewhere.
         What ``issue_proof`` gives for a worker travels in its actor's arguments, which Ray keeps for restarts.
         """
-        service = uuid4().hex[:8]  # two services of one namespace may have workers of one name
+        self._registry, self._issue_proof = registry, issue_proof
         for role in Role:
             pool = self._config.pool(role)
+            if pool.is_elastic:
+                for _ in range(pool.count):
+                    self.add(role)
+                continue
             for index, placing in enumerate(self._places(role, pool)):
-                worker_id = self._config.worker_id(role, index)
-                actor: Any = ray.remote(WorkerActor).options(
-                    name=f"{worker_id}@{service}",
-                    num_cpus=pool.num_cpus,
-                    num_gpus=pool.num_gpus,
-                    resources=pool.resources or None,
-                    scheduling_strategy=placing,
-                    max_restarts=-1,
-                )
-                self._workers[worker_id] = handle = actor.remote(
-                    self._config, role, worker_id, registry, issue_proof(worker_id)
-                )
-                self._starting[handle.start_failure.remote()] = worker_id
+                self._start_actor(role, self._config.worker_id(role, index), placing)
+
+    def _start_actor(self, role: Role, worker_id: WorkerId, placing: str | PlacementGroupSchedulingStrategy) -> None:
+        assert self._issue_proof is not None, "start() comes first"
+        pool = self._config.pool(role)
+        actor: Any = ray.remote(WorkerActor).options(
+            name=self._ray_name(worker_id),
+            num_cpus=pool.num_cpus,
+            num_gpus=pool.num_gpus,
+            resources=pool.resources or None,
+            scheduling_strategy=placing,
+            max_restarts=-1,
+        )
+        self._workers[worker_id] = handle = actor.remote(
+            self._config, role, worker_id, self._registry, self._issue_proof(worker_id)
+        )
+        self._starting[handle.start_failure.remote()] = worker_id
+
+    def _ray_name(self, worker_id: WorkerId) -> str:
+        """A name for Ray that was not used before: it may still bury the one that had a worker's name."""
+        self._num_named += 1
+        return f"{worker_id}@{self._service}-{self._num_named}"
+
+    # ---- single workers of elastic pools (pool_scaler.py) ----
+
+    def members(self) -> Mapping[WorkerId, Role]:
+        """Workers of elastic pools, and the pool of each."""
+        return dict(self._pool_of)
+
+    def add(self, role: Role) -> WorkerId:
+        """Ask Ray for one more worker; returns at once. Its name is the first that is free."""
+        names = (self._config.worker_id(role, index) for index in itertools.count())
+        worker_id = next(name for name in names if name not in self._workers)
+        group = placement_group([_bundle(self._config.pool(role))], name=self._ray_name(worker_id))
+        self._own_groups[worker_id] = group
+        self._pool_of[worker_id] = role
+        placing = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=False)
+        self._start_actor(role, worker_id, placing)
+        return worker_id
+
+    def phases(self) -> Mapping[WorkerId, WorkerPhase]:
+        """How far each worker of an elastic pool is."""
+        self._collect_failures()
+        loading, stopped = self._loading(), self._retired()
+        found = {}
+        for worker_id in self._pool_of:
+            if worker_id in stopped:
+                found[worker_id] = WorkerPhase(Phase.STOPPED, stopped[worker_id])
+            elif worker_id in self._failed:
+                found[worker_id] = WorkerPhase(Phase.FAILED, self._failed[worker_id])
+            elif not self._has_place(worker_id):
+                found[worker_id] = WorkerPhase(Phase.PLACING)
+            else:
+                found[worker_id] = WorkerPhase(Phase.STARTING if worker_id in loading else Phase.UP)
+        return found
+
+    def retire(self, worker_id: WorkerId, timeout_s: float) -> None:
+        """Tell it to finish what it runs, for up to ``timeout_s``, and leave its gateways; does not wait."""
+        self._retiring[worker_id] = self._workers[worker_id].stop.remote(timeout_s)
+
+    def remove(self, worker_id: WorkerId) -> None:
+        """End it now, and give back what was reserved for it; nothing happens if it is not there."""
+        actor = self._workers.pop(worker_id, None)
+        if actor is None:
+            return
+        ray.kill(actor, no_restart=True)
+        remove_placement_group(self._own_groups.pop(worker_id))
+        self._starting = {reference: name for reference, name in self._starting.items() if name != worker_id}
+        del self._pool_of[worker_id]
+        self._retiring.pop(worker_id, None)
+        self._failed.pop(worker_id, None)
+
+    def _has_place(self, worker_id: WorkerId) -> bool:
+        group = self._own_groups[worker_id]
+        return bool(placement_group_table(group)["state"] == _PLACED)
+
+    def _collect_failures(self) -> None:
+        """What has become of the starts of workers in elastic pools since the last call."""
+        mine = [reference for reference, name in self._starting.items() if name in self._pool_of]
+        done, _ = ray.wait(mine, num_returns=len(mine), timeout=0) if mine else ([], [])
+        for reference in done:
+            worker_id = self._starting.pop(reference)
+            try:
+                failure: StartFailure | None = ray.get(reference)
+            except ray.exceptions.RayActorError as error:
+                self._failed[worker_id] = str(error)
+            else:
+                if failure is not None:
+                    self._failed[worker_id] = f"{failure.kind}: {failure.message}"
+
+    def _retired(self) -> Mapping[WorkerId, str]:
+        """Those that were told to stop and have, or died meanwhile; and what is to be said of it."""
+        references = {reference: name for name, reference in self._retiring.items()}
+        done, _ = ray.wait(list(references), num_returns=len(references), timeout=0) if references else ([], [])
+        stopped = {}
+        for reference in done:
+            try:
+                ray.get(reference)
+                stopped[references[reference]] = ""
+            except ray.exceptions.RayError as error:
+                stopped[references[reference]] = str(error)
+        return stopped
 
     def check(self) -> None:
         """Raise ``UnsupportedModel`` or ``WorkerNotStarted`` if a worker has failed to start since the last call."""
@@ -144,10 +255,10 @@ class RayFleet:
             self._all_stopped(timeout_s + _STOP_SLACK_S)
         for actor in self._workers.values():
             ray.kill(actor, no_restart=True)
-        for group in self._groups:
+        for group in (*self._groups, *self._own_groups.values()):
             remove_placement_group(group)
-        self._workers.clear()
-        self._starting.clear()
+        for kept in (self._workers, self._starting, self._own_groups, self._pool_of, self._retiring, self._failed):
+            kept.clear()
         self._groups.clear()
         self._stopping = None
         ray.shutdown()
@@ -268,12 +379,12 @@ def _bundle(pool: PoolConfig) -> dict[str, float]:
 
 
 def _needed(config: ServiceConfig) -> Mapping[str, float]:
-    """The Ray resources of all workers together."""
+    """The Ray resources of all workers together, when elastic pools have all that they may have."""
     needed: dict[str, float] = {}
     for role in Role:
         pool = config.pool(role)
         for name, amount in _bundle(pool).items():
-            needed[name] = needed.get(name, 0.0) + amount * pool.count
+            needed[name] = needed.get(name, 0.0) + amount * pool.most
     return needed
 
 

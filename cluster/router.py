@@ -220,6 +220,15 @@ class Router:
         return sum(flight.num_tokens for flight in self._flights.values())
 
     @property
+    def num_missed(self) -> Mapping[Role, int]:
+        """Requests so far that were predicted to miss an objective, refused for it or not: their first token waits for
+        who prefills, their later ones for who decodes."""
+        counters = self._admission.counters
+        by_bound = {Role.PREFILL: Bound.SLO_TTFT, Role.DECODE: Bound.SLO_TPOT}
+        counts = (counters.refusals_by_reason, counters.misses_served_by_reason)
+        return {role: sum(each.get(bound, 0) for each in counts) for role, bound in by_bound.items()}
+
+    @property
     def num_answering(self) -> int:
         """Requests in flight that have a token."""
         return sum(flight.num_tokens > 0 for flight in self._flights.values())

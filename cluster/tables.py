@@ -208,6 +208,34 @@ def plan_table(plan: pb.PlanInfo) -> Table:
     return table
 
 
+def pool_table(pools: Iterable[pb.PoolInfo]) -> Table:
+    """Elastic pools: how many workers they should have and have, and what is under way."""
+    table = _table(("pool",), ("desired", "ready", "pending", "draining", "bounds"))
+    table.add_column("", overflow="fold")
+    for pool in pools:
+        table.add_row(
+            pool.pool,
+            f"{pool.desired}{' (held)' if pool.held else ''}",
+            str(pool.ready_prefill + pool.ready_decode),
+            str(len(pool.pending)),
+            str(len(pool.draining)),
+            f"{pool.min_replicas} to {pool.max_replicas}",
+            "; ".join(_pool_lines(pool)),
+        )
+    return table
+
+
+def _pool_lines(pool: pb.PoolInfo) -> Iterator[str]:
+    for change in (*pool.pending, *pool.draining):
+        yield f"{change.worker_id} {change.state} since {change.age_s:.0f} s"
+    other = pool.ready_decode if pool.pool == "prefill" else pool.ready_prefill
+    if other:
+        yield f"{other} of them {'decode' if pool.pool == 'prefill' else 'prefill'} now"
+    if pool.problem:
+        again = f", again in {pool.retry_in_s:.0f} s" if pool.HasField("retry_in_s") else ""
+        yield f"{pool.problem}{again}"
+
+
 def plan_history_table(history: Iterable[pb.PlanSample], last: int = 10) -> Table:
     """The last changes of the plan."""
     table = _table(

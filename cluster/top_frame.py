@@ -167,6 +167,13 @@ def _plan(info: pb.GetClusterInfoResponse) -> RenderableType:
     text = Text(f"{plan.mode or 'off'}: threshold {now}, {plan.num_prefill} prefill, {plan.num_decode} decode")
     if plan.changing:
         text.append(f", {len(plan.changing)} changing", style="yellow")
+    for pool in plan.pools:
+        text.append(f"\n{pool.pool} pool: {pool.ready_prefill + pool.ready_decode} ready of {pool.desired} desired")
+        text.append(f" ({pool.min_replicas} to {pool.max_replicas}{', held' if pool.held else ''})", style="dim")
+        if pool.pending or pool.draining:
+            text.append(f", {len(pool.pending)} pending, {len(pool.draining)} draining", style="yellow")
+        if pool.problem:
+            text.append(f", {pool.problem}", style="red")
     known = [s.threshold_tokens for s in plan.history if s.HasField("threshold_tokens")]
     if len(known) > 1:
         text.append(f"\nthreshold {_spark(known)} {plan.history[0].age_s:.0f} s", style="bold")

@@ -88,6 +88,7 @@ T = TypeVar("T")
 
 EXPIRY_CHECK_S = 0.5
 IDLE_POLL_S = 0.05
+NOTICE_S = 0.3  # for gateways to hear that a worker drains, before having nothing to do means that it may go
 EXIT_ENGINE_DIED = 70
 MAX_MESSAGE_BYTES = 64 << 20
 GRPC_OPTIONS = (
@@ -221,6 +222,7 @@ class _Parts(rpc.WorkerServicer):
         self._version = 0
         self._state_changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._num_watching = 0  # Watch streams that are open
         self._model = engine.model
         self._fingerprint = engine.fingerprint
         self._layout = engine.layout
@@ -352,8 +354,12 @@ class _Parts(rpc.WorkerServicer):
     async def stop(self, timeout_s: float) -> None:
         self._draining = True
         self._changed()
-        deadline = self._clock.now() + timeout_s
-        while self._busy() and self._clock.now() < deadline:  # noqa: ASYNC110 (sequences end on other threads)
+        now = self._clock.now()
+        deadline = now + timeout_s
+        # What a gateway routes here before it has heard is served, too.
+        heard_at = min(deadline, now + NOTICE_S) if self._num_watching else now
+        # Sequences end on other threads, of which nothing is awaited here.
+        while (now := self._clock.now()) < heard_at or (self._busy() and now < deadline):  # noqa: ASYNC110
             await asyncio.sleep(IDLE_POLL_S)
         for task in self._tasks:
             task.cancel()
@@ -376,7 +382,8 @@ class _Parts(rpc.WorkerServicer):
             self._otlp.close()
 
     def _busy(self) -> bool:
-        return self._decode.num_sequences > 0 or self._prefill.num_sessions > 0
+        """Has it sequences, or pages that others are pulling?"""
+        return self._decode.num_sequences > 0 or self._prefill.num_sessions > 0 or self._source.num_sessions > 0
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
@@ -480,19 +487,23 @@ class _Parts(rpc.WorkerServicer):
         interval_s = request.interval_s if request.interval_s > 0 else 1.0
         told: int | None = None  # number of the page events that this reader has
         num_steps = self._steps.number  # that it has, or that were before its time
-        while True:
-            self._ask_load()
-            changed = self._state_changed
-            state = self._state()
-            events = self._page_events.since(told)
-            if events is not None:
-                told = events.number
-                state.page_events.CopyFrom(wire.page_events_to_message(events))
-            state.steps.extend(map(wire.step_to_message, self._steps.since(num_steps)))
-            num_steps = self._steps.number
-            yield state
-            with suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), interval_s)
+        self._num_watching += 1
+        try:
+            while True:
+                self._ask_load()
+                changed = self._state_changed
+                state = self._state()
+                events = self._page_events.since(told)
+                if events is not None:
+                    told = events.number
+                    state.page_events.CopyFrom(wire.page_events_to_message(events))
+                state.steps.extend(map(wire.step_to_message, self._steps.since(num_steps)))
+                num_steps = self._steps.number
+                yield state
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), interval_s)
+        finally:
+            self._num_watching -= 1
 
     async def Outputs(  # noqa: N802
         self, request: pb.OutputsRequest, context: grpc.aio.ServicerContext[pb.OutputsRequest, pb.OutputBatch]

@@ -542,7 +542,7 @@ class OffloadInfo(_message.Message):
     def __init__(self, threshold_tokens: _Optional[float] = ..., mode: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class PlanInfo(_message.Message):
-    __slots__ = ("mode", "threshold_tokens", "abundant", "reason", "numbers", "num_prefill", "num_decode", "target_prefill", "target_decode", "changing", "advice", "gain", "history")
+    __slots__ = ("mode", "threshold_tokens", "abundant", "reason", "numbers", "num_prefill", "num_decode", "target_prefill", "target_decode", "changing", "advice", "gain", "history", "pools")
     class NumbersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -563,6 +563,7 @@ class PlanInfo(_message.Message):
     ADVICE_FIELD_NUMBER: _ClassVar[int]
     GAIN_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
+    POOLS_FIELD_NUMBER: _ClassVar[int]
     mode: str
     threshold_tokens: float
     abundant: bool
@@ -576,7 +577,71 @@ class PlanInfo(_message.Message):
     advice: str
     gain: DisaggregationGain
     history: _containers.RepeatedCompositeFieldContainer[PlanSample]
-    def __init__(self, mode: _Optional[str] = ..., threshold_tokens: _Optional[float] = ..., abundant: _Optional[bool] = ..., reason: _Optional[str] = ..., numbers: _Optional[_Mapping[str, float]] = ..., num_prefill: _Optional[int] = ..., num_decode: _Optional[int] = ..., target_prefill: _Optional[int] = ..., target_decode: _Optional[int] = ..., changing: _Optional[_Iterable[_Union[RoleChange, _Mapping]]] = ..., advice: _Optional[str] = ..., gain: _Optional[_Union[DisaggregationGain, _Mapping]] = ..., history: _Optional[_Iterable[_Union[PlanSample, _Mapping]]] = ...) -> None: ...
+    pools: _containers.RepeatedCompositeFieldContainer[PoolInfo]
+    def __init__(self, mode: _Optional[str] = ..., threshold_tokens: _Optional[float] = ..., abundant: _Optional[bool] = ..., reason: _Optional[str] = ..., numbers: _Optional[_Mapping[str, float]] = ..., num_prefill: _Optional[int] = ..., num_decode: _Optional[int] = ..., target_prefill: _Optional[int] = ..., target_decode: _Optional[int] = ..., changing: _Optional[_Iterable[_Union[RoleChange, _Mapping]]] = ..., advice: _Optional[str] = ..., gain: _Optional[_Union[DisaggregationGain, _Mapping]] = ..., history: _Optional[_Iterable[_Union[PlanSample, _Mapping]]] = ..., pools: _Optional[_Iterable[_Union[PoolInfo, _Mapping]]] = ...) -> None: ...
+
+class PoolInfo(_message.Message):
+    __slots__ = ("pool", "min_replicas", "max_replicas", "desired", "ready_prefill", "ready_decode", "pending", "draining", "held", "start_s", "retry_in_s", "problem", "ended")
+    class EndedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    MIN_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    DESIRED_FIELD_NUMBER: _ClassVar[int]
+    READY_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    READY_DECODE_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    START_S_FIELD_NUMBER: _ClassVar[int]
+    RETRY_IN_S_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    pool: str
+    min_replicas: int
+    max_replicas: int
+    desired: int
+    ready_prefill: int
+    ready_decode: int
+    pending: _containers.RepeatedCompositeFieldContainer[PoolChange]
+    draining: _containers.RepeatedCompositeFieldContainer[PoolChange]
+    held: bool
+    start_s: float
+    retry_in_s: float
+    problem: str
+    ended: _containers.ScalarMap[str, int]
+    def __init__(self, pool: _Optional[str] = ..., min_replicas: _Optional[int] = ..., max_replicas: _Optional[int] = ..., desired: _Optional[int] = ..., ready_prefill: _Optional[int] = ..., ready_decode: _Optional[int] = ..., pending: _Optional[_Iterable[_Union[PoolChange, _Mapping]]] = ..., draining: _Optional[_Iterable[_Union[PoolChange, _Mapping]]] = ..., held: _Optional[bool] = ..., start_s: _Optional[float] = ..., retry_in_s: _Optional[float] = ..., problem: _Optional[str] = ..., ended: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class PoolChange(_message.Message):
+    __slots__ = ("worker_id", "state", "age_s")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    state: str
+    age_s: float
+    def __init__(self, worker_id: _Optional[str] = ..., state: _Optional[str] = ..., age_s: _Optional[float] = ...) -> None: ...
+
+class ScalePoolRequest(_message.Message):
+    __slots__ = ("pool", "replicas")
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    pool: str
+    replicas: int
+    def __init__(self, pool: _Optional[str] = ..., replicas: _Optional[int] = ...) -> None: ...
+
+class ScalePoolResponse(_message.Message):
+    __slots__ = ("answer", "pool")
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    answer: str
+    pool: PoolInfo
+    def __init__(self, answer: _Optional[str] = ..., pool: _Optional[_Union[PoolInfo, _Mapping]] = ...) -> None: ...
 
 class RoleChange(_message.Message):
     __slots__ = ("worker_id", "to_role", "age_s")

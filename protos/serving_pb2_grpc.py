@@ -69,6 +69,11 @@ class GenerationStub:
                 request_serializer=protos_dot_serving__pb2.CheckLinksRequest.SerializeToString,
                 response_deserializer=protos_dot_serving__pb2.LinkCheck.FromString,
                 _registered_method=True)
+        self.ScalePool = channel.unary_unary(
+                '/prfaas.v1.Generation/ScalePool',
+                request_serializer=protos_dot_serving__pb2.ScalePoolRequest.SerializeToString,
+                response_deserializer=protos_dot_serving__pb2.ScalePoolResponse.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/prfaas.v1.Generation/Abort',
                 request_serializer=protos_dot_serving__pb2.AbortRequest.SerializeToString,
@@ -124,6 +129,13 @@ class GenerationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScalePool(self, request, context):
+        """Sets how many workers an elastic pool has, until it is told to follow the load again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Abort(self, request, context):
         """Ends a running request by its id; its Generate stream ends with CANCELLED.
         """
@@ -168,6 +180,11 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.CheckLinks,
                     request_deserializer=protos_dot_serving__pb2.CheckLinksRequest.FromString,
                     response_serializer=protos_dot_serving__pb2.LinkCheck.SerializeToString,
+            ),
+            'ScalePool': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScalePool,
+                    request_deserializer=protos_dot_serving__pb2.ScalePoolRequest.FromString,
+                    response_serializer=protos_dot_serving__pb2.ScalePoolResponse.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
@@ -364,6 +381,33 @@ class Generation:
             '/prfaas.v1.Generation/CheckLinks',
             protos_dot_serving__pb2.CheckLinksRequest.SerializeToString,
             protos_dot_serving__pb2.LinkCheck.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScalePool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prfaas.v1.Generation/ScalePool',
+            protos_dot_serving__pb2.ScalePoolRequest.SerializeToString,
+            protos_dot_serving__pb2.ScalePoolResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cluster.catalogue import load_catalogue
@@ -11,6 +11,7 @@ from cluster.cost_recorder import CostRecorder
 from cluster.demand import DemandMeter
 from cluster.membership import Connect, Membership
 from cluster.planner import Planner
+from cluster.pool_scaler import PoolFleet, PoolScaler
 from cluster.router import Router
 from cluster.routing_policy import RoutingPolicy
 from cluster.simulator.conversation import Turn
@@ -18,7 +19,7 @@ from cluster.simulator.records import OK, RequestRecord
 from cluster.simulator.scenario import Scenario
 from cluster.simulator.virtual_loop import VirtualTimeLoop
 from core.errors import PrfaasError
-from core.request import EngineId, GatewayId, RequestTiming
+from core.request import EngineId, GatewayId, RequestTiming, Role
 from protos.channels import InternalGrpc
 
 _GATEWAY = GatewayId("gateway")
@@ -43,6 +44,10 @@ class _Traffic:
     def num_queued(self) -> int:
         return self.router.num_queued
 
+    @property
+    def num_missed(self) -> Mapping[Role, int]:
+        return self.router.num_missed
+
 
 class SimulatedGateway:
     """Made on its loop. ``began_at`` is the loop's time at which the workload begins."""
@@ -55,9 +60,10 @@ class SimulatedGateway:
         connect: Connect,
         num_untold: Callable[[], int],
         retest: Callable[[EngineId, EngineId], None],
+        pools: PoolFleet | None,
     ) -> None:
         """``num_untold``: tokens that workers made and did not tell yet, as a real one would have. ``retest``: of the
-        link between two engines."""
+        link between two engines. ``pools``: those that may grow; None: none may."""
         self._loop = loop
         self._costs = CostRecorder(load_catalogue(), scenario.capacity) if scenario.learn_costs else None
         self.membership = Membership(
@@ -65,6 +71,11 @@ class SimulatedGateway:
         )
         demand = DemandMeter(loop, scenario.planner.demand_window_s)
         self.router = Router(self.membership, policy, scenario.router, loop, _GATEWAY, scenario.admission, demand)
+        self._scaler: PoolScaler | None = None
+        if pools is not None:
+            self._scaler = PoolScaler(
+                pools, self.membership, scenario.pools, scenario.planner.scaling, 10 * scenario.start_s, loop
+            )
         self.planner = Planner(
             self.membership,
             demand,
@@ -75,6 +86,8 @@ class SimulatedGateway:
             capacity=scenario.capacity,
             retest=retest,
             tpot_s=scenario.tpot_slo_s or scenario.admission.tpot_slo_s,
+            ttft_s=scenario.admission.ttft_slo_s,
+            scaler=self._scaler,
         )
         self.records: list[RequestRecord] = []
         self.began_at = 0.0
@@ -87,14 +100,18 @@ class SimulatedGateway:
         else:
             self._costs.start(self.membership)
 
-    def begin(self) -> None:
+    async def begin(self) -> None:
         """The workload begins now; the planner too."""
         self.began_at = self._loop.time()
+        if self._scaler is not None:
+            await self._scaler.start()
         self.planner.start()
 
     async def close(self) -> None:
         """Give everything up."""
         await self.planner.close()
+        if self._scaler is not None:
+            await self._scaler.close()
         await self.router.drain(0.0)
         if self._costs is not None:
             await self._costs.close()

@@ -98,7 +98,15 @@ def scenario_of(
     if service is None:
         router = RouterConfig(max_inflight=1_000_000)
         return Scenario(tuple(clusters), links, router=router, admission=UNBOUNDED, planner=PlannerConfig())
-    return Scenario(tuple(clusters), links, router=service.router, admission=service.admission, planner=service.planner)
+    return Scenario(
+        tuple(clusters),
+        links,
+        router=service.router,
+        admission=service.admission,
+        planner=service.planner,
+        pools={role: service.pool(role) for role in service.elastic_roles},
+        start_s=service.planner.scaling.start_s,
+    )
 
 
 def _cost(cluster: ClusterPlan, catalogue: Catalogue, shape: ModelShape | None, size: int) -> StepCost:

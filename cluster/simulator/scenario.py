@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cluster.config import PLANNER_OFF, AdmissionConfig, PlannerConfig, RouterConfig
+from cluster.config import PLANNER_OFF, AdmissionConfig, PlannerConfig, PoolConfig, RouterConfig
 from cluster.simulator.host import WorkerKind
 from cluster.simulator.network import LinkSpec
 from core.errors import InvalidConfig
-from core.request import ClusterId, WorkerId
+from core.request import ClusterId, Role, WorkerId
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Scenario:
     planner: PlannerConfig = field(default_factory=lambda: PlannerConfig(mode=PLANNER_OFF))
     learn_costs: bool = False  # policies predict with what workers report, as live ones do; False: they know
     deaths: tuple[WorkerDeath, ...] = ()
+    pools: Mapping[Role, PoolConfig] = field(default_factory=dict)  # of the home cluster, those that may grow
+    start_s: float = 30.0  # from asking for one more worker to its registration
     capacities: Mapping[tuple[ClusterId, ClusterId], float] = field(default_factory=dict)  # as configured; else links'
     sample_s: float = 1.0  # between two looks at utilisation, queues and roles
     settle_s: float = 2.0  # between the last worker's joining and the workload's beginning
@@ -61,6 +63,12 @@ class Scenario:
             raise InvalidConfig("clusters", f"must have names of their own, and be at least one, got {names}")
         if not any(cluster.num_decode for cluster in self.clusters):
             raise InvalidConfig("clusters", "must have a decode worker")
+        for role, pool in self.pools.items():
+            has = self.home_cluster.num_prefill if role is Role.PREFILL else self.home_cluster.num_decode
+            if pool.count != has:
+                raise InvalidConfig(
+                    f"pools.{role}.count", f"must be the {has} workers of {self.home}, got {pool.count}"
+                )
         linked = {(link.from_cluster, link.to_cluster) for link in self.links}
         for sender in self.clusters:
             for receiver in self.clusters:

@@ -47,6 +47,7 @@ class SimulatedWorker:
         self.description = description
         self.role = role
         self.alive = True
+        self.draining = False
         self._loop = loop
         self.engine = SimulatedEngine(loop, kind.engine, kind.cost, kind.model.max_model_len, answers, self, device)
         self._links = LinkReports(loop)
@@ -122,13 +123,23 @@ class SimulatedWorker:
             self.engine.pause(self.kind.conversion_s)
         self._notify()
 
+    def drain(self) -> None:
+        """Advertise from now on that nothing new is to come; what is here goes on to its end."""
+        self.draining = True
+        self._notify()
+
+    @property
+    def is_busy(self) -> bool:
+        """Has it sequences, or pages to send?"""
+        return self.receiving.num_sequences > 0 or self.sending.num_sessions > 0
+
     # ---- reports ----
 
     def state(self, told: int | None) -> WorkerState:
         """One message of the Watch stream, for a reader that has the page events up to number ``told``."""
         state = WorkerState(
             role=self.role,
-            draining=False,
+            draining=self.draining,
             load=self._load,
             links=self._links.estimates(),
             page_events=self._page_events.since(told),
@@ -141,7 +152,7 @@ class SimulatedWorker:
         return state
 
     async def changed(self, timeout_s: float) -> None:
-        """Wait until the role changes, the worker dies, or the time is over."""
+        """Wait until the role changes, it begins to drain, the worker dies, or the time is over."""
         waiter: asyncio.Future[None] = self._loop.create_future()
         self._watchers[waiter] = None
         timer = self._loop.call_later(timeout_s, _wake, waiter)

@@ -24,6 +24,7 @@ from cluster.simulator.client import SimulatedClient
 from cluster.simulator.conversation import Conversation
 from cluster.simulator.gateway import SimulatedGateway
 from cluster.simulator.network import LinkSpec, Network
+from cluster.simulator.pools import SimulatedPools
 from cluster.simulator.pulling import PullingHalf
 from cluster.simulator.receiving import ReceivingHalf
 from cluster.simulator.records import RequestRecord
@@ -109,7 +110,11 @@ class World:
         self._all_joined = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         chosen = policy or make_policy(scenario.router.policy, scenario.router.routing)
-        self.gateway = SimulatedGateway(loop, scenario, chosen, self._connect, self._num_untold, self._retest)
+        pools: SimulatedPools | None = None
+        if scenario.pools:
+            first = {role: pool.count for role, pool in scenario.pools.items()}
+            pools = SimulatedPools(self, scenario.home, first, scenario.start_s, self._spawn)
+        self.gateway = SimulatedGateway(loop, scenario, chosen, self._connect, self._num_untold, self._retest, pools)
 
     @property
     def workers(self) -> Iterable[SimulatedWorker]:
@@ -120,7 +125,7 @@ class World:
         """Everything, from the workers' start to the last answer."""
         await self._start()
         gateway = self.gateway
-        gateway.begin()
+        await gateway.begin()
         timeline = Timeline(self._scenario, self.network, gateway)
         self._spawn(timeline.watch(lambda: self._workers.values()))
         for link in self._scenario.links:
@@ -176,6 +181,23 @@ class World:
         self._workers[worker_id] = worker
         self._at[description.address] = worker
         self._spawn(self._keep_registered(worker, delay_s))
+
+    def start_worker(self, worker_id: WorkerId, role: Role) -> None:
+        """A further worker of the home cluster begins and registers."""
+        self._kinds[worker_id] = self._scenario.home_cluster
+        self._start_worker(worker_id, role, 0.0)
+
+    def end_worker(self, worker_id: WorkerId) -> None:
+        """It says goodbye and is gone, if it is there."""
+        worker = self._workers.pop(worker_id, None)
+        if worker is not None:
+            self.gateway.membership.leave(worker_id, worker.description.engine_id)
+            worker.die()
+            del self._at[worker.description.address]
+
+    def living(self, worker_id: WorkerId) -> SimulatedWorker | None:
+        """Its process; None: it has none."""
+        return self._workers.get(worker_id)
 
     def _device_of(self, cluster: ClusterSpec) -> SharedDevice | None:
         if not cluster.shares_device:

@@ -258,6 +258,7 @@ function drawPlan(status) {
   const target = plan.target_prefill !== undefined && (plan.target_prefill !== plan.num_prefill || plan.target_decode !== plan.num_decode) ? ` → ${plan.target_prefill}, ${plan.target_decode}` : "";
   $("plan-now").textContent = `${plan.mode || "off"} · ${threshold(status.offload)} · ${roles}${target}`;
   $("plan-reason").textContent = status.offload?.reason || plan.reason || "";
+  replace($("pools"), ...(plan.pools || []).map(drawPool));
   if (history.length < 2) {
     replace($("plan"), h("p", { class: "empty" }, plan.mode === "off" ? "The planner is off: no threshold, roles as configured." : "No history yet."));
     return;
@@ -291,6 +292,16 @@ function drawPlan(status) {
     s("text", { x: left - 6, y: low - 4, "text-anchor": "end" }, "roles"),
     s("path", { class: "area", d: `${line}V${mid}H${left}Z` }), bars, changes, s("path", { class: "threshold", d: line }),
     s("text", { x: left, y: low + 14 }, `${oldest.toFixed(0)} s ago`), s("text", { x: width, y: low + 14, "text-anchor": "end" }, "now")));
+}
+
+// A pool whose size may change: "decode pool: 1 ready of 2 desired (1 to 3), 1 pending".
+function drawPool(pool) {
+  const ready = (pool.ready_prefill ?? 0) + (pool.ready_decode ?? 0), pending = pool.pending || [], draining = pool.draining || [];
+  const under_way = [...pending, ...draining].map((x) => `${x.worker_id} ${x.state} since ${x.age_s.toFixed(0)} s`).join("; ");
+  const again = pool.retry_in_s === undefined ? "" : `, again in ${pool.retry_in_s.toFixed(0)} s`;
+  return h("p", { class: pool.problem ? "reason pool problem" : "reason pool", "data-pool": pool.pool, title: under_way },
+    `${pool.pool} pool: ${ready} ready of ${pool.desired ?? 0} desired (${pool.min_replicas ?? 0} to ${pool.max_replicas}${pool.held ? ", held" : ""})` +
+    (pending.length ? `, ${pending.length} pending` : "") + (draining.length ? `, ${draining.length} draining` : "") + (pool.problem ? `; ${pool.problem}${again}` : ""));
 }
 
 // ---- routes and caches ----

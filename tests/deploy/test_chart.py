@@ -137,6 +137,21 @@ def test_a_worker_too_many_for_its_pods_gets_one_more(rendered_with: RenderWith)
     assert groups["decode"]["replicas"] == 1
 
 
+def test_a_pool_that_grows_gets_the_pods_that_its_fewest_and_most_workers_need(rendered_with: RenderWith) -> None:
+    made = rendered_with(
+        "ray.autoscaler.enabled=true",
+        "config.prefill.count=2",
+        "config.prefill.min_replicas=0",
+        "config.prefill.max_replicas=5",
+        "workerGroups.prefill.workersPerPod=2",
+        "config.decode.max_replicas=3",
+    )
+
+    counts = {role: [g[f"{k}eplicas"] for k in ("minR", "r", "maxR")] for role, g in made.groups().items()}
+    assert counts == {"prefill": [0, 1, 3], "decode": [1, 1, 3]}
+    assert made.one("RayCluster")["spec"]["enableInTreeAutoscaling"] is True
+
+
 def test_rdma_gets_its_device_a_user_who_may_pin_memory_and_nothing_else_changes(rendered_with: RenderWith) -> None:
     groups = rendered_with('workerGroups.prefill.rdma={"enabled":true,"resourceName":"rdma/ib","count":2}').groups()
 

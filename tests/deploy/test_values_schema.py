@@ -63,6 +63,14 @@ CONTRADICTIONS = {
         ["workerGroups.decode.maxReplicas=3"],
         "workerGroups.decode: minReplicas and maxReplicas differ, which means something only with ray.autoscaler",
     ),
+    "a pool that grows without an autoscaler": (
+        ["config.decode.max_replicas=3"],
+        "config.decode.max_replicas: needs ray.autoscaler.enabled, or no pod ever comes",
+    ),
+    "fewer pods than a pool may grow to": (
+        ["ray.autoscaler.enabled=true", "config.decode.max_replicas=3", "workerGroups.decode.maxReplicas=2"],
+        "workerGroups.decode.maxReplicas: must be at least 3, the pods that config.decode.max_replicas (3) needs",
+    ),
     "joining without certificates": (
         ['config={"cluster_id":"west","join":["10.0.0.1:9100"],"decode":{"count":0}}'],
         "tls.existingSecret: is needed with config.join",

@@ -125,6 +125,7 @@ class Fleet:
             worker.now = self.clock.now
         self.costs = COSTS
         self.num_queued = 0
+        self.num_missed: dict[Role, int] = {}
         self.retested: list[tuple[float, EngineId, EngineId]] = []
         self.offloads: list[tuple[float, Offload]] = []
         self.link_bytes_per_s = 1e9

@@ -7,6 +7,7 @@ from cluster.metric_catalogue import WAIT_BUCKETS_S
 from cluster.metrics import Metrics, Outcome, RequestRecord, SloResult
 from cluster.planner import PlannerStatus
 from cluster.planning_policy import FleetTarget, Roles
+from cluster.pool_scaler import Ended, PoolStatus
 from cluster.role_conversion import Outcome as ConversionOutcome
 from cluster.view import LinkView, WorkerLoad
 from core.link import LinkEstimate
@@ -50,6 +51,8 @@ def full_metrics() -> Metrics:
         ),
         changes={("threshold", "link_busy"): 1},
         conversions={(Role.DECODE, ConversionOutcome.DONE): 1},
+        pools={Role.DECODE: PoolStatus(1, 2, 2, {Role.DECODE: 1}, (), (), None, 20.0, None, "")},
+        starts={(Role.DECODE, Ended.STARTED): 1},
     )
     metrics = Metrics(membership, router, lambda *_: 4e9, ScriptedPlanner(status))
     metrics.observe(

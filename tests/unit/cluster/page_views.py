@@ -11,6 +11,7 @@ from cluster.front_door import Door
 from cluster.metrics import Outcome, RequestRecord, SloResult
 from cluster.planner import PlannerStatus, PlanSample
 from cluster.planning_policy import FleetTarget, Roles
+from cluster.pool_scaler import PoolStatus
 from cluster.view import LinkView, Offload, WorkerLoad, WorkerView
 from core.latency_parts import TtftParts, TtstParts
 from core.link import LinkEstimate, ProbeReport
@@ -134,7 +135,10 @@ def _plan(now: float, threshold: float, reason: str, degraded: bool) -> PlannerS
         )
     roles = Roles(3, 3) if degraded else Roles(2, 4)
     target = FleetTarget(roles, threshold, reason, {"rate_rps": 9.5}, False)
-    return PlannerStatus("dual", target, num_prefill=2, num_decode=4, history=tuple(samples))
+    pending = ((WorkerId("decode-4"), "placing", now - 12.0),) if degraded else ()
+    pool = PoolStatus(2, 6, 5 if degraded else 4, {Role.DECODE: 4}, pending, (), None, 30.0, None, "")
+    pools = {Role.DECODE: pool}
+    return PlannerStatus("dual", target, num_prefill=2, num_decode=4, pools=pools, history=tuple(samples))
 
 
 def _request(i: int, ended_at: float, draw: random.Random, degraded: bool) -> RequestRecord:

@@ -15,7 +15,7 @@ from cluster.planner import PlannerStatus
 from cluster.tokenizer import Tokenizer
 from cluster.view import ClusterView, Links, ModelInfo, Offload, WorkerLoad, WorkerView
 from core.clock import WallClock
-from core.errors import Cancelled, PrfaasError
+from core.errors import Cancelled, InvalidRequest, PrfaasError
 from core.fingerprint import CacheFingerprint
 from core.latency_parts import TtftParts, TtstParts
 from core.link import ProbeReport
@@ -125,6 +125,13 @@ class ScriptedPlanner:
     """A planner that has done what a test says."""
 
     status: PlannerStatus = field(default_factory=lambda: PlannerStatus("dual"))
+    scaled: list[tuple[Role, int | None]] = field(default_factory=list)
+
+    def scale(self, role: Role, size: int | None) -> str:
+        if size is not None and size > 3:
+            raise InvalidRequest("replicas", "must be from min_replicas 1 to max_replicas 3 of the decode pool, got 4")
+        self.scaled.append((role, size))
+        return f"{role}: held at {size}"
 
 
 class ScriptedLinks:

@@ -26,6 +26,7 @@ from cluster.internal_tls import TlsDecision
 from cluster.link_tester import Pair, PairResult
 from cluster.planner import PlannerStatus, PlanSample
 from cluster.planning_policy import FleetTarget, Roles
+from cluster.pool_scaler import Ended, PoolStatus
 from cluster.role_conversion import Conversion
 from cluster.view import NO_OFFLOAD, LinkView
 from core.credentials import Credentials
@@ -256,6 +257,20 @@ async def test_status_shows_links(service, run):
     assert (shown["from_worker"], shown["goodput"], shown["state"]) == ("prefill-0", 2e9, "untested")
 
 
+DECODE_POOL = PoolStatus(
+    least=1,
+    most=3,
+    wanted=3,
+    ready={Role.PREFILL: 1, Role.DECODE: 0},
+    pending=((WorkerId("decode-1"), "placing", 0.0),),
+    draining=(),
+    held=None,
+    start_s=12.5,
+    retry_at=math.inf,
+    problem="decode-2: unplaced: no machine has room for it after 600 s",
+)
+
+
 def planned() -> PlannerStatus:
     gain = Gain(2.0, Served(5.0, 0.2, 0.01), Served(4.0, 0.3, 0.02))
     target = FleetTarget(
@@ -293,6 +308,8 @@ def planned() -> PlannerStatus:
         num_decode=2,
         changing=(changing,),
         changes={("roles", "more_decode"): 1},
+        pools={Role.DECODE: DECODE_POOL},
+        starts={(Role.DECODE, Ended.UNPLACED): 1},
         history=(quiet, replace(quiet, at=2.0, threshold_tokens=4321.0, change="threshold none to 4,321 tokens")),
     )
 
@@ -313,8 +330,39 @@ async def test_status_shows_the_plan_its_reason_and_its_last_changes(service, ru
         "x1.25",
         "rate_rps 2.5",
         "threshold none to 4,321 tokens",
+        "1 to 3",
+        "decode-1 placing since",
+        "1 of them prefill now",
+        "decode-2: unplaced: no machine has room for it after 600 s, again in",
     ):
         assert words in shown, words
+
+
+async def test_scale_holds_a_pool_or_lets_it_go_and_shows_what_it_is_now(service, run):
+    service.planner.status = planned()
+
+    held = await run("scale", "decode", "3")
+    assert held.stdout.startswith("decode: held at 3\n")
+    assert "decode-1 placing since" in held.stdout
+    assert (await run("scale", "decode", "auto")).exit_code == 0
+    assert service.planner.scaled == [(Role.DECODE, 3), (Role.DECODE, None)]
+    answer = json.loads((await run("scale", "decode", "2", "--json")).stdout)
+    assert (answer["answer"], answer["pool"]["desired"]) == ("decode: held at 2", 3)
+    assert answer["pool"]["ended"] == {"unplaced": 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("decode", "4"), 1, "INVALID_ARGUMENT: replicas: must be from min_replicas 1 to max_replicas 3"),
+        (("encode", "1"), 1, "INVALID_ARGUMENT: pool: must be one of prefill, decode, got 'encode'"),
+        (("decode", "many"), 2, "N must be a number of workers or auto, got 'many'"),
+    ],
+)
+async def test_what_scale_cannot_do_is_refused_by_name(run, words, code, said):
+    result = await run("scale", *words)
+
+    assert (result.exit_code, said in result.stderr) == (code, True), result.stderr
 
 
 async def test_status_json_has_the_plan_with_its_history(service, run):

@@ -250,6 +250,42 @@ def test_a_pool_overrides_the_engine_for_its_role_only(tmp_path):
     assert config.pool(Role.DECODE) is config.decode
 
 
+def test_a_pool_grows_between_its_bounds_which_are_its_count_where_they_are_not_given(tmp_path):
+    config = load(tmp_path, "model: m\nprefill: {min_replicas: 0}\ndecode: {count: 2, max_replicas: 5}")
+
+    assert config.elastic_roles == (Role.PREFILL, Role.DECODE)
+    assert (config.prefill.least, config.prefill.most, config.decode.least, config.decode.most) == (0, 1, 2, 5)
+    assert load(tmp_path, "model: m\ndecode: {count: 2, min_replicas: 2, max_replicas: 2}").elastic_roles == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "said"),
+    [
+        ("decode: {count: 2, max_replicas: 1}", "decode.max_replicas", "must be at least count (2), got 1"),
+        ("decode: {count: 2, min_replicas: 3}", "decode.min_replicas", "must be at most count (2), got 3"),
+        ("prefill: {min_replicas: -1}", "prefill.min_replicas", "must be null or at least 0, got -1"),
+        ("decode: {min_replicas: 0}", "decode.min_replicas", "must be null or at least 1: nothing else decodes, got 0"),
+        ("decode: {max_replicas: 2, placement: PACK}", "decode.placement", "must be null in a pool that grows"),
+        ("decode: {max_replicas: 2, num_cpus: 0}", "decode.num_cpus", "must be above 0 in a pool that grows"),
+        (
+            "prefill: {min_replicas: 0}\nrouter: {without_prefill: wait}",
+            "prefill.min_replicas",
+            "must be at least 1 with router.without_prefill wait",
+        ),
+        ("planner: {scaling: {max_pending: 0}}", "planner.scaling.max_pending", "must be at least 1"),
+        (
+            "cluster_id: west\njoin: ['a:1']\nprefill: {max_replicas: 2}\ndecode: {count: 0}",
+            "prefill.max_replicas",
+            "means nothing with join",
+        ),
+    ],
+)
+def test_bounds_that_a_pool_cannot_have_are_named(tmp_path, text, key, said):
+    error = refusal(tmp_path, f"model: m\n{text}")
+
+    assert (error.key, said in error.message) == (key, True), error
+
+
 def test_configuration_made_in_code_is_checked_too():
     with pytest.raises(InvalidConfig, match=r"decode\.engine\.dtype"):
         ServiceConfig(model="m", decode=PoolConfig(engine={"dtype": "int4"}))

@@ -43,6 +43,7 @@ def test_a_frame_has_workers_links_plan_and_requests(service, width):
 
     assert "oslo/prefill-1" in text
     assert "threshold 7,168 tokens, 2 prefill, 4 decode" in text
+    assert "decode pool: 4 ready of 5 desired (2 to 6), 1 pending, 0 draining" in text
     assert "link from oslo is full" in text
     assert max(map(len, text.splitlines())) <= width
     if width == 160:

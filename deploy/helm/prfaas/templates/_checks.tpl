@@ -8,9 +8,20 @@ What one value means for another; values.schema.json checks each value by itself
 {{- $config := include "prfaas.config" . | fromYaml }}
 {{- range $role := list "prefill" "decode" }}
 {{- $group := index $.Values.workerGroups $role }}
-{{- $replicas := int (include "prfaas.replicas" (dict "root" $ "config" $config "role" $role)) }}
-{{- $min := $replicas }}{{ if not (kindIs "invalid" $group.minReplicas) }}{{ $min = int $group.minReplicas }}{{ end }}
-{{- $max := $replicas }}{{ if not (kindIs "invalid" $group.maxReplicas) }}{{ $max = int $group.maxReplicas }}{{ end }}
+{{- $of := dict "root" $ "config" $config "role" $role }}
+{{- $pool := index $config $role }}
+{{- $replicas := int (include "prfaas.replicas" $of) }}
+{{- $min := int (include "prfaas.minReplicas" $of) }}
+{{- $max := int (include "prfaas.maxReplicas" $of) }}
+{{- if not (kindIs "invalid" $pool.max_replicas) }}
+{{- $most := int (include "prfaas.podsFor" (dict "root" $ "role" $role "count" $pool.max_replicas)) }}
+{{- if lt $max $most }}
+{{- fail (printf "workerGroups.%s.maxReplicas: must be at least %d, the pods that config.%s.max_replicas (%d) needs at %d workers a pod" $role $most $role (int $pool.max_replicas) (int $group.workersPerPod)) }}
+{{- end }}
+{{- if and (gt $most $replicas) (not $.Values.ray.autoscaler.enabled) }}
+{{- fail (printf "config.%s.max_replicas: needs ray.autoscaler.enabled, or no pod ever comes for the workers beyond config.%s.count (%d)" $role $role (int $pool.count)) }}
+{{- end }}
+{{- end }}
 {{- if or (gt $min $replicas) (lt $max $replicas) }}
 {{- fail (printf "workerGroups.%s: minReplicas (%d) and maxReplicas (%d) must enclose the %d pods that config.%s.count needs at %d workers a pod" $role $min $max $replicas $role (int $group.workersPerPod)) }}
 {{- end }}

@@ -188,11 +188,40 @@ topologySpreadConstraints:
 {{- end }}
 {{- end }}
 
+{{/* Pods that hold so many workers of a pool. `.`: (dict "root" $ "role" role "count" count) */}}
+{{- define "prfaas.podsFor" -}}
+{{- $perPod := int (index .root.Values.workerGroups .role).workersPerPod }}
+{{- div (add (int .count) (sub $perPod 1)) $perPod }}
+{{- end }}
+
 {{/* Pods of a worker group: as many as hold `count` workers. `.`: (dict "root" $ "config" config "role" role) */}}
 {{- define "prfaas.replicas" -}}
-{{- $count := int (index .config .role).count }}
-{{- $perPod := int (index .root.Values.workerGroups .role).workersPerPod }}
-{{- div (add $count (sub $perPod 1)) $perPod }}
+{{- include "prfaas.podsFor" (dict "root" .root "role" .role "count" (index .config .role).count) }}
+{{- end }}
+
+{{/*
+Fewest and most pods of a worker group: what its values say, else what the pool's min_replicas and max_replicas need.
+`.`: as of prfaas.replicas
+*/}}
+{{- define "prfaas.minReplicas" -}}
+{{- $group := index .root.Values.workerGroups .role }}
+{{- $pool := index .config .role }}
+{{- $count := $pool.count }}{{ if not (kindIs "invalid" $pool.min_replicas) }}{{ $count = $pool.min_replicas }}{{ end }}
+{{- if kindIs "invalid" $group.minReplicas }}
+{{- include "prfaas.podsFor" (dict "root" .root "role" .role "count" $count) }}
+{{- else }}
+{{- int $group.minReplicas }}
+{{- end }}
+{{- end }}
+{{- define "prfaas.maxReplicas" -}}
+{{- $group := index .root.Values.workerGroups .role }}
+{{- $pool := index .config .role }}
+{{- $count := $pool.count }}{{ if not (kindIs "invalid" $pool.max_replicas) }}{{ $count = $pool.max_replicas }}{{ end }}
+{{- if kindIs "invalid" $group.maxReplicas }}
+{{- include "prfaas.podsFor" (dict "root" .root "role" .role "count" $count) }}
+{{- else }}
+{{- int $group.maxReplicas }}
+{{- end }}
 {{- end }}
 
 {{/* Limits and requests of a worker's container: what is given, and the devices that the workers in it need. */}}
