@@ -88,6 +88,7 @@ T = TypeVar("T")
 
 EXPIRY_CHECK_S = 0.5
 IDLE_POLL_S = 0.05
+REPORT_WAIT_S = 0.05  # for the engine's load: an older one keeps prompts waiting for pages that are free again
 NOTICE_S = 0.3  # for gateways to hear that a worker drains, before having nothing to do means that it may go
 EXIT_ENGINE_DIED = 70
 MAX_MESSAGE_BYTES = 64 << 20
@@ -231,6 +232,7 @@ class _Parts(rpc.WorkerServicer):
         self._load_at = clock.now()  # when the engine was asked for it; ``_announced`` is of that moment too
         self._announced = Announced()
         self._load_asked = False
+        self._load_noted = asyncio.Event()  # set when the engine has answered
         self._page_events = PageEventLog()
         self._steps = StepLog()
 
@@ -490,7 +492,7 @@ class _Parts(rpc.WorkerServicer):
         self._num_watching += 1
         try:
             while True:
-                self._ask_load()
+                await self._refresh_load()
                 changed = self._state_changed
                 state = self._state()
                 events = self._page_events.since(told)
@@ -531,8 +533,15 @@ class _Parts(rpc.WorkerServicer):
         self._state_changed.set()
         self._state_changed = asyncio.Event()
 
+    async def _refresh_load(self) -> None:
+        """The engine says between two steps what it has, most often at once; a heartbeat does not wait for a long step
+        to end, and then tells what was known before."""
+        noted = self._load_noted
+        self._ask_load()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(noted.wait(), REPORT_WAIT_S)
+
     def _ask_load(self) -> None:
-        """Refresh the load between two steps; a heartbeat does not wait for a long step to end."""
         if self._load_asked:
             return
         self._load_asked = True
@@ -544,6 +553,8 @@ class _Parts(rpc.WorkerServicer):
 
     def _note_report(self, done: Future[_Report], asked_at: float, announced: Announced) -> None:
         self._load_asked = False
+        self._load_noted.set()
+        self._load_noted = asyncio.Event()
         if not done.cancelled() and done.exception() is None:
             self._load, changes, steps = done.result()
             self._load_at, self._announced = asked_at, announced
