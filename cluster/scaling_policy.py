@@ -169,7 +169,7 @@ def plan_pools(
     sizes, word, text, give_back = judge.decide(roles)
     if word in _ACTIONS:  # each delay begins anew
         roles = {role: replace(seen, short_since_s=None, slack_since_s=None) for role, seen in roles.items()}
-    plan = PoolPlan(PoolSizes(sizes, give_back), word, f"pools: {text}", judge.numbers())
+    plan = PoolPlan(PoolSizes(sizes, text, give_back), word, f"pools: {text}", judge.numbers())
     return plan, ScalingMemory(roles)
 
 
@@ -213,10 +213,11 @@ class _Judge:
         now, num_workers = self._view.at_s, self._has[role]
         seen = before if before.num_workers == num_workers else replace(before, short_since_s=None, slack_since_s=None)
         seen = replace(seen, num_workers=num_workers)
-        pressed = self._pressure(role) is not None and not self._on_its_way(role)
+        waits = self._pressure(role) is not None
+        pressed = waits and not self._on_its_way(role)
         seen = self._learn_limit(role, seen, pressed)
         short = pressed or self._overloaded(role)
-        slack = not short and self._spare(role, seen)
+        slack = not (short or waits) and self._spare(role, seen)
         return replace(
             seen,
             short_since_s=(now if seen.short_since_s is None else seen.short_since_s) if short else None,

@@ -162,6 +162,14 @@ def test_workers_on_their_way_count_and_no_more_than_max_pending_are() -> None:
     assert causes(looks(30, lambda at: view(at, 4, 2), ScalingView(unasked), 30.0))[-1] == "pending"
 
 
+def test_while_something_waits_what_is_on_its_way_is_not_withdrawn() -> None:
+    coming = {Role.DECODE: pool(Role.DECODE, 1, wanted=2, num_pending=1)}
+
+    plans = looks(200, lambda at: view(at, 1, 1, decode_queue=3), ScalingView(coming), 0.5)
+    assert causes(plans) == ["balanced"]
+    assert plans[-1].pools.sizes == {Role.DECODE: 2}
+
+
 def test_a_pool_that_has_its_most_says_so() -> None:
     full = {Role.DECODE: pool(Role.DECODE, 2, most=2, least=1)}
 
