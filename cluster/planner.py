@@ -264,8 +264,7 @@ class Planner:
         changes = self._changes_of(target, seen)
         for kind, said in changes.items():
             self._changes[kind, target.causes.get(kind, "unnamed")] += 1
-            gain = target.gain
-            logger.info("plan: %s: %s", said, gain.reason if kind == ADVICE and gain is not None else target.reason)
+            logger.info("plan: %s: %s", said, _reason_of(kind, target))
         self._publish(target)
         if self._scaler is not None and target.pools is not None:
             self._scaler.aim(target.pools)
@@ -432,6 +431,15 @@ class Planner:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _reason_of(kind: str, target: FleetTarget) -> str:
+    """Why that changed: the gain or the pools' own reason, else the whole target's."""
+    if kind == ADVICE and target.gain is not None:
+        return target.gain.reason
+    if kind == POOLS and target.pools is not None:
+        return target.pools.reason
+    return target.reason
 
 
 def _roles_of(seen: PlanningView) -> Roles:

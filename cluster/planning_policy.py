@@ -99,6 +99,7 @@ class PoolSizes:
     """How many workers each pool should have, whatever they do; a pool whose size is fixed is not named."""
 
     sizes: Mapping[Role, int]
+    reason: str = ""
     give_back: Role | None = None  # of which role a worker goes, if a pool is to lose one; None: whichever
 
 

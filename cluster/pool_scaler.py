@@ -128,6 +128,7 @@ class _Worker:
     pool: Role
     since: float  # it was asked for, lost, or began to drain
     phase: Phase = Phase.PLACING
+    said: str = ""  # of it: why it failed, or how it stopped if not in order
     placed_at: float | None = None
     ready: bool = False
     draining: bool = False
@@ -288,9 +289,7 @@ class PoolScaler:
                     logger.info("scale: worker %s has its place after %.1f s", worker_id, now - worker.since)
             elif found.phase is Phase.PLACING and worker.placed_at is not None:
                 worker.placed_at, worker.since = None, now  # its machine is gone
-            worker.phase = found.phase
-            if found.phase is Phase.FAILED:
-                self._pools[worker.pool].problem = found.said
+            worker.phase, worker.said = found.phase, found.said
 
     def _note_view(self, now: float) -> None:
         """Who is ready, who died."""
@@ -319,15 +318,15 @@ class PoolScaler:
         if worker.draining:
             overdue_s = now - worker.since - self._settings.drain_timeout_s
             if worker.phase in (Phase.STOPPED, Phase.FAILED) or overdue_s > _STOP_SLACK_S:
-                in_order = worker.phase is Phase.STOPPED and overdue_s < 0
+                in_order = worker.phase is Phase.STOPPED and overdue_s < 0 and not worker.said
                 ended = Ended.DRAINED if in_order else Ended.CUT_SHORT
-                await self._end(worker_id, worker, ended, f"after {now - worker.since:.1f} s")
+                why = f": {worker.said}" if worker.said else ""
+                await self._end(worker_id, worker, ended, f"after {now - worker.since:.1f} s{why}")
             return
         if worker.ready:
             return
         if worker.phase is Phase.FAILED:
-            problem = self._pools[worker.pool].problem
-            await self._give_up(worker_id, worker, Ended.FAILED, problem)
+            await self._give_up(worker_id, worker, Ended.FAILED, worker.said)
         elif worker.placed_at is None and now - worker.since > self._settings.placement_timeout_s:
             said = f"no machine has room for it after {self._settings.placement_timeout_s:g} s"
             await self._give_up(worker_id, worker, Ended.UNPLACED, said)

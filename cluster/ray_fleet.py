@@ -7,7 +7,8 @@ Ray starts, places and restarts processes, and is asked for nothing else: reques
     start        the model is loaded in the actor's constructor, so a restarted actor serves again by itself; it takes
                  any free port and draws a new engine id at each start, so no two starts can be mistaken for each other
     pools        a worker of a pool that grows and shrinks (elastic) has a placement group of its own: while it is
-                 pending an autoscaler sees it, and when it is removed nothing of its machine is reserved any more
+                 pending an autoscaler sees it (and no actor, which would seem to ask for something that no machine
+                 has), and when it is removed nothing of the machine is reserved any more
     restart      for ever after a crash (``max_restarts=-1``), never after an exception: one at the first start is
                  kept for ``check``, which raises it; one at a restart ends the actor and is in its log
     threads      Ray sets OMP_NUM_THREADS to the CPUs that it reserves; reserving is not limiting, so it is taken back
@@ -78,6 +79,7 @@ class RayFleet:
         self._groups: list[PlacementGroup] = []
         self._own_groups: dict[WorkerId, PlacementGroup] = {}  # of workers of elastic pools
         self._pool_of: dict[WorkerId, Role] = {}  # likewise
+        self._unplaced: set[WorkerId] = set()  # likewise, that have no actor yet: their groups have no place
         self._retiring: dict[WorkerId, Any] = {}  # likewise, told to stop |-> reference to their answer
         self._failed: dict[WorkerId, str] = {}  # likewise |-> why their start failed
         self._service = uuid4().hex[:8]  # two services of one namespace may have workers of one name
@@ -152,16 +154,24 @@ class RayFleet:
     def add(self, role: Role) -> WorkerId:
         """Ask Ray for one more worker; returns at once. Its name is the first that is free."""
         names = (self._config.worker_id(role, index) for index in itertools.count())
-        worker_id = next(name for name in names if name not in self._workers)
+        worker_id = next(name for name in names if name not in self._workers and name not in self._pool_of)
         group = placement_group([_bundle(self._config.pool(role))], name=self._ray_name(worker_id))
         self._own_groups[worker_id] = group
         self._pool_of[worker_id] = role
-        placing = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=False)
-        self._start_actor(role, worker_id, placing)
+        self._unplaced.add(worker_id)
         return worker_id
+
+    def _start_placed(self) -> None:
+        """Start the actors of workers whose placement groups have got their place."""
+        for worker_id in [name for name in self._unplaced if self._has_place(name)]:
+            self._unplaced.discard(worker_id)
+            group = self._own_groups[worker_id]
+            placing = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=False)
+            self._start_actor(self._pool_of[worker_id], worker_id, placing)
 
     def phases(self) -> Mapping[WorkerId, WorkerPhase]:
         """How far each worker of an elastic pool is."""
+        self._start_placed()
         self._collect_failures()
         loading, stopped = self._loading(), self._retired()
         found = {}
@@ -170,7 +180,7 @@ class RayFleet:
                 found[worker_id] = WorkerPhase(Phase.STOPPED, stopped[worker_id])
             elif worker_id in self._failed:
                 found[worker_id] = WorkerPhase(Phase.FAILED, self._failed[worker_id])
-            elif not self._has_place(worker_id):
+            elif worker_id in self._unplaced or not self._has_place(worker_id):
                 found[worker_id] = WorkerPhase(Phase.PLACING)
             else:
                 found[worker_id] = WorkerPhase(Phase.STARTING if worker_id in loading else Phase.UP)
@@ -182,13 +192,15 @@ class RayFleet:
 
     def remove(self, worker_id: WorkerId) -> None:
         """End it now, and give back what was reserved for it; nothing happens if it is not there."""
-        actor = self._workers.pop(worker_id, None)
-        if actor is None:
+        group = self._own_groups.pop(worker_id, None)
+        if group is None:
             return
-        ray.kill(actor, no_restart=True)
-        remove_placement_group(self._own_groups.pop(worker_id))
+        if worker_id in self._workers:
+            ray.kill(self._workers.pop(worker_id), no_restart=True)
+        remove_placement_group(group)
         self._starting = {reference: name for reference, name in self._starting.items() if name != worker_id}
         del self._pool_of[worker_id]
+        self._unplaced.discard(worker_id)
         self._retiring.pop(worker_id, None)
         self._failed.pop(worker_id, None)
 
@@ -225,6 +237,7 @@ class RayFleet:
 
     def check(self) -> None:
         """Raise ``UnsupportedModel`` or ``WorkerNotStarted`` if a worker has failed to start since the last call."""
+        self._start_placed()
         if not self._starting:
             return
         done, _ = ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0)
@@ -259,6 +272,7 @@ class RayFleet:
             remove_placement_group(group)
         for kept in (self._workers, self._starting, self._own_groups, self._pool_of, self._retiring, self._failed):
             kept.clear()
+        self._unplaced.clear()
         self._groups.clear()
         self._stopping = None
         ray.shutdown()

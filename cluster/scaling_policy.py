@@ -10,9 +10,9 @@ the other role, if that has slack (``conversion_wait_s``); if it has none, or no
 for. A worker that has been too many for ``downscale_delay_s`` is given back, one at a time. What keeps the fleet calm:
 
 - between the two marks nothing happens, and each delay begins anew whenever the number of workers changes;
-- the price of a start is the seconds that starts took: a queue that will be gone before a worker is ready asks for
-  none, and an idle worker is kept at least ``start_price`` times as long as it takes to get another one (at 1 that at
-  most doubles the cost of the best choice in hindsight, whatever comes: the ski-rental argument);
+- the price of a start is the seconds that starts took: a queue that should be gone before a worker is ready is given
+  as long, to show that it is; and an idle worker is kept at least ``start_price`` times as long as it takes to get
+  another one (at 1 that at most doubles the cost of the best choice in hindsight, whatever comes: ski rental);
 - the cost model may be wrong. The share in use at which a role was pressed for the whole delay is remembered: nothing
   is given back that would bring it near that again, until the demand has halved;
 - what waits asks for one worker at a time, and for the next only when that one is ready and it still waits;
@@ -169,7 +169,7 @@ def plan_pools(
     sizes, word, text, give_back = judge.decide(roles)
     if word in _ACTIONS:  # each delay begins anew
         roles = {role: replace(seen, short_since_s=None, slack_since_s=None) for role, seen in roles.items()}
-    plan = PoolPlan(PoolSizes(sizes, give_back), word, f"pools: {text}", judge.numbers())
+    plan = PoolPlan(PoolSizes(sizes, text, give_back), word, f"pools: {text}", judge.numbers())
     return plan, ScalingMemory(roles)
 
 
@@ -213,10 +213,11 @@ class _Judge:
         now, num_workers = self._view.at_s, self._has[role]
         seen = before if before.num_workers == num_workers else replace(before, short_since_s=None, slack_since_s=None)
         seen = replace(seen, num_workers=num_workers)
-        pressed = self._pressure(role) is not None and not self._on_its_way(role)
+        waits = self._pressure(role) is not None
+        pressed = waits and not self._on_its_way(role)
         seen = self._learn_limit(role, seen, pressed)
         short = pressed or self._overloaded(role)
-        slack = not short and self._spare(role, seen)
+        slack = not (short or waits) and self._spare(role, seen)
         return replace(
             seen,
             short_since_s=(now if seen.short_since_s is None else seen.short_since_s) if short else None,
@@ -229,7 +230,7 @@ class _Judge:
         if seen.pressed_at is not None and rate < _FORGET * seen.pressed_rps:
             seen = replace(seen, pressed_at=None)
         lasted_s = -1.0 if seen.short_since_s is None else self._view.at_s - seen.short_since_s
-        if not pressed or load is None or not self._has[role] or lasted_s < self._settings.upscale_delay_s:
+        if not pressed or load is None or not self._has[role] or lasted_s < self._up_delay_s(role):
             return seen
         at = min(_share(load, self._has[role]), self._settings.upscale_utilisation)
         known = seen.pressed_at is not None and seen.pressed_at <= at
@@ -261,17 +262,22 @@ class _Judge:
             return "queue", f"{view.num_queued} requests wait in the gateway"
         objective = self._scaling.ttft_s
         mark = self._bounds.high_queue_s if objective is None else min(self._bounds.high_queue_s, objective / 2)
-        if view.local_queue_s >= mark and not self._gone_soon(role):
+        if view.local_queue_s >= mark:
             return "queue", f"{view.local_queue_s:.1f} s of prefill wait before each worker"
         return None
 
-    def _gone_soon(self, role: Role) -> bool:
-        """Will the queue be gone before another worker could be ready?"""
-        load, pool = self._load[role], self._scaling.pools.get(role)
-        if load is None or pool is None:
-            return False
-        spare = 1 - _share(load, self._has[role])
-        return spare > 0 and self._view.local_queue_s / spare < self._start_s(pool)
+    def _up_delay_s(self, role: Role) -> float:
+        """How long it must have been short: as long as a start takes, if its queue should be gone by then."""
+        delay_s, pool = self._settings.upscale_delay_s, self._scaling.pools.get(role)
+        pressure, load, rate = self._pressure(role), self._load[role], self._demand.rate_rps
+        if pool is None or load is None or not rate or pressure is None or pressure[0] != "queue":
+            return delay_s
+        has, view = self._has[role], self._view
+        waiting = view.num_queued + (view.decode_queue if role is Role.DECODE else 0)
+        queue_s = waiting * load / rate / has + (view.local_queue_s if role is Role.PREFILL else 0.0)
+        spare = 1 - _share(load, has)
+        gone = spare > 0 and queue_s / spare < self._start_s(pool)
+        return max(delay_s, self._start_s(pool)) if gone else delay_s
 
     def _spare(self, role: Role, seen: RoleMemory) -> bool:
         """Would the others do without one of its workers?"""
@@ -349,11 +355,12 @@ class _Judge:
         most = self._bounds_of(role)[1]
         if self._has[role] + self._on_its_way(role) >= most:
             return "at_max", f"{role} is short ({why}), but planner.dual.max_{role} is {most:.0f}"
-        if now - since_s < settings.upscale_delay_s:
-            waited = f"for {now - since_s:.0f} s, {settings.upscale_delay_s:g} s are waited"
+        delay_s = self._up_delay_s(role)
+        if now - since_s < delay_s:
+            waited = f"for {now - since_s:.0f} s, {delay_s:g} s are waited"
             return "delay", f"{role} is short ({why}) {waited}"
         other = Role.DECODE if role is Role.PREFILL else Role.PREFILL
-        if self._may_convert(other, roles) and now - since_s < settings.upscale_delay_s + settings.conversion_wait_s:
+        if self._may_convert(other, roles) and now - since_s < delay_s + settings.conversion_wait_s:
             return "conversion_first", f"{role} is short ({why}); a {other} worker may be converted first"
         num_missing = sum(each.num_missing for each in self._scaling.pools.values())
         room = settings.max_pending - num_missing

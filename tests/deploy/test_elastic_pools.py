@@ -79,6 +79,7 @@ def autoscaling_ray(machine: Machine, ports: list[int], tmp_path: Path) -> Itera
     }
     fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1"}
     fake |= {"RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
+    fake |= {"RAY_NODE_TYPE_NAME": "ray.head.default"}
     command = ["ray", "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
     machine.start("head", command, machine.environment() | fake)
     machine.wait_for("head", "Ray runtime started.", START_S)

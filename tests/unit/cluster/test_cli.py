@@ -266,8 +266,8 @@ DECODE_POOL = PoolStatus(
     draining=(),
     held=None,
     start_s=12.5,
-    retry_at=math.inf,
-    problem="decode-2: unplaced: no machine has room for it after 600 s",
+    retry_at=1e6,
+    problem="decode-2: unplaced",
 )
 
 
@@ -333,7 +333,7 @@ async def test_status_shows_the_plan_its_reason_and_its_last_changes(service, ru
         "1 to 3",
         "decode-1 placing since",
         "1 of them prefill now",
-        "decode-2: unplaced: no machine has room for it after 600 s, again in",
+        "decode-2: unplaced, again in",
     ):
         assert words in shown, words
 

@@ -140,7 +140,7 @@ async def running(decode: PoolConfig, prefill: PoolConfig | None = None, room: i
 
 
 def decode(size: int) -> PoolSizes:
-    return PoolSizes({Role.DECODE: size}, Role.DECODE)
+    return PoolSizes({Role.DECODE: size}, give_back=Role.DECODE)
 
 
 async def test_a_worker_is_asked_for_is_pending_and_is_ready_when_it_is_in_the_view() -> None:
@@ -302,7 +302,7 @@ async def test_the_last_worker_that_decodes_never_drains_and_that_is_said_once(
     # the decode pool's own worker has become a prefill worker, one of the prefill pool decodes
     run.service.processes[WorkerId("decode-0")].role = Role.PREFILL
     run.service.processes[WorkerId("prefill-0")].role = Role.DECODE
-    run.scaler.aim(PoolSizes({Role.PREFILL: 0}, Role.PREFILL))
+    run.scaler.aim(PoolSizes({Role.PREFILL: 0}, give_back=Role.PREFILL))
     with caplog.at_level(logging.WARNING):
         await run.pass_time(1)
         run.service.processes[WorkerId("prefill-1")].phase = WorkerPhase(Phase.STOPPED)
