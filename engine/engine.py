@@ -67,7 +67,7 @@ from engine.scheduler import (
     Scheduler,
     StepPlan,
 )
-from engine.step_room import Bound
+from engine.step_budget import Bound
 from engine.step_seconds import StepClock
 from engine.step_trials import try_steps
 
@@ -591,8 +591,8 @@ class Engine:
             parts.append("planned ahead" if pays else "not planned ahead: launching takes as long as computing")
         reasons = dict.fromkeys(reason for reason in (mode.reason, mode.graph_reason) if reason)
         choice = self._attention
-        rooms = self._scheduler.rooms
-        latest = rooms.latest if self._beside is None else self._beside.reason
+        budgets = self._scheduler.budgets
+        latest = budgets.latest if self._beside is None else self._beside.reason
         return EngineModes(
             choice.name,
             choice.reason,
@@ -601,7 +601,7 @@ class Engine:
             self._runner.num_fallbacks,
             self._colocated_mode,
             str(latest or ""),
-            tuple((bound.value, rooms.counts[bound]) for bound in Bound if rooms.counts[bound]),
+            tuple((bound.value, budgets.counts[bound]) for bound in Bound if budgets.counts[bound]),
             self._beside.num_steps if self._beside is not None else 0,
         )
 

@@ -43,7 +43,7 @@ from engine.config import APART_MODES, EngineConfig
 from engine.page_allocator import PageAllocator
 from engine.prefill_order import ORDERS, Pace, PrefillOrder, due_at
 from engine.sequence import Sequence, SequenceStatus
-from engine.step_room import Costs, StepRoom, StepRooms
+from engine.step_budget import Costs, StepBudget, StepBudgets
 
 TokenIds: TypeAlias = AbstractSequence[int]
 
@@ -265,7 +265,7 @@ class Scheduler(Protocol):
         ...
 
     @property
-    def rooms(self) -> StepRooms:
+    def budgets(self) -> StepBudgets:
         """What bounded the prompts of steps."""
         ...
 
@@ -287,7 +287,7 @@ class ChunkedPrefillScheduler:
        then waiting ones, in that order. A head of the queue that does not fit blocks those behind it.
     2. A step computes at most ``max_batch_tokens`` tokens of at most ``max_batch_size`` sequences, and at most
        ``max_prefill_chunk`` tokens of one sequence; and beside decoding sequences no more than leaves them their
-       ``tpot_slo_s`` (step_room.py).
+       ``tpot_slo_s`` (step_budget.py).
     3. A sequence starts when there are pages for every token known of it; what the prefix cache holds is taken from
        there, except the last token, whose logits are needed. From then on only decoding takes pages, one at a border.
     4. When such a page is missing, the youngest running sequence is preempted: its pages are released (they stay in
@@ -323,7 +323,7 @@ class ChunkedPrefillScheduler:
         self._page_size = allocator.page_size
         self._max_batch_tokens = config.max_batch_tokens
         self._apart = config.colocated_mode in APART_MODES
-        self._rooms = StepRooms(config.max_batch_tokens, None if self._apart else config.tpot_slo_s, costs)
+        self._budgets = StepBudgets(config.max_batch_tokens, None if self._apart else config.tpot_slo_s, costs)
         self._max_batch_size = config.max_batch_size
         self._max_chunk = config.max_prefill_chunk or config.max_batch_tokens
         self._max_len = min(max_model_len, allocator.num_pages * allocator.page_size)  # tokens, prompt and output
@@ -470,13 +470,13 @@ class ChunkedPrefillScheduler:
             return plan
         chunks: list[StepItem] = []
         batch_size, context = len(decodes), _context_of(decodes)
-        room = self._rooms.beside(batch_size, context)
+        budget = self._budgets.beside(batch_size, context)
         if batch_size < len(batch):
-            self._continue_chunks(batch, chunks, room)
+            self._continue_chunks(batch, chunks, budget)
         # A victim of this step cannot start again in it: it was taken because no page was free, and one of its own
         # went to somebody else, so at least that one is missing.
-        started = self._start_waiting(decodes, chunks, room, now)
-        self._rooms.note(room, batch_size, context)
+        started = self._start_waiting(decodes, chunks, budget, now)
+        self._budgets.note(budget, batch_size, context)
         self._stalled = not decodes and not chunks
         if self._stalled:
             return None
@@ -492,10 +492,10 @@ class ChunkedPrefillScheduler:
             return None
         decodes: list[StepItem] = []  # prompts of which the last token alone is to be computed
         chunks: list[StepItem] = []
-        room = self._rooms.beside(0, lambda: 0)
-        self._continue_chunks(batch, chunks, room)
-        started = self._start_waiting(decodes, chunks, room, now)
-        self._rooms.note(room, 0, lambda: 0)
+        budget = self._budgets.beside(0, lambda: 0)
+        self._continue_chunks(batch, chunks, budget)
+        started = self._start_waiting(decodes, chunks, budget, now)
+        self._budgets.note(budget, 0, lambda: 0)
         if not decodes and not chunks:
             return None
         plan = StepPlan((*decodes, *chunks), tuple(started))
@@ -597,16 +597,16 @@ class ChunkedPrefillScheduler:
         started: list[StartedSequence] = []
         if not self._apart:
             batch_size, context = len(decodes), _context_of(decodes)
-            room = self._rooms.beside(batch_size, context)
+            budget = self._budgets.beside(batch_size, context)
             starts = {sequence.sequence_id: start for sequence, start in prefilling}
             for sequence in self._order.prefilling(sequence for sequence, _ in prefilling):
                 start = starts[sequence.sequence_id]
-                num_tokens = room.take(start, min(len(sequence.token_ids) - start, self._max_chunk))
+                num_tokens = budget.take(start, min(len(sequence.token_ids) - start, self._max_chunk))
                 if not num_tokens:
                     break
                 chunks.append(_item(sequence, num_tokens, start))
-            started = self._start_waiting(decodes, chunks, room, now)
-            self._rooms.note(room, batch_size, context)
+            started = self._start_waiting(decodes, chunks, budget, now)
+            self._budgets.note(budget, batch_size, context)
         if not decodes and not chunks:
             return None
         ahead = StepPlan((*decodes, *chunks), tuple(started))
@@ -659,8 +659,8 @@ class ChunkedPrefillScheduler:
     # ---- what can be asked ----
 
     @property
-    def rooms(self) -> StepRooms:
-        return self._rooms
+    def budgets(self) -> StepBudgets:
+        return self._budgets
 
     @property
     def has_work(self) -> bool:
@@ -744,30 +744,30 @@ class ChunkedPrefillScheduler:
         sequence.move(SequenceStatus.WAITING)
         self._waiting.appendleft(sequence)
 
-    def _continue_chunks(self, batch: list[Sequence], chunks: list[StepItem], room: StepRoom) -> None:
-        """Append the next chunk of each sequence whose prefill is under way, as far as there is room."""
+    def _continue_chunks(self, batch: list[Sequence], chunks: list[StepItem], budget: StepBudget) -> None:
+        """Append the next chunk of each sequence whose prefill is under way, as far as the budget goes."""
         running = SequenceStatus.RUNNING
         for sequence in self._order.prefilling(s for s in batch if s.status is running and s.num_remaining > 1):
-            num_tokens = room.take(sequence.num_computed, min(sequence.num_remaining, self._max_chunk))
+            num_tokens = budget.take(sequence.num_computed, min(sequence.num_remaining, self._max_chunk))
             if not num_tokens:
                 break
             chunks.append(_item(sequence, num_tokens))
 
     def _start_waiting(
-        self, decodes: list[StepItem], chunks: list[StepItem], room: StepRoom, now: float
+        self, decodes: list[StepItem], chunks: list[StepItem], budget: StepBudget, now: float
     ) -> list[StartedSequence]:
         started: list[StartedSequence] = []
-        while self._waiting and not room.is_full and len(self._running) < self._max_batch_size:
+        while self._waiting and not budget.is_full and len(self._running) < self._max_batch_size:
             index = self._order.head(self._waiting, now)
             sequence = self._waiting[index]
-            if room.in_seconds:
+            if budget.in_seconds:
                 num_uncached = self._num_uncached(sequence)
-                if not room.fits(sequence.num_tokens - num_uncached, min(num_uncached, self._max_chunk)):
+                if not budget.fits(sequence.num_tokens - num_uncached, min(num_uncached, self._max_chunk)):
                     break
             if not self._start(sequence):
                 break
             del self._waiting[index]
-            num_tokens = room.take(sequence.num_computed, min(sequence.num_remaining, self._max_chunk))
+            num_tokens = budget.take(sequence.num_computed, min(sequence.num_remaining, self._max_chunk))
             started.append(self._begin(sequence, num_tokens, decodes, chunks, now))
         return started
 

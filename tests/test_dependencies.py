@@ -53,7 +53,7 @@ TORCH_FREE_ENGINE = frozenset(
         "page_allocator",
         "scheduler",
         "sequence",
-        "step_room",
+        "step_budget",
         "step_seconds",
     )
 )

@@ -1,7 +1,7 @@
-"""How many prompt tokens does a step have room for, and what bounds them? Pure, but for one step's own tally.
+"""How many prompt tokens may a step hold, and what bounds them? Pure, but for one step's own tally.
 
-A step takes as long as all that it holds, and its decoding sequences wait for all of it. So beside them a step has room
-for prompts in *seconds*: what the promised time between two tokens (``engine.tpot_slo_s``) leaves after decoding, by
+A step takes as long as all that it holds, and its decoding sequences wait for all of it. So beside them the budget of
+prompts is in *seconds*: what the promised time between two tokens (``engine.tpot_slo_s``) leaves after decoding, by
 what steps on this engine take (step_seconds.py). The same promise gives a chunk of 1,500 tokens beside ten short
 sequences, and one of 300 beside a hundred long ones or far into a long prompt; a constant is wrong in one of them.
 
@@ -33,8 +33,8 @@ class Bound(StrEnum):
     LEAST = "least"  # decoding alone takes longer than engine.tpot_slo_s: one tile
 
 
-class StepRoom:
-    """What one step has room for. ``take`` it bit by bit."""
+class StepBudget:
+    """The prompt tokens of one step. ``take`` them bit by bit."""
 
     def __init__(self, num_tokens: int, seconds: float = math.inf, costs: StepSeconds | None = None) -> None:
         """``seconds``: for prompts, by ``costs``; without costs only tokens count."""
@@ -88,8 +88,8 @@ class StepRoom:
 
 
 @dataclass(frozen=True, slots=True)
-class RoomChoice:
-    """How the room of the latest step that held prompts was found. Seconds are predicted."""
+class BudgetChoice:
+    """How the budget of the latest step that held prompts was found. Seconds are predicted."""
 
     bound: Bound
     num_tokens: int
@@ -104,30 +104,30 @@ class RoomChoice:
         return f"{beside}; decoding takes {self.decode_s * 1e3:.1f} of {self.slo_s * 1e3:.1f} ms"
 
 
-class StepRooms:
-    """Makes the room of every step, and counts what bounded them."""
+class StepBudgets:
+    """Makes the budget of every step, and counts what bounded them."""
 
     def __init__(self, num_tokens: int, slo_s: float | None, costs: Costs) -> None:
         """``slo_s``: seconds that a step with decoding sequences may take; None: any. ``costs``: what is known now."""
         self.counts: Counter[Bound] = Counter()  # steps that held prompts
-        self.latest: RoomChoice | None = None
+        self.latest: BudgetChoice | None = None
         self._num_tokens = num_tokens
         self._slo_s = slo_s
         self._costs = costs
 
-    def beside(self, batch: int, context_tokens: Callable[[], int]) -> StepRoom:
+    def beside(self, batch: int, context_tokens: Callable[[], int]) -> StepBudget:
         """Of a step that makes a token for each of ``batch`` sequences of ``context_tokens()`` together."""
         costs = self._costs() if self._slo_s is not None and batch else None
         if costs is None or self._slo_s is None:
-            return StepRoom(self._num_tokens - batch)
+            return StepBudget(self._num_tokens - batch)
         left_s = self._slo_s - costs.decode(batch, context_tokens()) - costs.launch
-        return StepRoom(self._num_tokens - batch, left_s, costs)
+        return StepBudget(self._num_tokens - batch, left_s, costs)
 
-    def note(self, room: StepRoom, batch: int, context_tokens: Callable[[], int]) -> None:
+    def note(self, budget: StepBudget, batch: int, context_tokens: Callable[[], int]) -> None:
         """A step was planned with it."""
-        if not room.num_taken:
+        if not budget.num_taken:
             return
-        self.counts[room.bound] += 1
-        costs = self._costs() if room.in_seconds else None
+        self.counts[budget.bound] += 1
+        costs = self._costs() if budget.in_seconds else None
         decode_s = None if costs is None else costs.decode(batch, context_tokens())
-        self.latest = RoomChoice(room.bound, room.num_taken, batch, decode_s, self._slo_s)
+        self.latest = BudgetChoice(budget.bound, budget.num_taken, batch, decode_s, self._slo_s)

@@ -1,4 +1,4 @@
-"""A step's room in seconds: the promise is kept, prompts always go on, and what bounds them is said."""
+"""A step's budget in seconds: the promise is kept, prompts always go on, and what bounds them is said."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from core.compute import StepSample
 from core.errors import InvalidConfig
-from engine import step_room
+from engine import step_budget
 from engine.config import EngineConfig
 from engine.scheduler import ChunkedPrefillScheduler, StepPlan
-from engine.step_room import TILE, Bound, StepRoom, StepRooms
+from engine.step_budget import TILE, Bound, StepBudget, StepBudgets
 from engine.step_seconds import StepClock, StepSeconds
 from tests.unit.engine.test_scheduler import EOS, Bench, SchedulerMachine, shape, spec
 
@@ -80,7 +80,7 @@ def test_nothing_is_predicted_below_zero(steps: list[StepSample]) -> None:
         assert min(getattr(clock.seconds, name) for name in StepSeconds.__slots__) >= 0
 
 
-# ---- room ----
+# ---- budget ----
 
 
 @given(
@@ -92,41 +92,41 @@ def test_nothing_is_predicted_below_zero(steps: list[StepSample]) -> None:
 def test_a_promise_is_kept_or_prompts_get_one_tile(
     costs: StepSeconds, num_tokens: int, seconds: float, prompts: list[tuple[int, int]]
 ) -> None:
-    room, spent, taken = StepRoom(num_tokens, seconds, costs), 0.0, 0
+    budget, spent, taken = StepBudget(num_tokens, seconds, costs), 0.0, 0
     for start, wanted in prompts:
-        could = room.fits(start, wanted)
-        got = room.take(start, wanted)
+        could = budget.fits(start, wanted)
+        got = budget.take(start, wanted)
         assert could == (got > 0)
         assert got <= wanted
         assert taken or got, "prompts go on in every step"
         spent += costs.prompts(got, got * (start + got / 2))
         taken += got
-    assert taken == room.num_taken <= num_tokens
-    if room.bound is Bound.LEAST:
+    assert taken == budget.num_taken <= num_tokens
+    if budget.bound is Bound.LEAST:
         assert taken <= TILE
     else:
         assert spent <= max(seconds, 0) * (1 + 1e-9) + 1e-12
     if taken == sum(wanted for _, wanted in prompts):
-        assert room.bound in (Bound.WHOLE, Bound.LEAST)
+        assert budget.bound in (Bound.WHOLE, Bound.LEAST)
 
 
 def test_what_bounds_a_step_is_said_and_counted() -> None:
-    rooms = StepRooms(2048, 0.040, lambda: COSTS)
+    budgets = StepBudgets(2048, 0.040, lambda: COSTS)
 
     def step(batch: int, context: int, *prompts: tuple[int, int]) -> tuple[int, Bound]:
-        room = rooms.beside(batch, lambda: context)
+        budget = budgets.beside(batch, lambda: context)
         for start, wanted in prompts:
-            room.take(start, wanted)
-        rooms.note(room, batch, lambda: context)
-        return room.num_taken, room.bound
+            budget.take(start, wanted)
+        budgets.note(budget, batch, lambda: context)
+        return budget.num_taken, budget.bound
 
     assert step(0, 0, (0, 4000)) == (2048, Bound.TOKENS), "nobody waits for a token"
     assert step(8, 8000, (0, 500)) == (500, Bound.WHOLE)
     assert step(8, 8000, (0, 4000)) == (1024, Bound.TPOT), "(40 - 7.2) ms at 30 us, in whole tiles"
     assert step(64, 330_000, (0, 4000)) == (64, Bound.LEAST), "decoding takes 42 ms"
     assert step(8, 8000, (100_000, 4000)) == (192, Bound.TPOT), "far into a prompt a token attends to more"
-    assert rooms.counts == {Bound.TOKENS: 1, Bound.WHOLE: 1, Bound.TPOT: 2, Bound.LEAST: 1}
-    assert str(rooms.latest) == "192 prompt tokens beside 8 decoding, bound: tpot; decoding takes 7.2 of 40.0 ms"
+    assert budgets.counts == {Bound.TOKENS: 1, Bound.WHOLE: 1, Bound.TPOT: 2, Bound.LEAST: 1}
+    assert str(budgets.latest) == "192 prompt tokens beside 8 decoding, bound: tpot; decoding takes 7.2 of 40.0 ms"
 
 
 # ---- the scheduler ----
@@ -159,16 +159,16 @@ class PromiseMachine(SchedulerMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tile, step_room.TILE = step_room.TILE, 2
+        self.tile, step_budget.TILE = step_budget.TILE, 2
         limits = {"max_batch_size": 3, "max_batch_tokens": 5, "max_prefill_chunk": 4}
         with_costs(self.bench, self.COSTS, tpot_slo_s=2.6, **limits)
 
     def step(self) -> bool:
-        before = dict(self.bench.scheduler.rooms.counts)
+        before = dict(self.bench.scheduler.budgets.counts)
         going = super().step()
         plan = self.latest
         if going and plan is not None:
-            least = self.bench.scheduler.rooms.counts[Bound.LEAST] > before.get(Bound.LEAST, 0)
+            least = self.bench.scheduler.budgets.counts[Bound.LEAST] > before.get(Bound.LEAST, 0)
             self.check(plan, least)
         return going
 
@@ -208,7 +208,7 @@ class PromiseMachine(SchedulerMachine):
         try:
             super().teardown()
         finally:
-            step_room.TILE = self.tile
+            step_budget.TILE = self.tile
 
 
 TestPromise = PromiseMachine.TestCase
@@ -229,5 +229,5 @@ def test_what_the_configuration_refuses(key: str, wrong: dict[str, Any]) -> None
 
 
 def test_a_promise_without_costs_is_no_bound() -> None:
-    rooms = StepRooms(100, 1e-9, lambda: None)
-    assert rooms.beside(4, lambda: 9).take(0, 500) == 96
+    budgets = StepBudgets(100, 1e-9, lambda: None)
+    assert budgets.beside(4, lambda: 9).take(0, 500) == 96
