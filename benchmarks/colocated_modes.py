@@ -343,14 +343,19 @@ def figures(rows: Sequence[Mapping[str, Cell]]) -> dict[str, float]:
 
 
 def draw(rows: Sequence[Mapping[str, Cell]], path: Path) -> None:
-    """Goodput, time to the first token and time between tokens over the rate, of the dense model."""
+    """Goodput, time to the first token and times between tokens over the rate, of the dense model."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    panels = {"goodput_rps": "in time, 1/s", "ttft_p90_s": "TTFT P90, s", "tpot_p90_ms": "TPOT P90, ms"}
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
+    panels = {
+        "goodput_rps": "in time, 1/s",
+        "ttft_p90_s": "TTFT P90, s",
+        "tpot_p90_ms": "TPOT P90, ms",
+        "gap_p90_ms": "worst gap P90, ms",
+    }
     own = [r for r in rows if r["model"] == "dense" and r["load"] != "burst"]
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for arm in dict.fromkeys(str(r["arm"]) for r in own):
