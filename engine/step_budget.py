@@ -58,14 +58,13 @@ class StepBudget:
         """Would ``take`` give anything? If not, what bounds the step is noted."""
         num_tokens, bound = self._most(start, wanted)
         if not num_tokens:
-            self.bound = bound
+            self._note(bound)
         return num_tokens > 0
 
     def take(self, start: int, wanted: int) -> int:
         """Tokens, of ``wanted`` of a prompt behind ``start`` earlier ones, that the step computes too."""
         num_tokens, bound = self._most(start, wanted)
-        if bound is not Bound.WHOLE:
-            self.bound = bound
+        self._note(bound)
         self.num_taken += num_tokens
         self._num_tokens -= num_tokens
         if self._costs is not None:
@@ -84,7 +83,12 @@ class StepBudget:
             return fitting - fitting % TILE, Bound.TPOT
         if self.num_taken == 0:
             return min(num_tokens, TILE), Bound.LEAST
-        return 0, self.bound if self.bound is Bound.LEAST else Bound.TPOT
+        return 0, Bound.TPOT
+
+    def _note(self, bound: Bound) -> None:
+        """The latest bound counts, but what the promise could not hold stays said."""
+        if bound is not Bound.WHOLE and self.bound is not Bound.LEAST:
+            self.bound = bound
 
 
 @dataclass(frozen=True, slots=True)

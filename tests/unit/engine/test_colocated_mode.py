@@ -176,4 +176,4 @@ class ApartMachine(SchedulerMachine):
 
 
 TestApart = ApartMachine.TestCase
-TestApart.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestApart.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
