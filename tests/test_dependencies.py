@@ -41,6 +41,7 @@ DOORS: Mapping[str, frozenset[str]] = {
     "ray": frozenset({"cluster.ray_fleet"}),
     "nixl": frozenset({"kv_transfer.nixl"}),
     "opentelemetry": frozenset({"cluster.otlp"}),
+    "cuda": frozenset({"engine.phase_streams"}),
 }
 # Modules of engine that the gateway and the simulator use: loading them must not load torch.
 TORCH_FREE_ENGINE = frozenset(
