@@ -45,6 +45,8 @@ def worker_info(worker: WorkerView, now: float) -> pb.WorkerInfo:
         forward=load.modes.forward,
         forward_reason=load.modes.forward_reason,
         engine_fallbacks=load.modes.num_fallbacks,
+        colocated=load.modes.colocated,
+        colocated_reason=load.modes.colocated_reason,
     )
 
 

@@ -198,6 +198,16 @@ WORKER_PREEMPTIONS = _counter("worker_preemptions", "Sequences preempted because
 WORKER_ENGINE_FALLBACKS = _counter(
     "worker_engine_fallbacks", "Times its engine left compiled code or graphs; `prfaas status` says why.", *_WORKER
 )
+WORKER_PROMPT_STEPS = _counter(
+    "worker_prompt_steps",
+    "Steps of its engine that held prompts, by what bounded these: `whole` (nothing), `tokens`, `tpot`, `least`; see "
+    "docs/colocated-modes.md.",
+    *_WORKER,
+    "bound",
+)
+WORKER_DECODE_BESIDE = _counter(
+    "worker_decode_beside_steps", "Decoding steps between or beside the layers of prompts' steps.", *_WORKER
+)
 
 # ---- links; docs/links.md says what each of them means ----
 
@@ -319,6 +329,8 @@ SECTIONS = (
             WORKER_PULLED_BYTES,
             WORKER_PREEMPTIONS,
             WORKER_ENGINE_FALLBACKS,
+            WORKER_PROMPT_STEPS,
+            WORKER_DECODE_BESIDE,
         ),
     ),
     Section(
@@ -366,6 +378,7 @@ INSTRUMENTS: tuple[Instrument, ...] = tuple(i for section in SECTIONS for i in s
 
 # label |-> what it says, and why its values are few
 LABELS = {
+    "bound": "what kept a step's prompt tokens from being more; see docs/colocated-modes.md",
     "cluster": "the worker's datacenter",
     "door": "`grpc` or `http`",
     "from_cluster": "the datacenter that sends",

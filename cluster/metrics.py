@@ -382,6 +382,11 @@ def _of_workers(workers: tuple[WorkerView, ...]) -> Iterator[Metric]:
         for outcome, count in worker.load.pulls:
             pulls.add_metric((worker.worker_id, worker.role, worker.cluster_id, outcome), count)
     yield pulls
+    prompt_steps = _family(catalogue.WORKER_PROMPT_STEPS)
+    for worker in workers:
+        for bound, count in worker.load.modes.prompt_steps:
+            prompt_steps.add_metric((worker.worker_id, worker.role, worker.cluster_id, bound), count)
+    yield prompt_steps
     for instrument, value_of in _WORKERS:
         family = _family(instrument)
         for worker in workers:
@@ -408,6 +413,7 @@ _WORKERS: tuple[tuple[Instrument, Callable[[WorkerView], float]], ...] = (
     (catalogue.WORKER_PULLED_BYTES, lambda w: w.load.pulled_bytes),
     (catalogue.WORKER_PREEMPTIONS, lambda w: w.load.num_preemptions),
     (catalogue.WORKER_ENGINE_FALLBACKS, lambda w: w.load.modes.num_fallbacks),
+    (catalogue.WORKER_DECODE_BESIDE, lambda w: w.load.modes.num_decode_beside),
 )
 _LINKS: tuple[tuple[Instrument, Callable[[ClusterPair], float | None]], ...] = (
     (catalogue.LINK_PAIRS, lambda p: p.num_links),

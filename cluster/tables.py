@@ -114,11 +114,16 @@ def worker_table(workers: Iterable[pb.WorkerInfo]) -> Table:
 
 def engine_table(workers: Iterable[pb.WorkerInfo]) -> Table:
     """What computes each worker's steps, and why not something faster."""
-    table = _table(("worker", "attention", "model", "why"), ("fallbacks",))
+    table = _table(("worker", "attention", "model", "phases", "why"), ("fallbacks",))
     for worker in workers:
-        why = "; ".join(reason for reason in (worker.attention_reason, worker.forward_reason) if reason)
+        reasons = (worker.attention_reason, worker.forward_reason, worker.colocated_reason)
         table.add_row(
-            worker.worker_id, worker.attention or "-", worker.forward or "-", why, str(worker.engine_fallbacks)
+            worker.worker_id,
+            worker.attention or "-",
+            worker.forward or "-",
+            worker.colocated or "-",
+            "; ".join(reason for reason in reasons if reason),
+            str(worker.engine_fallbacks),
         )
     return table
 

@@ -36,6 +36,10 @@ class EngineModes:
     forward: str = ""  # compiled or eager, and with which decode graphs
     forward_reason: str = ""  # why it is not compiled, or not captured; empty if it is both
     num_fallbacks: int = 0  # times that the engine left compiled code or graphs
+    colocated: str = ""  # how prompts and decoding share the engine: engine.colocated_mode
+    colocated_reason: str = ""  # how the latest chunk, group of layers or partition was chosen
+    prompt_steps: tuple[tuple[str, int], ...] = ()  # steps that held prompts, by what bounded these
+    num_decode_beside: int = 0  # decoding steps between or beside the layers of prompts
 
 
 UNKNOWN_MODES = EngineModes()

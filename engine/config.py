@@ -10,6 +10,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 SWITCHES = ("auto", "always", "never")
 PREFILL_ORDERS = ("fcfs", "slack")
+COLOCATED_MODES = ("chunked", "layered", "partitioned")
+APART_MODES = frozenset({"layered", "partitioned"})  # of them: a step holds either prompts or decoding sequences
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,14 @@ class EngineConfig:
     prefill_order: which prompt is computed first: ``fcfs``, as they came, or ``slack``, whose first token is due first
         (``x-slo-ttft-ms``, ``admission.slo``). With ``slack`` a prompt that would be late otherwise holds up a step
         that computes longer ones between two layers; nothing is computed twice.
+    colocated_mode: how prompts and decoding sequences share this engine. ``chunked``: each step holds both, prompts in
+        chunks. ``layered``: whole prompts (up to ``max_batch_tokens``), and a decoding step after every group of their
+        layers; for mixtures of experts, whose weights are then read once a prompt and not once a chunk.
+        ``partitioned``: whole prompts on a part of the GPU's multiprocessors, and decoding steps at the same time on
+        what is left. docs/colocated-modes.md says when to use which.
+    tpot_slo_s: seconds that decoding sequences may wait for a token while prompts are computed: chunks, groups of
+        layers or the partition are chosen for it at every step, by what steps were seen to take; null: chunks of any
+        size, groups worth 512 tokens, decoding at three quarters longer than alone.
     prefix_cache: whether pages of earlier prompts are kept and used again while there is room.
     attention: the attention backend: flashinfer, varlen, sdpa or matmul; ``auto`` takes the fastest that can do what
         the model asks on the device. One that cannot is refused, with those that can.
@@ -55,6 +65,8 @@ class EngineConfig:
     max_batch_size: int = 64
     max_prefill_chunk: int | None = None
     prefill_order: str = "fcfs"
+    colocated_mode: str = "chunked"
+    tpot_slo_s: float | None = None
     prefix_cache: bool = True
     attention: str = "auto"
     compile: str = "auto"
@@ -83,6 +95,17 @@ class EngineConfig:
             _require(value in SWITCHES, f"engine.{name}", f"must be one of {', '.join(SWITCHES)}", value)
         orders = f"must be one of {', '.join(PREFILL_ORDERS)}"
         _require(self.prefill_order in PREFILL_ORDERS, "engine.prefill_order", orders, self.prefill_order)
+        modes = f"must be one of {', '.join(COLOCATED_MODES)}"
+        _require(self.colocated_mode in COLOCATED_MODES, "engine.colocated_mode", modes, self.colocated_mode)
+        _require(
+            self.prefill_order == "fcfs" or self.colocated_mode == "chunked",
+            "engine.prefill_order",
+            f"must be fcfs where engine.colocated_mode is {self.colocated_mode}: between two layers it decodes",
+            self.prefill_order,
+        )
+        _require(
+            self.tpot_slo_s is None or self.tpot_slo_s > 0, "engine.tpot_slo_s", "must be above 0", self.tpot_slo_s
+        )
         _require(self.page_size >= 1, "engine.page_size", "must be at least 1 token", self.page_size)
         _require(self.kv_cache_bytes > 0, "engine.kv_cache_bytes", "must be above 0", self.kv_cache_bytes)
         for name in ("num_pages", "max_model_len", "max_prefill_chunk", "threads"):

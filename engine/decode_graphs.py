@@ -91,7 +91,7 @@ class DecodeGraphs:
             self._compute(graph)
         if self._record:
             recorded = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(recorded, pool=self._memory):
+            with torch.cuda.graph(recorded, pool=self._memory, stream=_capture_stream()):
                 self._compute(graph)
             graph.recorded = recorded
         return graph
@@ -101,6 +101,13 @@ class DecodeGraphs:
         if self._logits is None:
             self._logits = torch.empty_like(logits)
         self._logits[: len(logits)].copy_(logits)
+
+
+def _capture_stream() -> torch.cuda.Stream | None:
+    """The one on which steps are computed, whose priority a graph keeps; None: torch's, where that is the default one,
+    on which nothing can be captured."""
+    current = torch.cuda.current_stream()
+    return None if current == torch.cuda.default_stream() else current
 
 
 class _Graph:

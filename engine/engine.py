@@ -11,6 +11,9 @@ With ``engine.prefill_order: slack`` the thread that computes may do something e
 (``between_layers``): what others submit is run there, and a prompt that would be late after this step is computed, in
 a step of its own (``step_urgent``), after which this one goes on. No more than one step is held up at a time.
 
+With ``engine.colocated_mode: layered`` or ``partitioned`` prompts have steps of their own, and decoding goes on between
+their layers, or beside them on another stream (decode_beside.py).
+
 A GPU runs behind the host, so there the next step is planned and launched (1 to 4) before this one's tokens are
 waited for (``engine.plan_ahead``): its inputs that are still being sampled are read on the device, and the GPU goes
 from step to step without waiting for the host, unless launching takes as long as computing (launch_pace.py). Two
@@ -28,7 +31,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Protocol
@@ -40,18 +43,21 @@ from core.compute import EngineModes, StepSample
 from core.errors import InvalidRequest
 from core.fingerprint import CacheFingerprint
 from core.prefix_hash import PageHash
-from core.request import Role, SequenceFailure, SequenceId, SequenceSpec, TokenChunk
+from core.request import Role, SequenceFailure, SequenceId, SequenceSpec
 from engine.attention import create_backend
 from engine.attention_choice import AttentionChoice, choose_attention
 from engine.cache_layout import CacheLayout
 from engine.compiled_layers import keep_compiled_code
-from engine.config import EngineConfig
+from engine.config import APART_MODES, EngineConfig
+from engine.decode_beside import DecodeBeside, EngineCalls, shape_of
 from engine.launch_pace import LaunchPace
+from engine.launched_step import LaunchedStep, StepOutput
 from engine.model_loader import LoadedModel, ModelDescription, load_model
 from engine.model_runner import ForwardMode, ModelRunner, SpeedUps
 from engine.model_source import resolve
 from engine.page_allocator import CacheChanges, PageAllocator
 from engine.page_pool import PagePool
+from engine.phase_streams import PhaseStreams, one_stream, two_streams
 from engine.prefill_order import Pace
 from engine.sampler import Sampled, Sampler
 from engine.scheduler import (
@@ -61,27 +67,15 @@ from engine.scheduler import (
     Scheduler,
     StepPlan,
 )
+from engine.step_budget import Bound
+from engine.step_seconds import StepClock
+from engine.step_trials import try_steps
+
+__all__ = ["Engine", "EngineLoad", "StepListener", "StepOutput"]
 
 logger = logging.getLogger(__name__)
 
 _MAX_SAMPLES = 64  # steps that wait to be reported; of more the latest are
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What one step brought. Both empty: nothing could be computed, or only parts of prompts were."""
-
-    chunks: tuple[TokenChunk, ...] = ()
-    failures: tuple[SequenceFailure, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    """A step whose tokens have not been waited for."""
-
-    plan: StepPlan
-    sampled: Sampled
-    began_at: float
 
 
 @dataclass(slots=True)
@@ -141,7 +135,11 @@ class Engine:
         attention: AttentionChoice,
         pace: LaunchPace | None,
         interrupts: bool,
+        step_clock: StepClock,
+        streams: PhaseStreams | None,
+        config: EngineConfig,
     ) -> None:
+        """``streams``: for decoding beside prompts; None: they share steps."""
         self._runner = runner
         self._scheduler = scheduler
         self._allocator = allocator
@@ -152,12 +150,23 @@ class Engine:
         self._attention = attention
         self._pace = pace or LaunchPace()
         self._plans_ahead = pace is not None
-        self._ahead: _Launched | None = None  # launched before the step before it was committed
+        self._ahead: LaunchedStep | None = None  # launched before the step before it was committed
         self._ended_at = 0.0  # the last step
         self._interrupts = interrupts
         self._under_way: _UnderWay | None = None
         self._held_up_s = 0.0  # the step under way, by urgent ones
         self._num_urgent = 0
+        self._step_clock = step_clock
+        self._learns = streams is not None or config.tpot_slo_s is not None
+        self._colocated_mode = config.colocated_mode
+        self._beside: DecodeBeside | None = None
+        if streams is not None:
+            calls = EngineCalls(self._plan_between, self._launch_beside, self._finish)
+            layers, slo_s = runner.pool.layout.num_layers, config.tpot_slo_s
+            self._beside = DecodeBeside(
+                config.colocated_mode, streams, slo_s, lambda: step_clock.seconds, layers, calls
+            )
+        self._unpublished: list[StepOutput] = []  # of steps between layers, that nobody was given yet
         self.model = model
         self.fingerprint = fingerprint
         self.listener: StepListener | None = None
@@ -181,7 +190,8 @@ class Engine:
         choice = choose_attention(config.attention, loaded.attention)
         logger.info("attention by %s: %s", choice.name, choice.reason)
         interrupts = config.prefill_order == "slack"
-        urgent = create_backend(choice.name, pool) if interrupts else None
+        streams = _streams_for(config, loaded.device)
+        urgent = create_backend(choice.name, pool) if interrupts or streams is not None else None
         runner = ModelRunner(loaded.model, pool, create_backend(choice.name, pool), urgent)
         runner.self_test()
         device = loaded.device.type
@@ -191,7 +201,14 @@ class Engine:
             runner.speed_up(wishes)
         allocator = PageAllocator(pool.num_pages, config.page_size, config.prefix_cache)
         model = loaded.description
-        scheduler = ChunkedPrefillScheduler(config, allocator, model.max_model_len, model.eos_token_ids)
+        step_clock = StepClock()
+        if streams is not None or config.tpot_slo_s is not None:
+            partitions = [] if streams is None else [*map(streams.prompts, range(len(streams.partitions)))]
+            step_clock = StepClock(try_steps(runner, config, clock, model.max_model_len, partitions))
+            logger.info("steps take %s", step_clock.seconds)
+        scheduler = ChunkedPrefillScheduler(
+            config, allocator, model.max_model_len, model.eos_token_ids, lambda: step_clock.seconds
+        )
         return cls(
             runner,
             scheduler,
@@ -203,6 +220,9 @@ class Engine:
             choice,
             LaunchPace(config.plan_ahead == "always") if config.switched_on("plan_ahead", device) else None,
             interrupts,
+            step_clock,
+            streams,
+            config,
         )
 
     @property
@@ -304,26 +324,44 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True if ``step`` may compute something; False until another call changes that."""
-        return self._ahead is not None or self._scheduler.has_work
+        beside = self._beside is not None and self._beside.is_under_way
+        return self._ahead is not None or beside or self._scheduler.has_work
 
     def step(self) -> StepOutput:
         """Compute one step, or finish the one that is under way already and launch the next."""
         current, self._ahead = self._ahead, None
         if current is None:
             began_at = self._clock.now()
-            with self._books:
-                plan = self._scheduler.plan_step(began_at)
+            plan = self._plan(began_at)
             if plan is None:
-                return StepOutput()
+                beside = self._beside
+                return beside.finish() if beside is not None and beside.is_under_way else StepOutput()
             launched = self._launch(plan, began_at, None)
             if isinstance(launched, StepOutput):
-                return launched
+                return self._with_unpublished(launched)
             current = launched
-        failures = self._launch_ahead(current) if self._plans_ahead and self._pace.launching_pays() else ()
+        apart = self._beside is not None and (self._beside.is_under_way or _holds_prompts(current.plan))
+        launches = self._plans_ahead and not apart and self._pace.launching_pays()
+        failures = self._launch_ahead(current) if launches else ()
         output = self._finish(current)
-        return StepOutput(output.chunks, output.failures + failures)
+        return self._with_unpublished(StepOutput(output.chunks, output.failures + failures))
 
-    def _launch_ahead(self, current: _Launched) -> tuple[SequenceFailure, ...]:
+    def _plan(self, now: float) -> StepPlan | None:
+        """The next step; None: there is none, or decoding that is under way is to be booked before."""
+        with self._books:
+            plan = self._scheduler.plan_prompts(now) if self._beside is not None else None
+            if plan is None and (self._beside is None or not self._beside.is_under_way):
+                plan = self._scheduler.plan_step(now)
+            return plan
+
+    def _with_unpublished(self, output: StepOutput) -> StepOutput:
+        """What steps between layers brought goes first."""
+        if not self._unpublished:
+            return output
+        outputs, self._unpublished = [*self._unpublished, output], []
+        return _joined(outputs)
+
+    def _launch_ahead(self, current: LaunchedStep) -> tuple[SequenceFailure, ...]:
         """Launch the step after ``current``, if there is one that can be planned; what failed of it."""
         began_at = self._clock.now()
         with self._books:
@@ -336,12 +374,14 @@ class Engine:
         self._ahead = launched
         return ()
 
-    def _launch(self, plan: StepPlan, began_at: float, before: Sampled | None) -> _Launched | StepOutput:
+    def _launch(self, plan: StepPlan, began_at: float, before: Sampled | None) -> LaunchedStep | StepOutput:
         launching_at = self._clock.now()
         try:
+            mark = self._mark()
             sampled = self._execute(plan, before)
-            self._pace.launched(self._clock.now() - launching_at)
-            return _Launched(plan, sampled, began_at)
+            if self._beside is None or not _holds_prompts(plan):  # else decoding was looked after meanwhile
+                self._pace.launched(self._clock.now() - launching_at)
+            return LaunchedStep(plan, sampled, began_at, mark=mark)
         except Exception as error:  # a model may fail in any way; others' sequences must not suffer for it
             return self._fail(plan, error)
 
@@ -352,15 +392,19 @@ class Engine:
             for started in plan.started:
                 self.listener.sequence_started(started.spec, started.num_cached_tokens, started.page_ids)
             on_layer_stored = self.listener.step_planned(plan)
-        if self.between_layers is not None and self._interrupts and self._under_way is None:
-            return self._execute_in_layers(plan, before, on_layer_stored)
+        if self._under_way is None:
+            if self._beside is not None and _holds_prompts(plan):
+                return self._execute_beside(self._beside, plan, on_layer_stored)
+            if self.between_layers is not None and self._interrupts:
+                return self._execute_in_layers(plan, before, on_layer_stored)
         return self._compute(plan, before, on_layer_stored)
 
     def _compute(
         self, plan: StepPlan, before: Sampled | None, on_layer_stored: Callable[[int], None] | None
     ) -> Sampled:
         previous = None if before is None else before.token_ids
-        logits = self._runner.run(plan, on_layer_stored, previous)
+        beside = self._under_way is not None and self._under_way.plan is not plan
+        logits = self._runner.run(plan, on_layer_stored, previous, beside=beside)
         return self._sampler.launch(logits, plan.sampling_items, previous)
 
     def _execute_in_layers(
@@ -383,6 +427,68 @@ class Engine:
         finally:
             self._under_way = None
 
+    def _execute_beside(
+        self, beside: DecodeBeside, plan: StepPlan, on_layer_stored: Callable[[int], None] | None
+    ) -> Sampled:
+        """Compute prompts, and look after decoding before, between and after their layers."""
+        under_way = self._under_way = _UnderWay(plan, self._clock.now())
+
+        def look() -> None:
+            if self.between_layers is not None:
+                self.between_layers()
+            else:
+                output = self.step_between()
+                self._unpublished.append(output)
+
+        def layer_stored(index: int) -> None:
+            if on_layer_stored is not None:
+                on_layer_stored(index)
+            under_way.num_layers = index + 1
+            self._runner.note_layer()
+            while not self._runner.is_close():
+                look()
+                beside.pause()
+            look()
+
+        try:
+            partition, outputs = beside.begin(plan)
+            self._unpublished += outputs
+            with beside.streams.prompts(partition):
+                look()
+                sampled = self._compute(plan, None, layer_stored)
+                while not sampled.is_ready:
+                    look()
+                    beside.pause()
+        finally:
+            beside.end()
+            self._under_way = None
+        return sampled
+
+    def _plan_between(self, prompts: StepPlan) -> StepPlan | None:
+        with self._books:
+            return self._scheduler.plan_between(prompts, self._clock.now())
+
+    def _launch_beside(self, plan: StepPlan) -> LaunchedStep | StepOutput:
+        launched = self._launch(plan, self._clock.now(), None)
+        return launched if isinstance(launched, StepOutput) else replace(launched, beside=True)
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """The moment at which a GPU has done all that was launched on the current stream."""
+        if self.pool.device.type != "cuda":
+            return None
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        return mark
+
+    def step_between(self) -> StepOutput:
+        """Compute what cannot wait for the step under way, between its layers: urgent prompts, or decoding."""
+        if self._beside is None:
+            return self.step_urgent()
+        under_way = self._under_way
+        if under_way is None:
+            return StepOutput()
+        return self._with_unpublished(_joined(self._beside.look(under_way.num_layers)))
+
     def step_urgent(self) -> StepOutput:
         """Compute a step for prompts that cannot wait for the one under way, if there are any; between its layers."""
         held_up = self._under_way
@@ -400,7 +506,7 @@ class Engine:
         launched = self._launch(plan, began_at, None)
         return launched if isinstance(launched, StepOutput) else self._finish(launched)
 
-    def _finish(self, step: _Launched) -> StepOutput:
+    def _finish(self, step: LaunchedStep) -> StepOutput:
         """Wait for a step's tokens, and book them."""
         plan = step.plan
         try:
@@ -412,16 +518,37 @@ class Engine:
         with self._books:
             chunks = tuple(self._scheduler.commit_step(plan, sampled, self._clock.now()))
         now = self._clock.now()
-        if self._under_way is not None:  # it holds another one up
+        exact = True  # nothing else was computed in these seconds
+        # Of a GPU only it knows them: a host that is late with one step's books would take the next for a short one.
+        device_s = step.device_s
+        if step.beside:
+            seconds = now - step.began_at if device_s is None else device_s
+            exact = self._note_beside(plan, seconds)
+        elif self._under_way is not None:  # it holds another one up
             seconds = now - step.began_at
             self._held_up_s += seconds
         else:
             # A step that was launched ahead began when the one before it ended.
-            seconds = now - max(step.began_at, self._ended_at) - self._held_up_s
+            own_s = now - max(step.began_at, self._ended_at) if device_s is None else device_s
+            seconds = own_s - self._held_up_s
             self._ended_at, self._held_up_s = now, 0.0
+            if self._beside is not None and self._beside.streams.overlaps and _holds_prompts(plan):
+                exact = not self._beside.is_crowded
         self._pace.stepped(seconds)
-        self._samples.append(_sample(plan, seconds))
+        sample = _sample(plan, seconds)
+        self._samples.append(sample)
+        if exact and self._learns:
+            self._step_clock.observe(sample)
         return StepOutput(chunks)
+
+    def _note_beside(self, plan: StepPlan, seconds: float) -> bool:
+        """A decoding step ended that ran beside prompts; whether its seconds are its own."""
+        assert self._beside is not None, "it was launched by it"
+        if self._beside.streams.overlaps:
+            self._beside.took(shape_of(plan), seconds)
+            return False
+        self._held_up_s += seconds
+        return True
 
     def _fail(self, plan: StepPlan, error: Exception) -> StepOutput:
         logger.error("a step of %d sequences failed", len(plan.items), exc_info=error)
@@ -464,7 +591,19 @@ class Engine:
             parts.append("planned ahead" if pays else "not planned ahead: launching takes as long as computing")
         reasons = dict.fromkeys(reason for reason in (mode.reason, mode.graph_reason) if reason)
         choice = self._attention
-        return EngineModes(choice.name, choice.reason, ", ".join(parts), "; ".join(reasons), self._runner.num_fallbacks)
+        budgets = self._scheduler.budgets
+        latest = budgets.latest if self._beside is None else self._beside.reason
+        return EngineModes(
+            choice.name,
+            choice.reason,
+            ", ".join(parts),
+            "; ".join(reasons),
+            self._runner.num_fallbacks,
+            self._colocated_mode,
+            str(latest or ""),
+            tuple((bound.value, budgets.counts[bound]) for bound in Bound if budgets.counts[bound]),
+            self._beside.num_steps if self._beside is not None else 0,
+        )
 
     @property
     def forward(self) -> ForwardMode:
@@ -499,17 +638,33 @@ class Engine:
             assert self._allocator.whole(), "nothing runs, yet pages are in use"
 
 
+def _streams_for(config: EngineConfig, device: torch.device) -> PhaseStreams | None:
+    """Where decoding runs beside prompts; None: they share steps."""
+    if config.colocated_mode not in APART_MODES:
+        return None
+    if config.colocated_mode == "layered":
+        return one_stream("")
+    if device.type == "cuda":
+        return two_streams(device)
+    streams = one_stream("a CPU has no multiprocessors to part: a decoding step follows every layer of a prompt")
+    logger.warning("engine.colocated_mode: partitioned: %s", streams.reason)
+    return streams
+
+
+def _holds_prompts(plan: StepPlan) -> bool:
+    return any(len(item.token_ids) > 1 for item in plan.items)
+
+
+def _joined(outputs: Sequence[StepOutput]) -> StepOutput:
+    if len(outputs) == 1:
+        return outputs[0]
+    chunks = tuple(chunk for output in outputs for chunk in output.chunks)
+    return StepOutput(chunks, tuple(failure for output in outputs for failure in output.failures))
+
+
 def _sample(plan: StepPlan, seconds: float) -> StepSample:
-    prefill_tokens, prefill_pairs, decode_batch, decode_context = 0, 0.0, 0, 0
-    for item in plan.items:
-        num_tokens = len(item.token_ids)
-        if num_tokens == 1:
-            decode_batch += 1
-            decode_context += item.start + 1
-        else:
-            prefill_tokens += num_tokens
-            prefill_pairs += num_tokens * (item.start + num_tokens / 2)
-    return StepSample(prefill_tokens, prefill_pairs, decode_batch, decode_context, seconds)
+    shape = shape_of(plan)
+    return StepSample(shape.prompt_tokens, shape.prompt_pairs, shape.batch, shape.context_tokens, seconds)
 
 
 def _check_vocabulary(field: str, token_ids: Sequence[int], vocab_size: int) -> None:

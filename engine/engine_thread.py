@@ -4,7 +4,7 @@
     engine thread: [fn fn] step [fn] step step ... (nothing to do: asleep until the next submit or stop)
 
 With ``engine.prefill_order: slack`` calls are also run between two layers of a step, and prompts that cannot wait for
-its end are computed there.
+its end are computed there. With ``engine.colocated_mode: layered`` or ``partitioned`` decoding goes on there.
 
 Workers that share cores compute in turns (turns.py): then each step waits for its turn, and what is submitted does not.
 
@@ -150,10 +150,10 @@ class EngineThread:
         self._publish(output)
 
     def _between_layers(self, engine: Engine) -> None:
-        """Whoever came meanwhile may be urgent."""
+        """Whoever came meanwhile may be urgent, and decoding may be due."""
         if self._calls:
             self._run_calls()
-        self._publish(engine.step_urgent())
+        self._publish(engine.step_between())
 
     def _wait_for_work(self, engine: Engine) -> bool:
         """Block until there is something to do; False: it is time to end."""

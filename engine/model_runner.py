@@ -279,7 +279,6 @@ class ModelRunner:
         self._model = model
         self._backend = backend
         self._urgent = urgent
-        self._num_under_way = 0  # runs, the outer and the inner one
         self._launched: deque[torch.cuda.Event] = deque()  # after the latest layers of the outer one
         self._index_of = {layer.layer: index for index, layer in enumerate(pool.layout.layers)}
         self._desk = Desk()
@@ -293,6 +292,8 @@ class ModelRunner:
         plan: StepPlan,
         on_layer_stored: Callable[[int], None] | None = None,
         previous: torch.Tensor | None = None,
+        *,
+        beside: bool = False,
     ) -> torch.Tensor:
         """Compute a step: logits [num sampling items, vocab] in the order of ``plan.sampling_items``; on a GPU it is
         only queued. The logits are valid until the next step is.
@@ -301,23 +302,31 @@ class ModelRunner:
         ``layout.layers[index]`` (on a GPU: has been queued), before that layer attends, or at the end of a graph.
         ``previous``: the tokens of the step before, on the device, for items with a ``pending_row``.
 
-        While ``on_layer_stored`` is called another step may be run (with ``urgent``): its K/V and logits are its own.
+        ``beside``: another step is under way, between whose layers this one is run: its K/V and logits are its own.
         """
-        self._num_under_way += 1
-        try:
-            return self._run([_chunk(item) for item in plan.items], on_layer_stored, previous)
-        finally:
-            self._num_under_way -= 1
+        return self._run([_chunk(item) for item in plan.items], on_layer_stored, previous, beside)
 
     def keep_close(self) -> None:
-        """Wait until a GPU is at most ``_MOST_LAYERS_AHEAD`` layers behind: what is launched now comes after those."""
-        if self.pool.device.type != "cuda":
-            return
-        launched = torch.cuda.Event()
-        launched.record()
-        self._launched.append(launched)
+        """Wait until a GPU is at most ``_MOST_LAYERS_AHEAD`` layers behind: what is launched now comes after those.
+        To be called once a layer."""
+        self.note_layer()
         if len(self._launched) > _MOST_LAYERS_AHEAD:
             self._launched.popleft().synchronize()
+
+    def note_layer(self) -> None:
+        """A layer was launched, on the current stream of a GPU."""
+        if self.pool.device.type == "cuda":
+            launched = torch.cuda.Event()
+            launched.record()
+            self._launched.append(launched)
+
+    def is_close(self) -> bool:
+        """Whether a GPU is at most ``_MOST_LAYERS_AHEAD`` layers behind; does not wait."""
+        while len(self._launched) > _MOST_LAYERS_AHEAD:
+            if not self._launched[0].query():
+                return False
+            self._launched.popleft()
+        return True
 
     @torch.inference_mode()
     def _run(
@@ -325,6 +334,7 @@ class ModelRunner:
         chunks: Sequence[Chunk],
         on_layer_stored: Callable[[int], None] | None,
         previous: torch.Tensor | None = None,
+        beside: bool = False,
     ) -> torch.Tensor:
         packed = pack(chunks)
         if self._graphs is not None:
@@ -337,7 +347,7 @@ class ModelRunner:
         row = upload(packed.token_ids, torch.int64, device)
         fill_pending(row, packed, previous)
         backend = self._backend
-        if self._num_under_way > 1:
+        if beside:
             assert self._urgent is not None, "steps are run one after the other"
             backend = self._urgent
         attention = backend.prepare(packed.segments)
@@ -429,7 +439,7 @@ class ModelRunner:
         try:
             graphs = DecodeGraphs(
                 self._forward,
-                self._backend,
+                self._urgent or self._backend,  # they may run at the same time as an eager step of the other
                 device,
                 wishes.graph_batch_size,
                 wishes.max_model_len,

@@ -54,8 +54,18 @@ class Sampled:
         self._host = tuple(_to_host(tensor) for tensor in on_device)
         self._ready: torch.cuda.Event | None = None
         if token_ids.device.type == "cuda":
-            self._ready = torch.cuda.Event()
+            self._ready = torch.cuda.Event(enable_timing=True)
             self._ready.record()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether ``read`` waits for nothing."""
+        return self._ready is None or bool(self._ready.query())
+
+    def seconds_since(self, mark: torch.cuda.Event) -> float:
+        """What the device took from ``mark`` until they were there; not before that."""
+        assert self._ready is not None, "there are no marks on a CPU"
+        return float(mark.elapsed_time(self._ready)) / 1e3
 
     def read(self) -> list[SampledToken]:
         """Wait until they are there, and return them in the order of the items."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
@@ -39,10 +39,11 @@ from core.request import (
     TokenLogprob,
     WorkerId,
 )
-from engine.config import EngineConfig
+from engine.config import APART_MODES, EngineConfig
 from engine.page_allocator import PageAllocator
 from engine.prefill_order import ORDERS, Pace, PrefillOrder, due_at
 from engine.sequence import Sequence, SequenceStatus
+from engine.step_budget import Costs, StepBudget, StepBudgets
 
 TokenIds: TypeAlias = AbstractSequence[int]
 
@@ -234,6 +235,20 @@ class Scheduler(Protocol):
         """
         ...
 
+    def plan_prompts(self, now: float) -> StepPlan | None:
+        """A step of prompts alone, beside which decoding goes on (``plan_between``), and one of which may be under way.
+
+        None: nothing can start or go on, decoding must make room for itself first, or prompts and decoding share steps.
+        """
+        ...
+
+    def plan_between(self, plan: StepPlan, now: float) -> StepPlan | None:
+        """The next token of every decoding sequence, while ``plan``, which ``plan_prompts`` made, is being computed.
+
+        None: nobody decodes, or has a page for it.
+        """
+        ...
+
     def plan_urgent(self, plan: StepPlan, pace: Pace, now: float) -> StepPlan | None:
         """A step to be computed between two layers of ``plan``, which goes on afterwards, and committed before it.
 
@@ -247,6 +262,11 @@ class Scheduler(Protocol):
 
     def drop_step(self, plan: StepPlan) -> None:
         """The step failed, and the device writes no page of it any more; its sequences are to be aborted."""
+        ...
+
+    @property
+    def budgets(self) -> StepBudgets:
+        """What bounded the prompts of steps."""
         ...
 
     @property
@@ -266,7 +286,8 @@ class ChunkedPrefillScheduler:
     1. Running sequences go first, in the order in which they were started (prompts: that of ``config.prefill_order``);
        then waiting ones, in that order. A head of the queue that does not fit blocks those behind it.
     2. A step computes at most ``max_batch_tokens`` tokens of at most ``max_batch_size`` sequences, and at most
-       ``max_prefill_chunk`` tokens of one sequence.
+       ``max_prefill_chunk`` tokens of one sequence; and beside decoding sequences no more than leaves them their
+       ``tpot_slo_s`` (step_budget.py).
     3. A sequence starts when there are pages for every token known of it; what the prefix cache holds is taken from
        there, except the last token, whose logits are needed. From then on only decoding takes pages, one at a border.
     4. When such a page is missing, the youngest running sequence is preempted: its pages are released (they stay in
@@ -284,6 +305,9 @@ class ChunkedPrefillScheduler:
        a step is under way no page is freed that a sequence had when it was planned: the device may still write there.
     10. A step that holds another one up starts waiting prompts that end in it, as far as that breaks no promise of the
        other's prompts, and makes its decoding sequences wait no longer than the rest of their step.
+    11. Where ``colocated_mode`` keeps prompts and decoding apart, a step holds either. A step of prompts waits until
+       every decoding sequence has, or can have, the page of its next token; decoding beside it preempts nobody, and who
+       finds no page waits for its end.
     """
 
     def __init__(
@@ -292,10 +316,14 @@ class ChunkedPrefillScheduler:
         allocator: PageAllocator,
         max_model_len: int,
         eos_token_ids: Iterable[int] = (),
+        costs: Costs = lambda: None,
     ) -> None:
+        """``costs``: what steps take on this engine, as far as it is known now; for ``tpot_slo_s``."""
         self._allocator = allocator
         self._page_size = allocator.page_size
         self._max_batch_tokens = config.max_batch_tokens
+        self._apart = config.colocated_mode in APART_MODES
+        self._budgets = StepBudgets(config.max_batch_tokens, None if self._apart else config.tpot_slo_s, costs)
         self._max_batch_size = config.max_batch_size
         self._max_chunk = config.max_prefill_chunk or config.max_batch_tokens
         self._max_len = min(max_model_len, allocator.num_pages * allocator.page_size)  # tokens, prompt and output
@@ -308,10 +336,10 @@ class ChunkedPrefillScheduler:
         self._reserved: dict[SequenceId, _Reserved] = {}
         self._num_lent = 0
         self._stalled = False  # the last plan was empty and nothing changed since
-        # Of plan_ahead, not committed yet, oldest first; and any that calls may come into the middle of.
-        self._ahead: deque[StepPlan] = deque()
-        # (the newest of them at that moment, pages to be freed when it is committed)
-        self._leaving: deque[tuple[StepPlan, tuple[int, ...]]] = deque()
+        # Not committed yet and planned ahead, or such that calls may come into the middle of them.
+        self._under_way: list[StepPlan] = []
+        # (those of them that write to these pages, pages to be freed when all of them are committed)
+        self._leaving: list[tuple[list[StepPlan], tuple[int, ...]]] = []
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._generated_tokens = 0
@@ -436,20 +464,63 @@ class ChunkedPrefillScheduler:
     def plan_step(self, now: float) -> StepPlan | None:
         batch = self._running[: self._max_batch_size]
         decodes = self._continue_decoding(batch, now)
+        if self._apart:
+            plan = StepPlan(tuple(decodes)) if decodes else self.plan_prompts(now)
+            self._stalled = plan is None
+            return plan
         chunks: list[StepItem] = []
-        budget = self._max_batch_tokens - len(decodes)
-        if len(decodes) < len(batch):
-            budget = self._continue_chunks(batch, chunks, budget)
+        batch_size, context = len(decodes), _context_of(decodes)
+        budget = self._budgets.beside(batch_size, context)
+        if batch_size < len(batch):
+            self._continue_chunks(batch, chunks, budget)
         # A victim of this step cannot start again in it: it was taken because no page was free, and one of its own
         # went to somebody else, so at least that one is missing.
         started = self._start_waiting(decodes, chunks, budget, now)
+        self._budgets.note(budget, batch_size, context)
         self._stalled = not decodes and not chunks
         if self._stalled:
             return None
         plan = StepPlan((*decodes, *chunks), tuple(started))
         if self._order.interrupts:
-            self._ahead.append(plan)
+            self._under_way.append(plan)
         return plan
+
+    def plan_prompts(self, now: float) -> StepPlan | None:
+        batch = self._running[: self._max_batch_size]
+        lacking = sum(s.num_tokens > len(s.page_ids) * self._page_size for s in batch)
+        if not self._apart or lacking > self._allocator.num_free:
+            return None
+        decodes: list[StepItem] = []  # prompts of which the last token alone is to be computed
+        chunks: list[StepItem] = []
+        budget = self._budgets.beside(0, lambda: 0)
+        self._continue_chunks(batch, chunks, budget)
+        started = self._start_waiting(decodes, chunks, budget, now)
+        self._budgets.note(budget, 0, lambda: 0)
+        if not decodes and not chunks:
+            return None
+        plan = StepPlan((*decodes, *chunks), tuple(started))
+        self._under_way.append(plan)
+        return plan
+
+    def plan_between(self, plan: StepPlan, now: float) -> StepPlan | None:
+        prompts = {item.sequence_id for item in plan.items}
+        items: list[StepItem] = []
+        for sequence in self._running[: self._max_batch_size]:
+            if sequence.num_remaining != 1 or sequence.sequence_id in prompts:
+                continue
+            if sequence.num_tokens > len(sequence.page_ids) * self._page_size:
+                page_ids = self._allocator.allocate(1)
+                if page_ids is None:
+                    continue
+                sequence.page_ids += tuple(page_ids)
+            if sequence.started_at is None:
+                sequence.started_at = now
+            items.append(_item(sequence, 1))
+        if not items:
+            return None
+        between = StepPlan(tuple(items))
+        self._under_way.append(between)
+        return between
 
     def plan_urgent(self, plan: StepPlan, pace: Pace, now: float) -> StepPlan | None:
         if not self._waiting or not self._order.interrupts:
@@ -494,6 +565,8 @@ class ChunkedPrefillScheduler:
         return slack_s
 
     def plan_ahead(self, plan: StepPlan, now: float) -> StepPlan | None:
+        if self._apart and self._prompts_may_go_on():
+            return None
         decodes: list[StepItem] = []
         prefilling: list[tuple[Sequence, int]] = []  # and its tokens that are computed by then
         computing = {item.sequence_id: item for item in plan.items}
@@ -521,25 +594,28 @@ class ChunkedPrefillScheduler:
             else:
                 prefilling.append((sequence, start))
         chunks: list[StepItem] = []
-        budget = self._max_batch_tokens - len(decodes)
-        starts = {sequence.sequence_id: start for sequence, start in prefilling}
-        for sequence in self._order.prefilling(sequence for sequence, _ in prefilling):
-            if budget <= 0:
-                break
-            start = starts[sequence.sequence_id]
-            num_tokens = min(len(sequence.token_ids) - start, self._max_chunk, budget)
-            chunks.append(_item(sequence, num_tokens, start))
-            budget -= num_tokens
-        started = self._start_waiting(decodes, chunks, budget, now)
+        started: list[StartedSequence] = []
+        if not self._apart:
+            batch_size, context = len(decodes), _context_of(decodes)
+            budget = self._budgets.beside(batch_size, context)
+            starts = {sequence.sequence_id: start for sequence, start in prefilling}
+            for sequence in self._order.prefilling(sequence for sequence, _ in prefilling):
+                start = starts[sequence.sequence_id]
+                num_tokens = budget.take(start, min(len(sequence.token_ids) - start, self._max_chunk))
+                if not num_tokens:
+                    break
+                chunks.append(_item(sequence, num_tokens, start))
+            started = self._start_waiting(decodes, chunks, budget, now)
+            self._budgets.note(budget, batch_size, context)
         if not decodes and not chunks:
             return None
         ahead = StepPlan((*decodes, *chunks), tuple(started))
-        self._ahead.append(ahead)
+        self._under_way.append(ahead)
         return ahead
 
     def drop_step(self, plan: StepPlan) -> None:
         self._stalled = False
-        self._end_ahead(plan)
+        self._end(plan)
         self._free_leaving(plan)
 
     def commit_step(self, plan: StepPlan, sampled: Mapping[SequenceId, SampledToken], now: float) -> list[TokenChunk]:
@@ -548,7 +624,7 @@ class ChunkedPrefillScheduler:
         return chunks
 
     def _commit(self, plan: StepPlan, sampled: Mapping[SequenceId, SampledToken], now: float) -> list[TokenChunk]:
-        self._end_ahead(plan)
+        self._end(plan)
         chunks: list[TokenChunk] = []
         self._stalled = False
         sequences, page_size = self._sequences, self._page_size
@@ -581,6 +657,10 @@ class ChunkedPrefillScheduler:
         return chunks
 
     # ---- what can be asked ----
+
+    @property
+    def budgets(self) -> StepBudgets:
+        return self._budgets
 
     @property
     def has_work(self) -> bool:
@@ -664,30 +744,43 @@ class ChunkedPrefillScheduler:
         sequence.move(SequenceStatus.WAITING)
         self._waiting.appendleft(sequence)
 
-    def _continue_chunks(self, batch: list[Sequence], chunks: list[StepItem], budget: int) -> int:
-        """Append the next chunk of each sequence whose prefill is under way; returns what is left of the budget."""
+    def _continue_chunks(self, batch: list[Sequence], chunks: list[StepItem], budget: StepBudget) -> None:
+        """Append the next chunk of each sequence whose prefill is under way, as far as the budget goes."""
         running = SequenceStatus.RUNNING
         for sequence in self._order.prefilling(s for s in batch if s.status is running and s.num_remaining > 1):
-            if budget == 0:
+            num_tokens = budget.take(sequence.num_computed, min(sequence.num_remaining, self._max_chunk))
+            if not num_tokens:
                 break
-            chunks.append(_item(sequence, min(sequence.num_remaining, self._max_chunk, budget)))
-            budget -= len(chunks[-1].token_ids)
-        return budget
+            chunks.append(_item(sequence, num_tokens))
 
     def _start_waiting(
-        self, decodes: list[StepItem], chunks: list[StepItem], budget: int, now: float
+        self, decodes: list[StepItem], chunks: list[StepItem], budget: StepBudget, now: float
     ) -> list[StartedSequence]:
         started: list[StartedSequence] = []
-        while self._waiting and budget > 0 and len(self._running) < self._max_batch_size:
+        while self._waiting and not budget.is_full and len(self._running) < self._max_batch_size:
             index = self._order.head(self._waiting, now)
             sequence = self._waiting[index]
+            if budget.in_seconds:
+                num_uncached = self._num_uncached(sequence)
+                if not budget.fits(sequence.num_tokens - num_uncached, min(num_uncached, self._max_chunk)):
+                    break
             if not self._start(sequence):
                 break
             del self._waiting[index]
-            num_tokens = min(sequence.num_remaining, self._max_chunk, budget)
+            num_tokens = budget.take(sequence.num_computed, min(sequence.num_remaining, self._max_chunk))
             started.append(self._begin(sequence, num_tokens, decodes, chunks, now))
-            budget -= num_tokens
         return started
+
+    def _prompts_may_go_on(self) -> bool:
+        """Whether a step of prompts could be planned now, but for what is being computed."""
+        batch = self._running[: self._max_batch_size]
+        if any(sequence.num_remaining > 1 for sequence in batch):
+            return True
+        if not self._waiting or len(self._running) >= self._max_batch_size:
+            return False
+        head = self._waiting[0]
+        num_known = (head.num_tokens - self._num_uncached(head)) // self._page_size
+        return self._num_pages(head.num_tokens) - num_known + self._num_growing() <= self._allocator.num_free
 
     def _begin(
         self, sequence: Sequence, num_tokens: int, decodes: list[StepItem], chunks: list[StepItem], now: float
@@ -805,21 +898,30 @@ class ChunkedPrefillScheduler:
         """Free the pages of a sequence and end it."""
         self._stalled = False
         sequence.move(SequenceStatus.FINISHED)
-        if self._ahead:
-            self._leaving.append((self._ahead[-1], sequence.page_ids))
+        sequence_id = sequence.sequence_id
+        writers = [plan for plan in self._under_way if any(item.sequence_id == sequence_id for item in plan.items)]
+        if writers:
+            self._leaving.append((writers, sequence.page_ids))
         else:
             self._allocator.release(sequence.page_ids)
         sequence.page_ids = ()
-        del self._sequences[sequence.sequence_id]
+        del self._sequences[sequence_id]
 
-    def _end_ahead(self, plan: StepPlan) -> None:
-        if self._ahead and self._ahead[0] is plan:
-            self._ahead.popleft()
+    def _end(self, plan: StepPlan) -> None:
+        self._under_way = [other for other in self._under_way if other is not plan]
 
     def _free_leaving(self, plan: StepPlan) -> None:
-        """Free the pages of what has left while ``plan`` was the newest."""
-        while self._leaving and self._leaving[0][0] is plan:
-            self._allocator.release(self._leaving.popleft()[1])
+        """Free the pages of what has left and was last written by ``plan``."""
+        if not self._leaving:
+            return
+        kept: list[tuple[list[StepPlan], tuple[int, ...]]] = []
+        for writers, page_ids in self._leaving:
+            others = [writer for writer in writers if writer is not plan]
+            if others:
+                kept.append((others, page_ids))
+            else:
+                self._allocator.release(page_ids)
+        self._leaving = kept
 
     def _check(self, spec: SequenceSpec) -> None:
         """Raise ``InvalidRequest`` unless the sequence is new here and could run if it were alone."""
@@ -853,6 +955,12 @@ class _Reserved:
 class _End:
     reason: FinishReason
     stop_token_id: int | None = None
+
+
+def _context_of(decodes: AbstractSequence[StepItem]) -> Callable[[], int]:
+    """Tokens of those that decode by now, counted when asked for: that costs as much as planning some of them."""
+    batch = len(decodes)
+    return lambda: sum(item.start for item in decodes[:batch]) + batch
 
 
 def _next_item(sequence: Sequence, start: int, row: int | None) -> StepItem:

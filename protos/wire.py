@@ -381,6 +381,10 @@ def modes_to_message(modes: EngineModes) -> pb.EngineModes:
         forward=modes.forward,
         forward_reason=modes.forward_reason,
         num_fallbacks=modes.num_fallbacks,
+        colocated=modes.colocated,
+        colocated_reason=modes.colocated_reason,
+        prompt_steps=dict(modes.prompt_steps),
+        num_decode_beside=modes.num_decode_beside,
     )
 
 
@@ -391,6 +395,10 @@ def modes_from_message(message: pb.EngineModes) -> EngineModes:
         message.forward,
         message.forward_reason,
         message.num_fallbacks,
+        message.colocated,
+        message.colocated_reason,
+        tuple(sorted(message.prompt_steps.items())),
+        message.num_decode_beside,
     )
 
 

@@ -150,18 +150,33 @@ class WorkerState(_message.Message):
     def __init__(self, version: _Optional[int] = ..., engine_id: _Optional[str] = ..., role: _Optional[str] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkReport, _Mapping]]] = ..., page_events: _Optional[_Union[PageEvents, _Mapping]] = ..., pulls: _Optional[_Mapping[str, int]] = ..., pulled_tokens: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., load_age_s: _Optional[float] = ..., num_announced: _Optional[int] = ..., num_other_role: _Optional[int] = ..., num_announced_tokens: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ..., modes: _Optional[_Union[EngineModes, _Mapping]] = ...) -> None: ...
 
 class EngineModes(_message.Message):
-    __slots__ = ("attention", "attention_reason", "forward", "forward_reason", "num_fallbacks")
+    __slots__ = ("attention", "attention_reason", "forward", "forward_reason", "num_fallbacks", "colocated", "colocated_reason", "prompt_steps", "num_decode_beside")
+    class PromptStepsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_REASON_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     FORWARD_REASON_FIELD_NUMBER: _ClassVar[int]
     NUM_FALLBACKS_FIELD_NUMBER: _ClassVar[int]
+    COLOCATED_FIELD_NUMBER: _ClassVar[int]
+    COLOCATED_REASON_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODE_BESIDE_FIELD_NUMBER: _ClassVar[int]
     attention: str
     attention_reason: str
     forward: str
     forward_reason: str
     num_fallbacks: int
-    def __init__(self, attention: _Optional[str] = ..., attention_reason: _Optional[str] = ..., forward: _Optional[str] = ..., forward_reason: _Optional[str] = ..., num_fallbacks: _Optional[int] = ...) -> None: ...
+    colocated: str
+    colocated_reason: str
+    prompt_steps: _containers.ScalarMap[str, int]
+    num_decode_beside: int
+    def __init__(self, attention: _Optional[str] = ..., attention_reason: _Optional[str] = ..., forward: _Optional[str] = ..., forward_reason: _Optional[str] = ..., num_fallbacks: _Optional[int] = ..., colocated: _Optional[str] = ..., colocated_reason: _Optional[str] = ..., prompt_steps: _Optional[_Mapping[str, int]] = ..., num_decode_beside: _Optional[int] = ...) -> None: ...
 
 class StepSample(_message.Message):
     __slots__ = ("prefill_tokens", "prefill_pairs", "decode_batch", "decode_context", "seconds")

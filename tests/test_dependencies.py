@@ -41,10 +41,22 @@ DOORS: Mapping[str, frozenset[str]] = {
     "ray": frozenset({"cluster.ray_fleet"}),
     "nixl": frozenset({"kv_transfer.nixl"}),
     "opentelemetry": frozenset({"cluster.otlp"}),
+    "cuda": frozenset({"engine.phase_streams"}),
 }
 # Modules of engine that the gateway and the simulator use: loading them must not load torch.
 TORCH_FREE_ENGINE = frozenset(
-    f"engine.{noun}" for noun in ("config", "sequence", "cache_layout", "page_allocator", "scheduler", "model_source")
+    f"engine.{noun}"
+    for noun in (
+        "cache_layout",
+        "colocated_mode",
+        "config",
+        "model_source",
+        "page_allocator",
+        "scheduler",
+        "sequence",
+        "step_budget",
+        "step_seconds",
+    )
 )
 TORCH = frozenset({"torch", "transformers"})
 # Pages in device memory are gathered and scattered by torch's kernels; only the composer, which has a pool, loads it.

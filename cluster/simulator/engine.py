@@ -22,11 +22,12 @@ from typing import Protocol
 
 from cluster.simulator.answers import AnswerBook, Sampler
 from cluster.simulator.shared_device import SharedDevice
-from cluster.simulator.step_cost import PromptChunk, StepCost
+from cluster.simulator.step_cost import PromptChunk, StepCost, step_seconds
 from core.compute import StepSample
+from core.errors import InvalidConfig
 from core.prefix_hash import PageHash
 from core.request import SequenceId, SequenceSpec, TokenChunk
-from engine.config import EngineConfig
+from engine.config import APART_MODES, EngineConfig
 from engine.page_allocator import PageAllocator
 from engine.scheduler import ChunkedPrefillScheduler, PrefixRoom, Reservation, StepPlan
 
@@ -64,8 +65,14 @@ class SimulatedEngine:
     ) -> None:
         """``device``: on which others compute as well; None: it has one to itself."""
         assert config.num_pages is not None, "a simulated pool has a size"
+        if config.colocated_mode in APART_MODES:
+            raise InvalidConfig(
+                "engine.colocated_mode",
+                f"must be chunked in a simulation, whose steps follow one another, got {config.colocated_mode}",
+            )
         self.allocator = PageAllocator(config.num_pages, config.page_size, config.prefix_cache)
-        self.scheduler = ChunkedPrefillScheduler(config, self.allocator, max_model_len)
+        seconds = step_seconds(cost.seen(config.step_tokens))
+        self.scheduler = ChunkedPrefillScheduler(config, self.allocator, max_model_len, costs=lambda: seconds)
         self._loop = loop
         self._cost = cost
         self._max_len = min(max_model_len, config.num_pages * config.page_size)

@@ -21,6 +21,7 @@ from cluster.cost_fit import Sample, fit
 from cluster.cost_model import ComputeCost, CostModel, LinearCost, SavedCosts, prefill_features
 from cluster.roofline import Instance
 from cluster.throughput_model import Polynomial
+from engine.step_seconds import StepSeconds
 
 _LEAST_STEP_S = 1e-6
 _NEGLIGIBLE = 1e-12  # prior of a coefficient that a profile leaves at 0
@@ -44,6 +45,12 @@ class StepCost(Protocol):
     def seen(self, step_tokens: float) -> ComputeCost:
         """The same as linear costs, for policies that predict with it. A step computes ``step_tokens`` of prompts."""
         ...
+
+
+def step_seconds(compute: ComputeCost) -> StepSeconds:
+    """The same for a scheduler, which plans steps of prompts and decoding sequences together."""
+    (once, token, pair), (base, row, context) = compute.prefill_cost.coefficients, compute.decode_cost.coefficients
+    return StepSeconds(base, max(0.0, once - base), token, pair, row, context)
 
 
 @dataclass(frozen=True)

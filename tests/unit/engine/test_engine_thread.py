@@ -45,7 +45,7 @@ class CountingEngine:
         self.num_steps += 1
         return StepOutput() if self.empty else StepOutput((TokenChunk(SequenceId("s"), self.num_steps),))
 
-    def step_urgent(self) -> StepOutput:
+    def step_between(self) -> StepOutput:
         if not self.urgent:
             return StepOutput()
         self.urgent -= 1

@@ -264,6 +264,7 @@ def test_probe_reports_cross_whole(report: ProbeReport) -> None:
 
 
 def test_modes_survive_the_wire() -> None:
-    modes = EngineModes("flashinfer", "the fastest", "compiled", "", 2)
+    steps = (("least", 1), ("tpot", 7))
+    modes = EngineModes("flashinfer", "the fastest", "compiled", "", 2, "layered", "4 of 32 layers", steps, 9)
 
     assert wire.modes_from_message(wire.modes_to_message(modes)) == modes

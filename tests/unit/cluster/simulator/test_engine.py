@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from cluster.simulator.answers import Answer, AnswerBook
 from cluster.simulator.engine import SimulatedEngine
 from cluster.simulator.step_cost import FittedCost, PromptChunk
 from cluster.simulator.virtual_loop import run, running_loop
+from core.errors import InvalidConfig
 from core.request import SamplingParams, SequenceId, SequenceSpec, TokenChunk
 from engine.config import EngineConfig
 from engine.scheduler import SchedulerLoad, StepPlan
@@ -54,11 +56,16 @@ def spec(number: int, prompt: int, outputs: int) -> SequenceSpec:
 
 
 def play(
-    make: type[SimulatedEngine], num_pages: int, arrivals: Sequence[Arrival], looks: Sequence[float]
+    make: type[SimulatedEngine],
+    num_pages: int,
+    arrivals: Sequence[Arrival],
+    looks: Sequence[float],
+    tpot_slo_s: float | None = None,
 ) -> tuple[Log, list[SchedulerLoad], float]:
     async def main() -> tuple[Log, list[SchedulerLoad], float]:
         loop, answers, listener = running_loop(), AnswerBook(), Listener()
-        config = EngineConfig(page_size=4, num_pages=num_pages, max_batch_tokens=32, max_batch_size=6)
+        limits = {"max_batch_tokens": 32, "max_batch_size": 6}
+        config = EngineConfig(page_size=4, num_pages=num_pages, tpot_slo_s=tpot_slo_s, **limits)  # type: ignore[arg-type]
         engine = make(loop, config, COST, 200, answers, listener)
         loads: list[SchedulerLoad] = []
 
@@ -85,12 +92,12 @@ arrivals = st.lists(st.tuples(st.floats(0, 3), st.integers(1, 40), st.integers(1
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(25, 60), arrivals, st.lists(st.floats(0, 6), max_size=4))
+@given(st.integers(25, 60), arrivals, st.lists(st.floats(0, 6), max_size=4), st.sampled_from((None, 0.03, 0.06)))
 def test_a_lazy_engine_does_what_an_eager_one_does(
-    num_pages: int, given_arrivals: list[Arrival], looks: list[float]
+    num_pages: int, given_arrivals: list[Arrival], looks: list[float], tpot_slo_s: float | None
 ) -> None:
-    eager = play(EagerEngine, num_pages, given_arrivals, looks)
-    lazy = play(SimulatedEngine, num_pages, given_arrivals, looks)
+    eager = play(EagerEngine, num_pages, given_arrivals, looks, tpot_slo_s)
+    lazy = play(SimulatedEngine, num_pages, given_arrivals, looks, tpot_slo_s)
 
     assert lazy == eager
 
@@ -111,6 +118,15 @@ def test_a_lazy_engine_wakes_up_for_what_happens() -> None:
 
     assert num_timers(EagerEngine) > 100
     assert num_timers(SimulatedEngine) < 30
+
+
+def test_steps_that_follow_one_another_cannot_be_those_of_every_mode() -> None:
+    async def main() -> None:
+        config = EngineConfig(num_pages=60, colocated_mode="partitioned")
+        with pytest.raises(InvalidConfig, match=r"engine\.colocated_mode: must be chunked in a simulation"):
+            SimulatedEngine(running_loop(), config, COST, 200, AnswerBook(), Listener())
+
+    run(main())
 
 
 def test_a_paused_engine_computes_nothing_and_forgets_nothing() -> None:
