@@ -10,6 +10,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 SWITCHES = ("auto", "always", "never")
 PREFILL_ORDERS = ("fcfs", "slack")
+DEFAULT_CODE_FOLDER = "~/.cache/prfaas/compiled"
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class EngineConfig:
         (``x-slo-ttft-ms``, ``admission.slo``). With ``slack`` a prompt that would be late otherwise holds up a step
         that computes longer ones between two layers; nothing is computed twice.
     prefix_cache: whether pages of earlier prompts are kept and used again while there is room.
-    attention: the attention backend: flashinfer, varlen, sdpa or matmul; ``auto`` takes the fastest that can do what
-        the model asks on the device. One that cannot is refused, with those that can.
+    attention: the attention backend: native (CPU; compiled for the processor at the first start), flashinfer, varlen,
+        sdpa or matmul; ``auto`` takes the fastest that can do what the model asks on the device. One that cannot is
+        refused, with those that can.
     compile: whether the model's layers go through torch.compile: ``always``, ``never`` or ``auto``, which is on a GPU.
         A model that cannot be compiled runs eagerly, and says so.
     compile_cache: folder in which compiled code is kept, so that a second start takes seconds.
@@ -58,7 +60,7 @@ class EngineConfig:
     prefix_cache: bool = True
     attention: str = "auto"
     compile: str = "auto"
-    compile_cache: str = "~/.cache/prfaas/compiled"
+    compile_cache: str = DEFAULT_CODE_FOLDER
     decode_graphs: str = "auto"
     plan_ahead: str = "auto"
     threads: int | None = None
