@@ -19,17 +19,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from engine.cpu_kernel import compiler
+
+_INDUCTOR_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def keep_compiled_code(folder: str) -> Path:
     """Say to torch and FlashInfer where compiled code is kept; before the first of it is compiled or imported.
 
-    They know no other way than the environment; what is set there already stays.
+    They know no other way than the environment; what somebody has set there stays. Some versions of torch write their
+    own default there when they are imported: that is nobody's wish.
     """
     path = Path(folder).expanduser()
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(path / "inductor"))
+    if os.environ.get(_INDUCTOR_FOLDER) in (None, os.path.abspath(default_cache_dir())):
+        os.environ[_INDUCTOR_FOLDER] = str(path / "inductor")
     os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", str(path / "flashinfer"))
     return path
 

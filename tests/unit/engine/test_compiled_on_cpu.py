@@ -7,6 +7,7 @@ test_fast_forward.py traces the same code in every run. What is generated is kep
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import AutoModelForCausalLM
 
 from core.clock import VirtualClock
@@ -73,3 +75,21 @@ def test_without_a_compiler_a_cpu_runs_eagerly_and_says_so(tmp_path: Path, monke
     assert "no C++ compiler" not in modes.attention_reason
     assert "torch needs a C++ compiler to generate code for a CPU" in modes.forward_reason
     assert modes.num_fallbacks == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(None, "inductor"), (default_cache_dir(), "inductor"), ("/somewhere/else", "/somewhere/else")],
+    ids=["unset", "torch's default", "set"],
+)
+def test_compiled_code_is_kept_where_the_configuration_says(
+    before: str | None, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", "elsewhere")  # written too
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
+
+    compiled_layers.keep_compiled_code(str(tmp_path))
+
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / after)  # an absolute ``after`` stays what it is
