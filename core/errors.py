@@ -6,6 +6,7 @@
     ├── WrongKey                theirs: no API key, or one that is not ours        UNAUTHENTICATED / 401
     ├── InvalidConfig           theirs: a key of the configuration is wrong        (start-up, exit code 2)
     ├── UnsupportedModel        theirs: a model that this engine cannot serve      (start-up, with the reason)
+    │   └── UnsupportedQuantisation theirs: its weights are in a format that cannot be multiplied here
     ├── Overloaded              nobody's: a bound was reached, try again later     RESOURCE_EXHAUSTED / 429
     ├── NoRoute                 nobody's: no worker can take the request           UNAVAILABLE / 503
     ├── DeadlineExceeded        theirs: the client's deadline passed               DEADLINE_EXCEEDED / 504
@@ -64,6 +65,22 @@ class InvalidConfig(PrfaasError):
 
 class UnsupportedModel(PrfaasError):
     """The model cannot be served by this engine; the message says why."""
+
+
+class UnsupportedQuantisation(UnsupportedModel):
+    """The model's weights are quantised in a way that cannot be computed here.
+
+    ``quant_method`` is the checkpoint's word for it, ``needs`` what it takes, ``allowed`` the methods that would do.
+    """
+
+    def __init__(self, quant_method: str, needs: str, allowed: tuple[str, ...]) -> None:
+        super().__init__(
+            f"quantization_config.quant_method: {quant_method} needs {needs}; "
+            f"allowed here: {', '.join(allowed) or 'none'}, and weights that are not quantised"
+        )
+        self.quant_method = quant_method
+        self.needs = needs
+        self.allowed = allowed
 
 
 class Overloaded(PrfaasError):

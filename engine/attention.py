@@ -9,13 +9,13 @@ several queries (a prefill chunk), and fetch a tile's keys from the pages in one
     tile queries  [num_sequences * num_queries, num_heads, dim]
     tile keys     [num_sequences, num_kv_heads, num_keys, dim]      contiguous, which is what makes matmul fast on CPU
 
-Beside the two there are ``flashinfer`` (attention_flashinfer.py) and ``varlen`` (attention_varlen.py); which one runs
-is decided in attention_choice.py.
+Beside the two there are ``native`` for CPUs (attention_native.py), ``flashinfer`` (attention_flashinfer.py) and
+``varlen`` (attention_varlen.py); which one runs is decided in attention_choice.py.
 
 The two differ in what follows. ``matmul`` multiplies, with grouped heads folded into the query axis, and can do
 everything. On CPU it takes half the time of scaled_dot_product_attention in a decode batch of 32 (a fifteenth of that
-function's own ``enable_gqa``), and for prompts 0.6 to 0.9 of its time. ``sdpa`` calls torch's fused kernels, for
-GPUs.
+function's own ``enable_gqa``), and for prompts 0.6 to 0.9 of its time. On a processor that cannot multiply the pages'
+type it multiplies in float32. ``sdpa`` calls torch's fused kernels, for GPUs.
 
 Invariants:
 - A sequence never reads another one's pages. Keys that pad a shorter sequence of a tile repeat its own last token, so
@@ -35,6 +35,9 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from engine.cache_layout import LayerCache
+from engine.config import DEFAULT_CODE_FOLDER
+from engine.cpu_kernel import load_kernel
+from engine.packed_linear import operators_work
 from engine.page_pool import PagePool
 from engine.uploads import upload
 
@@ -392,6 +395,13 @@ def _matmul_core(
     return torch.bmm(weights, v.flatten(0, 1)).view(n, num_kv_heads, group, num_queries, v.shape[-1])
 
 
+def _widened_matmul_core(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: _TileKeys, options: AttentionOptions
+) -> torch.Tensor:
+    """For a processor without instructions for the type: there a product takes ten times as long as in float32."""
+    return _matmul_core(q.float(), k.float(), v.float(), keys, options).to(q.dtype)
+
+
 def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     if sinks is None:
         return scores.softmax(-1)
@@ -421,28 +431,36 @@ def _sdpa_core(
     return out.unsqueeze(0)
 
 
-def _matmul_backend(pool: PagePool) -> AttentionBackend:
-    return TiledBackend(pool, _matmul_core, MAX_MATMUL_QUERIES)
+def _matmul_backend(pool: PagePool, code_folder: str) -> AttentionBackend:
+    widen = pool.device.type == "cpu" and not operators_work(pool.pages(0).dtype)
+    return TiledBackend(pool, _widened_matmul_core if widen else _matmul_core, MAX_MATMUL_QUERIES)
 
 
-def _sdpa_backend(pool: PagePool) -> AttentionBackend:
+def _native_backend(pool: PagePool, code_folder: str) -> AttentionBackend:
+    from engine.attention_native import NativeBackend
+
+    return NativeBackend(pool, load_kernel(code_folder), _matmul_backend(pool, code_folder))
+
+
+def _sdpa_backend(pool: PagePool, code_folder: str) -> AttentionBackend:
     return TiledBackend(pool, _sdpa_core, None)
 
 
-def _varlen_backend(pool: PagePool) -> AttentionBackend:
+def _varlen_backend(pool: PagePool, code_folder: str) -> AttentionBackend:
     from engine.attention_varlen import VarlenBackend
 
     return VarlenBackend(pool)
 
 
-def _flashinfer_backend(pool: PagePool) -> AttentionBackend:
+def _flashinfer_backend(pool: PagePool, code_folder: str) -> AttentionBackend:
     from engine.attention_flashinfer import FlashInferBackend
 
     return FlashInferBackend(pool)
 
 
-BACKENDS: Mapping[str, Callable[[PagePool], AttentionBackend]] = MappingProxyType(
+BACKENDS: Mapping[str, Callable[[PagePool, str], AttentionBackend]] = MappingProxyType(
     {
+        "native": _native_backend,
         "matmul": _matmul_backend,
         "sdpa": _sdpa_backend,
         "varlen": _varlen_backend,
@@ -451,6 +469,6 @@ BACKENDS: Mapping[str, Callable[[PagePool], AttentionBackend]] = MappingProxyTyp
 )
 
 
-def create_backend(name: str, pool: PagePool) -> AttentionBackend:
-    """The backend of that name (``AttentionChoice.name``) for ``pool``."""
-    return BACKENDS[name](pool)
+def create_backend(name: str, pool: PagePool, code_folder: str = DEFAULT_CODE_FOLDER) -> AttentionBackend:
+    """The backend of that name (``AttentionChoice.name``) for ``pool``; ``code_folder`` keeps what is compiled."""
+    return BACKENDS[name](pool, code_folder)

@@ -15,8 +15,10 @@ from types import MappingProxyType
 
 from core.errors import InvalidConfig
 from engine.cache_layout import LayerCache
+from engine.cpu_kernel import MAX_DIM, MAX_GROUP, MAX_PAGE_SIZE
 
 _HALF = ("bfloat16", "float16")
+_NATIVE_DTYPES = ("float32", "bfloat16")
 _FLASHINFER_DIMS = (64, 128, 256)
 _VARLEN_MAX_DIM = 256
 _VARLEN_PAGE = 256  # torch's FlashAttention 2 wants pages of a multiple of that many tokens
@@ -40,6 +42,7 @@ class AttentionCase:
     capability: tuple[int, int] | None  # of a CUDA device
     page_size: int
     layers: tuple[LayerAttention, ...]
+    native_missing: str | None = None  # why the CPU's kernel is not to be had (cpu_kernel.py); None: it is there
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,22 @@ def choose_attention(asked: str, case: AttentionCase) -> AttentionChoice:
 
 def _refuse_nothing(case: AttentionCase) -> str | None:
     return None
+
+
+def _refuse_native(case: AttentionCase) -> str | None:
+    if case.device != "cpu":
+        return "it is for CPUs"
+    if case.page_size > MAX_PAGE_SIZE:
+        return f"it has pages of up to {MAX_PAGE_SIZE} tokens"
+    for layer in case.layers:
+        cache = layer.cache
+        if cache.dtype not in _NATIVE_DTYPES:
+            return f"it computes {' and '.join(_NATIVE_DTYPES)}, not {cache.dtype}"
+        if max(cache.key_dim, cache.value_dim) > MAX_DIM:
+            return f"it has heads of up to {MAX_DIM}, not {cache.key_dim} and {cache.value_dim}"
+        if layer.num_heads > MAX_GROUP * cache.num_kv_heads:
+            return f"it has up to {MAX_GROUP} query heads for a K/V head, not {layer.num_heads // cache.num_kv_heads}"
+    return case.native_missing
 
 
 def _refuse_flashinfer(case: AttentionCase) -> str | None:
@@ -123,8 +142,14 @@ def torch_has_paged_varlen() -> bool:
 
 
 _REFUSALS: Mapping[str, Callable[[AttentionCase], str | None]] = MappingProxyType(
-    {"matmul": _refuse_nothing, "sdpa": _refuse_nothing, "varlen": _refuse_varlen, "flashinfer": _refuse_flashinfer}
+    {
+        "native": _refuse_native,
+        "matmul": _refuse_nothing,
+        "sdpa": _refuse_nothing,
+        "varlen": _refuse_varlen,
+        "flashinfer": _refuse_flashinfer,
+    }
 )
 _PREFERENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"cpu": ("matmul", "sdpa"), "cuda": ("flashinfer", "varlen", "sdpa", "matmul")}
+    {"cpu": ("native", "matmul", "sdpa"), "cuda": ("flashinfer", "varlen", "sdpa", "matmul")}
 )

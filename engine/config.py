@@ -12,6 +12,7 @@ SWITCHES = ("auto", "always", "never")
 PREFILL_ORDERS = ("fcfs", "slack")
 COLOCATED_MODES = ("chunked", "layered", "partitioned")
 APART_MODES = frozenset({"layered", "partitioned"})  # of them: a step holds either prompts or decoding sequences
+DEFAULT_CODE_FOLDER = "~/.cache/prfaas/compiled"
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class EngineConfig:
         layers or the partition are chosen for it at every step, by what steps were seen to take; null: chunks of any
         size, groups worth 512 tokens, decoding at three quarters longer than alone.
     prefix_cache: whether pages of earlier prompts are kept and used again while there is room.
-    attention: the attention backend: flashinfer, varlen, sdpa or matmul; ``auto`` takes the fastest that can do what
-        the model asks on the device. One that cannot is refused, with those that can.
+    attention: the attention backend: native (CPU; compiled for the processor at the first start), flashinfer, varlen,
+        sdpa or matmul; ``auto`` takes the fastest that can do what the model asks on the device. One that cannot is
+        refused, with those that can.
     compile: whether the model's layers go through torch.compile: ``always``, ``never`` or ``auto``, which is on a GPU.
         A model that cannot be compiled runs eagerly, and says so.
     compile_cache: folder in which compiled code is kept, so that a second start takes seconds.
@@ -70,7 +72,7 @@ class EngineConfig:
     prefix_cache: bool = True
     attention: str = "auto"
     compile: str = "auto"
-    compile_cache: str = "~/.cache/prfaas/compiled"
+    compile_cache: str = DEFAULT_CODE_FOLDER
     decode_graphs: str = "auto"
     plan_ahead: str = "auto"
     threads: int | None = None

@@ -191,12 +191,17 @@ class Engine:
         logger.info("attention by %s: %s", choice.name, choice.reason)
         interrupts = config.prefill_order == "slack"
         streams = _streams_for(config, loaded.device)
-        urgent = create_backend(choice.name, pool) if interrupts or streams is not None else None
-        runner = ModelRunner(loaded.model, pool, create_backend(choice.name, pool), urgent)
+        code_folder = config.compile_cache
+        twice = interrupts or streams is not None
+        urgent = create_backend(choice.name, pool, code_folder) if twice else None
+        runner = ModelRunner(loaded.model, pool, create_backend(choice.name, pool, code_folder), urgent)
         runner.self_test()
         device = loaded.device.type
         graphs = config.max_batch_size if config.switched_on("decode_graphs", device) else 0
-        wishes = SpeedUps(config.switched_on("compile", device), graphs, loaded.description.max_model_len)
+        compile_layers, why_not = config.switched_on("compile", device), "engine.compile says so"
+        if loaded.quantisation is not None and not loaded.quantisation.dequantised and config.compile == "auto":
+            compile_layers, why_not = False, f"{loaded.quantisation.label}: their libraries' layers run as they are"
+        wishes = SpeedUps(compile_layers, graphs, loaded.description.max_model_len, why_not)
         if wishes.compile or wishes.graph_batch_size:
             runner.speed_up(wishes)
         allocator = PageAllocator(pool.num_pages, config.page_size, config.prefix_cache)
@@ -589,6 +594,8 @@ class Engine:
         if self._plans_ahead:
             pays = self._pace.launching_pays()
             parts.append("planned ahead" if pays else "not planned ahead: launching takes as long as computing")
+        if self.model.weights:
+            parts.append(self.model.weights)
         reasons = dict.fromkeys(reason for reason in (mode.reason, mode.graph_reason) if reason)
         choice = self._attention
         budgets = self._scheduler.budgets

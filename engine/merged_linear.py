@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from engine.packed_linear import is_plain_linear
+
 # Names under which transformers' models keep projections of one input.
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -74,7 +76,7 @@ def merge_projections(model: nn.Module) -> int:
     for parent in list(model.modules()):
         for names in _GROUPS:
             parts = [getattr(parent, name, None) for name in names]
-            linears = [part for part in parts if type(part) is nn.Linear]
+            linears = [part for part in parts if isinstance(part, nn.Linear) and is_plain_linear(part)]
             if len(linears) != len(names) or not _alike(linears):
                 continue
             merged = MergedLinear(linears)

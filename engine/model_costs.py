@@ -32,7 +32,7 @@ def compute_profile(
     """Count ``model``, as it lies on ``device``. ``step_tokens``: prompt tokens that a step computes at most."""
     head = model.get_output_embeddings()
     share = _expert_share(model.config.get_text_config())
-    num_bytes, num_met = 0, 0.0
+    num_bytes, num_met = 0.0, 0.0
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue
@@ -44,17 +44,31 @@ def compute_profile(
     return ComputeProfile(
         device=_device_name(device),
         num_devices=torch.get_num_threads() if device.type == "cpu" else 1,
-        weight_bytes=num_bytes,
+        weight_bytes=round(num_bytes),
         weight_flops=_FLOPS * num_met + windowed,
         attention_flops=full,
         step_tokens=step_tokens,
     )
 
 
-def _own_weights(module: nn.Module) -> Iterator[tuple[int, int, bool]]:
+def _quantised_size(module: nn.Module) -> tuple[int, int] | None:
+    """(elements, bytes) of a linear layer whose weights are kept in another form; None if they are plain."""
+    rows, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if not isinstance(rows, int) or not isinstance(columns, int):
+        return None
+    kept = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    if not kept or any(tensor.numel() == rows * columns and tensor.is_floating_point() for tensor in kept):
+        return None
+    return rows * columns, sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+
+def _own_weights(module: nn.Module) -> Iterator[tuple[int, float, bool]]:
     """Elements, bytes of one, and whether tokens are multiplied by it, of what ``module`` itself holds."""
     if isinstance(module, PackedLinear):  # keeps its weight where parameters() does not find it
         yield module.num_weights, module.itemsize, True
+    elif (size := _quantised_size(module)) is not None:
+        yield size[0], size[1] / size[0], True
+        return
     for parameter in module.parameters(recurse=False):
         yield parameter.numel(), parameter.element_size(), parameter.dim() >= 2
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
+from core.clock import WallClock
 from core.compute import ComputeProfile
 from core.errors import InvalidConfig, UnsupportedModel
 from core.fingerprint import CacheFingerprint
+from engine import cpu_kernel
 from engine.attention_choice import AttentionCase
 from engine.cache_layout import CacheLayout
 from engine.config import EngineConfig
@@ -30,6 +34,7 @@ from engine.model_costs import compute_profile
 from engine.model_runner import ATTENTION_NAME, probe_layers, register_attention
 from engine.model_source import ModelSource, SourceKind
 from engine.packed_linear import operators_work, pack_linears
+from engine.quantisation import Quantisation, assess
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +55,7 @@ class ModelDescription:
     vocab_size: int
     eos_token_ids: tuple[int, ...]  # ascending; any of them ends a sequence
     compute: ComputeProfile
+    weights: str = ""  # how they are quantised, in short; empty: they are not
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,7 @@ class LoadedModel:
     num_pages: int
     description: ModelDescription
     fingerprint: CacheFingerprint
+    quantisation: Quantisation | None  # None: plain weights
 
 
 def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
@@ -74,11 +81,11 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
         torch.set_num_threads(config.threads)
     device = _device(config)
     register_attention()
-    model = _load(source, config, device)
+    model, quantisation = _load(source, config, device)
     layers = probe_layers(model)
     layout = CacheLayout(tuple(layer.cache for layer in layers), config.page_size)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    attention = AttentionCase(device.type, capability, config.page_size, layers)
+    attention = AttentionCase(device.type, capability, config.page_size, layers, _native_missing(config, device))
     num_pages = config.num_pages or config.kv_cache_bytes // layout.bytes_per_page
     if num_pages < 1:
         raise InvalidConfig("engine.kv_cache_bytes", f"must hold at least one page, {layout.bytes_per_page} bytes")
@@ -89,6 +96,7 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
         vocab_size=text_config.vocab_size,
         eos_token_ids=_eos_token_ids(model, source.folder),
         compute=compute_profile(model, layout, device, config.step_tokens),
+        weights="" if quantisation is None else quantisation.label,
     )
     fingerprint = CacheFingerprint(
         model=f"{description.architecture}-{_config_digest(text_config)}",
@@ -97,7 +105,13 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
         page_size=config.page_size,
         layout=layout.fingerprint(),
     )
-    return LoadedModel(model, device, layout, attention, num_pages, description, fingerprint)
+    return LoadedModel(model, device, layout, attention, num_pages, description, fingerprint, quantisation)
+
+
+def _native_missing(config: EngineConfig, device: torch.device) -> str | None:
+    if device.type != "cpu" or config.attention not in ("auto", "native"):
+        return "nobody asked for it"  # and it need not be compiled
+    return cpu_kernel.missing(config.compile_cache)
 
 
 def _device(config: EngineConfig) -> torch.device:
@@ -108,28 +122,67 @@ def _device(config: EngineConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def _load(source: ModelSource, config: EngineConfig, device: torch.device) -> PreTrainedModel:
+def _load(
+    source: ModelSource, config: EngineConfig, device: torch.device
+) -> tuple[PreTrainedModel, Quantisation | None]:
+    quantisation: Quantisation | None = None
     try:
         model_config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
         _refuse(model_config)
         dtype = _dtype(config, model_config, device)
         model: Any
         if source.kind is SourceKind.DUMMY:
-            model = _random_model(model_config, dtype, device, config.dummy_seed)
+            model = _random_model(model_config, dtype, device, config.dummy_seed).to(device)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                source.folder, dtype=dtype, attn_implementation=ATTENTION_NAME, local_files_only=True
-            )
+            quantisation = _quantisation(model_config, device)
+            model = _read_weights(source, model_config, dtype, device)
     except _LOADING_ERRORS as error:
         raise UnsupportedModel(f"{source.name}: transformers cannot load it: {error}") from error
-    loaded: PreTrainedModel = model.to(device).eval()
+    loaded: PreTrainedModel = model.eval()
     pack_linears(loaded)
     if device.type == "cuda":
         merge_projections(loaded)
         torch.cuda.empty_cache()  # of the weights that were merged
         # Its heuristics are a tenth faster for some of a decode step's products, and never slower (docs/engine.md).
         torch.backends.cuda.preferred_blas_library("cublaslt")
-    return loaded
+    return loaded, quantisation
+
+
+def _quantisation(model_config: Any, device: torch.device) -> Quantisation | None:
+    """None: its weights are plain. May tell transformers to dequantise them."""
+    settings = getattr(model_config, "quantization_config", None)
+    if not settings:
+        return None
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    quantisation = assess(settings, device.type, capability)
+    if quantisation.dequantised:
+        settings["dequantize"] = True
+    logger.info("%s: %s", quantisation.label, quantisation.reason)
+    return quantisation
+
+
+def _read_weights(source: ModelSource, model_config: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """transformers maps all files and copies their tensors on several threads, each straight to the device."""
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    clock = WallClock()
+    began_at = clock.now()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        source.folder,
+        config=model_config,
+        dtype=dtype,
+        attn_implementation=ATTENTION_NAME,
+        local_files_only=True,
+        device_map=device if device.type == "cuda" else None,
+    )
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds, sizes = clock.now() - began_at, [path.stat().st_size for path in _weight_files(source.folder)]
+    logger.info(
+        "read %.2f GB of weights from %d files to %s in %.1f s, %.2f GB/s",
+        *(sum(sizes) / 1e9, len(sizes), device, seconds, sum(sizes) / 1e9 / max(seconds, 1e-9)),
+    )
+    return model
 
 
 def _random_model(model_config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
@@ -217,10 +270,14 @@ def _config_digest(text_config: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
+
+
 def weights_digest(folder: Path) -> str:
     """A digest of the weight files' sizes, headers and evenly spread samples: milliseconds, whatever their size."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(path for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES):
+    for path in _weight_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.name}/{size}/".encode())
         with path.open("rb") as file:

@@ -34,7 +34,7 @@ from engine.attention import AttentionBackend, AttentionOptions, StepAttention
 from engine.attention_choice import LayerAttention
 from engine.attention_op import Desk, DeskBatch, number_layers
 from engine.cache_layout import LayerCache
-from engine.compiled_layers import CompiledLayers
+from engine.compiled_layers import CompiledLayers, generator_missing
 from engine.decode_graphs import DecodeGraphs
 from engine.page_pool import PagePool
 from engine.scheduler import StepItem, StepPlan
@@ -256,6 +256,7 @@ class SpeedUps:
     compile: bool
     graph_batch_size: int  # sequences of the largest decode graph; 0: none
     max_model_len: int  # tokens that a sequence may have in a graph
+    eager_reason: str = "engine.compile says so"  # if ``compile`` is off
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,8 +394,12 @@ class ModelRunner:
         Writes to the pool, so it must run before anything is stored. ``backend`` is torch.compile's. What does not
         work is left, and ``mode`` says why. Raises ``UnsupportedModel`` as ``self_test``.
         """
-        compile_reason = "" if wishes.compile else "engine.compile says so"
-        if wishes.compile:
+        compile_reason = "" if wishes.compile else wishes.eager_reason
+        lacking = generator_missing(self.pool.device.type) if wishes.compile and backend == "inductor" else None
+        if lacking is not None:
+            self.go_eager(lacking)
+            compile_reason = lacking
+        elif wishes.compile:
             number_layers(self._model)
             self._compiled = CompiledLayers(self._model, backend)
             compile_reason = self._try_compiled()

@@ -9,13 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from engine import attention
+from engine import attention, cpu_kernel
 from engine.attention import AttentionOptions, Segment, create_backend
 from engine.cache_layout import CacheLayout, LayerCache
+from engine.config import DEFAULT_CODE_FOLDER
 from engine.page_pool import PagePool
 from tests.attention_case import Case, ragged_steps
 
-REFERENCES = ("matmul", "sdpa")  # the others need a GPU: tests/gpu
+REFERENCES = ("matmul", "sdpa")  # flashinfer and varlen need a GPU: tests/gpu
+needs_kernel = pytest.mark.skipif(
+    cpu_kernel.missing(DEFAULT_CODE_FOLDER) is not None, reason="no attention kernel for this processor"
+)
+ON_CPU = (*REFERENCES, pytest.param("native", marks=needs_kernel))
 HEADS, NUM_PAGES = 6, 128  # as Case has them
 KINDS = {
     "one head each": LayerCache(0, 6, 8, 8, "float32"),
@@ -44,6 +49,32 @@ def test_equals_the_textbook(backend: str, static: bool, kind: str, page_size: i
     assert max(ragged_steps(case)) < 1e-5
 
 
+@needs_kernel
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernel_equals_the_textbook(kind: str, page_size: int, options: AttentionOptions) -> None:
+    case = Case("native", KINDS[kind], page_size, options)
+
+    assert max(ragged_steps(case)) < 1e-5
+
+
+@needs_kernel
+@pytest.mark.parametrize("dim", [64, 128, 80])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_the_kernel_has_known_and_unknown_head_sizes_in_both_types(dim: int, dtype: str, bound: float) -> None:
+    case = Case("native", LayerCache(0, 2, dim, dim, dtype), 16, AttentionOptions(dim**-0.5), num_heads=8)
+
+    assert max(ragged_steps(case)) < bound
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_type_that_the_processor_lacks_is_multiplied_in_float32(dtype: str) -> None:
+    case = Case("matmul", LayerCache(0, 2, 64, 64, dtype), 16, AttentionOptions(0.125))
+
+    assert max(ragged_steps(case)) < 0.02
+
+
 @pytest.mark.parametrize("kind", ["grouped", "window"])
 def test_long_chunks_are_cut_into_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "MAX_MATMUL_QUERIES", 4)
@@ -62,7 +93,7 @@ def test_unlike_lengths_do_not_share_a_tile(monkeypatch: pytest.MonkeyPatch) -> 
     assert [tile.first_token for tile in tiles] == [0, 3, 5]
 
 
-@pytest.mark.parametrize("backend", REFERENCES)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_nothing_in_other_pages_can_reach_a_sequence(backend: str) -> None:
     case = Case(backend, KINDS["grouped"], 4, OPTIONS["plain"])
     case.step(("a", 5), ("b", 2))

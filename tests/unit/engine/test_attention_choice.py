@@ -14,6 +14,7 @@ from engine.cache_layout import LayerCache
 
 LAYER = LayerAttention(LayerCache(0, 8, 128, 128, "bfloat16"), 32)
 HOPPER = AttentionCase("cuda", (9, 0), 16, (LAYER,))
+ON_CPU = AttentionCase("cpu", None, 16, (LAYER,))
 
 
 @pytest.fixture(autouse=True)
@@ -29,14 +30,35 @@ def with_layer(layer: LayerAttention, **changes: object) -> AttentionCase:
 
 def test_every_backend_can_be_chosen_by_its_name() -> None:
     for name in BACKENDS:
-        assert choose_attention(name, replace(HOPPER, page_size=256)).name == name
+        case = ON_CPU if name == "native" else HOPPER
+        assert choose_attention(name, replace(case, page_size=256)).name == name
 
 
-def test_a_gpu_gets_flashinfer_and_a_cpu_matmul() -> None:
+def test_a_gpu_gets_flashinfer_and_a_cpu_its_own_kernel() -> None:
     assert choose_attention("auto", HOPPER).name == "flashinfer"
-    on_cpu = choose_attention("auto", replace(HOPPER, device="cpu", capability=None))
-    assert on_cpu.name == "matmul"
+    on_cpu = choose_attention("auto", ON_CPU)
+    assert on_cpu.name == "native"
     assert "flashinfer: it needs a CUDA device" in on_cpu.reason
+
+
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [
+        (replace(ON_CPU, native_missing="no C++ compiler"), "native: no C++ compiler"),
+        (replace(ON_CPU, page_size=1024), "native: it has pages of up to 512 tokens"),
+        (
+            replace(ON_CPU, layers=(replace(LAYER, cache=LayerCache(0, 8, 64, 64, "float16")),)),
+            "native: it computes float32 and bfloat16, not float16",
+        ),
+        (replace(ON_CPU, layers=(replace(LAYER, cache=LayerCache(0, 8, 576, 512, "float32")),)), "not 576 and 512"),
+        (replace(ON_CPU, layers=(replace(LAYER, num_heads=512),)), "up to 32 query heads for a K/V head, not 64"),
+    ],
+)
+def test_a_cpu_without_its_kernel_multiplies_and_says_why(case: AttentionCase, why: str) -> None:
+    choice = choose_attention("auto", case)
+
+    assert choice.name == "matmul"
+    assert why in choice.reason
 
 
 @pytest.mark.parametrize(
@@ -71,9 +93,9 @@ def test_auto_passes_over_what_cannot_do_it_and_says_why(case: AttentionCase, na
         (
             replace(HOPPER, device="cpu", capability=None),
             "varlen",
-            "needs a CUDA device; allowed here: auto, matmul, sdpa",
+            "needs a CUDA device; allowed here: auto, native, matmul, sdpa",
         ),
-        (HOPPER, "flash", "must be auto or one of matmul, sdpa, varlen, flashinfer, got 'flash'"),
+        (HOPPER, "flash", "must be auto or one of native, matmul, sdpa, varlen, flashinfer, got 'flash'"),
     ],
 )
 def test_a_backend_that_is_named_and_cannot_is_refused(case: AttentionCase, name: str, why: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -28,6 +30,43 @@ def test_gives_the_plain_layers_output(dtype: torch.dtype, bias: bool, num_rows:
 
     assert actual.shape == expected.shape
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_in_float32_between_two_casts_is_one_in_a_short_type(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 80, bias=bias, dtype=dtype)
+    x = torch.randn(3, 48, dtype=dtype)
+
+    with torch.inference_mode():
+        expected = copy.deepcopy(linear).double()(x.double())
+        packed = PackedLinear(linear, torch.float32)
+        actual = packed(x)
+
+    assert actual.dtype == dtype
+    assert packed.itemsize == 4
+    torch.testing.assert_close(actual, expected.to(dtype), rtol=1e-2, atol=1e-3)
+    assert torch.equal(packed.weight, linear.weight)
+
+
+def test_code_that_is_traced_finds_the_layer_by_its_number() -> None:
+    layers = [PackedLinear(nn.Linear(8, 6)), PackedLinear(nn.Linear(8, 6))]
+    x = torch.randn(3, 8)
+    traced = torch.compile(lambda x: [layer(x) for layer in layers], fullgraph=True, backend="aot_eager")
+
+    with torch.inference_mode():
+        for actual, layer in zip(traced(x), layers, strict=True):
+            torch.testing.assert_close(actual, layer(x))
+
+
+def test_layers_of_a_library_for_quantised_weights_are_left_alone() -> None:
+    hooked, replaced, marked = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+    hooked.register_forward_pre_hook(lambda module, args: None)
+    replaced.forward = lambda x: x  # type: ignore[method-assign]
+    marked.quantization_scheme = "int8"  # type: ignore[assignment]
+
+    assert pack_linears(nn.Sequential(hooked, replaced, marked)) == 0
 
 
 def test_its_weight_can_be_read_back() -> None:
