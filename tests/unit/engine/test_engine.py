@@ -148,7 +148,7 @@ def test_no_more_steps_wait_to_be_reported_than_a_report_holds(engine: Engine) -
 
 
 def test_a_step_that_failed_is_no_sample(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError
 
     monkeypatch.setattr(ModelRunner, "run", fail)
