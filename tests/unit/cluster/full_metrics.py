@@ -10,6 +10,7 @@ from cluster.planning_policy import FleetTarget, Roles
 from cluster.pool_scaler import Ended, PoolStatus
 from cluster.role_conversion import Outcome as ConversionOutcome
 from cluster.view import LinkView, WorkerLoad
+from core.compute import EngineModes
 from core.link import LinkEstimate
 from core.request import ClusterId, Role, WorkerId
 from tests.unit.cluster.scripted_router import (
@@ -28,7 +29,11 @@ def full_metrics() -> Metrics:
     east, west, sender, receiver = ClusterId("east"), ClusterId("west"), WorkerId("p"), WorkerId("d")
     estimate = LinkEstimate(receiver, west, "tcp", 4, goodput=2e9, delivery_rate=1e9, rtt_s=0.01, throughput=1e9)
     membership.workers = (
-        worker("decode-0", Role.DECODE, load=WorkerLoad(pulls=(("pulled", 1),))),
+        worker(
+            "decode-0",
+            Role.DECODE,
+            load=WorkerLoad(pulls=(("pulled", 1),), modes=EngineModes(prompt_steps=(("tpot", 2),))),
+        ),
         worker("prefill-0", Role.PREFILL),
     )
     membership.links = {(sender, receiver): LinkView(sender, east, receiver, west, 0.0, estimate)}

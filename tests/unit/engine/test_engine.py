@@ -148,7 +148,7 @@ def test_no_more_steps_wait_to_be_reported_than_a_report_holds(engine: Engine) -
 
 
 def test_a_step_that_failed_is_no_sample(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError
 
     monkeypatch.setattr(ModelRunner, "run", fail)
@@ -326,7 +326,7 @@ def test_the_listener_hears_starts_then_the_plan_then_every_layer(folder: Path) 
 def test_a_step_that_raises_fails_its_sequences_alone_and_the_engine_goes_on(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(self: ModelRunner, *_: object) -> torch.Tensor:
+    def fail(self: ModelRunner, *_: object, **__: object) -> torch.Tensor:
         raise RuntimeError("out of memory")
 
     engine.add(spec("a"))
@@ -350,7 +350,7 @@ def test_sequences_that_were_not_in_the_failing_step_live(folder: Path, monkeypa
     engine.add(spec("a"))
     engine.add(spec("b"))
     with monkeypatch.context() as patch:
-        patch.setattr(ModelRunner, "run", lambda *_: 1 / 0)
+        patch.setattr(ModelRunner, "run", lambda *_, **__: 1 / 0)
         assert [failure.sequence_id for failure in engine.step().failures] == ["a"]
 
     assert {chunk.sequence_id for chunk in chunks(drain(engine))} == {"b"}

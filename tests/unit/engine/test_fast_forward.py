@@ -184,11 +184,11 @@ def test_a_step_launched_ahead_that_fails_takes_no_token_from_the_one_before(
     engine.add(SequenceSpec(SequenceId("b"), tuple(prompts[2]), SamplingParams(max_tokens=4, temperature=0.0)))
     plain, calls = ModelRunner.run, []
 
-    def run_once(self: ModelRunner, *arguments: Any) -> torch.Tensor:
+    def run_once(self: ModelRunner, *arguments: Any, **keywords: Any) -> torch.Tensor:
         calls.append(arguments)
         if len(calls) == 2:
             raise RuntimeError("out of memory")
-        return plain(self, *arguments)
+        return plain(self, *arguments, **keywords)
 
     monkeypatch.setattr(ModelRunner, "run", run_once)
     output = engine.step()
