@@ -3,7 +3,7 @@
     python -m benchmarks.packing [--json FILE] [--lengths TRACE] [--requests N]
 
 A request needs its prompt's tokens and all of its output's but the last, each once. The lengths are ShareGPT's
-(shared/traces), a sample of 2,000; no model is run, tokens are counted:
+(shared/traces), a sample of 1,000; no model is run, tokens are counted:
 
     padded    batches of 8, 16, 32 and 64 in the order of arrival: every prompt as long as the batch's longest, and a
               decode step for every sequence until the longest output of the batch is done
@@ -201,7 +201,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--lengths", type=Path, default=lengths, help="a trace (cluster/workload_traces.py)")
-    parser.add_argument("--requests", type=int, default=2000, help="how many of its requests, drawn with a fixed seed")
+    parser.add_argument("--requests", type=int, default=1000, help="how many of its requests, drawn with a fixed seed")
     return parser.parse_args(arguments)
 
 

@@ -59,8 +59,10 @@ class CompiledLayers:
     def __init__(self, model: Any, backend: str = "inductor") -> None:
         """Nothing is compiled before the first call."""
         self._layers = decoder_layers(model)
+        # Else the number of threads of this process becomes part of the code, and of its name in the cache.
+        options = {"cpp.dynamic_threads": True} if backend == "inductor" else None
         for layer in self._layers:
-            layer.compile(dynamic=True, fullgraph=True, backend=backend)
+            layer.compile(dynamic=True, fullgraph=True, backend=backend, options=options)
 
     @property
     def num_layers(self) -> int:

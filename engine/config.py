@@ -21,7 +21,7 @@ class EngineConfig:
 
     device: where the model runs; ``auto`` is the GPU if there is one.
     dtype: of weights and K/V; ``auto`` is bfloat16 on a CPU with instructions for it (2.7 times faster in prefill than
-        float32 there), float32 on another, and the checkpoint's on GPU.
+        float32 there), float32 on another (where bfloat16 is as fast and halves K/V only), and the checkpoint's on GPU.
     page_size: tokens of one page of K/V; the same in both pools.
     kv_cache_bytes: bytes of the page pool; ``num_pages`` sets it in pages instead and wins if given.
     num_pages: pages of the pool; null: what ``kv_cache_bytes`` holds.
@@ -44,8 +44,9 @@ class EngineConfig:
     attention: the attention backend: native (CPU; compiled for the processor at the first start), flashinfer, varlen,
         sdpa or matmul; ``auto`` takes the fastest that can do what the model asks on the device. One that cannot is
         refused, with those that can.
-    compile: whether the model's layers go through torch.compile: ``always``, ``never`` or ``auto``, which is on a GPU.
-        A model that cannot be compiled runs eagerly, and says so.
+    compile: whether the model's layers go through torch.compile: ``always``, ``never`` or ``auto``, which is on a GPU
+        unless the weights are quantised. On CPU it takes a C++ compiler and a minute of one core at the first start. A
+        model that cannot be compiled runs eagerly, and says so.
     compile_cache: folder in which compiled code is kept, so that a second start takes seconds.
     decode_graphs: whether decode steps are captured as CUDA graphs at the start; ``auto`` is on a GPU, ``always`` takes
         the same path on CPU too, without graphs.
