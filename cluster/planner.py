@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 HISTORY_KEPT = 300  # samples: five minutes of a quiet fleet
 SAMPLE_S = 1.0  # between two samples while nothing changes
+_MISSED_S = 5.0  # a request that missed an objective so long ago is no reason for a worker any more
 _MOST_OF_THE_LOOP = 0.1  # share of the gateway's time that looking may take; with many workers it looks less often
 
 
@@ -182,7 +183,7 @@ class Planner:
         self._ttft_s = ttft_s
         self._scaler = scaler
         self._scaling_memory: ScalingMemory = NOTHING_YET
-        self._num_missed: Mapping[Role, int] = {}  # at the last look
+        self._missed: deque[tuple[float, Mapping[Role, int]]] = deque()  # so far, at each look of the last seconds
         self._capacity = capacity
         self._retest = retest
         self._retested_at: dict[tuple[ClusterId, ClusterId], float] = {}
@@ -293,9 +294,12 @@ class Planner:
         """The target with the sizes of pools, if any may change and this planner decides them."""
         if self._scaler is None or self._config.mode != PLANNER_DUAL:
             return target
-        missed, self._num_missed = self._num_missed, self._traffic.num_missed
-        now_missed = {role: count - missed.get(role, 0) for role, count in self._num_missed.items()}
-        scaling = scaling_view(found, self._scaler.views(), missed=now_missed, ttft_s=self._ttft_s)
+        self._missed.append((seen.at_s, self._traffic.num_missed))
+        while self._missed[0][0] < seen.at_s - _MISSED_S:
+            self._missed.popleft()
+        before = self._missed[0][1]
+        missed = {role: count - before.get(role, 0) for role, count in self._missed[-1][1].items()}
+        scaling = scaling_view(found, self._scaler.views(), missed=missed, ttft_s=self._ttft_s)
         # While one is asked to change its role, that is what helps.
         aimed = replace(seen, num_changing=max(seen.num_changing, int(_roles_of(seen) != target.roles)))
         plan, self._scaling_memory = plan_pools(

@@ -100,8 +100,8 @@ def planning_view(
 def scaling_view(
     found: Fleets, pools: Mapping[Role, PoolView], *, missed: Mapping[Role, int], ttft_s: float | None
 ) -> ScalingView:
-    """The pools now. ``missed``: requests since the last look that were to miss an objective, by the role that is too
-    slow for it. ``ttft_s``: the objective; None: there is none."""
+    """The pools now. ``missed``: requests that were to miss an objective lately, by the role that is too slow for it.
+    ``ttft_s``: the objective; None: there is none."""
     decode = [worker for worker in found.local if worker.role is Role.DECODE]
     sequences = sum(worker.load.num_running + worker.load.num_waiting for worker in decode)
     places = sum(worker.max_batch_size or _ASSUMED_BATCH for worker in decode)

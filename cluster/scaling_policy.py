@@ -118,7 +118,7 @@ class ScalingView:
     pools: Mapping[Role, PoolView]  # those whose size may change
     decode_fullness: float = 0.0  # of the decode workers' batches and pages, the fuller; 0 to 1 and more
     num_running: int = 0  # sequences on all local workers, in whatever state
-    missed: Mapping[Role, int] = field(default_factory=dict)  # since the last look: requests that missed an objective
+    missed: Mapping[Role, int] = field(default_factory=dict)  # requests that missed an objective lately
     ttft_s: float | None = None  # the objective; None: there is none
 
 

@@ -13,13 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.config import PLANNER_MODES, PlannerConfig
+from cluster.config import PLANNER_MODES, PlannerConfig, PoolConfig
 from cluster.cost_model import NO_COSTS
 from cluster.demand import DemandMeter
 from cluster.planner import HISTORY_KEPT, POLICIES, Planner
 from cluster.planning_policy import PlannerSettings
+from cluster.pool_scaler import PoolScaler, WorkerPhase
 from cluster.role_conversion import Outcome
-from core.request import ClusterId, EngineId, Role
+from cluster.scaling_policy import ScalingSettings
+from core.errors import InvalidRequest
+from core.request import ClusterId, EngineId, Role, WorkerId
 from tests.unit.cluster.fake_fleet import Fleet, Stream
 from tests.unit.cluster.fake_worker import DECODED, Visit, expected_tokens
 from tests.unit.cluster.gateway_and_fakes import PROMPT, gateway, until
@@ -393,3 +396,92 @@ async def test_a_look_that_fails_costs_the_look_and_not_the_plan(caplog: pytest.
     await fleet.planner.close()
 
     assert "the last plan stays" in caplog.text
+
+
+# ---- pools ----
+
+
+async def elastic(mode: str, fleet: Fleet) -> Planner:
+    """A planner beside the fleet's own, with a decode pool that may have three workers; nobody starts any."""
+    scaling = ScalingSettings(upscale_delay_s=5.0)
+    config = PlannerConfig(mode=mode, scaling=scaling)
+    pools = {Role.DECODE: PoolConfig(max_replicas=3)}
+    scaler = PoolScaler(IdleFleet(), fleet, pools, scaling, 100.0, fleet.clock)
+    await scaler.start()
+    await scaler.close()
+    return Planner(
+        fleet,
+        fleet.demand,
+        fleet,
+        config,
+        fleet.clock,
+        cluster_id=ClusterId("local"),
+        capacity=lambda *_: None,
+        retest=lambda *_: None,
+        scaler=scaler,
+    )
+
+
+class IdleFleet:
+    """Is asked for nothing but its members: the scaler does not run."""
+
+    async def members(self) -> dict[WorkerId, Role]:
+        return {WorkerId("decode-0"): Role.DECODE}
+
+    async def add(self, role: Role) -> WorkerId:
+        raise AssertionError
+
+    async def phases(self) -> dict[WorkerId, WorkerPhase]:
+        raise AssertionError
+
+    async def retire(self, worker_id: WorkerId, timeout_s: float) -> None:
+        raise AssertionError
+
+    async def remove(self, worker_id: WorkerId) -> None:
+        raise AssertionError
+
+
+async def test_a_look_aims_the_pools_says_why_and_counts_the_change_once(caplog: pytest.LogCaptureFixture) -> None:
+    fleet = Fleet(1, 1)
+    planner = await elastic("dual", fleet)
+    fleet.workers["decode-0"].load = replace(fleet.workers["decode-0"].load, num_waiting=4)
+    with caplog.at_level(logging.INFO):
+        for _ in range(8):
+            fleet.clock.advance(1.0)
+            planner.look()
+
+    status = planner.status
+    assert status.pools[Role.DECODE].wanted == 2
+    assert {reason: count for (kind, reason), count in status.changes.items() if kind == "pools"} == {"queue": 1}
+    assert "plan: decode pool 1 to 2: 1 more decode worker: 4 sequences wait to be decoded" in caplog.text
+    assert status.target is not None
+    assert "pools: " in status.target.reason
+
+
+async def test_only_late_misses_of_objectives_are_a_reason_for_a_worker() -> None:
+    fleet = Fleet(1, 1)
+    planner = await elastic("dual", fleet)
+    fleet.num_missed = {Role.DECODE: 7}
+    for _ in range(8):
+        fleet.clock.advance(1.0)
+        planner.look()
+
+    assert planner.status.pools[Role.DECODE].wanted == 1, "all of them were long ago"
+    for second in range(16):
+        fleet.num_missed = {Role.DECODE: 7 + second // 4}
+        fleet.clock.advance(1.0)
+        planner.look()
+    assert planner.status.pools[Role.DECODE].wanted == 2
+    assert planner.status.changes["pools", "tpot"] == 1
+
+
+async def test_an_operator_holds_a_pool_in_every_mode_and_only_a_pool_that_may_grow() -> None:
+    fleet = Fleet(1, 1)
+    planner = await elastic("off", fleet)
+
+    assert "held until" in planner.scale(Role.DECODE, 3)
+    assert planner.status.pools[Role.DECODE].held == 3
+    assert planner.status.changes == {("pools", "operator"): 1}
+    for role, of in ((Role.PREFILL, planner), (Role.DECODE, fleet.planner)):
+        with pytest.raises(InvalidRequest, match=f"pool: the {role} pool has a fixed size: set {role}.min_replicas"):
+            of.scale(role, 2)
