@@ -214,7 +214,7 @@ class Engine:
         allocator = PageAllocator(pool.num_pages, config.page_size, config.prefix_cache)
         model = loaded.description
         grammars = Grammars.of_model(loaded.folder, model.vocab_size, model.eos_token_ids)
-        masks = None if grammars.compiler is None else TokenMasks(grammars.compiler, 2 * config.max_batch_size)
+        masks = None if grammars.compiler is None else TokenMasks(grammars.compiler, 2 * config.max_batch_size, clock)
         step_clock = StepClock()
         if streams is not None or config.tpot_slo_s is not None:
             partitions = [] if streams is None else [*map(streams.prompts, range(len(streams.partitions)))]
@@ -399,12 +399,13 @@ class Engine:
         return ()
 
     def _launch(self, plan: StepPlan, began_at: float, before: Sampled | None) -> LaunchedStep | StepOutput:
-        launching_at = self._clock.now()
+        launching_at, waited_s = self._clock.now(), self._sampler.mask_seconds
         try:
             mark = self._mark()
             sampled = self._execute(plan, before)
             if self._beside is None or not _holds_prompts(plan):  # else decoding was looked after meanwhile
-                self._pace.launched(self._clock.now() - launching_at)
+                waited_s = self._sampler.mask_seconds - waited_s  # beside the layers, for what comes next in any case
+                self._pace.launched(self._clock.now() - launching_at - waited_s)
             return LaunchedStep(plan, sampled, began_at, mark=mark)
         except Exception as error:  # a model may fail in any way; others' sequences must not suffer for it
             return self._fail(plan, error)

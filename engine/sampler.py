@@ -103,6 +103,11 @@ class Sampler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._masks = masks
 
+    @property
+    def mask_seconds(self) -> float:
+        """Spent so far on masks, and on waiting for tokens that they need."""
+        return 0.0 if self._masks is None else self._masks.seconds
+
     def sample(self, logits: torch.Tensor, items: Sequence[StepItem]) -> list[SampledToken]:
         """One token for each of ``items``, whose logits are the rows of ``logits`` [len(items), vocab], any float
         dtype and device. ``logits`` is left as it is."""

@@ -24,6 +24,7 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
+from core.clock import Clock
 from core.errors import InvalidRequest
 from core.grammar import Grammar
 from core.request import SequenceId
@@ -54,8 +55,12 @@ class _Followed:
 class TokenMasks:
     """Follows the sequences of one engine, on its thread."""
 
-    def __init__(self, compiler: GrammarCompiler, num_followed: int, timeout_s: float = _TIMEOUT_S) -> None:
+    def __init__(
+        self, compiler: GrammarCompiler, num_followed: int, clock: Clock, timeout_s: float = _TIMEOUT_S
+    ) -> None:
         """``num_followed``: sequences whose matchers are kept; the batch's size and some that are preempted."""
+        self._clock = clock
+        self.seconds = 0.0  # spent on masks so far, waits for pending tokens included
         self.compiler = compiler
         self._num_followed = num_followed
         self._timeout_s = timeout_s
@@ -69,6 +74,13 @@ class TokenMasks:
         rows = [row for row, item in enumerate(items) if item.sampling.grammar is not None]
         if not rows:
             return None
+        began_at = self._clock.now()
+        try:
+            return self._masks(items, rows, pending)
+        finally:
+            self.seconds += self._clock.now() - began_at
+
+    def _masks(self, items: Sequence[StepItem], rows: list[int], pending: Callable[[], Sequence[int]]) -> Masks:
         failed: dict[int, str] = {}
         bits = np.zeros((len(rows), self.compiler.mask_words), np.int32)
         jobs: list[_Job] = []

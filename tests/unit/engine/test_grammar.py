@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from core.clock import WallClock
 from core.errors import InvalidRequest
 from core.grammar import Grammar, GrammarKind
 from core.request import SamplingParams, SequenceId
@@ -117,11 +118,11 @@ def by_row(masks: Masks | None) -> dict[int, set[int]]:
 
 
 def test_a_step_without_grammars_has_no_masks(compiler: GrammarCompiler) -> None:
-    assert TokenMasks(compiler, 8).masks([item("a", ids("x"), None)], nothing_pending) is None
+    assert TokenMasks(compiler, 8, WallClock()).masks([item("a", ids("x"), None)], nothing_pending) is None
 
 
 def test_rows_with_a_grammar_are_followed_and_made_anew_when_forgotten(compiler: GrammarCompiler) -> None:
-    masks = TokenMasks(compiler, num_followed=2)
+    masks = TokenMasks(compiler, 2, WallClock())
     for _ in range(3):
         step = [item("a", ids("")), item("free", ids("xyz"), None), item("b", ids("ab"))]
         assert by_row(masks.masks(step, nothing_pending)) == {0: set(ids("a")), 2: {*ids("b"), EOS, END_OF_TURN}}
@@ -133,7 +134,7 @@ def test_rows_with_a_grammar_are_followed_and_made_anew_when_forgotten(compiler:
 
 
 def test_a_token_that_is_still_being_sampled_is_waited_for(compiler: GrammarCompiler) -> None:
-    masks = TokenMasks(compiler, 8)
+    masks = TokenMasks(compiler, 8, WallClock())
     masks.masks([item("a", ids("a"))], nothing_pending)
     ahead = [item("new", ids(""), None), item("a", ids("a"), pending_row=1)]
     assert by_row(masks.masks(ahead, lambda: [99, *ids("b")])) == {1: {*ids("b"), EOS, END_OF_TURN}}
@@ -144,13 +145,15 @@ def test_a_token_that_is_still_being_sampled_is_waited_for(compiler: GrammarComp
 
 def test_many_rows_are_done_by_several_threads(compiler: GrammarCompiler) -> None:
     step = [item(f"s{i}", ids("ab"[: i % 3])) for i in range(50)]
-    found = by_row(TokenMasks(compiler, 64).masks(step, nothing_pending))
+    found = by_row(TokenMasks(compiler, 64, WallClock()).masks(step, nothing_pending))
     expected = [set(ids("a")), set(ids("b")), {*ids("b"), EOS, END_OF_TURN}]
     assert found == {i: expected[i % 3] for i in range(50)}
 
 
 def test_a_row_that_cannot_go_on_fails_alone(compiler: GrammarCompiler) -> None:
-    masks = TokenMasks(compiler, 8).masks([item("wrong", ids("x")), item("right", ids("a"))], nothing_pending)
+    masks = TokenMasks(compiler, 8, WallClock()).masks(
+        [item("wrong", ids("x")), item("right", ids("a"))], nothing_pending
+    )
     assert masks is not None
     assert list(masks.failed) == [0]
     assert masks.rows == (1,)
@@ -172,7 +175,7 @@ def test_a_mask_that_takes_too_long_holds_nobody_up_and_is_not_tried_again(compi
     slow = Grammar(GrammarKind.REGEX, "slow")
     held = compiler.compile(slow).result()
     held.start = Hanging  # type: ignore[assignment, method-assign]
-    masks = TokenMasks(compiler, 8, timeout_s=0.05)
+    masks = TokenMasks(compiler, 8, WallClock(), timeout_s=0.05)
     step = [item("a", ids("")), item("hangs", ids(""), slow), item("b", ids("a"))]
     for num_given_up in (1, 1):
         found = masks.masks(step, nothing_pending)
