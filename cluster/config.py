@@ -17,9 +17,11 @@ from cluster.log_format import LOG_FORMATS, TEXT
 from cluster.planning_policy import PlannerSettings
 from cluster.routing_policy import COLOCATE, POLICIES, RoutingSettings
 from cluster.scaling_policy import ScalingSettings
+from cluster.tools import AUTO, TOOL_CALL_PARSERS
 from cluster.yaml_source import overridden, read_yaml
 from core.credentials import Credentials
 from core.errors import InvalidConfig
+from core.grammar import MAX_GRAMMAR_BYTES
 from core.request import ClusterId, Role, Slo, WorkerId
 from engine.config import DEVICES, DTYPES, EngineConfig
 from kv_transfer.config import CHECKSUMS, CODECS, DIALS, KvTransferConfig, LinkConfig, require_ports
@@ -341,6 +343,43 @@ class GrpcConfig:
 
 
 @dataclass(frozen=True)
+class StructuredOutputConfig:
+    """Answers that obey a schema or grammar, and calls of tools (docs/structured-output.md). Grammars need the extra
+    ``structured``, here and at the workers.
+
+    max_bytes: of a grammar's text; with ``tool_choice`` required, of the schemas of all tools together.
+    compile_timeout_s: a grammar that takes longer to compile is refused with 400 / INVALID_ARGUMENT.
+    max_memory_bytes: likewise one that takes more memory, in the process that tries it.
+    tool_call_parser: in which words the model calls tools: ``hermes``, ``llama3_json``, ``mistral``; ``auto``: as its
+        chat template says; ``none``: requests with tools are refused.
+    """
+
+    max_bytes: int = 64 << 10
+    compile_timeout_s: float = 2.0
+    max_memory_bytes: int = 2 << 30
+    tool_call_parser: str = AUTO
+
+    def __post_init__(self) -> None:
+        most = f"must be between 1 and {MAX_GRAMMAR_BYTES}"
+        _require(1 <= self.max_bytes <= MAX_GRAMMAR_BYTES, "structured_output.max_bytes", most, self.max_bytes)
+        _require(
+            self.compile_timeout_s > 0,
+            "structured_output.compile_timeout_s",
+            "must be above 0 s",
+            self.compile_timeout_s,
+        )
+        least = 256 << 20
+        _require(
+            self.max_memory_bytes >= least,
+            "structured_output.max_memory_bytes",
+            f"must be at least {least}",
+            self.max_memory_bytes,
+        )
+        known = self.tool_call_parser in TOOL_CALL_PARSERS
+        _require_word(known, "structured_output.tool_call_parser", TOOL_CALL_PARSERS, self.tool_call_parser)
+
+
+@dataclass(frozen=True)
 class TracingConfig:
     """Traces of requests over every process, for an OpenTelemetry collector (docs/observability.md). Needs the extra
     ``otel``.
@@ -454,6 +493,7 @@ class ServiceConfig:
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
     grpc: GrpcConfig = field(default_factory=GrpcConfig)
+    structured_output: StructuredOutputConfig = field(default_factory=StructuredOutputConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     tracing: TracingConfig = field(default_factory=TracingConfig)
     plan: dict[str, object] = field(default_factory=dict)
@@ -512,7 +552,7 @@ class ServiceConfig:
         for name in ("min_replicas", "max_replicas"):
             if getattr(self.prefill, name) is not None:
                 raise InvalidConfig(f"prefill.{name}", "means nothing with join: nobody plans there; leave it out")
-        for name in ("http", "grpc", "registry", "router", "admission", "planner"):
+        for name in ("http", "grpc", "structured_output", "registry", "router", "admission", "planner"):
             section = getattr(self, name)
             if section != type(section)():
                 raise InvalidConfig(name, "means nothing with join: a joined cluster has no gateway; leave it out")

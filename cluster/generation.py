@@ -3,9 +3,10 @@
 The life of a request here:
 1. A door parses its protocol into a ``TextRequest`` and calls ``prepare``: the model's name, the prompt and the
    parameters are checked against the served model, the prompt becomes tokens, a seed is drawn if the client gave
-   none. Whatever is wrong raises ``InvalidRequest`` naming the client's field, before anything was started.
+   none, and what its output has to obey is compiled once (grammar_check.py). Whatever is wrong raises
+   ``InvalidRequest`` naming the client's field, before anything was started.
 2. ``stream`` runs ``Router.generate`` and turns each chunk of tokens into text: whole UTF-8 characters only, nothing
-   that could still become part of a stop string.
+   that could still become part of a stop string, and of a call of a tool not the text but the call (tools.py).
 3. A continuation that reaches a stop string is over for the client at once; ``Router.stop`` ends it on its workers,
    and the router's last chunk for it brings the timing.
 4. Closing ``stream`` early (a client that went away) closes ``Router.generate``, which frees both pools.
@@ -20,15 +21,19 @@ import secrets
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from cluster.config import ServiceConfig
 from cluster.front_door import ClusterMembership, Door, RequestRouter
 from cluster.metrics import Metrics, Outcome, RequestRecord, RequestWatcher, SloResult
 from cluster.stop_strings import StopStrings
-from cluster.tokenizer import ChatMessage, Tokenizer
+from cluster.tokenizer import NO_TOOLS, ChatMessage, Tokenizer, ToolCall
+from cluster.tool_calls import ParsedCall, ToolCallParser
+from cluster.tools import TOOL_CALL_PARSERS, ToolFormat, ToolUse, format_of
 from cluster.view import ModelInfo
 from core.clock import Clock
 from core.errors import InvalidRequest, NoRoute, UnknownModel
+from core.grammar import Grammar
 from core.prefix_hash import tenant_of
 from core.request import (
     NO_SLO,
@@ -54,7 +59,8 @@ from core.tracing import (
 # Above this many characters a prompt is tokenised on a thread: megabytes take seconds, in which no token would be sent.
 _INLINE_PROMPT_CHARS = 20_000
 
-# Roles that every chat template knows; most templates take any word as a role and would hide a mistake.
+# Roles that every chat template knows; most templates take any word as a role and would hide a mistake. And tool, of
+# messages that answer a call.
 CHAT_ROLES = ("system", "user", "assistant")
 
 
@@ -74,9 +80,10 @@ class TokenPrompt:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A conversation for the model's chat template."""
+    """A conversation for the model's chat template, with the tools that the model is told of."""
 
     messages: tuple[ChatMessage, ...]
+    tools: ToolUse | None = None
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
@@ -108,6 +115,15 @@ class PreparedRequest:
     door: Door
     tokenize_s: float
     trace_parent: TraceContext | None = None
+    tools: ToolsInUse | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolsInUse:
+    """How calls are found in the output."""
+
+    use: ToolUse
+    format: ToolFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,16 +149,25 @@ class Finish:
     """The end of one continuation. ``timing`` is None only if the router gave none."""
 
     reason: FinishReason
-    text: str  # all of it
+    text: str  # all of it, less the calls
     output_token_ids: tuple[int, ...]  # all of them, the stop token included
     stop_token_id: int | None
     stop_string: str | None
     timing: RequestTiming | None
+    calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def calls_tools(self) -> bool:
+        """Did it end because the model wants tools to be called?"""
+        return bool(self.calls) and self.reason is FinishReason.STOP
 
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """What a door sends next for continuation ``index``. Text may lag behind tokens; the count is of tokens so far."""
+    """What a door sends next for continuation ``index``. Text may lag behind tokens; the count is of tokens so far.
+
+    ``calls`` come after the text; the first of them is number ``num_calls_before`` of the answer.
+    """
 
     index: int
     text: str
@@ -151,6 +176,23 @@ class TextChunk:
     num_output_tokens: int
     cached_tokens: int
     finish: Finish | None = None
+    calls: tuple[ToolCall, ...] = ()
+    num_calls_before: int = 0
+
+
+class GrammarCheck(Protocol):
+    """Finds out whether a grammar can be obeyed. ``grammar_check.GrammarChecker`` is the real one."""
+
+    async def check(self, grammar: Grammar, model: ModelInfo) -> None:
+        """Raise ``InvalidRequest`` (field ``grammar``) unless ``model`` can be made to obey it."""
+        ...
+
+
+class NoGrammars:
+    """For gateways that serve none."""
+
+    async def check(self, grammar: Grammar, model: ModelInfo) -> None:
+        raise InvalidRequest("grammar", "structured output is not available here")
 
 
 def draw_seed() -> int:
@@ -172,8 +214,10 @@ class Generation:
         seeds: Callable[[], int] = draw_seed,
         tracing: Tracing = TRACING_OFF,
         watchers: Sequence[RequestWatcher] = (),
+        grammars: GrammarCheck | None = None,
     ) -> None:
-        """``watchers`` hear of each request that has ended, besides ``metrics``."""
+        """``watchers`` hear of each request that has ended, besides ``metrics``. ``grammars`` None: requests with one
+        are refused."""
         self._router = router
         self._membership = membership
         self._tokenizer = tokenizer
@@ -184,6 +228,8 @@ class Generation:
         self._seeds = seeds
         self._tracing = tracing
         self._watchers = watchers
+        self._grammars = grammars or NoGrammars()
+        self._tool_call_parser = config.structured_output.tool_call_parser
 
     @property
     def has_chat_template(self) -> bool:
@@ -204,7 +250,7 @@ class Generation:
         if isinstance(prompt, ChatPrompt):
             _require(bool(prompt.messages), field, "must hold at least one message")
             for index, message in enumerate(prompt.messages):
-                known = message.role in CHAT_ROLES
+                known = message.role in CHAT_ROLES or (message.role == "tool" and message.tool_call_id is not None)
                 allowed = f"must be one of {', '.join(CHAT_ROLES)}, got {message.role!r}"
                 _require(known, f"{field}[{index}].role", allowed)
             size = sum(len(m.content) for m in prompt.messages)
@@ -240,14 +286,20 @@ class Generation:
         if request.model is not None and request.model != self._model_name:
             raise UnknownModel(request.model, self._model_name)
         model = self.model()
+        tools = self._tools_in_use(request)
         began_at = self._clock.now()
         token_ids = await self.tokenize(request.prompt, field=request.prompt_field)
         tokenize_s = self._clock.now() - began_at
         _check_prompt(token_ids, request.prompt_field, model)
+        sampling = _complete_sampling(request.sampling, len(token_ids), model, self._seeds)
+        if tools is not None:
+            sampling = await self._with_tools(sampling, tools, model)
+        if sampling.grammar is not None:
+            await self._grammars.check(sampling.grammar, model)
         generate = GenerateRequest(
             request_id=request.request_id,
             prompt_token_ids=token_ids,
-            sampling=_complete_sampling(request.sampling, len(token_ids), model, self._seeds),
+            sampling=sampling,
             salt=request.salt,
             arrived_at=request.arrived_at,
             deadline_at=request.deadline_at,
@@ -256,7 +308,46 @@ class Generation:
             tokenize_s=tokenize_s,
             trace=self._tracing.root(request.trace_parent),
         )
-        return PreparedRequest(generate, request.door, tokenize_s, request.trace_parent)
+        return PreparedRequest(generate, request.door, tokenize_s, request.trace_parent, tools)
+
+    def _tools_in_use(self, request: TextRequest) -> ToolsInUse | None:
+        """How the model calls the request's tools; ``InvalidRequest`` if it cannot."""
+        use = request.prompt.tools if isinstance(request.prompt, ChatPrompt) else None
+        if use is None:
+            return None
+        template = self._tokenizer.tool_template
+        calls_as = format_of(self._tool_call_parser, template)
+        _require(bool(template), use.field, NO_TOOLS)
+        if calls_as is None:
+            known = ", ".join(TOOL_CALL_PARSERS)
+            raise InvalidRequest(
+                use.field,
+                f"how the served model calls them is not known (structured_output.tool_call_parser is "
+                f"{self._tool_call_parser}, of {known})",
+            )
+        if request.sampling.grammar is not None:
+            raise InvalidRequest(use.field, "an answer whose form is asked for calls no tools; set tool_choice to none")
+        return ToolsInUse(use, calls_as)
+
+    async def _with_tools(self, sampling: SamplingParams, tools: ToolsInUse, model: ModelInfo) -> SamplingParams:
+        """The parameters of a request whose output is searched for calls, and perhaps has to be one."""
+        use, calls_as = tools.use, tools.format
+        if calls_as.begin and self._tokenizer.is_hidden(calls_as.begin):
+            sampling = replace(sampling, skip_special_tokens=False)  # else nobody would see where a call begins
+        for tool in use.forced:
+            try:
+                await self._grammars.check(tool.schema, model)  # alone, to say which is wrong
+            except InvalidRequest as error:
+                raise InvalidRequest(tool.path, error.message) from error
+        try:
+            grammar = calls_as.grammar(use, self._tokenizer.token_of)
+            sampling = replace(sampling, grammar=grammar)
+            if grammar is not None:
+                await self._grammars.check(grammar, model)
+        except InvalidRequest as error:
+            field = use.choice_field if error.field == "grammar" else error.field
+            raise InvalidRequest(field, error.message) from error
+        return sampling
 
     async def stream(self, prepared: PreparedRequest) -> AsyncGenerator[TextChunk, None]:
         """Text of all n continuations as it comes; each ends with one chunk that has ``finish``.
@@ -264,7 +355,7 @@ class Generation:
         Raises what ``Router.generate`` raises. Closing it aborts the request.
         """
         request = prepared.request
-        progress = _Progress(request, self._tokenizer)
+        progress = _Progress(request, self._tokenizer, prepared.tools)
         outcome = Outcome.CANCELLED
         try:
             async with aclosing(self._router.generate(request)) as chunks:
@@ -306,7 +397,9 @@ class Generation:
 
     def _encode(self, prompt: TextPrompt | ChatPrompt, field: str, add_special_tokens: bool) -> tuple[int, ...]:
         if isinstance(prompt, ChatPrompt):
-            return self._tokenizer.encode_chat(prompt.messages, field=field)
+            tools = () if prompt.tools is None else prompt.tools.tools
+            functions = [tool.as_template_gets_it() for tool in tools]
+            return self._tokenizer.encode_chat(prompt.messages, field=field, tools=functions)
         return self._tokenizer.encode(prompt.text, field=field, add_special_tokens=add_special_tokens)
 
 
@@ -325,9 +418,9 @@ def _span_attributes(record: RequestRecord) -> dict[str, AttributeValue]:
 class _Progress:
     """What has come of one request so far."""
 
-    def __init__(self, request: GenerateRequest, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: GenerateRequest, tokenizer: Tokenizer, tools: ToolsInUse | None) -> None:
         self._request = request
-        self.continuations = [_Continuation(index, request, tokenizer) for index in range(request.sampling.n)]
+        self.continuations = [_Continuation(index, request, tokenizer, tools) for index in range(request.sampling.n)]
 
     @property
     def finished(self) -> bool:
@@ -352,6 +445,8 @@ class _Progress:
             ended_at=now,
             trace=request.trace,
             tokenize_s=request.tokenize_s,
+            num_tool_calls=sum(len(c.calls) for c in self.continuations),
+            num_malformed_tool_calls=sum(c.num_malformed_calls for c in self.continuations),
         )
 
     def _slo_result(self, outcome: Outcome) -> SloResult | None:
@@ -371,7 +466,9 @@ class _Continuation:
     running -> stopped (a stop string was found, the router has still to end it) -> finished, or running -> finished.
     """
 
-    def __init__(self, index: int, request: GenerateRequest, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, index: int, request: GenerateRequest, tokenizer: Tokenizer, tools: ToolsInUse | None = None
+    ) -> None:
         sampling = request.sampling
         self._index = index
         self._tokenizer = tokenizer
@@ -382,6 +479,10 @@ class _Continuation:
         )
         self._stop = StopStrings(sampling.stop, include=sampling.include_stop_str_in_output) if sampling.stop else None
         self._stop_string: str | None = None
+        self._tools = tools
+        self._parser = None if tools is None else tools.format.parser(tools.use)
+        self.calls: list[ToolCall] = []
+        self.num_malformed_calls = 0
         self._text: list[str] = []
         self.output_token_ids: list[int] = []
         self.cached_tokens = 0
@@ -408,9 +509,13 @@ class _Continuation:
         num_taken, text = (0, "") if self.stopped else self._take(chunk, now)
         if chunk.finish_reason is not None and not self.stopped:
             text += self._flush()
+        num_calls_before = len(self.calls)
+        if self._parser is not None:
+            text = self._find_calls(self._parser, text, chunk.finish_reason)
+        calls = tuple(self.calls[num_calls_before:])
         if text:
             self._text.append(text)
-        if not num_taken and not text and chunk.finish_reason is None:
+        if not num_taken and not text and not calls and chunk.finish_reason is None:
             return None
         return TextChunk(
             index=self._index,
@@ -420,7 +525,23 @@ class _Continuation:
             num_output_tokens=len(self.output_token_ids),
             cached_tokens=self.cached_tokens,
             finish=None if chunk.finish_reason is None else self._finish(chunk),
+            calls=calls,
+            num_calls_before=num_calls_before,
         )
+
+    def _find_calls(self, parser: ToolCallParser, text: str, finish_reason: FinishReason | None) -> str:
+        """Note the calls in it; what is left is text. Text between two calls comes before both."""
+        found = parser.push(text)
+        if finish_reason is not None:
+            found += parser.flush()
+        for parsed in found:
+            self.num_malformed_calls += parsed.num_malformed
+            self.calls += [self._named(call) for call in parsed.calls]
+        return "".join(parsed.text for parsed in found)
+
+    def _named(self, call: ParsedCall) -> ToolCall:
+        assert self._tools is not None, "calls are found by its parser"
+        return ToolCall(self._tools.format.call_id(), call.name, call.arguments)
 
     def _take(self, chunk: OutputChunk, now: float) -> tuple[int, str]:
         """Count and detokenise the chunk's tokens, up to a stop string; how many were taken and the text to show."""
@@ -469,6 +590,7 @@ class _Continuation:
             stop_token_id=None if self.stopped else chunk.stop_token_id,
             stop_string=self._stop_string,
             timing=chunk.timing,
+            calls=tuple(self.calls),
         )
 
     def _logprob_text(self, entry: TokenLogprob) -> LogprobText:

@@ -22,6 +22,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cluster import structured_output
 from cluster.api_keys import ApiKeys
 from cluster.cluster_info import (
     cluster_link_info,
@@ -76,6 +77,7 @@ from core.errors import (
     UnknownModel,
     WrongKey,
 )
+from core.grammar import Grammar
 from core.request import RequestId, Role, SamplingParams, Slo
 from core.tracing import TraceContext
 from protos import serving_pb2 as pb
@@ -105,6 +107,7 @@ _STATUS: tuple[tuple[type[PrfaasError], grpc.StatusCode], ...] = (
 _TRANSPORT_LIMIT_FACTOR = 4
 _HEALTH_INTERVAL_S = 0.2
 _MAX_REQUEST_ID_CHARS = 256
+_STRUCTURED_OUTPUT = "sampling_params.structured_output"
 _SAMPLING_FIELDS = frozenset(field.name for field in pb.SamplingParams.DESCRIPTOR.fields)
 
 
@@ -428,6 +431,8 @@ async def _errors_as_statuses(context: _Context) -> AsyncIterator[None]:
 
 def _details(error: PrfaasError) -> str:
     """The error in words, with the client's name for a sampling field."""
+    if isinstance(error, InvalidRequest) and error.field == "grammar":
+        return f"{_STRUCTURED_OUTPUT}: {error.message}"
     if isinstance(error, InvalidRequest) and error.field in _SAMPLING_FIELDS:
         return f"sampling_params.{error}"
     return str(error)
@@ -459,11 +464,28 @@ def _parse_sampling(message: pb.SamplingParams) -> SamplingParams:
     for field, value in message.ListFields():
         if field.name == "logit_bias":
             values[field.name] = {token_id: _shortest(bias) for token_id, bias in value.items()}
+        elif field.name == "structured_output":
+            values["grammar"] = _parse_form(value)
         elif field.name in ("stop", "stop_token_ids"):
             values[field.name] = tuple(value)
         else:
             values[field.name] = _shortest(value) if isinstance(value, float) else value
     return SamplingParams(**values)
+
+
+def _parse_form(message: pb.StructuredOutput) -> Grammar:
+    """What the output has to obey; ``InvalidRequest`` naming the field."""
+    kind = message.WhichOneof("form")
+    if kind is None:
+        allowed = ", ".join(field.name for field in message.DESCRIPTOR.oneofs_by_name["form"].fields)
+        raise InvalidRequest(_STRUCTURED_OUTPUT, f"one of {allowed} must be given")
+    field = f"{_STRUCTURED_OUTPUT}.{kind}"
+    if kind == "json_object":
+        return structured_output.of_schema({"type": "object"}, field)
+    if kind == "choice":
+        return structured_output.of_choice(list(message.choice.texts), f"{field}.texts")
+    make = {"json_schema": structured_output.of_schema, "regex": structured_output.of_regex}
+    return make.get(kind, structured_output.of_lark)(getattr(message, kind), field)
 
 
 def _shortest(value: float) -> float:

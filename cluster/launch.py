@@ -36,6 +36,7 @@ from cluster.demand import DemandMeter
 from cluster.finished_requests import RecentRequests, RequestLog
 from cluster.front_door import no_usable_link_reason
 from cluster.generation import Generation
+from cluster.grammar_check import GrammarChecker
 from cluster.grpc_gateway import GrpcGateway
 from cluster.http_gateway import HttpGateway
 from cluster.internal_tls import InternalTls, IssueProof, TlsDecision
@@ -221,6 +222,7 @@ class _Cluster:
     began_at: float
     membership: Membership
     tester: LinkTester
+    folder: str  # the model's
     tokenizer: Tokenizer
     tls: TlsDecision
 
@@ -289,7 +291,7 @@ class _Service:
         await to_the_end(asyncio.to_thread(self._fleet.start, registry, tls.proof_of))
         tokenizer = await asyncio.to_thread(_load_tokenizer, folder)
         await self._wait_for_workers(membership, began_at)
-        return _Cluster(gateway_id, began_at, membership, tester, tokenizer, tls.decision)
+        return _Cluster(gateway_id, began_at, membership, tester, folder, tokenizer, tls.decision)
 
     async def _open_registry(self, membership: Membership, tls: TlsDecision, listening: str, host: str) -> str:
         """Let workers register; returns where those of this service do. Says where those of other clusters may."""
@@ -315,6 +317,8 @@ class _Service:
         planner = await self._plan(cluster, router, demand)
         metrics = Metrics(membership, router, config.kv_transfer.capacity, planner)
         requests = RecentRequests()
+        grammars = GrammarChecker(cluster.folder, config.structured_output, metrics.grammar)
+        self._opened.push_async_callback(grammars.close)
         generation = Generation(
             router,
             membership,
@@ -324,6 +328,7 @@ class _Service:
             self._clock,
             tracing=self._tracing,
             watchers=(requests, RequestLog()),
+            grammars=grammars,
         )
         grpc = GrpcGateway(
             generation, router, membership, cluster.tester, planner, config, self._clock, cluster.tls, requests

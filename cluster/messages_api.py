@@ -5,20 +5,25 @@ cached tokens are counted beside ``input_tokens`` and not among them, and a stre
 
     message_start  content_block_start  content_block_delta ...  content_block_stop  message_delta  message_stop
 
+where text is one block and each call of a tool another. The answers to calls are blocks of the user's next message.
+
 Pure, as openai_api.py.
 """
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from cluster.generation import ChatPrompt, Finish, LogprobText, TextChunk
-from cluster.openai_api import Body, Call, message_text, named_event, priority, renamed, validate
-from cluster.tokenizer import ChatMessage
+from cluster.openai_api import Body, Call, message_text, named_event, priority, renamed, tool_use, validate
+from cluster.tokenizer import ChatMessage, ToolCall
+from cluster.tools import AUTO, NONE, REQUIRED, Tool
 from core.errors import InvalidRequest
 from core.request import FinishReason, SamplingParams
 
@@ -31,8 +36,6 @@ _UNSUPPORTED: Mapping[str, Collection[object]] = {
     "output_config": ({},),
     "output_format": (),
     "thinking": ({"type": "disabled"},),
-    "tool_choice": ({"type": "auto"}, {"type": "none"}),
-    "tools": ([],),
 }
 _ROLES = ("user", "assistant")
 # status |-> the API's word for it; others are its api_error
@@ -58,11 +61,92 @@ def _bare(block: object) -> object:
     return {k: v for k, v in block.items() if k in ("type", "text")} if isinstance(block, dict) else block
 
 
+class ToolUseBlock(BaseModel):
+    """A call that the model made."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, object]
+
+
+class ToolResultBlock(BaseModel):
+    """What a called tool gave."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: Annotated[str, BeforeValidator(_blocks)] = ""
+    is_error: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The blocks of a message: text, and what is about tools."""
+
+    text: str
+    calls: tuple[ToolUseBlock, ...] = ()
+    results: tuple[ToolResultBlock, ...] = ()
+
+
+def _content(value: object) -> object:
+    if not isinstance(value, list):
+        return Content(str(_blocks(value)))
+    calls: list[ToolUseBlock] = []
+    results: list[ToolResultBlock] = []
+    texts: list[object] = []
+    for position, block in enumerate(value):
+        kind = block.get("type") if isinstance(block, dict) else None
+        try:
+            if kind == "tool_use":
+                calls.append(ToolUseBlock.model_validate(block))
+            elif kind == "tool_result":
+                results.append(ToolResultBlock.model_validate(block))
+            else:
+                texts.append(block)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ValueError(f"block {position}, {place}: {first['msg']}") from error
+    return Content(str(_blocks(texts)), tuple(calls), tuple(results))
+
+
 class Turn(Body):
     """One message."""
 
     role: str
-    content: Annotated[str, BeforeValidator(_blocks)]
+    content: Annotated[Content, BeforeValidator(_content)]
+
+
+class ToolBody(BaseModel):
+    """A tool that the client runs; ``cache_control`` and the like are nothing we need to be told."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    type: Literal["custom"] | None = None
+    name: str
+    description: str | None = None
+    input_schema: dict[str, object]
+
+
+class ToolChoice(Body):
+    """``tool_choice``."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+    @property
+    def in_openais_words(self) -> str:
+        """As ``openai_api.tool_use`` has it."""
+        if self.type == "tool":
+            if self.name is None:
+                raise InvalidRequest("tool_choice.name", "is required")
+            return f"={self.name}"
+        return {"auto": AUTO, "any": REQUIRED, "none": NONE}[self.type]
 
 
 class CountBody(Body):
@@ -71,6 +155,8 @@ class CountBody(Body):
     model: str
     messages: list[Turn]
     system: Annotated[str | None, BeforeValidator(lambda value: None if value is None else _blocks(value))] = None
+    tools: list[ToolBody] | None = None
+    tool_choice: ToolChoice | None = None
 
 
 class MessageBody(CountBody):
@@ -136,10 +222,37 @@ def _prompt(asked: CountBody) -> ChatPrompt:
     if asked.messages and asked.messages[-1].role == "assistant":
         # It would have to be continued; a chat template begins a new turn.
         raise InvalidRequest("messages", "must end with the user's turn: an answer that is begun is not continued here")
-    turns = [ChatMessage(turn.role, turn.content) for turn in asked.messages]
+    called: dict[str, str] = {}
+    turns = [turn for position, message in enumerate(asked.messages) for turn in _turns(message, position, called)]
     if asked.system is not None:
         turns.insert(0, ChatMessage("system", asked.system))
-    return ChatPrompt(tuple(turns))
+    tools = [
+        Tool(tool.name, tool.description or "", tool.input_schema, f"tools[{index}].input_schema")
+        for index, tool in enumerate(asked.tools or ())
+    ]
+    choice = asked.tool_choice
+    if choice is None:
+        return ChatPrompt(tuple(turns), tool_use(tools, None, None))
+    return ChatPrompt(tuple(turns), tool_use(tools, choice.in_openais_words, not choice.disable_parallel_tool_use))
+
+
+def _turns(message: Turn, position: int, called: dict[str, str]) -> list[ChatMessage]:
+    """The results of tools are turns of their own, before what the user says. ``called``: functions by their calls'
+    ids."""
+    content, field = message.content, f"messages[{position}].content"
+    if content.calls and message.role != "assistant":
+        raise InvalidRequest(field, "only the assistant's messages have blocks of type tool_use")
+    if content.results and message.role != "user":
+        raise InvalidRequest(field, "only the user's messages have blocks of type tool_result")
+    calls = tuple(ToolCall(block.id, block.name, json.dumps(block.input)) for block in content.calls)
+    called |= {call.call_id: call.name for call in calls}
+    turns = [
+        ChatMessage("tool", block.content, (), block.tool_use_id, called.get(block.tool_use_id))
+        for block in content.results
+    ]
+    if content.text or not turns:
+        turns.append(ChatMessage(message.role, content.text, calls))
+    return turns
 
 
 def error_body(status: int, body: Mapping[str, object]) -> dict[str, object]:
@@ -159,24 +272,51 @@ class MessageFormat:
     def __init__(self, model: str, created: int) -> None:
         self.id = f"msg_{uuid.uuid4().hex}"
         self._model = model
+        self._num_blocks = 0  # of the stream, whole
+        self._text_open = False  # the next is text, and has begun
         self._finish: Finish | None = None
         self._extra: Mapping[str, object] = {}
 
     def opening(self, index: int, prompt_tokens: int) -> bytes | None:
         # How much of it is cached is known when a worker has it; message_delta says so.
         begun = self._written([], None, {"input_tokens": prompt_tokens, "output_tokens": 0})
-        block = {"index": 0, "content_block": {"type": "text", "text": ""}}
-        return _event("message_start", {"message": begun}) + _event("content_block_start", block)
+        return _event("message_start", {"message": begun})
 
     def event(self, index: int, chunk: TextChunk, extra: Mapping[str, object]) -> bytes | None:
         written = b""
         if chunk.text:
-            delta = {"index": 0, "delta": {"type": "text_delta", "text": chunk.text}}
-            written = _event("content_block_delta", delta)
+            delta = {"index": self._num_blocks, "delta": {"type": "text_delta", "text": chunk.text}}
+            written = self._opened_text() + _event("content_block_delta", delta)
+        for call in chunk.calls:
+            written += self._closed_text() + self._whole_call(call)
         if chunk.finish is not None:
             self._finish, self._extra = chunk.finish, extra
-            written += _event("content_block_stop", {"index": 0})
+            if not self._num_blocks:  # an answer of nothing is an empty text
+                written += self._opened_text()
+            written += self._closed_text()
         return written or None
+
+    def _opened_text(self) -> bytes:
+        if self._text_open:
+            return b""
+        self._text_open = True
+        block = {"index": self._num_blocks, "content_block": {"type": "text", "text": ""}}
+        return _event("content_block_start", block)
+
+    def _closed_text(self) -> bytes:
+        return self._stopped_block() if self._text_open else b""
+
+    def _stopped_block(self) -> bytes:
+        self._text_open = False
+        self._num_blocks += 1
+        return _event("content_block_stop", {"index": self._num_blocks - 1})
+
+    def _whole_call(self, call: ToolCall) -> bytes:
+        number = self._num_blocks
+        block = {"type": "tool_use", "id": call.call_id, "name": call.name, "input": {}}
+        delta = {"type": "input_json_delta", "partial_json": call.arguments}
+        started = _event("content_block_start", {"index": number, "content_block": block})
+        return started + _event("content_block_delta", {"index": number, "delta": delta}) + self._stopped_block()
 
     def closing(self, usage: Mapping[str, object]) -> bytes:
         assert self._finish is not None, "a stream is closed when its choice has ended"
@@ -188,12 +328,20 @@ class MessageFormat:
 
     def choice(self, index: int, finish: Finish, logprobs: Sequence[LogprobText] | None) -> dict[str, object]:
         self._finish = finish
-        return {"type": "text", "text": finish.text}
+        blocks: list[object] = [
+            {"type": "tool_use", "id": call.call_id, "name": call.name, "input": json.loads(call.arguments)}
+            for call in finish.calls
+        ]
+        if finish.text or not blocks:
+            blocks.insert(0, {"type": "text", "text": finish.text})
+        return {"blocks": blocks}
 
     def response(
         self, choices: Sequence[object], usage: Mapping[str, object], extra: Mapping[str, object]
     ) -> dict[str, object]:
-        return {**self._written(choices, self._finish, _usage(usage)), **_ours(extra)}
+        (choice,) = choices
+        assert isinstance(choice, dict), "as this class writes it"
+        return {**self._written(choice["blocks"], self._finish, _usage(usage)), **_ours(extra)}
 
     def _written(
         self, content: Sequence[object], finish: Finish | None, usage: Mapping[str, object]
@@ -219,6 +367,8 @@ def _ending(finish: Finish | None) -> dict[str, object]:
         return {"stop_reason": None, "stop_sequence": None}
     if finish.reason is FinishReason.LENGTH:
         return {"stop_reason": "max_tokens", "stop_sequence": None}
+    if finish.calls_tools:
+        return {"stop_reason": "tool_use", "stop_sequence": None}
     reason = "end_turn" if finish.stop_string is None else "stop_sequence"
     return {"stop_reason": reason, "stop_sequence": finish.stop_string}
 

@@ -114,6 +114,14 @@ SLO_REQUESTS = _counter(
 RETRIES = _counter("retries", "Tries repeated before their first token, by reason.", "reason")
 RESUMES = _counter("resumes", "Continuations gone on elsewhere with their tokens so far, by reason.", "reason")
 
+# ---- structured output and tools ----
+
+GRAMMARS = _counter("grammars", "Grammars of requests, by what came of checking them.", "reason")
+TOOL_CALLS = _counter("tool_calls", "Calls of tools in answers.")
+MALFORMED_TOOL_CALLS = _counter(
+    "malformed_tool_calls", "What looked like a call of a tool in an answer and was none: it was given back as text."
+)
+
 # ---- admission and tenants ----
 
 REJECTIONS = _counter("rejections", "Requests refused as overload, by the bound.", "reason")
@@ -306,6 +314,7 @@ SECTIONS = (
             TENANT_TTFT,
         ),
     ),
+    Section("Structured output and tools", (GRAMMARS, TOOL_CALLS, MALFORMED_TOOL_CALLS)),
     Section("Routing", (ROUTES, FALLBACKS, FORECAST_ERROR, COST_ERROR, COST_SAMPLES)),
     Section(
         "Workers; summed by role and cluster, pools",

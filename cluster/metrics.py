@@ -118,6 +118,8 @@ class RequestRecord:
     ended_at: float = 0.0  # on the gateway's Clock
     trace: TraceContext | None = None
     tokenize_s: float = 0.0
+    num_tool_calls: int = 0
+    num_malformed_tool_calls: int = 0
 
 
 class RequestWatcher(Protocol):
@@ -147,7 +149,7 @@ def forecast_errors(timing: RequestTiming) -> dict[str, float]:
 
 
 class Metrics:
-    """The gateway's Prometheus registry; ``observe`` and ``refuse`` are its only writers."""
+    """The gateway's Prometheus registry; ``observe``, ``refuse`` and ``grammar`` are its only writers."""
 
     def __init__(
         self, membership: ClusterMembership, router: RequestRouter, capacity: Capacity, planner: FleetPlanner
@@ -166,6 +168,9 @@ class Metrics:
         self._generated_tokens = _counter(catalogue.GENERATED_TOKENS, self.registry)
         self._shipped_bytes = _counter(catalogue.SHIPPED_BYTES, self.registry)
         self._slo = _counter(catalogue.SLO_REQUESTS, self.registry)
+        self._grammars = _counter(catalogue.GRAMMARS, self.registry)
+        self._tool_calls = _counter(catalogue.TOOL_CALLS, self.registry)
+        self._malformed_tool_calls = _counter(catalogue.MALFORMED_TOOL_CALLS, self.registry)
         self._forecast_error = _histogram(catalogue.FORECAST_ERROR, self.registry)
         self._tenant_requests = _counter(catalogue.TENANT_REQUESTS, self.registry)
         self._tenant_prompt_tokens = _counter(catalogue.TENANT_PROMPT_TOKENS, self.registry)
@@ -178,8 +183,14 @@ class Metrics:
         """Count a request that ended with ``error`` before anything was generated."""
         self._requests.labels(door, Outcome.of(error)).inc()
 
+    def grammar(self, finding: StrEnum) -> None:
+        """Count a grammar that was asked about (grammar_check.py)."""
+        self._grammars.labels(finding).inc()
+
     def observe(self, record: RequestRecord) -> None:
         """Count a request that has ended."""
+        self._tool_calls.inc(record.num_tool_calls)
+        self._malformed_tool_calls.inc(record.num_malformed_tool_calls)
         self._requests.labels(record.door, record.outcome).inc()
         self._prompt_tokens.inc(record.prompt_tokens)
         self._cached_tokens.inc(record.cached_tokens)

@@ -14,7 +14,7 @@ import math
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -28,7 +28,9 @@ from cluster.generation import (
     TokenPrompt,
     TokenText,
 )
-from cluster.tokenizer import ChatMessage
+from cluster.structured_output import FIELDS, AskedFor, asked_for
+from cluster.tokenizer import ChatMessage, ToolCall
+from cluster.tools import AUTO, NONE, REQUIRED, Tool, ToolUse
 from core.errors import InvalidRequest
 from core.request import MAX_PRIORITY, SamplingParams
 
@@ -39,7 +41,6 @@ _LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this
 _HARMLESS = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
         "prompt_cache_retention",
@@ -64,21 +65,13 @@ _UNSUPPORTED: Mapping[str, Collection[object]] = {
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "modalities": (["text"],),
     "prompt_logprobs": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "verbosity": (),
@@ -179,6 +172,92 @@ def _logit_bias(value: object) -> object:
     return {int(key): bias for key, bias in value.items()}
 
 
+class FunctionCallBody(BaseModel):
+    """The ``function`` of a call in the history; clients send back what else an answer had."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    name: str
+    arguments: str
+
+
+class ToolCallBody(BaseModel):
+    """A call of the assistant's, as a client sends it back."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    id: str
+    function: FunctionCallBody
+
+    def call(self, field: str) -> ToolCall:
+        """The call; ``InvalidRequest`` if its arguments are no JSON object."""
+        arguments = object_text(self.function.arguments, f"{field}.function.arguments")
+        return ToolCall(self.id, self.function.name, arguments)
+
+
+def object_text(text: str, field: str) -> str:
+    """``text``, which must be a JSON object."""
+    try:
+        ok = isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        ok = False
+    if not ok:
+        raise InvalidRequest(field, f"must be the text of a JSON object, got {_shortened(repr(text))}")
+    return text
+
+
+class FunctionBody(Body):
+    """A function that the model may call. ``strict`` changes nothing: see docs/structured-output.md."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, object] | None = None
+    strict: bool | None = None
+
+    def tool(self, path: str) -> Tool:
+        """As the rest of the house has it."""
+        return Tool(self.name, self.description or "", self.parameters, path)
+
+
+class ToolBody(Body):
+    """An entry of ``tools``."""
+
+    type: Literal["function"]
+    function: FunctionBody
+
+
+def tool_use(
+    tools: Sequence[Tool], choice: str | None, parallel: bool | None, choice_field: str = "tool_choice"
+) -> ToolUse | None:
+    """What a request's tools ask for. ``choice``: auto, none, required, or ``=NAME`` for one of them; None: auto."""
+    choice = choice or AUTO
+    if not tools:
+        if choice not in (AUTO, NONE):
+            raise InvalidRequest(choice_field, "needs tools")
+        return None
+    if choice == NONE:
+        return None
+    named = choice.removeprefix("=") if choice.startswith("=") else None
+    return ToolUse(tuple(tools), AUTO if named is not None else choice, named, parallel is not False)
+
+
+def named_choice(chosen: Mapping[str, object]) -> str:
+    """``=NAME`` of an object that has the name of a function."""
+    name = chosen.get("name")
+    if not isinstance(name, str) or set(chosen) - {"name", "type"}:
+        raise ValueError("must name a function, and nothing else")
+    return f"={name}"
+
+
+def _tool_choice(value: object) -> object:
+    """A word, or ``=NAME``."""
+    if isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("function"), dict):
+        return named_choice(value["function"])
+    if value is not None and value not in (AUTO, NONE, REQUIRED):
+        raise ValueError(f'must be {AUTO}, {NONE}, {REQUIRED} or {{"type": "function", "function": {{"name": "..."}}}}')
+    return value
+
+
 def message_text(value: object, kinds: Collection[str] = ("text",)) -> object:
     """A message's content: a string, or text parts of these kinds, which are joined by newlines."""
     if isinstance(value, str):
@@ -226,8 +305,33 @@ class Message(Body):
     """One turn of a chat."""
 
     role: str
-    content: Annotated[str, BeforeValidator(_chat_text)]
+    content: Annotated[str, BeforeValidator(_chat_text)] | None = None  # of an assistant that only calls
     name: str | None = None  # chat templates have no place for it
+    tool_calls: list[ToolCallBody] = []
+    tool_call_id: str | None = None
+    refusal: str | None = None
+
+    def turn(self, field: str, called: dict[str, str]) -> ChatMessage:
+        """For the chat template. ``called``: functions of the calls so far, by id; this one's are added."""
+        if self.tool_calls and self.role != "assistant":
+            raise InvalidRequest(f"{field}.tool_calls", "only the assistant calls tools")
+        if self.content is None and not self.tool_calls:
+            raise InvalidRequest(f"{field}.content", "is required")
+        calls = tuple(call.call(f"{field}.tool_calls[{index}]") for index, call in enumerate(self.tool_calls))
+        called |= {call.call_id: call.name for call in calls}
+        # OpenAI's newer word for the system role; chat templates know the old one.
+        role = "system" if self.role == "developer" else self.role
+        if role != "tool":
+            return ChatMessage(role, self.content or "", calls)
+        if self.tool_call_id is None:
+            raise InvalidRequest(f"{field}.tool_call_id", "is required: which call does it answer?")
+        return ChatMessage(role, self.content or "", (), self.tool_call_id, called.get(self.tool_call_id))
+
+
+def turns_of(messages: Sequence[Message]) -> tuple[ChatMessage, ...]:
+    """The messages for the chat template."""
+    called: dict[str, str] = {}
+    return tuple(message.turn(f"messages[{index}]", called) for index, message in enumerate(messages))
 
 
 class _Sampling(Body):
@@ -255,6 +359,18 @@ class _Sampling(Body):
     include_stop_str_in_output: bool | None = None
     cache_salt: str | None = None
     priority: int | None = None
+    # What they mean together is found by structured_output.py.
+    response_format: object = None
+    structured_outputs: object = None
+    guided_json: object = None
+    guided_regex: object = None
+    guided_choice: object = None
+    guided_grammar: object = None
+
+    @property
+    def asked_for(self) -> AskedFor | None:
+        """The form that the answer has to have."""
+        return asked_for({name: getattr(self, name) for name in FIELDS})
 
     def sampling(self, **more: object) -> SamplingParams:
         """The parameters; what is null takes ``SamplingParams``' default."""
@@ -286,6 +402,9 @@ class ChatBody(_Sampling):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: list[ToolBody] | None = None
+    tool_choice: Annotated[str | None, BeforeValidator(_tool_choice)] = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionBody(_Sampling):
@@ -306,9 +425,9 @@ def parse_chat(body: object) -> Call:
         max_tokens = chat.max_completion_tokens
         aliases["max_tokens"] = "max_completion_tokens"
     logprobs = (chat.top_logprobs or 0) if chat.logprobs else None
-    # OpenAI's newer word for the system role; chat templates know the old one.
-    turns = tuple(ChatMessage("system" if m.role == "developer" else m.role, m.content) for m in chat.messages)
-    return _call(chat, ChatFormat, (ChatPrompt(turns),), "messages", aliases, max_tokens=max_tokens, logprobs=logprobs)
+    tools = [tool.function.tool(f"tools[{index}].function") for index, tool in enumerate(chat.tools or ())]
+    prompt = ChatPrompt(turns_of(chat.messages), tool_use(tools, chat.tool_choice, chat.parallel_tool_calls))
+    return _call(chat, ChatFormat, (prompt,), "messages", aliases, max_tokens=max_tokens, logprobs=logprobs)
 
 
 def parse_completion(body: object) -> Call:
@@ -336,6 +455,10 @@ def _call(
 ) -> Call:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options", "needs stream to be true")
+    asked = body.asked_for
+    if asked is not None:
+        aliases = {**aliases, "grammar": asked.field}
+        more["grammar"] = asked.grammar
     try:
         sampling = body.sampling(**more)
     except InvalidRequest as error:
@@ -477,11 +600,16 @@ class ChatFormat:
         return self._events.write({"index": index, "delta": delta, "logprobs": None, "finish_reason": None}, extra={})
 
     def event(self, index: int, chunk: TextChunk, extra: Mapping[str, object]) -> bytes | None:
-        if not chunk.text and not chunk.logprobs and chunk.finish is None:
+        if not chunk.text and not chunk.logprobs and not chunk.calls and chunk.finish is None:
             return None
+        delta: dict[str, object] = {"content": chunk.text} if chunk.text or chunk.logprobs else {}
+        if chunk.calls:
+            numbers = range(chunk.num_calls_before, chunk.num_calls_before + len(chunk.calls))
+            called = zip(numbers, chunk.calls, strict=True)
+            delta["tool_calls"] = [{"index": number, **_tool_call(call)} for number, call in called]
         choice: dict[str, object] = {
             "index": index,
-            "delta": {"content": chunk.text} if chunk.text or chunk.logprobs else {},
+            "delta": delta,
             "logprobs": _chat_logprobs(chunk.logprobs) if chunk.logprobs else None,
             "finish_reason": None,
         }
@@ -496,9 +624,12 @@ class ChatFormat:
         return event(error)
 
     def choice(self, index: int, finish: Finish, logprobs: Sequence[LogprobText] | None) -> dict[str, object]:
+        message: dict[str, object] = {"role": "assistant", "content": finish.text, "refusal": None}
+        if finish.calls:
+            message |= {"content": finish.text or None, "tool_calls": [_tool_call(call) for call in finish.calls]}
         return {
             "index": index,
-            "message": {"role": "assistant", "content": finish.text, "refusal": None},
+            "message": message,
             "logprobs": None if logprobs is None else _chat_logprobs(logprobs),
             **_ending(finish),
         }
@@ -584,12 +715,21 @@ def _response(
 
 def _ending(finish: Finish) -> dict[str, object]:
     """``stop_reason`` is vLLM's: the stop string or the token id that ended the text."""
-    return {"finish_reason": finish.reason, "stop_reason": finish.stop_string or finish.stop_token_id}
+    reason = "tool_calls" if finish.calls_tools else finish.reason
+    return {"finish_reason": reason, "stop_reason": finish.stop_string or finish.stop_token_id}
+
+
+def _tool_call(call: ToolCall) -> dict[str, object]:
+    return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _chat_logprobs(entries: Sequence[LogprobText]) -> dict[str, object]:
-    content = [_chat_token(entry.chosen) | {"top_logprobs": [_chat_token(t) for t in entry.top]} for entry in entries]
-    return {"content": content, "refusal": None}
+    return {"content": logprob_entries(entries), "refusal": None}
+
+
+def logprob_entries(entries: Sequence[LogprobText]) -> list[dict[str, object]]:
+    """Each token and what might have been in its place."""
+    return [_chat_token(entry.chosen) | {"top_logprobs": [_chat_token(t) for t in entry.top]} for entry in entries]
 
 
 def _chat_token(token: TokenText) -> dict[str, object]:

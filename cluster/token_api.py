@@ -12,8 +12,7 @@ from typing import Annotated
 from pydantic import BeforeValidator
 
 from cluster.generation import ChatPrompt, TextPrompt
-from cluster.openai_api import Body, Message, validate, without_nulls
-from cluster.tokenizer import ChatMessage
+from cluster.openai_api import Body, Message, ToolBody, tool_use, turns_of, validate, without_nulls
 from core.errors import InvalidRequest
 
 # field |-> the values that ask for nothing; null always does
@@ -23,7 +22,6 @@ _UNSUPPORTED: Mapping[str, Collection[object]] = {
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "mm_processor_kwargs": ({},),
-    "tools": ([],),
 }
 
 
@@ -33,6 +31,7 @@ class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[Annotated[Message, BeforeValidator(without_nulls)]] | None = None
+    tools: list[ToolBody] | None = None  # of a chat: the model is told of them, so they are tokens
     add_special_tokens: bool | None = None  # of a prompt: true; a chat template brings its own
     return_token_strs: bool | None = None
 
@@ -67,8 +66,9 @@ def parse_tokenize(body: object) -> ToTokenize:
         )
     if asked.add_special_tokens:
         raise InvalidRequest("add_special_tokens", "must be false for messages: the chat template brings its own")
-    turns = [ChatMessage("system" if m.role == "developer" else m.role, m.content) for m in asked.messages or ()]
-    return ToTokenize(asked.model, ChatPrompt(tuple(turns)), "messages", False, with_texts)
+    tools = [tool.function.tool(f"tools[{index}].function") for index, tool in enumerate(asked.tools or ())]
+    prompt = ChatPrompt(turns_of(asked.messages or ()), tool_use(tools, None, None))
+    return ToTokenize(asked.model, prompt, "messages", False, with_texts)
 
 
 def parse_detokenize(body: object) -> DetokenizeBody:

@@ -9,9 +9,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,47 @@ from core.errors import InvalidRequest
 _REPLACEMENT = "�"  # what decoders give for bytes that are not, or not yet, a character
 _MAX_CHAR_TOKENS = 4  # a character has at most 4 bytes, a token at least one
 _MAX_PENDING_TOKENS = 2 * _MAX_CHAR_TOKENS - 1
+NO_TOOLS = "the served model's chat template has no place for tools"
+_NAMES_TOOLS = re.compile(r"\btools\b")  # the variable that chat templates get them in
 _PROMPT_TAIL_TOKENS = 5  # context for the first output token; more than any decoder looks back
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a function. ``arguments``: JSON text of an object."""
+
+    call_id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn, as the model's chat template gets it."""
+    """One turn, as the model's chat template gets it. ``tool_calls``: the assistant's; ``tool_call_id`` and ``name``:
+    of the call that a tool's message answers."""
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    def as_template_gets_it(self) -> dict[str, object]:
+        """The form that transformers' chat templates expect: arguments are an object there, not text."""
+        turn: dict[str, object] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            turn["tool_calls"] = [
+                {
+                    "id": call.call_id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": json.loads(call.arguments)},
+                }
+                for call in self.tool_calls
+            ]
+        for key, value in (("tool_call_id", self.tool_call_id), ("name", self.name)):
+            if value is not None:
+                turn[key] = value
+        return turn
 
 
 class Tokenizer:
@@ -62,15 +96,40 @@ class Tokenizer:
             raise InvalidRequest(field, f"must be valid Unicode text: {error.reason}") from error
         return tuple(self._hf.encode(text, add_special_tokens=add_special_tokens))
 
-    def encode_chat(self, messages: Sequence[ChatMessage], *, field: str) -> tuple[int, ...]:
-        """Token ids of the messages in the model's own chat template, ending where the assistant's answer begins."""
+    @cached_property
+    def tool_template(self) -> str:
+        """The chat template for conversations with tools; empty: there is none that has a place for them."""
+        if not self.has_chat_template:
+            return ""
+        template = str(self._hf.get_chat_template(tools=[]))
+        return template if _NAMES_TOOLS.search(template) else ""
+
+    def token_of(self, text: str) -> int | None:
+        """The added token that is exactly ``text``, if there is one."""
+        token_id = self._hf.get_added_vocab().get(text)
+        return None if token_id is None else int(token_id)
+
+    def is_hidden(self, text: str) -> bool:
+        """Is that token left out of the text that ``decode`` gives?"""
+        token_id = self.token_of(text)
+        return token_id is not None and not self.decode((token_id,))
+
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], *, field: str, tools: Sequence[Mapping[str, object]] = ()
+    ) -> tuple[int, ...]:
+        """Token ids of the messages in the model's own chat template, ending where the assistant's answer begins.
+        ``tools``: JSON schemas of functions, as the template gets them."""
         if not self.has_chat_template:
             raise InvalidRequest(field, "the served model has no chat template; send a plain prompt instead")
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+        if tools and not self.tool_template:
+            raise InvalidRequest("tools", NO_TOOLS)
+        turns = [message.as_template_gets_it() for message in messages]
         from jinja2.exceptions import TemplateError
 
         try:
-            text = self._hf.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            text = self._hf.apply_chat_template(
+                turns, tools=list(tools) or None, add_generation_prompt=True, tokenize=False
+            )
         except TemplateError as error:
             raise InvalidRequest(field, f"the model's chat template refuses them: {error}") from error
         return self.encode(text, field=field, add_special_tokens=False)

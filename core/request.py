@@ -11,6 +11,7 @@ from itertools import chain
 from typing import NamedTuple, NewType
 
 from core.errors import InvalidRequest
+from core.grammar import Grammar
 from core.latency_parts import TtftParts, TtstParts
 from core.tracing import TraceContext
 
@@ -51,7 +52,8 @@ class SamplingParams:
     ``temperature`` 0 is greedy. ``seed`` is always set by the time a sequence reaches an engine: the gateway draws
     one if the client gave none, so a sequence that is resumed elsewhere goes on as it would have.
     ``max_tokens`` None means: up to the model's context. ``logprobs`` None means none; k >= 0 means the chosen
-    token's and the k most likely ones'.
+    token's and the k most likely ones'. ``grammar``: what the output has to obey; None: nothing. It says itself where
+    the output may end, so it goes with neither ``ignore_eos`` nor ``min_tokens``.
     """
 
     max_tokens: int | None = None
@@ -72,6 +74,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     n: int = 1
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "must be at least 1", self.max_tokens)
@@ -108,6 +111,10 @@ class SamplingParams:
             self.logprobs,
         )
         _check(1 <= self.n <= MAX_N, "n", f"must be between 1 and {MAX_N}", self.n)
+        if self.grammar is not None:
+            says = "of a request whose output a grammar bounds: the grammar says where it ends"
+            _check(not self.ignore_eos, "ignore_eos", f"must be false {says}", self.ignore_eos)
+            _check(not self.min_tokens, "min_tokens", f"must be 0 {says}", self.min_tokens)
 
     @property
     def greedy(self) -> bool:

@@ -10,7 +10,8 @@ The life of one sequence, and who moves it on:
     4  on_chunk()      engine thread its tokens go to the gateway
 
 Between 2 and 3 the pages belong to the session (KvReceiver) and are in nobody's batch. A sequence announced without
-a session is prefilled here; if pages of its prefix are to be pulled from another worker, it is queued after that.
+a session is prefilled here; if pages of its prefix are to be pulled from another worker, it is queued after that. A
+grammar is compiled between 1 and 2, or before the sequence is queued.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from core.clock import Clock
-from core.errors import GrantRefused, TransferError
+from core.errors import GrantRefused, InvalidRequest, TransferError
 from core.kv_layout import KvLayout
 from core.request import (
     FinishReason,
@@ -42,6 +43,7 @@ from core.request import (
 from core.request_log import REQUESTS, about
 from core.tracing import TRACING_OFF, AttributeValue, Span, SpanKind, TraceContext, Tracer, record_steps
 from engine.engine_thread import EngineThread
+from engine.grammar import CompiledGrammar
 from engine.scheduler import Reservation
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.session import Grant
@@ -50,6 +52,7 @@ from kv_transfer.transport import SendOrder
 logger = logging.getLogger(__name__)
 
 Check = Callable[[SequenceSpec], None]  # Engine.check
+CompileGrammar = Callable[[SequenceSpec], Future[CompiledGrammar] | None]  # Engine.compile_grammar
 Reserve = Callable[[SequenceSpec], Reservation | None]  # Engine.reserve
 Pull = Callable[[SequenceSpec, PullTask, SendOrder], Awaitable[PullReport]]  # PagePuller.fetch
 Publish = Callable[[GatewayId, TokenChunk | SequenceFailure], None]
@@ -69,8 +72,10 @@ class _Arrival:
     committed_at: float | None = None  # its K/V was here
     first_stats: StageStats | None = None  # with its first token from here
     reservation: Reservation | None = None
-    pulling: asyncio.Task[None] | None = None  # the event loop's alone
+    compiling: Future[CompiledGrammar] | None = None  # what its output has to obey
+    preparing: asyncio.Task[None] | None = None  # the event loop's alone
     pull: PullReport | None = None  # written before it is queued
+    grammar: CompiledGrammar | None = None  # likewise, or before its grant; held, so that no step has to compile it
     admitted: bool = False
     aborted: bool = False
 
@@ -81,6 +86,11 @@ class Announced:
 
     num_sequences: int = 0
     num_tokens: int = 0
+
+
+def _no_grammar(spec: SequenceSpec) -> None:
+    """For engines to which no sequence comes with one."""
+    assert spec.sampling.grammar is None, "this engine compiles no grammars"
 
 
 class DecodeWorker:
@@ -101,9 +111,11 @@ class DecodeWorker:
         read_commit: ReadCommit,
         clock: Clock,
         pull: Pull | None = None,
+        compile_grammar: CompileGrammar = _no_grammar,
         tracer: Tracer = TRACING_OFF.tracer,
     ) -> None:
         """``clock``: the engine's. ``pull`` None: no sequence will come with pages to pull."""
+        self._compile_grammar = compile_grammar
         self._worker_id = worker_id
         self._engine = engine
         self._page_size = page_size
@@ -167,10 +179,14 @@ class DecodeWorker:
             self._arrivals[spec.sequence_id] = arrival
             if session_id is not None:
                 self._by_session[session_id] = spec.sequence_id
-        if pull is not None:
-            arrival.pulling = asyncio.get_running_loop().create_task(self._pull_and_queue(arrival, pull, order))
-        elif session_id is None:
+        arrival.compiling = self._compile_grammar(spec)
+        if session_id is not None:
+            return
+        if pull is None and arrival.compiling is None:
             self._queue(arrival)
+        else:
+            preparing = self._prepare_and_queue(arrival, pull, order)
+            arrival.preparing = asyncio.get_running_loop().create_task(preparing)
 
     async def grant(
         self,
@@ -205,6 +221,13 @@ class DecodeWorker:
         if arrival is None or arrival.reservation is not None:
             raise GrantRefused(f"session {session_id} was not announced here, or has its grant")
         try:
+            async with asyncio.timeout(wait_s):
+                await self._compiled(arrival)
+        except TimeoutError:
+            raise GrantRefused(f"its grammar was not compiled within {wait_s:g} s") from None
+        except InvalidRequest as error:
+            raise GrantRefused(str(error)) from error
+        try:
             async with asyncio.timeout(wait_s), self._grant_turn:
                 reservation = await self._reserve(arrival)
         except TimeoutError:
@@ -234,8 +257,8 @@ class DecodeWorker:
         if arriving and arrival.session_id is not None:
             self._transport.abort(arrival.session_id, reason)
             return
-        if arrival.pulling is not None:
-            arrival.pulling.cancel()  # it will not be queued
+        if arrival.preparing is not None:
+            arrival.preparing.cancel()  # it will not be queued
         self._forget(arrival)
         self._trace_decode(arrival, None, reason)
         self._engine.submit(lambda engine: engine.abort(sequence_id))
@@ -322,11 +345,23 @@ class DecodeWorker:
         assert self._receiver is not None, "attach() comes before the first sequence"
         return self._receiver
 
-    async def _pull_and_queue(self, arrival: _Arrival, pull: PullTask, order: SendOrder) -> None:
-        assert self._pull is not None, "this worker pulls nothing"
-        arrival.pull = await self._pull(arrival.spec, pull, order)
-        arrival.pulling = None
+    async def _prepare_and_queue(self, arrival: _Arrival, pull: PullTask | None, order: SendOrder) -> None:
+        if pull is not None:
+            assert self._pull is not None, "this worker pulls nothing"
+            arrival.pull = await self._pull(arrival.spec, pull, order)
+        try:
+            await self._compiled(arrival)
+        except InvalidRequest as error:
+            arrival.preparing = None
+            self.on_failure(SequenceFailure(arrival.spec.sequence_id, str(error), False, Role.DECODE))
+            return
+        arrival.preparing = None
         self._queue(arrival)
+
+    async def _compiled(self, arrival: _Arrival) -> None:
+        """Wait for its grammar, if it has one; raises ``InvalidRequest``."""
+        if arrival.compiling is not None:
+            arrival.grammar = await asyncio.shield(asyncio.wrap_future(arrival.compiling))
 
     def _queue(self, arrival: _Arrival) -> None:
         arrived_at = self._clock.now()

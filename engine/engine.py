@@ -30,7 +30,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -44,12 +45,14 @@ from core.errors import InvalidRequest
 from core.fingerprint import CacheFingerprint
 from core.prefix_hash import PageHash
 from core.request import Role, SequenceFailure, SequenceId, SequenceSpec
+from core.request_log import about
 from engine.attention import create_backend
 from engine.attention_choice import AttentionChoice, choose_attention
 from engine.cache_layout import CacheLayout
 from engine.compiled_layers import keep_compiled_code
 from engine.config import APART_MODES, EngineConfig
 from engine.decode_beside import DecodeBeside, EngineCalls, shape_of
+from engine.grammar import CompiledGrammar, Grammars
 from engine.launch_pace import LaunchPace
 from engine.launched_step import LaunchedStep, StepOutput
 from engine.model_loader import LoadedModel, ModelDescription, load_model
@@ -65,11 +68,13 @@ from engine.scheduler import (
     PrefixRoom,
     Reservation,
     Scheduler,
+    StepItem,
     StepPlan,
 )
 from engine.step_budget import Bound
 from engine.step_seconds import StepClock
 from engine.step_trials import try_steps
+from engine.token_masks import TokenMasks
 
 __all__ = ["Engine", "EngineLoad", "StepListener", "StepOutput"]
 
@@ -138,12 +143,14 @@ class Engine:
         step_clock: StepClock,
         streams: PhaseStreams | None,
         config: EngineConfig,
+        grammars: Grammars | None = None,
     ) -> None:
         """``streams``: for decoding beside prompts; None: they share steps."""
         self._runner = runner
         self._scheduler = scheduler
         self._allocator = allocator
         self._sampler = sampler
+        self._grammars = grammars or Grammars(None, "this engine was made without")
         self._clock = clock
         self._books = Lock()
         self._samples: deque[StepSample] = deque(maxlen=_MAX_SAMPLES)
@@ -206,6 +213,8 @@ class Engine:
             runner.speed_up(wishes)
         allocator = PageAllocator(pool.num_pages, config.page_size, config.prefix_cache)
         model = loaded.description
+        grammars = Grammars.of_model(loaded.folder, model.vocab_size, model.eos_token_ids)
+        masks = None if grammars.compiler is None else TokenMasks(grammars.compiler, 2 * config.max_batch_size, clock)
         step_clock = StepClock()
         if streams is not None or config.tpot_slo_s is not None:
             partitions = [] if streams is None else [*map(streams.prompts, range(len(streams.partitions)))]
@@ -218,7 +227,7 @@ class Engine:
             runner,
             scheduler,
             allocator,
-            Sampler(model.eos_token_ids),
+            Sampler(model.eos_token_ids, masks),
             model,
             loaded.fingerprint,
             clock,
@@ -228,6 +237,7 @@ class Engine:
             step_clock,
             streams,
             config,
+            grammars,
         )
 
     @property
@@ -255,6 +265,15 @@ class Engine:
         _check_vocabulary("prompt", spec.prompt_token_ids, vocab_size)
         _check_vocabulary("output_token_ids", spec.output_token_ids, vocab_size)
         _check_vocabulary("logit_bias", tuple(spec.sampling.logit_bias), vocab_size)
+        if spec.sampling.grammar is not None:
+            self._grammars.require()
+
+    def compile_grammar(self, spec: SequenceSpec) -> Future[CompiledGrammar] | None:
+        """Begin to compile what ``spec`` has to obey; None: nothing. From any thread. Who queues the sequence waits for
+        it first and holds it until the sequence has ended, or a step waits for it. Raises ``InvalidRequest`` or gives
+        it."""
+        grammar = spec.sampling.grammar
+        return None if grammar is None else self._grammars.require().compile(grammar)
 
     def add(self, spec: SequenceSpec, arrived_at: float | None = None) -> None:
         """Queue a sequence. Raises ``InvalidRequest`` for one that can never run here or is here already.
@@ -380,12 +399,13 @@ class Engine:
         return ()
 
     def _launch(self, plan: StepPlan, began_at: float, before: Sampled | None) -> LaunchedStep | StepOutput:
-        launching_at = self._clock.now()
+        launching_at, waited_s = self._clock.now(), self._sampler.mask_seconds
         try:
             mark = self._mark()
             sampled = self._execute(plan, before)
             if self._beside is None or not _holds_prompts(plan):  # else decoding was looked after meanwhile
-                self._pace.launched(self._clock.now() - launching_at)
+                waited_s = self._sampler.mask_seconds - waited_s  # beside the layers, for what comes next in any case
+                self._pace.launched(self._clock.now() - launching_at - waited_s)
             return LaunchedStep(plan, sampled, began_at, mark=mark)
         except Exception as error:  # a model may fail in any way; others' sequences must not suffer for it
             return self._fail(plan, error)
@@ -410,7 +430,7 @@ class Engine:
         previous = None if before is None else before.token_ids
         beside = self._under_way is not None and self._under_way.plan is not plan
         logits = self._runner.run(plan, on_layer_stored, previous, beside=beside)
-        return self._sampler.launch(logits, plan.sampling_items, previous)
+        return self._sampler.launch(logits, plan.sampling_items, before)
 
     def _execute_in_layers(
         self, plan: StepPlan, before: Sampled | None, on_layer_stored: Callable[[int], None] | None
@@ -520,6 +540,7 @@ class Engine:
             return self._fail(plan, error)
         items = plan.sampling_items
         sampled = {item.sequence_id: token for item, token in zip(items, tokens, strict=True)}
+        failures = self._give_up(items, step.sampled.failed)
         with self._books:
             chunks = tuple(self._scheduler.commit_step(plan, sampled, self._clock.now()))
         now = self._clock.now()
@@ -544,7 +565,18 @@ class Engine:
         self._samples.append(sample)
         if exact and self._learns:
             self._step_clock.observe(sample)
-        return StepOutput(chunks)
+        return StepOutput(chunks, failures)
+
+    def _give_up(self, items: Sequence[StepItem], failed: Mapping[int, str]) -> tuple[SequenceFailure, ...]:
+        """End the sequences of rows that no token can be chosen for; those of the others go on."""
+        failures: list[SequenceFailure] = []
+        for row, reason in failed.items():
+            sequence_id = items[row].sequence_id
+            if self.abort(sequence_id):  # else it has ended, or failed in the step before
+                logger.warning("sequence %s: no token can be chosen: %s", sequence_id, reason, extra=about(sequence_id))
+                # Another worker would find the same.
+                failures.append(SequenceFailure(sequence_id, f"no token can be chosen: {reason}", False, Role.DECODE))
+        return tuple(failures)
 
     def _note_beside(self, plan: StepPlan, seconds: float) -> bool:
         """A decoding step ended that ran beside prompts; whether its seconds are its own."""

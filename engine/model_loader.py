@@ -70,6 +70,7 @@ class LoadedModel:
     description: ModelDescription
     fingerprint: CacheFingerprint
     quantisation: Quantisation | None  # None: plain weights
+    folder: Path  # holds its tokenizer, if it has one
 
 
 def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
@@ -105,7 +106,9 @@ def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
         page_size=config.page_size,
         layout=layout.fingerprint(),
     )
-    return LoadedModel(model, device, layout, attention, num_pages, description, fingerprint, quantisation)
+    return LoadedModel(
+        model, device, layout, attention, num_pages, description, fingerprint, quantisation, source.folder
+    )
 
 
 def _native_missing(config: EngineConfig, device: torch.device) -> str | None:

@@ -3,9 +3,9 @@
 Nothing is remembered between calls and no random state exists, so a sequence that is preempted, or resumed on another
 worker, draws what it would have drawn. A row's token does not depend on the rows beside it.
 
-Order, as vLLM's: log-probabilities of the untouched logits; then min_tokens (end and stop tokens to -inf), logit_bias,
-repetition, frequency and presence penalties; greedy rows take the maximum here (the lowest id among equals); the others
-go on with temperature, min_p, top_k, top_p and the draw.
+Order, as vLLM's: log-probabilities of the untouched logits; then what a grammar forbids (token_masks.py) and min_tokens
+(end and stop tokens) to -inf, logit_bias, repetition, frequency and presence penalties; greedy rows take the maximum
+here (the lowest id among equals); the others go on with temperature, min_p, top_k, top_p and the draw.
 
 ``launch`` asks the device for a step's tokens and waits for nothing; ``Sampled.read`` waits for them. In between the
 next step may be launched: where an item's last token is still being sampled (``StepItem.pending_row``), it is read on
@@ -23,12 +23,14 @@ import struct
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
 from core.request import SamplingParams, TokenLogprob
 from engine.scheduler import SampledToken, StepItem
+from engine.token_masks import Masks, TokenMasks
 from engine.uploads import upload
 
 # Below this, dividing by the temperature overflows and the draw is the maximum anyway (vLLM's bound).
@@ -45,10 +47,14 @@ _Cells = tuple[torch.Tensor, torch.Tensor]  # row indices, token ids; one pair f
 
 
 class Sampled:
-    """The tokens of one step, which the device may still be computing."""
+    """The tokens of one step, which the device may still be computing. ``failed``: rows that no token can be chosen for
+    |-> why; what stands there means nothing."""
 
-    def __init__(self, token_ids: torch.Tensor, logprobs: _Logprobs | None) -> None:
+    def __init__(
+        self, token_ids: torch.Tensor, logprobs: _Logprobs | None, failed: Mapping[int, str] = MappingProxyType({})
+    ) -> None:
         self.token_ids = token_ids  # on the device, [items]
+        self.failed = failed
         self._logprobs = logprobs
         on_device = (token_ids,) if logprobs is None else (token_ids, logprobs.chosen, *logprobs.best)
         self._host = tuple(_to_host(tensor) for tensor in on_device)
@@ -67,11 +73,16 @@ class Sampled:
         assert self._ready is not None, "there are no marks on a CPU"
         return float(mark.elapsed_time(self._ready)) / 1e3
 
-    def read(self) -> list[SampledToken]:
-        """Wait until they are there, and return them in the order of the items."""
+    def read_ids(self) -> list[int]:
+        """Wait until they are there; the tokens alone."""
         if self._ready is not None:
             self._ready.synchronize()
         token_ids: list[int] = self._host[0].tolist()
+        return token_ids
+
+    def read(self) -> list[SampledToken]:
+        """Wait until they are there, and return them in the order of the items."""
+        token_ids = self.read_ids()
         logprobs = {} if self._logprobs is None else self._logprobs.by_row(token_ids, *self._host[1:])
         return [SampledToken(token_id, logprobs.get(row)) for row, token_id in enumerate(token_ids)]
 
@@ -85,34 +96,63 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Sampler:
-    """Chooses one token for each row of logits. ``eos_token_ids`` end a sequence unless it has ``ignore_eos``."""
+    """Chooses one token for each row of logits. ``eos_token_ids`` end a sequence unless it has ``ignore_eos``.
+    ``masks``: of what grammars allow; None: no item has one."""
 
-    def __init__(self, eos_token_ids: Iterable[int] = ()) -> None:
+    def __init__(self, eos_token_ids: Iterable[int] = (), masks: TokenMasks | None = None) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
+        self._masks = masks
+
+    @property
+    def mask_seconds(self) -> float:
+        """Spent so far on masks, and on waiting for tokens that they need."""
+        return 0.0 if self._masks is None else self._masks.seconds
 
     def sample(self, logits: torch.Tensor, items: Sequence[StepItem]) -> list[SampledToken]:
         """One token for each of ``items``, whose logits are the rows of ``logits`` [len(items), vocab], any float
         dtype and device. ``logits`` is left as it is."""
         return self.launch(logits, items).read()
 
-    def launch(self, logits: torch.Tensor, items: Sequence[StepItem], previous: torch.Tensor | None = None) -> Sampled:
-        """Ask for what ``sample`` gives, and wait for nothing. ``previous``: the token ids of the step before, on the
-        device, for items with a ``pending_row``."""
+    def launch(self, logits: torch.Tensor, items: Sequence[StepItem], before: Sampled | None = None) -> Sampled:
+        """Ask for what ``sample`` gives, and wait for nothing but, with a grammar, for the step before. ``before``:
+        that step's tokens, for items with a ``pending_row``."""
         assert logits.shape[0] == len(items), f"{logits.shape[0]} rows of logits for {len(items)} items"
         if not items:
             return Sampled(torch.empty(0, dtype=torch.int64, device=logits.device), None)
-        token_ids = _choose(self._edited(logits, items, previous), items)
-        return Sampled(token_ids, _logprobs(logits, items, token_ids))
+        masks = self._grammar_masks(items, before)
+        previous = None if before is None else before.token_ids
+        token_ids = _choose(self._edited(logits, items, previous, masks), items)
+        return Sampled(token_ids, _logprobs(logits, items, token_ids), {} if masks is None else masks.failed)
 
-    def _edited(self, logits: torch.Tensor, items: Sequence[StepItem], previous: torch.Tensor | None) -> torch.Tensor:
+    def _grammar_masks(self, items: Sequence[StepItem], before: Sampled | None) -> Masks | None:
+        if self._masks is None:
+            return None
+
+        def pending() -> list[int]:
+            assert before is not None, "an item waits for a token of the step before"
+            return before.read_ids()
+
+        return self._masks.masks(items, pending)
+
+    def _edited(
+        self,
+        logits: torch.Tensor,
+        items: Sequence[StepItem],
+        previous: torch.Tensor | None,
+        masks: Masks | None,
+    ) -> torch.Tensor:
         """The logits after masks, biases and penalties; the same tensor if there are none."""
         masked = [self._masked_ids(item) for item in items]
         biased = [item.sampling.logit_bias for item in items]
         repeated = [item.sampling.repetition_penalty != 1.0 for item in items]
         counted = [bool(item.sampling.frequency_penalty or item.sampling.presence_penalty) for item in items]
-        if not (any(masked) or any(biased) or any(repeated) or any(counted)):
+        bounded = masks is not None and bool(masks.rows)
+        if not (bounded or any(masked) or any(biased) or any(repeated) or any(counted)):
             return logits
         scores = logits.to(torch.float32, copy=True)
+        if bounded:
+            assert masks is not None, "as tested"
+            _forbid(scores, masks)
         if any(masked):
             scores[_cells(masked, scores)] = -torch.inf
         if any(biased):
@@ -133,7 +173,22 @@ class Sampler:
         return sampling.stop_token_ids if sampling.ignore_eos else sampling.stop_token_ids + self._eos_token_ids
 
 
-# ---- masks and penalties: only the cells concerned are read and written ----
+# ---- masks and penalties: only the rows or cells concerned are read and written ----
+
+
+def _forbid(scores: torch.Tensor, masks: Masks) -> None:
+    """Lower to -inf what the masks do not allow. Tokens beyond a mask's are nothing that the tokenizer knows."""
+    device, vocab = scores.device, scores.shape[1]
+    words = upload(masks.bits, torch.int32, device)
+    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1
+    forbidden = torch.ones(len(masks.rows), vocab, dtype=torch.bool, device=device)
+    known = bits.flatten(1)[:, :vocab] == 0
+    forbidden[:, : known.shape[1]] = known
+    if len(masks.rows) == len(scores):
+        scores.masked_fill_(forbidden, -torch.inf)
+        return
+    rows = upload(masks.rows, torch.int64, device)
+    scores[rows] = scores[rows].masked_fill_(forbidden, -torch.inf)
 
 
 def _cells(ids_by_row: Sequence[Sequence[int]], scores: torch.Tensor) -> _Cells:

@@ -3,7 +3,8 @@
 The life of one hand-over, and who moves it on:
 
     1  prefill()            event loop      the sequence is queued; nothing is held at the decode worker. If pages of
-                                            its prefix are to be pulled from another worker, it is queued after that
+                                            its prefix are to be pulled from another worker, or its grammar is to be
+                                            compiled, it is queued after that
     2  sequence_started()   engine thread   its first step is planned: the session opens, a grant is asked for, and
                                             pages found in this worker's prefix cache are offered at once
     3  step_planned()       engine thread   which pages will be complete after this step
@@ -26,7 +27,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from core.clock import Clock
-from core.errors import GrantRefused, PeerLost, TransferError
+from core.errors import GrantRefused, InvalidRequest, PeerLost, TransferError
 from core.request import (
     GatewayId,
     PullReport,
@@ -44,6 +45,7 @@ from core.request_log import REQUESTS, about
 from core.tracing import TRACING_OFF, AttributeValue, Span, SpanKind, TraceContext, Tracer, record_steps
 from engine.engine import Engine
 from engine.engine_thread import EngineThread
+from engine.grammar import CompiledGrammar
 from engine.scheduler import StepPlan
 from kv_transfer.sender import KvSender
 from kv_transfer.session import Grant, SendReport
@@ -52,6 +54,7 @@ from kv_transfer.transport import SendOrder
 logger = logging.getLogger(__name__)
 
 Check = Callable[[SequenceSpec], None]  # Engine.check
+CompileGrammar = Callable[[SequenceSpec], Future[CompiledGrammar] | None]  # Engine.compile_grammar
 Publish = Callable[[GatewayId, TokenChunk | SequenceFailure], None]
 MakeCommit = Callable[[SequenceId, Sequence[int]], bytes]
 
@@ -84,8 +87,9 @@ class _Handover:
     order: SendOrder
     arrived_at: float
     trace: TraceContext | None  # its span here, of which the hand-over's is a child; None: it is not traced
-    pulling: asyncio.Task[None] | None = None  # the event loop's alone
+    preparing: asyncio.Task[None] | None = None  # the event loop's alone
     pull: PullReport | None = None  # written before it is queued
+    grammar: CompiledGrammar | None = None  # likewise; held, so that no step has to compile it
     num_pages_stored: int = 0  # pages whose K/V was offered to the sender
     opened: bool = False
     opened_at: float = 0.0
@@ -102,6 +106,11 @@ class _Stored:
     session_id: SessionId
     first_page: int
     page_ids: tuple[int, ...]
+
+
+def _no_grammar(spec: SequenceSpec) -> None:
+    """For engines to which no sequence comes with one."""
+    assert spec.sampling.grammar is None, "this engine compiles no grammars"
 
 
 class PrefillWorker:
@@ -125,9 +134,11 @@ class PrefillWorker:
         run_on_loop: RunOnLoop,
         clock: Clock,
         pull: Pull | None = None,
+        compile_grammar: CompileGrammar = _no_grammar,
         tracer: Tracer = TRACING_OFF.tracer,
     ) -> None:
         """``clock``: the engine's. ``pull`` None: no sequence will come with pages to pull."""
+        self._compile_grammar = compile_grammar
         self._worker_id = worker_id
         self._engine = engine
         self._page_size = page_size
@@ -180,10 +191,12 @@ class PrefillWorker:
             self._handovers[spec.sequence_id] = handover
             if query is not None:
                 self._by_session[query.session_id] = spec.sequence_id
-        if pull is None:
+        compiling = self._compile_grammar(spec)
+        if pull is None and compiling is None:
             self._queue(handover)
         else:
-            handover.pulling = asyncio.get_running_loop().create_task(self._pull_and_queue(handover, pull))
+            preparing = self._prepare_and_queue(handover, pull, compiling)
+            handover.preparing = asyncio.get_running_loop().create_task(preparing)
 
     def abort(self, sequence_id: SequenceId, reason: str) -> None:
         """End a sequence in any state, quietly; its pages come back once its session can read no more of them."""
@@ -191,8 +204,8 @@ class PrefillWorker:
             handover = self._handovers.get(sequence_id)
         if handover is None:
             return
-        if handover.pulling is not None:
-            handover.pulling.cancel()  # it will not be queued
+        if handover.preparing is not None:
+            handover.preparing.cancel()  # it will not be queued
         self._engine.submit(lambda engine: self._abort_on_engine(engine, handover, reason))
 
     def abort_gateway(self, gateway_id: GatewayId) -> None:
@@ -289,10 +302,20 @@ class PrefillWorker:
         assert self._sender is not None, "attach() comes before the first sequence"
         return self._sender
 
-    async def _pull_and_queue(self, handover: _Handover, pull: PullTask) -> None:
-        assert self._pull is not None, "this worker pulls nothing"
-        handover.pull = await self._pull(handover.spec, pull, handover.order)
-        handover.pulling = None
+    async def _prepare_and_queue(
+        self, handover: _Handover, pull: PullTask | None, compiling: Future[CompiledGrammar] | None
+    ) -> None:
+        if pull is not None:
+            assert self._pull is not None, "this worker pulls nothing"
+            handover.pull = await self._pull(handover.spec, pull, handover.order)
+        if compiling is not None:
+            try:
+                handover.grammar = await asyncio.shield(asyncio.wrap_future(compiling))
+            except InvalidRequest as error:
+                handover.preparing = None
+                self.on_failure(SequenceFailure(handover.spec.sequence_id, str(error), False, Role.PREFILL))
+                return
+        handover.preparing = None
         self._queue(handover)
 
     def _queue(self, handover: _Handover) -> None:

@@ -11,6 +11,7 @@ from itertools import groupby
 from core.compute import ComputeProfile, EngineModes, StepSample
 from core.errors import PrfaasError, ProtocolViolation
 from core.fingerprint import CacheFingerprint
+from core.grammar import Grammar, GrammarKind
 from core.kv_layout import KvLayer, KvLayout
 from core.link import LinkEstimate, ProbeReport
 from core.prefix_hash import PageEvents
@@ -103,6 +104,9 @@ def sampling_to_message(sampling: SamplingParams) -> pb.SamplingParams:
         stop_token_ids=sampling.stop_token_ids,
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
+        grammar=None
+        if sampling.grammar is None
+        else pb.Grammar(kind=sampling.grammar.kind, text=sampling.grammar.text),
     )
 
 
@@ -122,7 +126,19 @@ def sampling_from_message(message: pb.SamplingParams) -> SamplingParams:
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
+        grammar=_grammar(message.grammar) if message.HasField("grammar") else None,
     )
+
+
+def _grammar(message: pb.Grammar) -> Grammar:
+    """Raise ``ProtocolViolation`` naming the allowed words."""
+    try:
+        kind = GrammarKind(message.kind)
+    except ValueError:
+        raise ProtocolViolation(
+            f"a grammar's kind must be one of {', '.join(GrammarKind)}, got {message.kind!r}"
+        ) from None
+    return Grammar(kind, message.text)
 
 
 def spec_to_message(spec: SequenceSpec) -> pb.SequenceSpec:

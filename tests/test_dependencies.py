@@ -42,6 +42,7 @@ DOORS: Mapping[str, frozenset[str]] = {
     "nixl": frozenset({"kv_transfer.nixl"}),
     "opentelemetry": frozenset({"cluster.otlp"}),
     "cuda": frozenset({"engine.phase_streams"}),
+    "llguidance": frozenset({"engine.grammar"}),
 }
 # Modules of engine that the gateway and the simulator use: loading them must not load torch.
 TORCH_FREE_ENGINE = frozenset(
@@ -50,6 +51,7 @@ TORCH_FREE_ENGINE = frozenset(
         "cache_layout",
         "colocated_mode",
         "config",
+        "grammar",
         "model_source",
         "page_allocator",
         "scheduler",

@@ -3,6 +3,7 @@
 from cluster.admission import AdmissionCounters
 from cluster.colocation import Gain, Served
 from cluster.front_door import Door
+from cluster.grammar_check import Finding
 from cluster.metric_catalogue import WAIT_BUCKETS_S
 from cluster.metrics import Metrics, Outcome, RequestRecord, SloResult
 from cluster.planner import PlannerStatus
@@ -60,6 +61,7 @@ def full_metrics() -> Metrics:
         starts={(Role.DECODE, Ended.STARTED): 1},
     )
     metrics = Metrics(membership, router, lambda *_: 4e9, ScriptedPlanner(status))
+    metrics.grammar(Finding.COMPILED)
     metrics.observe(
         RequestRecord(
             door=Door.HTTP,

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from cluster.admission import AdmissionCounters
 from cluster.config import GrpcConfig, ServiceConfig
 from cluster.front_door import Door
-from cluster.grpc_gateway import GrpcGateway, _shortest
+from cluster.grpc_gateway import GrpcGateway, _parse_sampling, _shortest
 from cluster.internal_tls import TlsDecision
+from cluster.structured_output import asked_for
 from cluster.view import Offload
 from core.errors import (
     DeadlineExceeded,
@@ -168,6 +169,29 @@ async def test_sampling_parameters_arrive_as_the_client_meant_them(service, stub
     )
 
 
+FORMS = {
+    "json_schema": pb.StructuredOutput(json_schema='{"type": "object"}'),
+    "json_object": pb.StructuredOutput(json_object=True),
+    "regex": pb.StructuredOutput(regex="a|b"),
+    "choice": pb.StructuredOutput(choice=pb.Choices(texts=["a", "b"])),
+    "grammar": pb.StructuredOutput(grammar="start: /a/"),
+}
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_a_form_that_is_asked_for_means_what_it_does_over_http(kind):
+    same = {"json_schema": "json", "json_object": "json_object"}.get(kind, kind)
+    value = {
+        "json": {"type": "object"},
+        "json_object": True,
+        "regex": "a|b",
+        "choice": ["a", "b"],
+        "grammar": "start: /a/",
+    }
+    over_http = asked_for({"structured_outputs": {same: value[same]}})
+    assert _parse_sampling(pb.SamplingParams(structured_output=FORMS[kind])).grammar == over_http.grammar
+
+
 @given(st.decimals(-100, 100, places=4))
 def test_a_float_that_travelled_as_float32_is_what_was_written(value):
     assert _shortest(pb.SamplingParams(temperature=float(value)).temperature) == float(value)
@@ -204,6 +228,19 @@ INVALID = [
     (ask(stop=[""]), "sampling_params.stop"),
     (ask(stop_token_ids=[350]), "sampling_params.stop_token_ids"),
     (ask(logit_bias={350: 1}), "sampling_params.logit_bias"),
+    (
+        ask(structured_output=pb.StructuredOutput()),
+        "sampling_params.structured_output: one of json_schema",
+    ),
+    (
+        ask(structured_output=FORMS["json_schema"]),
+        "sampling_params.structured_output: structured output is",
+    ),
+    (
+        ask(structured_output=pb.StructuredOutput(json_schema="[")),
+        "sampling_params.structured_output.json_schema: must be a JSON Schema",
+    ),
+    (ask(structured_output=FORMS["regex"], min_tokens=1), "sampling_params.min_tokens: must be 0"),
     (ask("x " * 5_000_000), "text: makes a message of 10000007 bytes; at most 8388608 are taken"),
     (ask("many words " * 20_000), "text: has"),
     (pb.GenerateRequest(text="x", request_id="r" * 300), "request_id: must have at most 256"),

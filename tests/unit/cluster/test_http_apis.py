@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 
 import anthropic
 import httpx
@@ -10,10 +12,13 @@ import pytest
 from anthropic.resources import AsyncMessages
 from openai.resources.responses import AsyncResponses
 
+from cluster.config import HttpConfig, ServiceConfig
+from cluster.tokenizer import Tokenizer
 from core.errors import Overloaded, SequenceFailed
 from core.request import SamplingParams
+from tests.unit.cluster import tiny_tokenizers
 from tests.unit.cluster.conftest import ANSWER
-from tests.unit.cluster.scripted_router import MODEL, Gateway
+from tests.unit.cluster.scripted_router import MODEL, Gateway, gateway
 from tests.unit.cluster.test_http_gateway import make_door
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -107,6 +112,17 @@ async def test_a_response_that_used_up_its_tokens_is_incomplete(responses):
     assert (last.type, last.response.incomplete_details.reason) == ("response.incomplete", "max_output_tokens")
 
 
+async def test_a_response_gives_log_probabilities_if_asked(responses):
+    asked = {"model": "tiny", "input": "hello", "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    (part,) = (await responses.create(**asked)).output[0].content
+    assert len(part.logprobs) > 1
+    assert {(len(entry.top_logprobs), entry.logprob) for entry in part.logprobs} == {(2, -0.5)}
+    events = [event async for event in await responses.create(**asked, stream=True)]
+    deltas = [entry.token for event in events if event.type == "response.output_text.delta" for entry in event.logprobs]
+    assert deltas == [entry.token for entry in part.logprobs]
+    assert events[-1].response.output[0].content[0].logprobs == part.logprobs
+
+
 async def test_an_answer_can_be_sent_back_as_history(service, client, responses):
     first = await responses.create(model="tiny", input="hello")
     await responses.create(
@@ -129,15 +145,26 @@ async def test_what_a_response_asks_for_arrives(service, client):
     [
         ({}, "input"),
         ({"input": 3}, "input"),
-        ({"input": [{"type": "function_call_output", "call_id": "a", "output": "b"}]}, "input"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].content"),
+        ({"input": [{"type": "web_search_call", "id": "a"}]}, "input"),
+        ({"input": [{"type": "function_call_output", "output": "b"}]}, "input[0].call_id"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            "input[0].content",
+        ),
         ({"input": [{"role": "wizard", "content": "x"}]}, "input[0].role"),
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
         ({"input": "x", "previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"input": "x", "tools": [{"type": "function"}]}, "tools"),
-        ({"input": "x", "text": {"format": {"type": "json_object"}}}, "text"),
+        ({"input": "x", "tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"input": "x", "tools": [{"type": "web_search", "name": "f"}]}, "tools[0].type"),
+        ({"input": "x", "tools": [{"type": "function", "name": "f"}]}, "tools"),  # the template has none
+        ({"input": "x", "tool_choice": "required"}, "tool_choice"),
+        ({"input": "x", "text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"input": "x", "text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"input": "x", "temperatur": 1}, "temperatur"),
         ({"input": "x", "stream_options": {}}, "stream_options"),
+        ({"input": "x", "include": ["web_search_call.results"]}, "include[0]"),
+        ({"input": "x", "top_logprobs": 2}, "top_logprobs"),
+        ({"input": "x", "top_logprobs": 21, "include": ["message.output_text.logprobs"]}, "top_logprobs"),
     ],
 )
 async def test_a_bad_response_body_names_its_field(service, client, body, param):
@@ -204,7 +231,13 @@ async def test_text_blocks_and_hints_for_caches_are_understood(service, client, 
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content"),
         ({"stop_sequences": [""]}, "stop_sequences"),
         ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "thinking"),
-        ({"tools": [{"name": "f"}]}, "tools"),
+        ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
+        ({"tools": [{"name": "f", "input_schema": {"type": "object"}}]}, "tools: the served model's chat template"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice: needs tools"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]}]},
+            "only",
+        ),
     ],
 )
 async def test_a_bad_message_body_is_refused_in_anthropics_words(service, client, change, said):
@@ -228,6 +261,80 @@ async def test_errors_of_messages_have_anthropics_types(service, messages):
     with pytest.raises(anthropic.APIStatusError, match="lost"):
         async with messages.stream(model="tiny", messages=HELLO, max_tokens=4) as stream:
             await stream.get_final_message()
+
+
+# ---- tools that a model calls of its own accord ----
+
+TOOL = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+CALLING = (
+    'Let me see.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Köln"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "nobody", "arguments": {}}\n</tool_call>'
+)
+NOBODY = '\n<tool_call>\n{"name": "nobody", "arguments": {}}\n</tool_call>'
+
+
+@pytest.fixture
+async def tool_url(tmp_path: Path) -> AsyncIterator[str]:
+    """A service whose model's template has a place for tools, and that answers ``CALLING``."""
+    folder = tiny_tokenizers.save(tmp_path, chat_template=tiny_tokenizers.TOOL_TEMPLATE)
+    config = ServiceConfig(model=str(folder), served_model_name="tiny", http=HttpConfig(port=0))
+    service = gateway(Tokenizer.load(folder), CALLING, config)
+    service.membership.served = replace(MODEL, max_model_len=400)
+    door = make_door(service, config)
+    await door.start()
+    yield f"http://127.0.0.1:{door.port}"
+    await door.stop(0)
+    value = service.metrics.registry.get_sample_value
+    assert value("prfaas_tool_calls_total") == value("prfaas_malformed_tool_calls_total") == 2
+
+
+async def test_a_chat_gives_the_calls_and_the_text_around_them(tool_url: str):
+    asked = {"model": "tiny", "messages": HELLO, "tools": [{"type": "function", "function": TOOL}]}
+    async with openai.AsyncOpenAI(base_url=f"{tool_url}/v1", api_key="none", max_retries=0) as client:
+        (choice,) = (await client.chat.completions.create(**asked)).choices
+        (call,) = choice.message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Köln"})
+        assert (choice.message.content, choice.finish_reason) == ("Let me see." + NOBODY, "tool_calls")
+
+        stream = await client.chat.completions.create(**asked, stream=True)
+        text, calls, reasons = "", [], []
+        async for chunk in stream:
+            (choice,) = chunk.choices
+            text += choice.delta.content or ""
+            calls += choice.delta.tool_calls or []
+            reasons.append(choice.finish_reason)
+        assert text == "Let me see." + NOBODY
+        assert [(c.index, c.function.name, c.function.arguments) for c in calls] == [
+            (0, "get_weather", '{"city": "Köln"}')
+        ]
+        assert reasons[-1] == "tool_calls"
+
+
+async def test_a_response_has_items_of_calls_between_those_of_text(tool_url: str):
+    asked = {"model": "tiny", "input": "hello", "tools": [{"type": "function", **TOOL}]}
+    async with openai.AsyncOpenAI(base_url=f"{tool_url}/v1", api_key="none", max_retries=0) as client:
+        whole = await client.responses.create(**asked)
+        assert [item.type for item in whole.output] == ["message", "function_call"]
+        assert whole.output_text == "Let me see." + NOBODY
+        *_, last = [event async for event in await client.responses.create(**asked, stream=True)]
+        assert [item.type for item in last.response.output] == ["message", "function_call", "message"]
+        assert last.response.output[1].arguments == '{"city": "Köln"}'
+        assert last.response.output_text == whole.output_text
+
+
+async def test_a_message_has_blocks_of_calls_between_those_of_text(tool_url: str):
+    tool = {"name": "get_weather", "input_schema": TOOL["parameters"]}
+    asked = {"model": "tiny", "messages": HELLO, "max_tokens": 300, "tools": [tool]}
+    async with anthropic.AsyncAnthropic(base_url=tool_url, api_key="none", max_retries=0) as client:
+        whole = await client.messages.create(**asked)
+        assert [block.type for block in whole.content] == ["text", "tool_use"]
+        assert whole.content[1].input == {"city": "Köln"}
+        async with client.messages.stream(**asked) as stream:
+            final = await stream.get_final_message()
+        assert [block.type for block in final.content] == ["text", "tool_use", "text"]
+        assert (final.content[1].input, final.stop_reason) == ({"city": "Köln"}, "tool_use")
+        counted = await client.messages.count_tokens(model="tiny", messages=HELLO, tools=[tool])
+        assert counted.input_tokens == whole.usage.input_tokens + whole.usage.cache_read_input_tokens
 
 
 # ---- tokens ----

@@ -12,6 +12,14 @@ CHAT_TEMPLATE = (
     "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# As Qwen's and Hermes' have it, in short.
+TOOL_TEMPLATE = (
+    "{% if tools %}{% for t in tools %}{{ t.function.name }} {% endfor %}<tool_call>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.arguments | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
 _TEXT = [
     "the quick brown fox jumps over the lazy dog",
     "größer, höher, weiter",

@@ -35,6 +35,7 @@ from core.request import (
 from core.request_log import REQUESTS
 from core.tracing import SpanLog, TraceContext
 from decode_worker.worker import Announced, DecodeWorker
+from engine.grammar import CompiledGrammar
 from engine.scheduler import Reservation
 from kv_transfer.session import Grant
 from kv_transfer.transport import SendOrder
@@ -133,8 +134,10 @@ class Bench:
             read_commit=lambda payload: (SPEC.sequence_id, tuple(payload)),
             clock=VirtualClock(7.0),
             pull=self.pull,
+            compile_grammar=lambda spec: self.compiling,
             tracer=self.spans,
         )
+        self.compiling: Future[CompiledGrammar] | None = None  # what sequences wait for
         self.pulled: asyncio.Future[PullReport] | None = None  # what the next pull waits for
         self.worker.attach(self.receiver)  # type: ignore[arg-type]
 
@@ -157,6 +160,29 @@ async def test_a_grant_covers_the_pages_that_are_not_cached() -> None:
     grant = await bench.granted()
     assert bench.receiver.issued == [(SESSION, 1, (8, 9))]
     assert (grant.first_page, grant.pages) == (1, (8, 9))
+
+
+async def test_no_page_is_taken_before_the_grammar_is_compiled() -> None:
+    bench = Bench()
+    bench.compiling = Future()
+    granted = asyncio.ensure_future(bench.granted())
+    await asyncio.sleep(0.01)
+    assert bench.engine.calls == []
+    bench.compiling.set_result(CompiledGrammar(None, 1))
+    await granted
+    assert bench.engine.calls == [("reserve",)]
+
+
+async def test_a_grammar_that_does_not_compile_gets_no_grant_and_is_not_queued() -> None:
+    bench = Bench()
+    bench.compiling = Future()
+    bench.compiling.set_exception(InvalidRequest("grammar", "is none"))
+    with pytest.raises(GrantRefused, match="grammar: is none"):
+        await bench.granted()
+    bench.worker.decode(replace(SPEC, sequence_id=SequenceId("local")), GATEWAY, None)
+    await asyncio.sleep(0.01)
+    assert bench.published == [SequenceFailure(SequenceId("local"), "grammar: is none", False, Role.DECODE)]
+    assert bench.engine.calls == []
 
 
 async def test_what_is_announced_counts_until_it_is_admitted_and_its_tokens_until_they_have_pages() -> None:

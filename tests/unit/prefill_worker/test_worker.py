@@ -36,6 +36,7 @@ from core.request import (
 )
 from core.request_log import REQUESTS
 from core.tracing import SpanLog, TraceContext
+from engine.grammar import CompiledGrammar
 from engine.scheduler import StepItem, StepPlan
 from kv_transfer.session import Grant, SendReport
 from kv_transfer.transport import SendOrder
@@ -99,8 +100,10 @@ class Bench:
             run_on_loop=self.run,
             clock=VirtualClock(7.0),
             pull=self.pull,
+            compile_grammar=lambda spec: self.compiling,
             tracer=self.spans,
         )
+        self.compiling: Future[CompiledGrammar] | None = None  # what sequences wait for
         self.pulls: list[tuple[SequenceId, PullTask, SendOrder]] = []
         self.pulled: asyncio.Future[PullReport] | None = None  # what the next pull waits for
         self.worker.attach(self.sender)  # type: ignore[arg-type]
@@ -374,6 +377,46 @@ async def test_an_abort_in_the_moment_in_which_a_pull_ends_queues_nothing() -> N
     bench.worker.abort(SPEC.sequence_id, "the client left")
     await settle()
 
+    assert "add" not in bench.engine.names()
+    assert bench.worker.num_sessions == 0
+
+
+# ---- grammars that are compiled first ----
+
+
+async def test_a_sequence_is_queued_when_its_grammar_is_compiled() -> None:
+    bench = Bench()
+    bench.compiling = Future()
+    bench.worker.prefill(SPEC, GATEWAY, QUERY)
+    await settle()
+    assert bench.engine.calls == []
+
+    bench.compiling.set_result(CompiledGrammar(None, 1))
+    await settle()
+    assert bench.engine.calls == [("add", SPEC, 7.0)]
+
+
+async def test_a_grammar_that_does_not_compile_fails_its_sequence_for_good() -> None:
+    bench = Bench()
+    bench.compiling = Future()
+    bench.compiling.set_exception(InvalidRequest("grammar", "is none"))
+    bench.worker.prefill(SPEC, GATEWAY, QUERY)
+    await settle()
+    assert bench.published == [SequenceFailure(SPEC.sequence_id, "grammar: is none", False, Role.PREFILL)]
+    assert bench.engine.calls == []
+    assert bench.worker.num_sessions == 0
+
+
+async def test_an_abort_while_a_grammar_is_compiled_queues_nothing_and_leaves_it_to_others() -> None:
+    bench = Bench()
+    bench.compiling = Future()
+    bench.worker.prefill(SPEC, GATEWAY, QUERY)
+    await settle()
+    bench.worker.abort(SPEC.sequence_id, "the client left")
+    await settle()
+    assert not bench.compiling.cancelled()
+    bench.compiling.set_result(CompiledGrammar(None, 1))
+    await settle()
     assert "add" not in bench.engine.names()
     assert bench.worker.num_sessions == 0
 

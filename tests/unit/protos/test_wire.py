@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from core.compute import ComputeProfile, EngineModes, StepSample
 from core.errors import ProtocolViolation
 from core.fingerprint import CacheFingerprint
+from core.grammar import Grammar, GrammarKind
 from core.kv_layout import KvLayer, KvLayout
 from core.link import LinkEstimate, ProbeReport
 from core.request import (
@@ -52,6 +53,10 @@ SAMPLING = st.builds(
     stop_token_ids=TOKENS,
     ignore_eos=st.booleans(),
     logprobs=st.none() | st.integers(0, 20),
+) | st.builds(
+    SamplingParams,
+    seed=st.integers(-(2**63), 2**63 - 1),
+    grammar=st.builds(Grammar, st.sampled_from(GrammarKind), st.text(min_size=1, max_size=9)),
 )
 SPECS = st.builds(
     SequenceSpec,
