@@ -5,7 +5,7 @@ grammar costs is bounded by fuel that it counts itself (``_LIMITS``), mostly. Mo
 997``) keep its compiler busy without end, so nobody compiles on a thread that others wait for, and a gateway first
 compiles in a process that it can end (cluster/grammar_check.py, which runs ``python -m engine.grammar``).
 
-    Vocabulary          the model's tokens, made once (0.3 s for 49k of them, holding the interpreter's lock)
+    Vocabulary          the model's tokens, made once (0.5 s for 49k of them, holding the interpreter's lock)
     CompiledGrammar     a grammar against them, made once for each grammar, on a thread of ``GrammarCompiler``
     Matcher             what one sequence has matched so far: made in microseconds, follows the output token by token
 
@@ -40,7 +40,7 @@ _MAX_ERROR_CHARS = 300
 _NUM_KEPT = 256  # compiled grammars that are kept although no sequence uses them
 _NUM_THREADS = 2  # that compile at once
 # What a grammar may cost, in llguidance's units. A step's fuel is what 64 sequences may take from one another each
-# step: about 4 ms on one core, a tenth of it in practice. Lexer states are about 2 kB each.
+# step: about 4 ms on one core by its own account. Lexer states are about 2 kB each.
 _LIMITS = {
     "max_grammar_size": 100_000,
     "initial_lexer_fuel": 500_000,
