@@ -400,7 +400,7 @@ class World:
 POOL_BOUNDS = st.tuples(st.integers(1, 3), st.integers(0, 3), st.integers(0, 3))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     prefill=POOL_BOUNDS,
     decode=POOL_BOUNDS,
