@@ -83,7 +83,7 @@ class Scale:
 
 SCALES = {
     "cpu": Scale("cpu", "float32", SMALL.model, (256, 1024, 4096), 3, 4, 256),
-    "cuda": Scale("cuda", "bfloat16", LARGE.model, (1024, 8192, 32768), 3, 16, 1024),
+    "cuda": Scale("cuda", "bfloat16", LARGE.model, (1024, 8192, 32768), 2, 16, 1024),
 }
 
 
@@ -137,7 +137,9 @@ class Bench:
             self.engine.step()
 
     def prompt(self, seed: int, num_tokens: int) -> tuple[int, ...]:
-        return tuple((seed * 7919 + 31 * i + i * i % 97) % self._vocabulary for i in range(num_tokens))
+        """Of each seed and length another one from its first token on."""
+        first = seed * 7919 + num_tokens * 101
+        return tuple((first + 31 * i + i * i % 97) % self._vocabulary for i in range(num_tokens))
 
     def ask(self, prompt: Sequence[int]) -> Answer:
         """One token; the engine has nothing else to do."""
@@ -341,11 +343,12 @@ def decode_beside(bench: Bench, scale: Scale) -> Iterator[dict[str, Cell]]:
         bench.engine.add(bench.spec(bench.prompt(700 + seed, longest), 1))
         while bench.engine.load().num_running > scale.batch or bench.engine.load().num_waiting:
             decoding.steps(count=1)
-        stored, num_idle = bench.stored_pages, 0
+        stored, num_idle, own = bench.stored_pages, 0, list[float]()
         while num_idle < 3:
-            down += decoding.steps(count=1)
+            own += decoding.steps(count=1)
             num_idle = num_idle + 1 if bench.stored_pages == stored else 0
             stored = bench.stored_pages
+        down += own[:-num_idle]
     yield _step_row("saves", down, alone)
     for name in [f"s{number}" for number in range(bench.num_asked + 1)]:
         bench.engine.abort(SequenceId(name))
