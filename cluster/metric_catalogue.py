@@ -361,6 +361,14 @@ SECTIONS = (
             WORKER_PULLS,
             WORKER_PULLED_TOKENS,
             WORKER_PULLED_BYTES,
+            WORKER_TIER_PAGES,
+            WORKER_TIER_PAGES_USED,
+            WORKER_TIER_BANDWIDTH,
+            WORKER_TIER_STORED,
+            WORKER_TIER_LOADED_TOKENS,
+            WORKER_TIER_DROPPED,
+            WORKER_RELOADS,
+            WORKER_PAGES_LOST,
             WORKER_PREEMPTIONS,
             WORKER_ENGINE_FALLBACKS,
             WORKER_PROMPT_STEPS,
@@ -422,8 +430,8 @@ LABELS = {
     "of": "what was predicted or compared: `ttft`, `tpot`, `bytes_shipped`, `throughput`; of costs: a kind of worker "
     "or two datacenters",
     "outcome": "how it ended: requests `ok`, `invalid`, `overloaded`, `no_route`, `deadline`, `cancelled`, `failed`, "
-    "`wrong_key`; of pulls see docs/life-of-a-request.md; of self-tests `passed` or the kind of the error; of starts "
-    "and drains see docs/planning.md",
+    "`wrong_key`; of pulls see docs/life-of-a-request.md; of reloads docs/cache-tiers.md; of self-tests "
+    "`passed` or the kind of the error; of starts and drains see docs/planning.md",
     "part": "see docs/observability.md",
     "path": "what was found to carry the bytes: `tcp`, `tcp+tls1.3`, `ucx:shm`, ...",
     "place": "`local`, `offloaded` or `colocated`",
@@ -435,6 +443,7 @@ LABELS = {
     "statistic": "`p50`, `p90` or `bias`",
     "tenant": "a name in `admission.tenant_weights` (`prfaas tenant SALT` prints it; `unsalted`: no cache_salt); "
     "all that it does not name together are `other`",
+    "tier": "`host` or `disk`",
     "to": "the role that a worker was told",
     "to_cluster": "the datacenter that receives",
     "version": "of prfaas",
