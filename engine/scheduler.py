@@ -838,7 +838,7 @@ class ChunkedPrefillScheduler:
         return True
 
     def _waits_for_load(self, sequence: Sequence, tiers: CacheTiers) -> bool:
-        """Rule 11: if so, the tiers have it from now on."""
+        """Rule 12: if so, the tiers have it from now on."""
         hashes = self._extend_hashes(sequence.page_hashes, sequence.token_ids, sequence.spec.salt)
         findable = hashes[: (sequence.num_tokens - 1) // self._page_size]
         return tiers.begin(sequence, findable, spare=self.num_growing)

@@ -54,7 +54,7 @@ class World:
         self.costs = FixedCosts(speeds or FAST)
         self.books = CacheTiers(self.allocator, self.tiers, self.costs, 100, VirtualClock())
         config = EngineConfig(page_size=PAGE_SIZE, max_batch_tokens=8, max_batch_size=4)
-        self.scheduler = ChunkedPrefillScheduler(config, self.allocator, MAX_LEN, (), self.books)
+        self.scheduler = ChunkedPrefillScheduler(config, self.allocator, MAX_LEN, tiers=self.books)
         self.pages: dict[int, object] = {}
         self.slots: dict[int, object] = {}
         self.files: dict[PageHash, object] = {}
