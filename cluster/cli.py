@@ -55,6 +55,7 @@ from cluster.tables import (
     plan_history_table,
     plan_table,
     pool_table,
+    tier_table,
     timing_table,
     worker_table,
 )
@@ -239,6 +240,9 @@ def status(
     console.print(worker_table(info.workers))
     console.print()
     console.print(engine_table(info.workers))
+    if any(worker.tiers for worker in info.workers):
+        console.print()
+        console.print(tier_table(info.workers))
     if info.links:
         console.print()
         console.print(link_table(info.links))

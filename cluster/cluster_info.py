@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 from cluster.cluster_links import ClusterPair
 from cluster.colocation import Gain
@@ -47,6 +48,9 @@ def worker_info(worker: WorkerView, now: float) -> pb.WorkerInfo:
         engine_fallbacks=load.modes.num_fallbacks,
         colocated=load.modes.colocated,
         colocated_reason=load.modes.colocated_reason,
+        tiers=[pb.TierInfo(**asdict(state)) for state in load.tiers],
+        reloads=dict(load.reloads),
+        pages_lost=load.pages_lost,
     )
 
 

@@ -32,11 +32,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from cluster.cost_fit import Sample, Samples, fit
 from core.compute import StepSample
 from core.errors import InvalidConfig
 from core.link import LinkEstimate
 from core.request import ClusterId
+from engine.cost_fit import Sample, Samples, fit
 
 logger = logging.getLogger(__name__)
 

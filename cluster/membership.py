@@ -334,7 +334,7 @@ class Membership:
         self._model = self._model or description.model
         self._members[description.worker_id] = self._engines[member.engine_id] = member
         self._num_by_page_size[description.model.fingerprint.page_size] += 1
-        self._prefixes.add_worker(member.engine_id)
+        self._prefixes.add_worker(member.engine_id, description.lower_tiers)
         self._note_pages(member)
         self._forget_member(member)
         member.client.on_change = lambda: self._forget_member(member)

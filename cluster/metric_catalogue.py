@@ -202,6 +202,31 @@ WORKER_PULLED_TOKENS = _counter(
     "worker_pulled_tokens", "Tokens whose K/V was pulled from other workers' caches.", *_WORKER
 )
 WORKER_PULLED_BYTES = _counter("worker_pulled_bytes", "KV bytes pulled from other workers' caches.", *_WORKER)
+_TIER = (*_WORKER, "tier")
+WORKER_TIER_PAGES = _gauge("worker_tier_pages", "Pages that a lower tier of its prefix cache has room for.", *_TIER)
+WORKER_TIER_PAGES_USED = _gauge("worker_tier_pages_used", "Pages of them that hold a prefix.", *_TIER)
+WORKER_TIER_BANDWIDTH = _gauge(
+    "worker_tier_load_bytes_per_second", "What loading from a lower tier was measured to reach.", *_TIER
+)
+WORKER_TIER_STORED = _counter("worker_tier_stored_pages", "Pages copied into a lower tier.", *_TIER)
+WORKER_TIER_LOADED_TOKENS = _counter("worker_tier_loaded_tokens", "Tokens loaded from a lower tier.", *_TIER)
+WORKER_TIER_DROPPED = _counter(
+    "worker_tier_dropped_pages",
+    "Pages that a lower tier dropped: evicted for want of room, damaged or foreign files; see docs/cache-tiers.md.",
+    *_TIER,
+    "reason",
+)
+WORKER_RELOADS = _counter(
+    "worker_reloads",
+    "Prompts whose prefix went on in a lower tier, by what became of that; see docs/cache-tiers.md.",
+    *_WORKER,
+    "outcome",
+)
+WORKER_PAGES_LOST = _counter(
+    "worker_pages_lost",
+    "Cached pages evicted before they were copied to a lower tier; 0 without one.",
+    *_WORKER,
+)
 WORKER_PREEMPTIONS = _counter("worker_preemptions", "Sequences preempted because pages ran out.", *_WORKER)
 WORKER_ENGINE_FALLBACKS = _counter(
     "worker_engine_fallbacks", "Times its engine left compiled code or graphs; `prfaas status` says why.", *_WORKER
@@ -336,6 +361,14 @@ SECTIONS = (
             WORKER_PULLS,
             WORKER_PULLED_TOKENS,
             WORKER_PULLED_BYTES,
+            WORKER_TIER_PAGES,
+            WORKER_TIER_PAGES_USED,
+            WORKER_TIER_BANDWIDTH,
+            WORKER_TIER_STORED,
+            WORKER_TIER_LOADED_TOKENS,
+            WORKER_TIER_DROPPED,
+            WORKER_RELOADS,
+            WORKER_PAGES_LOST,
             WORKER_PREEMPTIONS,
             WORKER_ENGINE_FALLBACKS,
             WORKER_PROMPT_STEPS,
@@ -397,8 +430,8 @@ LABELS = {
     "of": "what was predicted or compared: `ttft`, `tpot`, `bytes_shipped`, `throughput`; of costs: a kind of worker "
     "or two datacenters",
     "outcome": "how it ended: requests `ok`, `invalid`, `overloaded`, `no_route`, `deadline`, `cancelled`, `failed`, "
-    "`wrong_key`; of pulls see docs/life-of-a-request.md; of self-tests `passed` or the kind of the error; of starts "
-    "and drains see docs/planning.md",
+    "`wrong_key`; of pulls see docs/life-of-a-request.md; of reloads docs/cache-tiers.md; of self-tests "
+    "`passed` or the kind of the error; of starts and drains see docs/planning.md",
     "part": "see docs/observability.md",
     "path": "what was found to carry the bytes: `tcp`, `tcp+tls1.3`, `ucx:shm`, ...",
     "place": "`local`, `offloaded` or `colocated`",
@@ -410,6 +443,7 @@ LABELS = {
     "statistic": "`p50`, `p90` or `bias`",
     "tenant": "a name in `admission.tenant_weights` (`prfaas tenant SALT` prints it; `unsalted`: no cache_salt); "
     "all that it does not name together are `other`",
+    "tier": "`host` or `disk`",
     "to": "the role that a worker was told",
     "to_cluster": "the datacenter that receives",
     "version": "of prfaas",

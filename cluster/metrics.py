@@ -30,6 +30,7 @@ from cluster.metric_catalogue import WAIT_BUCKETS_S, Instrument, Kind
 from cluster.planner import PlannerStatus
 from cluster.version import version
 from cluster.view import WorkerView
+from core.cache_tiers import TierState
 from core.errors import Cancelled, DeadlineExceeded, InvalidRequest, NoRoute, Overloaded, WrongKey
 from core.latency_parts import TtftParts, TtstParts
 from core.request import RequestId, RequestTiming
@@ -398,6 +399,7 @@ def _of_workers(workers: tuple[WorkerView, ...]) -> Iterator[Metric]:
         for bound, count in worker.load.modes.prompt_steps:
             prompt_steps.add_metric((worker.worker_id, worker.role, worker.cluster_id, bound), count)
     yield prompt_steps
+    yield from _of_tiers(workers)
     for instrument, value_of in _WORKERS:
         family = _family(instrument)
         for worker in workers:
@@ -405,6 +407,32 @@ def _of_workers(workers: tuple[WorkerView, ...]) -> Iterator[Metric]:
         yield family
 
 
+def _of_tiers(workers: tuple[WorkerView, ...]) -> Iterator[Metric]:
+    """Of the lower tiers of prefix caches."""
+    reloads, dropped = _family(catalogue.WORKER_RELOADS), _family(catalogue.WORKER_TIER_DROPPED)
+    families = [(_family(instrument), value_of) for instrument, value_of in _TIERS]
+    for worker in workers:
+        labels = (worker.worker_id, worker.role, worker.cluster_id)
+        for outcome, count in worker.load.reloads:
+            reloads.add_metric((*labels, outcome), count)
+        for state in worker.load.tiers:
+            for family, value_of in families:
+                family.add_metric((*labels, state.tier), value_of(state))
+            reasons = (("evicted", state.evicted_pages), ("damaged", state.damaged_pages))
+            for reason, count in (*reasons, ("foreign", state.foreign_pages)):
+                dropped.add_metric((*labels, state.tier, reason), count)
+    yield reloads
+    yield dropped
+    yield from (family for family, _ in families)
+
+
+_TIERS: tuple[tuple[Instrument, Callable[[TierState], float]], ...] = (
+    (catalogue.WORKER_TIER_PAGES, lambda t: t.pages_total),
+    (catalogue.WORKER_TIER_PAGES_USED, lambda t: t.pages_used),
+    (catalogue.WORKER_TIER_BANDWIDTH, lambda t: t.load_bytes_per_s),
+    (catalogue.WORKER_TIER_STORED, lambda t: t.stored_pages),
+    (catalogue.WORKER_TIER_LOADED_TOKENS, lambda t: t.loaded_tokens),
+)
 _WORKERS: tuple[tuple[Instrument, Callable[[WorkerView], float]], ...] = (
     (catalogue.WORKER_READY, lambda w: not w.draining),
     (catalogue.WORKER_RUNNING, lambda w: w.load.num_running),
@@ -422,6 +450,7 @@ _WORKERS: tuple[tuple[Instrument, Callable[[WorkerView], float]], ...] = (
     (catalogue.WORKER_CACHED_TOKENS, lambda w: w.load.cached_tokens),
     (catalogue.WORKER_PULLED_TOKENS, lambda w: w.load.pulled_tokens),
     (catalogue.WORKER_PULLED_BYTES, lambda w: w.load.pulled_bytes),
+    (catalogue.WORKER_PAGES_LOST, lambda w: w.load.pages_lost),
     (catalogue.WORKER_PREEMPTIONS, lambda w: w.load.num_preemptions),
     (catalogue.WORKER_ENGINE_FALLBACKS, lambda w: w.load.modes.num_fallbacks),
     (catalogue.WORKER_DECODE_BESIDE, lambda w: w.load.modes.num_decode_beside),

@@ -12,6 +12,9 @@ many workers are in it.
            just loses its slot: its bits stay in the index, are masked out of every answer, and are swept out a shard
            at a time, so that no event waits for a walk over all pages.
     set    an interned bitmap of slots: millions of pages share a few thousand of them.
+    tiers  a worker whose cache has lower tiers has one slot more for each: "on the device", "or in host memory", "or
+           on disk". Each of these is prefix-closed, as the end of a prefix leaves a tier first, and a page costs no
+           byte more.
 
 Invariant: an answer is what a scan of every worker's own pages would give, as of the last event of each.
 Everything happens on one event loop; ``Membership`` is the one writer.
@@ -19,13 +22,15 @@ Everything happens on one event loop; ``Membership`` is the one writer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.page_table import NUM_SHARDS, Move, PageTable
+from core.cache_tiers import LOWER_TIERS, Tier
+from core.errors import ProtocolViolation
 from core.prefix_hash import PageEvents, PageHash, page_key
 from core.request import EngineId
 
@@ -44,17 +49,25 @@ class PrefixMatch:
 
     levels: tuple[PrefixLevel, ...] = ()
     slots: Mapping[EngineId, int] = field(default_factory=dict)  # is replaced, never changed
+    # Of workers with lower tiers: the slot of each, "in this tier or a better one"; is replaced, never changed.
+    lower_slots: Mapping[EngineId, Mapping[Tier, int]] = field(default_factory=dict)
 
     def pages_on(self, engine_id: EngineId) -> int:
-        """Leading pages that ``engine_id`` holds."""
-        slot = self.slots.get(engine_id)
+        """Leading pages that ``engine_id`` holds on its device."""
+        return self._pages_of(self.slots.get(engine_id))
+
+    def pages_within(self, engine_id: EngineId, tier: Tier) -> int:
+        """Leading pages that ``engine_id`` holds in a lower tier or a better one; 0 if it has no such tier."""
+        return self._pages_of(self.lower_slots.get(engine_id, {}).get(tier))
+
+    def _pages_of(self, slot: int | None) -> int:
         if slot is None:
             return 0
         return next((level.num_pages for level in self.levels if level.holders >> slot & 1), 0)
 
     @property
     def longest(self) -> int:
-        """Pages that the best worker holds."""
+        """Pages that the best worker holds, in whatever tier."""
         return self.levels[0].num_pages if self.levels else 0
 
     def tokens_by_slot(self, page_size: int, most: int) -> NDArray[np.int64]:
@@ -88,6 +101,7 @@ class PrefixIndex:
         self._table = PageTable()  # key |-> id of a set
         self._sets = _SlotSets()
         self._slot_of: Mapping[EngineId, int] = {}  # replaced, never changed: answers keep the one of their time
+        self._lower_slots: Mapping[EngineId, Mapping[Tier, int]] = {}  # likewise; of those that have lower tiers
         self._alive = 0  # bitmap of the slots in _slot_of
         self._num_slots = 0
         self._free_slots: list[int] = []
@@ -102,43 +116,58 @@ class PrefixIndex:
 
     # ---- events ----
 
-    def add_worker(self, engine_id: EngineId) -> None:
-        """Follow a worker; its cache counts as empty. Of a worker that is followed already, everything is forgotten."""
+    def add_worker(self, engine_id: EngineId, lower_tiers: Collection[Tier] = ()) -> None:
+        """Follow a worker, whose cache has these lower tiers; it counts as empty. Of a worker that is followed already,
+        everything is forgotten."""
         self.remove_worker(engine_id)
-        if not self._free_slots:
-            self._free_slots.append(self._num_slots)
-            self._num_slots += 1
-        slot = self._free_slots.pop()
-        self._slot_of = {**self._slot_of, engine_id: slot}
-        self._alive |= 1 << slot
+        self._slot_of = {**self._slot_of, engine_id: self._take_slot()}
+        if lower_tiers:
+            own = {tier: self._take_slot() for tier in LOWER_TIERS if tier in lower_tiers}
+            self._lower_slots = {**self._lower_slots, engine_id: own}
 
     def remove_worker(self, engine_id: EngineId) -> None:
         """Forget a worker and all its pages; unknown ones are ignored."""
-        slot = self._slot_of.get(engine_id)
-        if slot is None:
+        slots = self._slots(engine_id)
+        if not slots:
             return
         self._slot_of = {name: s for name, s in self._slot_of.items() if name != engine_id}
-        self._alive &= ~(1 << slot)
-        self._dead |= 1 << slot
+        if engine_id in self._lower_slots:
+            self._lower_slots = {name: s for name, s in self._lower_slots.items() if name != engine_id}
+        self._alive &= ~slots
+        self._dead |= slots
 
     def stored(self, engine_id: EngineId, keys: Iterable[int]) -> None:
-        """The worker now holds these pages; events of workers that are not followed are ignored."""
-        slot = self._slot_of.get(engine_id)
-        if slot is not None:
-            self._sets.note(self._table.move(keys, self._sets.adding(1 << slot), absent_too=True))
+        """The worker now holds these pages on its device; events of workers that are not followed are ignored."""
+        slots = self._slots(engine_id)
+        if slots:
+            self._sets.note(self._table.move(keys, self._sets.adding(slots), absent_too=True))
 
     def removed(self, engine_id: EngineId, keys: Iterable[int]) -> None:
-        """The worker no longer holds these pages."""
-        slot = self._slot_of.get(engine_id)
-        if slot is not None:
-            self._sets.note(self._table.move(keys, self._sets.removing(1 << slot), absent_too=False))
+        """The worker no longer holds these pages, in any tier."""
+        slots = self._slots(engine_id)
+        if slots:
+            self._sets.note(self._table.move(keys, self._sets.removing(slots), absent_too=False))
+
+    def lowered(self, engine_id: EngineId, tier: Tier, keys: Iterable[int]) -> None:
+        """The worker now holds these pages in a lower tier and in no better one. Raises ``ProtocolViolation`` if it did
+        not say that it has such a tier."""
+        slots = self._slots(engine_id)
+        if not slots:
+            return
+        own = self._lower_slots.get(engine_id, {})
+        if tier not in own:
+            raise ProtocolViolation(f"{engine_id} holds pages in a tier that it did not describe: {tier}")
+        within = sum(1 << slot for lower, slot in own.items() if LOWER_TIERS.index(lower) >= LOWER_TIERS.index(tier))
+        self._sets.note(self._table.move(keys, self._sets.changing(within, slots & ~within), absent_too=True))
 
     def apply(self, engine_id: EngineId, events: PageEvents) -> None:
         """What a worker reported; the caller has seen to it that nothing is missing between two reports."""
         if events.snapshot:
-            self.add_worker(engine_id)
+            self.add_worker(engine_id, self._lower_slots.get(engine_id, {}).keys())
         self.removed(engine_id, events.removed)
         self.stored(engine_id, events.stored)
+        for lower in events.lower:
+            self.lowered(engine_id, lower.tier, lower.pages)
 
     def sweep(self) -> bool:
         """Take lost workers' bits out of one shard, or tidy one; call it now and then. False: all was done."""
@@ -191,7 +220,27 @@ class PrefixIndex:
             staying &= survivors
         if staying:
             levels.append(PrefixLevel(len(hashes), staying))
-        return PrefixMatch(tuple(reversed(levels)), self._slot_of)
+        return PrefixMatch(tuple(reversed(levels)), self._slot_of, self._lower_slots)
+
+    # ---- inside ----
+
+    def _slots(self, engine_id: EngineId) -> int:
+        """The bits of all its slots; 0: it is not followed."""
+        slot = self._slot_of.get(engine_id)
+        if slot is None:
+            return 0
+        bits = 1 << slot
+        for lower in self._lower_slots.get(engine_id, {}).values():
+            bits |= 1 << lower
+        return bits
+
+    def _take_slot(self) -> int:
+        if not self._free_slots:
+            self._free_slots.append(self._num_slots)
+            self._num_slots += 1
+        slot = self._free_slots.pop()
+        self._alive |= 1 << slot
+        return slot
 
 
 class _SlotSets:
@@ -218,6 +267,10 @@ class _SlotSets:
     def removing(self, slots: int) -> Callable[[int], int]:
         """Id of a set |-> id of that set without ``slots``."""
         return lambda set_id: self._id_of(self._bitmaps[set_id] & ~slots)
+
+    def changing(self, added: int, removed: int) -> Callable[[int], int]:
+        """Id of a set |-> id of that set with some slots and without others."""
+        return lambda set_id: self._id_of((self._bitmaps[set_id] | added) & ~removed)
 
     def note(self, moves: Sequence[Move]) -> None:
         """Pages went from set to set. Sets that none has any more are forgotten: histories are longer than memory."""

@@ -21,6 +21,10 @@ The decision, drawn and worked through in docs/routing.md:
    displaced the prompt's K/V pushes cached pages out of a prefill worker that has no empty ones: the seconds to compute
              as many tokens again, times the share of prompt tokens that this worker has found in its cache so far
 
+   A worker whose prefix goes on in a lower tier of its own cache (host memory, disk) loads that first, if that is
+   predicted to beat computing it: ``prefill`` is then the seconds of both. Other workers' lower tiers count for
+   nothing, for pages are fetched from devices alone.
+
 4. The best *colocated* route, on which the decode worker prefills: its queue and prefill, slowed by its own batch, and
    what each sequence that decodes there suffers meanwhile. It is always predicted; ``colocate`` says if it may win.
 
@@ -35,7 +39,7 @@ answer. Equal costs go to the smaller worker ids.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +55,7 @@ from cluster.routing_policy import (
     why_no_prefill,
 )
 from cluster.view import ClusterView, Forecast, PagePull, Route, WorkerView
+from core.cache_tiers import LOWER_TIERS, Tier
 from core.errors import NoRoute
 from core.request import ClusterId
 
@@ -105,12 +110,13 @@ class _Prefill(NamedTuple):
 
     place: int
     ttft_s: float  # queue, pull and prefill
-    prefill_s: float
+    prefill_s: float  # with what is loaded from its lower tiers first
     last_share: float  # of its K/V that cannot leave before prefill ends: the last layer of the last step
     displaced_s: float  # that others are expected to compute again
     pull: PagePull | None = None
     pull_s: float = 0.0
     pull_bytes: int = 0
+    load_s: float = 0.0  # of ``prefill_s``: nothing is computed meanwhile
 
 
 class _Pair(NamedTuple):
@@ -128,6 +134,13 @@ class _Colocated(NamedTuple):
 
     cost: float
     place: int
+
+
+class Reloads(NamedTuple):
+    """What workers would load from lower tiers of their caches, by place."""
+
+    num_tokens: Floats  # of the prompt that are on the device then
+    load_s: Floats  # 0 of who loads nothing
 
 
 class _Offloading(NamedTuple):
@@ -151,9 +164,13 @@ class _Decision:
         self._num_tokens = request.num_tokens
         self._num_later = max(0, request.num_output - 1)  # tokens after the first
         self._failed = {place for e in request.excluded if (place := digest.place_of(e)) is not None}
-        self._levels, self._cached_tokens = cached_tokens(digest, request.matches, request.num_tokens)
+        cached = cached_tokens(digest, request.matches, request.num_tokens)
+        self._levels, self._cached_tokens = cached.levels, cached.on_device
+        self._reloads: Reloads | None = None  # None: nobody would load from a lower tier
         self._ranks = self._rank_all()
-        self._prefill_s = self._seconds_of_prefill()
+        self._prefill_s = self._seconds_of_prefill(self._cached_tokens)
+        if cached.within:
+            self._reloads = self._choose_reloads(cached.within)
         self._first_s: Floats = self._prefill_s + digest.queue_s
         self._tpot_s = self._seconds_per_token()
         self._later_s: Floats = self._tpot_s * self._num_later  # all tokens but the first
@@ -204,6 +221,8 @@ class _Decision:
             cached, mode = self._most_cached(tuple(self._levels)), "abundant"
         else:
             cached, mode = self._most_cached(pd.pools if pulls else pd.prefill_pools), "scarce"
+        if self._reloads is not None and pd.prefill.start < pd.prefill.stop:
+            cached = max(cached, int(self._reloads.num_tokens[pd.prefill].max()))
         num_uncached = self._num_tokens - cached
         return _Offloading(num_uncached > offload.threshold_tokens, num_uncached, mode)
 
@@ -345,7 +364,7 @@ class _Decision:
         transfer_s = view.costs.transfer(ends, num_bytes, 0, None if link is None else link.estimate)
         exposed_s = max(one.last_share * transfer_s, transfer_s - one.prefill_s)
         # What a worker that has become a prefill worker decodes still, waits as beside a colocated prompt.
-        suffered_s = one.prefill_s * source.load.num_other_role
+        suffered_s = (one.prefill_s - one.load_s) * source.load.num_other_role
         cost = one.ttft_s + exposed_s + SHIPPING_WEIGHT * transfer_s + suffered_s + one.displaced_s + decode_s
         return _Pair(cost, one, decode, num_bytes, exposed_s)
 
@@ -356,7 +375,9 @@ class _Decision:
         last_share = min(pool.step_tokens, self._num_tokens) / self._num_tokens / pool.num_layers
         ttft_s = float(self._first_s[place])
         displaced_s = self._displaced_s(place)
-        own = _Prefill(place, ttft_s, float(self._prefill_s[place]), last_share, displaced_s)
+        own = _Prefill(
+            place, ttft_s, float(self._prefill_s[place]), last_share, displaced_s, load_s=self._load_s(place)
+        )
         source = self._source(digest.clusters[worker.cluster_id])
         if source is None or cached * self._settings.fetch_ratio >= source.num_tokens:
             return own
@@ -416,7 +437,7 @@ class _Decision:
             if places.start == places.stop:
                 continue
             costs = digest.batch[places] + JOINING
-            costs *= self._prefill_s[places]
+            costs *= self._prefill_s[places] if self._reloads is None else self._computing_s(self._reloads, places)
             costs += self._first_s[places]
             costs += self._later_s[places]
             costs = self._of_rank(costs, places, rank)
@@ -461,7 +482,8 @@ class _Decision:
         reason = (
             f"{where}: {offloading.num_uncached} of {self._num_tokens} tokens uncached, {bound} "
             f"{self._view.offload.threshold_tokens:g} ({offloading.mode}); {prefill.worker_id}: "
-            f"{digest.queue_s[one.place]:.3f} s queue, {fetched}{one.prefill_s:.3f} s prefill{displaced}; "
+            f"{digest.queue_s[one.place]:.3f} s queue, {fetched}{one.prefill_s:.3f} s prefill"
+            f"{'' if one.pull is not None else self._loading(one.place)}{displaced}; "
             f"{decode.worker_id}: {tpot_s * 1e3:.1f} ms a token, {pair.num_bytes / 1e6:.1f} MB shipped, "
             f"{pair.exposed_s:.3f} s exposed; "
             f"alone {digest.workers[colocated.place].worker_id} would take {alone_s:.3f} s"
@@ -488,7 +510,8 @@ class _Decision:
         ttft_s, tpot_s = float(self._first_s[place]), float(self._tpot_s[place])
         reason = (
             f"colocated: {lead}; {decode.worker_id}: {self._num_tokens - self._cached(place)} of {self._num_tokens} "
-            f"tokens uncached, {digest.queue_s[place]:.3f} s queue, {self._prefill_s[place]:.3f} s prefill beside "
+            f"tokens uncached, {digest.queue_s[place]:.3f} s queue, {self._prefill_s[place]:.3f} s prefill"
+            f"{self._loading(place)} beside "
             f"{digest.batch[place]:.0f} sequences, {tpot_s * 1e3:.1f} ms a token"
         )
         return Route(
@@ -508,17 +531,56 @@ class _Decision:
 
     # ---- seconds ----
 
-    def _seconds_of_prefill(self) -> Floats:
-        """place |-> seconds to compute what that worker does not cache."""
+    def _choose_reloads(self, within: Mapping[Tier, Floats]) -> Reloads | None:
+        """What each worker would load from its lower tiers; ``_prefill_s`` is with that from now on. The candidates are
+        those of the workers' own decision (engine/reload_choice.py)."""
+        digest = self._digest
+        device = self._cached_tokens if self._cached_tokens is not None else np.zeros(len(digest.workers))
+        best_s, num_tokens, load_s = self._prefill_s, device.copy(), np.zeros(len(digest.workers))
+        reached, so_far_s = device, np.zeros(len(digest.workers))
+        for tier in LOWER_TIERS:
+            if tier not in within:
+                continue
+            depth = np.maximum(reached, within[tier])
+            further = depth - reached
+            for passed in (Tier.HOST,) if tier is Tier.HOST else (Tier.DISK, Tier.HOST):
+                so_far_s = so_far_s + _where_any(further, digest.load_t0_s[passed], digest.load_token_s[passed])
+            seconds = so_far_s + self._seconds_of_prefill(depth)
+            better = (further > 0) & (seconds < best_s)
+            best_s = np.where(better, seconds, best_s)
+            num_tokens[better], load_s[better] = depth[better], so_far_s[better]
+            reached = depth
+        if not load_s.any():
+            return None
+        self._prefill_s = best_s
+        return Reloads(num_tokens, load_s)
+
+    def _load_s(self, place: int) -> float:
+        return 0.0 if self._reloads is None else float(self._reloads.load_s[place])
+
+    def _computing_s(self, reloads: Reloads, places: slice) -> Floats:
+        seconds: Floats = self._prefill_s[places] - reloads.load_s[places]
+        return seconds
+
+    def _loading(self, place: int) -> str:
+        """For the reason: how much of the prefill is loading."""
+        if not (load_s := self._load_s(place)):
+            return ""
+        assert self._reloads is not None, "there is something to load"
+        num_tokens = int(self._reloads.num_tokens[place]) - self._cached(place)
+        return f" (with {load_s:.3f} s to load {num_tokens} tokens from lower tiers)"
+
+    def _seconds_of_prefill(self, cached: Floats | None) -> Floats:
+        """place |-> seconds to compute all but what is cached there."""
         digest, num_tokens = self._digest, self._num_tokens
-        if self._cached_tokens is None:
+        if cached is None:
             seconds = digest.half_pair_s * num_tokens
             seconds += digest.token_s
             seconds *= num_tokens
             num_steps = digest.per_step * num_tokens
         else:
-            uncached = num_tokens - self._cached_tokens
-            seconds = self._cached_tokens + num_tokens
+            uncached = num_tokens - cached
+            seconds = cached + num_tokens
             seconds *= digest.half_pair_s
             seconds += digest.token_s
             seconds *= uncached
@@ -595,6 +657,14 @@ class _Ascending:
         while (item := self.get(index)) is not None:
             yield item
             index += 1
+
+
+def _where_any(num_tokens: Floats, t0_s: Floats, token_s: Floats) -> Floats:
+    """place |-> seconds to load so many tokens; 0 of none, whoever cannot load."""
+    seconds = np.zeros(len(num_tokens))
+    some = num_tokens > 0
+    seconds[some] = t0_s[some] + token_s[some] * num_tokens[some]
+    return seconds
 
 
 def _cost(item: tuple[int, float]) -> float:

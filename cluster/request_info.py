@@ -31,6 +31,7 @@ def timing_breakdown(timing: RequestTiming | None, tokenize_s: float) -> pb.Timi
     """Where the seconds of one continuation went; None: the router gave no timing."""
     if timing is None:
         return pb.TimingBreakdown(tokenize_s=tokenize_s)
+    reload = timing.reload
     return pb.TimingBreakdown(
         prefill_worker=timing.prefill_worker or "",
         decode_worker=timing.decode_worker or "",
@@ -53,6 +54,11 @@ def timing_breakdown(timing: RequestTiming | None, tokenize_s: float) -> pb.Timi
         pulled_tokens=timing.pulled_tokens,
         bytes_pulled=timing.bytes_pulled,
         pull_s=timing.pull_s,
+        reload_outcome=reload.outcome.value if reload is not None else "",
+        host_tokens=reload.host_tokens if reload is not None else 0,
+        disk_tokens=reload.disk_tokens if reload is not None else 0,
+        reload_s=reload.seconds if reload is not None else 0.0,
+        reload_reason=reload.reason if reload is not None else "",
         admission_s=timing.admission_s,
         slo_ttft_met=timing.slo_ttft_met,
         slo_tpot_met=timing.slo_tpot_met,

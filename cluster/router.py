@@ -48,6 +48,7 @@ from cluster.prefix_index import PrefixMatch
 from cluster.routing_policy import RouteRequest, RoutingPolicy
 from cluster.view import ClusterView, Route, WorkerView
 from cluster.worker_client import Assignment, SequenceEvent, WorkerClient, WorkerLost
+from core.cache_tiers import joined_reloads
 from core.clock import Clock
 from core.errors import (
     Cancelled,
@@ -850,6 +851,7 @@ class _Continuation:
         prefills = [stats for a in self._attempts if (stats := a.stats.get(Role.PREFILL)) is not None]
         decodes = [stats for a in self._attempts if (stats := a.stats.get(Role.DECODE)) is not None]
         pulls = [stats.pull for stats in (*prefills, *decodes) if stats.pull is not None]
+        reload = joined_reloads([stats.reload for stats in (*prefills, *decodes) if stats.reload is not None])
         arrived_at = self._request.arrived_at
         first_token_at = now if self._first is None else self._first.at
         slo, admission_s = self._request.slo, self._ticket.waited_s
@@ -879,6 +881,7 @@ class _Continuation:
             pulled_tokens=sum(pull.num_tokens for pull in pulls),
             bytes_pulled=sum(pull.num_bytes for pull in pulls),
             pull_s=sum(pull.seconds for pull in pulls),
+            reload=reload,
             slo_ttft_met=None if slo.ttft_s is None else first_token_at - arrived_at <= slo.ttft_s,
             slo_tpot_met=None if slo.tpot_s is None else (tpot_s or 0.0) <= slo.tpot_s,
             slo_miss_expected=self._ticket.slo_miss_expected,

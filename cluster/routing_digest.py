@@ -17,6 +17,9 @@ that ran out or new costs make everything anew. So a digest is a function of its
     batch         sequences of a decode worker, those counted whose K/V is still to come
     empty         tokens that a prefill worker's pages can take without pushing out what is cached in them
     reuse         the share of its prompts' tokens that it has found in its cache so far; 0 of decode workers
+    load_t0_s     to load n tokens from a lower cache tier takes load_t0_s + n * load_token_s, behind what is being
+    load_token_s  loaded from there; infinite of a worker that has no such tier. What comes from the disk goes through
+                  host memory, whose seconds come on top
     room          tokens that its pages can take, those taken off that were promised to somebody
     tpot_base     a decode step with one sequence more, which has L tokens now and generates O, takes
     tpot_context  tpot_base + tpot_context * L + tpot_growth * O: every sequence of the batch grows by a token a step,
@@ -28,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
@@ -37,6 +40,7 @@ from numpy.typing import NDArray
 from cluster.cost_model import ComputeCost
 from cluster.prefix_index import PrefixMatch
 from cluster.view import ClusterView, WorkerView
+from core.cache_tiers import LOWER_TIERS, Tier
 from core.fingerprint import CacheFingerprint
 from core.request import ClusterId, EngineId, Role
 
@@ -49,7 +53,8 @@ _FEW_BITS = 12  # of a bitmap: up to so many are walked one by one, which is fas
 
 @dataclass(eq=False)
 class Pool:
-    """Workers that differ in their load alone. ``bits``: their slots in the prefix index."""
+    """Workers that differ in their load alone. ``bits``: their slots in the prefix index; ``lower_bits``: those of each
+    lower tier, empty if none of them has any."""
 
     fingerprint: CacheFingerprint
     kv_bytes: int  # of a token
@@ -57,6 +62,7 @@ class Pool:
     step_tokens: float
     costs: ComputeCost
     bits: int = 0
+    lower_bits: dict[Tier, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.page_size = self.fingerprint.page_size
@@ -141,19 +147,29 @@ class RoutingDigest:
             known = self._spare = (mean_output, spare, least)
         return known[1:]
 
-    def know_slots(self, slots: Mapping[EngineId, int]) -> None:
+    def know_slots(self, match: PrefixMatch) -> None:
         """Who has which slot in the prefix index: ``Pool.bits`` are of these from now on, and ``places``."""
+        slots = match.slots
         if slots is self._slots:
             return
         self._slots = slots
-        self._place_of_slot = np.full(max(slots.values(), default=-1) + 1, _NOWHERE, dtype=np.intp)
+        lower = [slot for own in match.lower_slots.values() for slot in own.values()]
+        self._place_of_slot = np.full(max((*slots.values(), *lower), default=-1) + 1, _NOWHERE, dtype=np.intp)
         for pool in self.pool_of:
             pool.bits = 0
+            pool.lower_bits = {}
         for engine_id, slot in slots.items():
             place = self._place_of.get(engine_id)
             if place is not None:
                 self._place_of_slot[slot] = place
                 self.pool_of[place].bits |= 1 << slot
+        for engine_id, own in match.lower_slots.items():
+            place = self._place_of.get(engine_id)
+            if place is not None:
+                bits = self.pool_of[place].lower_bits
+                for tier, slot in own.items():
+                    self._place_of_slot[slot] = place
+                    bits[tier] = bits.get(tier, 0) | 1 << slot
 
     def places(self, holders: int) -> NDArray[np.intp]:
         """The places of some slots, all of ready workers: a bitmap that is part of pools' ``bits``."""
@@ -185,6 +201,8 @@ class RoutingDigest:
         self.queue_s, self.step_s = _zeros(ready), _zeros(ready)
         self.token_s, self.half_pair_s, self.per_step = _zeros(ready), _zeros(ready), _zeros(ready)
         self.empty, self.reuse = _zeros(ready), _zeros(ready)
+        self.load_t0_s = {tier: _zeros(ready) + math.inf for tier in LOWER_TIERS}
+        self.load_token_s = {tier: _zeros(ready) + math.inf for tier in LOWER_TIERS}
         self.batch, self.room = _zeros(ready), _zeros(ready)
         self.tpot_base, self.tpot_context, self.tpot_growth = _zeros(ready), _zeros(ready), _zeros(ready)
         for place, worker in enumerate(ready):
@@ -254,6 +272,10 @@ class RoutingDigest:
             num_prompts += load.num_running
             self.empty[place] = (load.pages_free - load.pages_cached) * pool.page_size
             self.reuse[place] = load.cached_tokens / load.prompt_tokens if load.prompt_tokens else 0.0
+        for state in load.tiers:
+            if state.load_bytes_per_s > 0:
+                self.load_t0_s[state.tier][place] = state.load_s(state.queued_bytes) or state.load_t0_s
+                self.load_token_s[state.tier][place] = pool.kv_bytes / state.load_bytes_per_s
         queue_s, ahead = 0.0, load.num_waiting_tokens + worker.unreported_tokens
         if ahead:
             mean = ahead / (num_prompts or 1)  # lengths are not reported; equal ones attend least
@@ -261,20 +283,29 @@ class RoutingDigest:
         self.queue_s[place] = queue_s
 
 
-def cached_tokens(
-    digest: RoutingDigest, matches: Mapping[int, PrefixMatch], num_tokens: int
-) -> tuple[dict[Pool, list[tuple[int, int]]], Floats | None]:
-    """Who caches how much of a prompt of ``num_tokens``, of which at least one is always computed.
+@dataclass(frozen=True, slots=True)
+class CachedTokens:
+    """Who caches how much of a prompt, of which at least one token is always computed.
 
-    For each pool that caches any, (tokens, who: a bitmap of slots), most tokens first; and place |-> tokens, None if
-    nobody caches any.
+    ``levels``: for each pool that caches any on devices, (tokens, who: a bitmap of slots), most tokens first.
+    ``on_device``: place |-> tokens, None if nobody has any. ``within``: of each lower tier in which somebody has any,
+    place |-> tokens in it or a better one; 0 of who has none there.
     """
+
+    levels: dict[Pool, list[tuple[int, int]]]
+    on_device: Floats | None
+    within: dict[Tier, Floats]
+
+
+def cached_tokens(digest: RoutingDigest, matches: Mapping[int, PrefixMatch], num_tokens: int) -> CachedTokens:
+    """Of a prompt of ``num_tokens``."""
     levels: dict[Pool, list[tuple[int, int]]] = {}
     array: Floats | None = None
+    within: dict[Tier, Floats] = {}
     for page_size, match in matches.items():
         if not match.levels:
             continue
-        digest.know_slots(match.slots)  # the same of all that have some: there is one prefix index
+        digest.know_slots(match)  # the same of all that have some: there is one prefix index
         pools = digest.pools_by_page_size.get(page_size, ())
         for level in match.levels:
             tokens, in_all = min(level.num_pages * page_size, num_tokens - 1), 0
@@ -282,11 +313,16 @@ def cached_tokens(
                 if holders := level.holders & pool.bits:
                     in_all |= holders
                     levels.setdefault(pool, []).append((tokens, holders))
+                for tier, bits in pool.lower_bits.items():
+                    if below := level.holders & bits:
+                        if tier not in within:
+                            within[tier] = _zeros(digest.workers)
+                        within[tier][digest.places(below)] = tokens
             if in_all:
                 if array is None:
                     array = _zeros(digest.workers)
                 array[digest.places(in_all)] = tokens
-    return levels, array
+    return CachedTokens(levels, array, within)
 
 
 def _zeros(workers: list[WorkerView]) -> Floats:

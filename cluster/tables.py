@@ -50,6 +50,9 @@ def _pull_rows(timing: pb.TimingBreakdown) -> Iterator[tuple[str, str]]:
     if timing.pull_outcome:
         pulled = f"{timing.pulled_tokens} tokens, {_bytes(timing.bytes_pulled)} in {timing.pull_s:.3f} s"
         yield "pulled", f"{pulled} ({timing.pull_outcome})"
+    if timing.reload_outcome:
+        loaded = f"{timing.host_tokens} tokens from host memory, {timing.disk_tokens} from disk"
+        yield "lower tiers", f"{loaded} in {timing.reload_s:.3f} s ({timing.reload_outcome})"
 
 
 def _objectives(timing: pb.TimingBreakdown) -> Iterable[tuple[str, str]]:
@@ -125,6 +128,24 @@ def engine_table(workers: Iterable[pb.WorkerInfo]) -> Table:
             "; ".join(reason for reason in reasons if reason),
             str(worker.engine_fallbacks),
         )
+    return table
+
+
+def tier_table(workers: Iterable[pb.WorkerInfo]) -> Table:
+    """The lower tiers of each worker's prefix cache: a row for each, none of a worker that has none."""
+    table = _table(("worker", "tier"), ("pages", "stored", "evicted", "bad files", "loads at", "loaded tokens"))
+    for worker in workers:
+        for tier in worker.tiers:
+            table.add_row(
+                worker.worker_id,
+                tier.tier,
+                f"{tier.pages_used}/{tier.pages_total}",
+                str(tier.stored_pages),
+                str(tier.evicted_pages),
+                str(tier.damaged_pages + tier.foreign_pages),
+                _rate(tier.load_bytes_per_s),
+                str(tier.loaded_tokens),
+            )
     return table
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.cost_model import NO_COSTS, CostView
+from core.cache_tiers import TierState
 from core.compute import UNKNOWN_MODES, EngineModes
 from core.fingerprint import CacheFingerprint
 from core.link import LinkEstimate, ProbeReport
@@ -61,6 +62,9 @@ class WorkerLoad:
     num_announced_tokens: int = 0  # of those of them that hold no page yet
     num_other_role: int = 0  # sequences of the role that it does not advertise: it had it, and they go on to their end
     modes: EngineModes = UNKNOWN_MODES
+    tiers: tuple[TierState, ...] = ()  # of its prefix cache, below the device
+    reloads: tuple[tuple[str, int], ...] = ()  # (ReloadOutcome, prefixes in lower tiers of which that became)
+    pages_lost: int = 0  # evicted from the device before they were copied to a lower tier
 
 
 @dataclass(frozen=True, slots=True)

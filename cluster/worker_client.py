@@ -23,6 +23,7 @@ from typing import Self, TypeVar
 import grpc
 
 from cluster.view import ModelInfo, WorkerLoad
+from core.cache_tiers import Tier
 from core.compute import UNKNOWN_PROFILE, ComputeProfile, StepSample
 from core.errors import InvalidRequest, Overloaded, PeerLost, PrfaasError, SequenceFailed
 from core.link import LinkEstimate, ProbeReport
@@ -58,6 +59,8 @@ from protos.wire import (
     role_from_text,
     spec_to_message,
     step_from_message,
+    tier_from_text,
+    tier_state_from_message,
 )
 
 PROBE_SLACK_S = 2.0  # a worker answers for a self-test within its time; this much more and it is taken for lost
@@ -89,6 +92,7 @@ class WorkerDescription:
     pages_total: int
     max_batch_size: int | None = None  # None: it did not say
     compute: ComputeProfile = UNKNOWN_PROFILE
+    lower_tiers: tuple[Tier, ...] = ()  # of its prefix cache
 
     @property
     def profile(self) -> str:
@@ -463,6 +467,7 @@ def _description_from_message(message: pb.WorkerDescription) -> WorkerDescriptio
         pages_total=message.pages_total,
         max_batch_size=message.max_batch_size or None,
         compute=compute_from_message(message.compute),
+        lower_tiers=tuple(map(tier_from_text, message.lower_tiers)),
     )
 
 
@@ -491,6 +496,9 @@ def _state_from_message(message: pb.WorkerState) -> WorkerState:
             num_announced_tokens=message.num_announced_tokens,
             num_other_role=message.num_other_role,
             modes=modes_from_message(message.modes),
+            tiers=tuple(map(tier_state_from_message, message.tiers)),
+            reloads=tuple(sorted(message.reloads.items())),
+            pages_lost=message.pages_lost,
         ),
         links=tuple(map(link_from_message, message.links)),
         page_events=page_events_from_message(message.page_events) if message.HasField("page_events") else None,

@@ -37,6 +37,7 @@ from cluster.output_streams import OutputStreams
 from cluster.page_events import PageEventLog
 from cluster.registration import Registrations
 from cluster.step_log import StepLog
+from core.cache_tiers import Tier
 from core.clock import Clock, WallClock
 from core.compute import StepSample
 from core.errors import ProtocolViolation, TransferError
@@ -163,7 +164,8 @@ class WorkerHost:
 
     def _load_engine(self) -> Engine:
         config = self._config
-        engine = Engine.load_model(config.engine, config.model, self._clock, cache_dir=config.model_cache_dir)
+        settings = replace(config.engine, disk_cache_dir=f"{config.engine.disk_cache_dir}/{config.worker_id}")
+        engine = Engine.load_model(settings, config.model, self._clock, cache_dir=config.model_cache_dir)
         # What is there now stays: a collection that goes through a model's objects holds up several decode steps.
         gc.collect()
         gc.freeze()
@@ -228,6 +230,7 @@ class _Parts(rpc.WorkerServicer):
         self._fingerprint = engine.fingerprint
         self._layout = engine.layout
         self._load: EngineLoad = engine.load()
+        self._close_tiers = engine.close
         self._modes = engine.modes
         self._load_at = clock.now()  # when the engine was asked for it; ``_announced`` is of that moment too
         self._announced = Announced()
@@ -382,6 +385,7 @@ class _Parts(rpc.WorkerServicer):
         self._receiver.close()
         self._transport.close()
         self._engine.stop()
+        self._close_tiers()
         if self._otlp is not None:
             self._otlp.close()
 
@@ -483,6 +487,7 @@ class _Parts(rpc.WorkerServicer):
             pid=os.getpid(),
             compute=wire.compute_to_message(self._model.compute),
             num_layers=self._layout.num_layers,
+            lower_tiers=[state.tier.value for state in self._load.tiers],
         )
 
     async def Watch(  # noqa: N802
@@ -560,7 +565,8 @@ class _Parts(rpc.WorkerServicer):
         if not done.cancelled() and done.exception() is None:
             self._load, changes, steps = done.result()
             self._load_at, self._announced = asked_at, announced
-            self._page_events.record(changes.stored, changes.removed)
+            lower = {Tier.HOST: changes.host, Tier.DISK: changes.disk}
+            self._page_events.record(changes.stored, changes.removed, lower)
             self._steps.record(steps)
 
     def _link_estimates(self) -> Iterator[LinkEstimate]:
@@ -602,6 +608,9 @@ class _Parts(rpc.WorkerServicer):
             num_announced_tokens=self._announced.num_tokens,
             num_other_role=self._decode.num_sequences if self._role is Role.PREFILL else self._prefill.num_sessions,
             modes=wire.modes_to_message(self._modes()),
+            tiers=map(wire.tier_state_to_message, load.tiers),
+            reloads={outcome.value: count for outcome, count in load.reloads},
+            pages_lost=load.pages_lost,
         )
 
     def _num_sessions(self) -> int:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import NewType, TypeGuard
 
+from core.cache_tiers import Tier
+
 PageHash = NewType("PageHash", bytes)
 
 DIGEST_BYTES = 16
@@ -66,10 +68,19 @@ def page_key(page_hash: PageHash) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class TierPages:
+    """Page keys whose best place is this lower tier."""
+
+    tier: Tier
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PageEvents:
     """What a prefix cache gained and lost after ``after`` up to ``number``, as page keys.
 
-    Of a ``snapshot``, ``stored`` is all there is, whatever came before.
+    ``stored`` are on the device now, those of ``lower`` are in that tier at best, ``removed`` in none. Of a
+    ``snapshot``, ``stored`` and ``lower`` are all there is, whatever came before.
     """
 
     number: int
@@ -77,3 +88,4 @@ class PageEvents:
     snapshot: bool = False
     stored: tuple[int, ...] = ()
     removed: tuple[int, ...] = ()
+    lower: tuple[TierPages, ...] = ()

@@ -10,6 +10,7 @@ from enum import StrEnum
 from itertools import chain
 from typing import NamedTuple, NewType
 
+from core.cache_tiers import ReloadReport
 from core.errors import InvalidRequest
 from core.grammar import Grammar
 from core.latency_parts import TtftParts, TtstParts
@@ -280,6 +281,7 @@ class StageStats(NamedTuple):
     num_preemptions: int = 0
     pull: PullReport | None = None  # of cached pages, before this worker prefilled; None: none was asked for
     transfer_wait_s: float = 0.0  # prefill only: of exposed_transfer_s, before the decode worker had granted pages
+    reload: ReloadReport | None = None  # of pages in this worker's lower tiers; None: the prefix ended on the device
 
 
 class TokenChunk(NamedTuple):
@@ -357,6 +359,7 @@ class RequestTiming:
     pulled_tokens: int = 0
     bytes_pulled: int = 0
     pull_s: float = 0.0
+    reload: ReloadReport | None = None  # of what lower cache tiers held, on all its workers; None: nothing
     slo_ttft_met: bool | None = None
     slo_tpot_met: bool | None = None
     slo_miss_expected: str = ""  # why it was served although a miss was predicted; empty: none was

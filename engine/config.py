@@ -41,6 +41,11 @@ class EngineConfig:
         layers or the partition are chosen for it at every step, by what steps were seen to take; null: chunks of any
         size, groups worth 512 tokens, decoding at three quarters longer than alone.
     prefix_cache: whether pages of earlier prompts are kept and used again while there is room.
+    host_cache_bytes: bytes of host memory (pinned on a GPU) in which prefixes are kept that the page pool has no room
+        for; 0: none. They are loaded again if that is predicted to be faster than computing them.
+    disk_cache_bytes: bytes of files in which prefixes are kept that host memory has no room for, and which a restart
+        finds; 0: none. Needs ``host_cache_bytes``.
+    disk_cache_dir: folder of these files; each worker has one of its own within it, by its name.
     attention: the attention backend: native (CPU; compiled for the processor at the first start), flashinfer, varlen,
         sdpa or matmul; ``auto`` takes the fastest that can do what the model asks on the device. One that cannot is
         refused, with those that can.
@@ -71,6 +76,9 @@ class EngineConfig:
     colocated_mode: str = "chunked"
     tpot_slo_s: float | None = None
     prefix_cache: bool = True
+    host_cache_bytes: int = 0
+    disk_cache_bytes: int = 0
+    disk_cache_dir: str = "~/.cache/prfaas/pages"
     attention: str = "auto"
     compile: str = "auto"
     compile_cache: str = DEFAULT_CODE_FOLDER
@@ -111,6 +119,28 @@ class EngineConfig:
         )
         _require(self.page_size >= 1, "engine.page_size", "must be at least 1 token", self.page_size)
         _require(self.kv_cache_bytes > 0, "engine.kv_cache_bytes", "must be above 0", self.kv_cache_bytes)
+        for name in ("host_cache_bytes", "disk_cache_bytes"):
+            value = getattr(self, name)
+            _require(value >= 0, f"engine.{name}", "must be at least 0 (0: none)", value)
+        _require(
+            self.prefix_cache or not self.host_cache_bytes,
+            "engine.host_cache_bytes",
+            "must be 0 without engine.prefix_cache",
+            self.host_cache_bytes,
+        )
+        _require(
+            self.colocated_mode != "partitioned" or not self.host_cache_bytes,
+            "engine.host_cache_bytes",
+            "must be 0 where engine.colocated_mode is partitioned: copies follow the kernels of one stream",
+            self.host_cache_bytes,
+        )
+        _require(
+            bool(self.host_cache_bytes) or not self.disk_cache_bytes,
+            "engine.disk_cache_bytes",
+            "must be 0 without engine.host_cache_bytes: what comes from the disk goes through there",
+            self.disk_cache_bytes,
+        )
+        _require(bool(self.disk_cache_dir), "engine.disk_cache_dir", "must not be empty", self.disk_cache_dir)
         for name in ("num_pages", "max_model_len", "max_prefill_chunk", "threads"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"engine.{name}", "must be at least 1", value)

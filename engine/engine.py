@@ -39,6 +39,7 @@ from typing import Protocol
 
 import torch
 
+from core.cache_tiers import ReloadOutcome, Tier, TierState
 from core.clock import Clock
 from core.compute import EngineModes, StepSample
 from core.errors import InvalidRequest
@@ -74,6 +75,7 @@ from engine.scheduler import (
 from engine.step_budget import Bound
 from engine.step_seconds import StepClock
 from engine.step_trials import try_steps
+from engine.tiered_cache import TieredCache, open_cache
 from engine.token_masks import TokenMasks
 
 __all__ = ["Engine", "EngineLoad", "StepListener", "StepOutput"]
@@ -106,6 +108,9 @@ class EngineLoad:
     generated_tokens: int
     cached_tokens: int
     num_preemptions: int
+    pages_lost: int = 0  # that were evicted before they were copied to a lower tier
+    tiers: tuple[TierState, ...] = ()
+    reloads: tuple[tuple[ReloadOutcome, int], ...] = ()
 
 
 class StepListener(Protocol):
@@ -144,6 +149,7 @@ class Engine:
         streams: PhaseStreams | None,
         config: EngineConfig,
         grammars: Grammars | None = None,
+        tiers: TieredCache | None = None,
     ) -> None:
         """``streams``: for decoding beside prompts; None: they share steps."""
         self._runner = runner
@@ -160,6 +166,7 @@ class Engine:
         self._ahead: LaunchedStep | None = None  # launched before the step before it was committed
         self._ended_at = 0.0  # the last step
         self._interrupts = interrupts
+        self._tiers = tiers
         self._under_way: _UnderWay | None = None
         self._held_up_s = 0.0  # the step under way, by urgent ones
         self._num_urgent = 0
@@ -178,6 +185,9 @@ class Engine:
         self.fingerprint = fingerprint
         self.listener: StepListener | None = None
         self.between_layers: Callable[[], None] | None = None  # called there, if steps may be held up
+        self.wake: Callable[[], None] = lambda: None  # called by any thread when ``has_work`` may have become true
+        if tiers is not None:
+            tiers.mover.on_done = lambda: self.wake()
 
     @classmethod
     def load_model(
@@ -211,7 +221,6 @@ class Engine:
         wishes = SpeedUps(compile_layers, graphs, loaded.description.max_model_len, why_not)
         if wishes.compile or wishes.graph_batch_size:
             runner.speed_up(wishes)
-        allocator = PageAllocator(pool.num_pages, config.page_size, config.prefix_cache)
         model = loaded.description
         grammars = Grammars.of_model(loaded.folder, model.vocab_size, model.eos_token_ids)
         masks = None if grammars.compiler is None else TokenMasks(grammars.compiler, 2 * config.max_batch_size, clock)
@@ -220,8 +229,10 @@ class Engine:
             partitions = [] if streams is None else [*map(streams.prompts, range(len(streams.partitions)))]
             step_clock = StepClock(try_steps(runner, config, clock, model.max_model_len, partitions))
             logger.info("steps take %s", step_clock.seconds)
+        allocator, tiers = open_cache(config, pool, loaded.fingerprint, model.compute, clock)
+        books = None if tiers is None else tiers.books
         scheduler = ChunkedPrefillScheduler(
-            config, allocator, model.max_model_len, model.eos_token_ids, lambda: step_clock.seconds
+            config, allocator, model.max_model_len, model.eos_token_ids, lambda: step_clock.seconds, books
         )
         return cls(
             runner,
@@ -238,6 +249,7 @@ class Engine:
             streams,
             config,
             grammars,
+            tiers,
         )
 
     @property
@@ -349,11 +361,16 @@ class Engine:
     def has_work(self) -> bool:
         """True if ``step`` may compute something; False until another call changes that."""
         beside = self._beside is not None and self._beside.is_under_way
-        return self._ahead is not None or beside or self._scheduler.has_work
+        if self._ahead is not None or beside or self._scheduler.has_work:
+            return True
+        return self._tiers is not None and self._tiers.has_work(self._scheduler.num_growing)
 
     def step(self) -> StepOutput:
         """Compute one step, or finish the one that is under way already and launch the next."""
         current, self._ahead = self._ahead, None
+        if self._tiers is not None:
+            with self._books:
+                self._tiers.advance(self._scheduler)
         if current is None:
             began_at = self._clock.now()
             plan = self._plan(began_at)
@@ -376,6 +393,7 @@ class Engine:
             plan = self._scheduler.plan_prompts(now) if self._beside is not None else None
             if plan is None and (self._beside is None or not self._beside.is_under_way):
                 plan = self._scheduler.plan_step(now)
+            self._send_orders()
             return plan
 
     def _with_unpublished(self, output: StepOutput) -> StepOutput:
@@ -390,6 +408,7 @@ class Engine:
         began_at = self._clock.now()
         with self._books:
             plan = self._scheduler.plan_ahead(current.plan, began_at)
+            self._send_orders()
         if plan is None:
             return ()
         launched = self._launch(plan, began_at, current.sampled)
@@ -397,6 +416,11 @@ class Engine:
             return launched.failures
         self._ahead = launched
         return ()
+
+    def _send_orders(self) -> None:
+        """Loads that a plan has begun."""
+        if self._tiers is not None:
+            self._tiers.send()
 
     def _launch(self, plan: StepPlan, began_at: float, before: Sampled | None) -> LaunchedStep | StepOutput:
         launching_at, waited_s = self._clock.now(), self._sampler.mask_seconds
@@ -565,6 +589,8 @@ class Engine:
         self._samples.append(sample)
         if exact and self._learns:
             self._step_clock.observe(sample)
+        if self._tiers is not None:
+            self._tiers.step(sample)
         return StepOutput(chunks, failures)
 
     def _give_up(self, items: Sequence[StepItem], failed: Mapping[int, str]) -> tuple[SequenceFailure, ...]:
@@ -609,7 +635,13 @@ class Engine:
     def take_cache_changes(self) -> CacheChanges:
         """Prefix pages that became known, or unknown, since this was called last; one caller."""
         with self._books:
-            return self._allocator.take_changes()
+            changes = self._allocator.take_changes()
+            if self._tiers is None:
+                return changes
+            lower, gone = self._tiers.lower_changes(changes.removed)
+        return CacheChanges(
+            changes.stored, tuple(gone), tuple(lower.get(Tier.HOST, ())), tuple(lower.get(Tier.DISK, ()))
+        )
 
     def take_step_samples(self) -> tuple[StepSample, ...]:
         """The latest steps since this was called last, and what each took; one caller."""
@@ -667,11 +699,26 @@ class Engine:
             generated_tokens=load.generated_tokens,
             cached_tokens=load.cached_tokens,
             num_preemptions=load.num_preemptions,
+            pages_lost=self._allocator.num_lost,
+            tiers=() if self._tiers is None else self._tiers.states,
+            reloads=() if self._tiers is None else tuple(self._tiers.outcomes.items()),
         )
+
+    def close(self) -> None:
+        """End the threads that copy between tiers of the prefix cache; nothing is computed any more."""
+        if self._tiers is not None:
+            self._tiers.close()
+
+    def wait_for_copies(self, timeout_s: float = 60.0) -> bool:
+        """Wait until no page is being copied between tiers; ``has_work`` may be true then, as copies are to be booked.
+        For who calls ``step`` himself; False if it took longer."""
+        return self._tiers is None or self._tiers.mover.wait_idle(timeout_s)
 
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` unless every page is accounted for, and all are free or cached when idle."""
         self._allocator.check_integrity()
+        if self._tiers is not None:
+            self._tiers.books.check_integrity()
         load = self._scheduler.load()
         if not (load.num_running or load.num_held or load.num_reserved or load.num_lent):
             assert self._allocator.whole(), "nothing runs, yet pages are in use"

@@ -119,6 +119,7 @@ class EngineThread:
             self._made.set_exception(error)
             return
         engine.between_layers = lambda: self._between_layers(engine)
+        engine.wake = self._look_again
         self._made.set_result(engine)
         self._compute(engine)
 
@@ -148,6 +149,11 @@ class EngineThread:
         finally:
             self._turns.give_back()
         self._publish(output)
+
+    def _look_again(self) -> None:
+        """The engine may have work now."""
+        with self._condition:
+            self._condition.notify()
 
     def _between_layers(self, engine: Engine) -> None:
         """Whoever came meanwhile may be urgent, and decoding may be due."""

@@ -7,6 +7,11 @@ The sole writer of page ids, reference counts and the prefix index of one engine
                                        run out, least recently used first
     used      refs >= 1, hash or none  as many refs as sequences (and reservations) hold it
 
+Where there are lower tiers (page_tiers.py), a cached page is *unsaved* until its K/V is in one of them too. It is
+copied there before it must go, and *held* meanwhile (``hold_unsaved``, ``put_back``): it keeps its place in the order
+of eviction and may be used by who has its prefix, but it is not evicted, hence not written. A page that is evicted
+unsaved is lost, and counted.
+
 Invariants: free + cached + used == num_pages. A hash names at most one page and a page has at most one hash. The
 contents of a page that has a hash never change: whoever holds it may only read, so sharing needs no copy on write.
 """
@@ -15,7 +20,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from core.prefix_hash import PageHash
@@ -27,14 +32,19 @@ _FREE = 1
 class CacheChanges:
     """What became of known prefixes since the last report: net, so a page that came and went is in neither."""
 
-    stored: tuple[PageHash, ...] = ()
-    removed: tuple[PageHash, ...] = ()
+    stored: tuple[PageHash, ...] = ()  # known on the device
+    removed: tuple[PageHash, ...] = ()  # known nowhere
+    host: tuple[PageHash, ...] = ()  # known in host memory, not on the device
+    disk: tuple[PageHash, ...] = ()  # known on disk, in no better tier
 
 
 class PageAllocator:
     """Hands out pages of a pool of ``num_pages``; knows nothing of their bytes."""
 
-    def __init__(self, num_pages: int, page_size: int, prefix_cache: bool = True) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, prefix_cache: bool = True, below: Container[PageHash] | None = None
+    ) -> None:
+        """``below``: what lower tiers hold, as of the moment that it is asked; None: there are none."""
         assert num_pages >= 1, "a pool has at least one page"
         self.num_pages = num_pages
         self.page_size = page_size
@@ -47,16 +57,35 @@ class PageAllocator:
         self._hash_of: dict[int, PageHash] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._changed: dict[PageHash, bool] = {}  # since the last report; True: known now, and was not then
+        self._below = below
+        self._unsaved: OrderedDict[int, None] = OrderedDict()  # of the cached ones; least recently used first
+        self._held: set[int] = set()  # cached or used
+        self._num_held = 0  # of the cached ones
+        self._num_lost = 0
 
     @property
     def num_free(self) -> int:
         """Pages that ``allocate`` could hand out now: free and cached ones."""
-        return self._num_unused + len(self._cached)
+        return self._num_unused + len(self._cached) - self._num_held
 
     @property
     def num_cached(self) -> int:
-        """Pages that nobody uses and that hold a known prefix."""
-        return len(self._cached)
+        """Pages that nobody uses and that hold a known prefix; those that are held left aside."""
+        return len(self._cached) - self._num_held
+
+    @property
+    def num_unsaved(self) -> int:
+        """Cached pages whose K/V no lower tier holds."""
+        return len(self._unsaved)
+
+    @property
+    def num_lost(self) -> int:
+        """Pages that were evicted while no lower tier held their K/V, since the start; 0 where there is none."""
+        return self._num_lost
+
+    def knows(self, page_hash: PageHash) -> bool:
+        """Does a page hold this prefix?"""
+        return page_hash in self._page_of
 
     def match_prefix(self, hashes: Sequence[PageHash]) -> list[int]:
         """Pages of the longest known prefix of ``hashes``; the caller holds one reference to each."""
@@ -110,6 +139,8 @@ class PageAllocator:
         for page in pages:
             if self._refs[page] == 0:
                 del self._cached[page]
+                self._unsaved.pop(page, None)
+                self._num_held -= page in self._held
             self._refs[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
@@ -124,9 +155,38 @@ class PageAllocator:
                 continue
             if page in hash_of:
                 self._cached[page] = None
+                if page in self._held:
+                    self._num_held += 1
+                elif self._below is not None and hash_of[page] not in self._below:
+                    self._unsaved[page] = None
             else:
                 self._free[page] = _FREE
                 self._num_unused += 1
+
+    def hold_unsaved(self, max_pages: int) -> list[tuple[int, PageHash]]:
+        """Up to ``max_pages`` unsaved pages with their names, those that would be evicted first in front.
+
+        Until ``put_back`` they are not evicted, so that they can be copied; whoever has their prefix may use them.
+        """
+        pages = [page for page, _ in zip(self._unsaved, range(max_pages), strict=False)]
+        for page in pages:
+            del self._unsaved[page]
+        self._held.update(pages)
+        self._num_held += len(pages)
+        return [(page, self._hash_of[page]) for page in pages]
+
+    def put_back(self, pages: Iterable[int]) -> None:
+        """Pages of ``hold_unsaved`` are copied, or will not be. They can be evicted again, in their turn, and are not
+        offered again before somebody has used them."""
+        for page in pages:
+            self._held.remove(page)
+            self._num_held -= page in self._cached
+
+    def copy_is_gone(self, page_hash: PageHash) -> None:
+        """No lower tier holds this prefix any more."""
+        page = self._page_of.get(page_hash)
+        if page is not None and page in self._cached and page not in self._held:
+            self._unsaved[page] = None
 
     def take_changes(self) -> CacheChanges:
         """Prefix pages that became known, or unknown, since this was called last; in the order of the changes."""
@@ -137,7 +197,7 @@ class PageAllocator:
         )
 
     def whole(self) -> bool:
-        """True when no page is referenced."""
+        """True when no page is referenced or held."""
         return self.num_free == self.num_pages
 
     def check_integrity(self) -> None:
@@ -154,16 +214,27 @@ class PageAllocator:
         assert cached <= self._hash_of.keys() <= cached | used, (
             "a page has a name and cannot be found, or a free one has"
         )
+        assert self._unsaved.keys() <= cached, "a page that is not cached is to be saved"
+        assert self._held <= cached | used, "a held page is free"
+        assert self._held.isdisjoint(self._unsaved), "a page is to be saved while it is"
+        assert len(self._held & cached) == self._num_held, "the count of held pages is off"
+        below = self._below
+        assert below is None or all(self._hash_of[page] not in below for page in self._unsaved), "a page is saved twice"
 
     def _note_change(self, page_hash: PageHash, *, known: bool) -> None:
         if self._changed.pop(page_hash, known) is known:
             self._changed[page_hash] = known
 
     def _evict(self, num_pages: int) -> None:
-        for _ in range(num_pages):
-            page, _unused = self._cached.popitem(last=False)
+        evictable: Iterable[int] = self._cached
+        if self._held:
+            evictable = (page for page in self._cached if page not in self._held)
+        for page in [page for page, _ in zip(evictable, range(num_pages), strict=False)]:
+            del self._cached[page]
             page_hash = self._hash_of.pop(page)
             del self._page_of[page_hash]
+            self._unsaved.pop(page, None)
+            self._num_lost += self._below is not None and page_hash not in self._below
             self._note_change(page_hash, known=False)
             self._free[page] = _FREE
             self._num_unused += 1

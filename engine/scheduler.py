@@ -39,6 +39,7 @@ from core.request import (
     TokenLogprob,
     WorkerId,
 )
+from engine.cache_tiers import CacheTiers
 from engine.config import APART_MODES, EngineConfig
 from engine.page_allocator import PageAllocator
 from engine.prefill_order import ORDERS, Pace, PrefillOrder, due_at
@@ -152,7 +153,7 @@ class SchedulerLoad:
     num_waiting: int
     num_held: int
     num_reserved: int
-    num_lent: int  # pages, those of rooms included
+    num_lent: int  # pages, those of rooms included and those that copies between tiers hold
     num_waiting_tokens: int  # known tokens that have to be computed yet: neither stored nor found in the prefix cache
     prompt_tokens: int  # of sequences that this engine prefilled, tokens found in the prefix cache included
     cached_tokens: int  # found in the prefix cache, by prefilled and by reserved sequences
@@ -264,6 +265,15 @@ class Scheduler(Protocol):
         """The step failed, and the device writes no page of it any more; its sequences are to be aborted."""
         ...
 
+    def pages_moved(self) -> None:
+        """Copies between tiers of the prefix cache have ended: who waited for one is in the queue again, in front."""
+        ...
+
+    @property
+    def num_growing(self) -> int:
+        """Sequences that hold pages and will ask for more, one at a time."""
+        ...
+
     @property
     def budgets(self) -> StepBudgets:
         """What bounded the prompts of steps."""
@@ -308,6 +318,8 @@ class ChunkedPrefillScheduler:
     11. Where ``colocated_mode`` keeps prompts and decoding apart, a step holds either. A step of prompts waits until
        every decoding sequence has, or can have, the page of its next token; decoding beside it preempts nobody, and who
        finds no page waits for its end.
+    12. With lower tiers of the prefix cache, the head of the queue whose prefix goes on there leaves the queue until
+       that is loaded, if loading is faster (cache_tiers.py), and is its head again then. Others start meanwhile.
     """
 
     def __init__(
@@ -317,9 +329,11 @@ class ChunkedPrefillScheduler:
         max_model_len: int,
         eos_token_ids: Iterable[int] = (),
         costs: Costs = lambda: None,
+        tiers: CacheTiers | None = None,
     ) -> None:
         """``costs``: what steps take on this engine, as far as it is known now; for ``tpot_slo_s``."""
         self._allocator = allocator
+        self._tiers = tiers
         self._page_size = allocator.page_size
         self._max_batch_tokens = config.max_batch_tokens
         self._apart = config.colocated_mode in APART_MODES
@@ -453,7 +467,8 @@ class ChunkedPrefillScheduler:
         if sequence is None:
             return False
         if sequence.status is SequenceStatus.WAITING:
-            self._waiting.remove(sequence)
+            if self._tiers is None or not self._tiers.forget(sequence):
+                self._waiting.remove(sequence)
         elif sequence.status is SequenceStatus.RUNNING:
             self._leave_batch(sequence)
         self._forget(sequence)
@@ -656,6 +671,11 @@ class ChunkedPrefillScheduler:
             self._running = [s for s in self._running if s.status is SequenceStatus.RUNNING]
         return chunks
 
+    def pages_moved(self) -> None:
+        self._stalled = False
+        if self._tiers is not None:
+            self._waiting.extendleft(reversed(self._tiers.take_back()))
+
     # ---- what can be asked ----
 
     @property
@@ -663,18 +683,23 @@ class ChunkedPrefillScheduler:
         return self._budgets
 
     @property
+    def num_growing(self) -> int:
+        return len(self._reserved) + self._num_running_growing
+
+    @property
     def has_work(self) -> bool:
         return bool(self._running or self._waiting) and not self._stalled
 
     def load(self) -> SchedulerLoad:
         prefilling = (s.num_remaining for s in self._running if s.num_remaining > 1)
+        num_loading, num_held = (self._tiers.num_loading, self._tiers.num_held) if self._tiers is not None else (0, 0)
         return SchedulerLoad(
             num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            num_held=len(self._sequences) - len(self._running) - len(self._waiting),
+            num_waiting=len(self._waiting) + num_loading,
+            num_held=len(self._sequences) - len(self._running) - len(self._waiting) - num_loading,
             num_reserved=len(self._reserved),
-            num_lent=self._num_lent,
-            num_waiting_tokens=sum(map(self._num_uncached, self._waiting)) + sum(prefilling),
+            num_lent=self._num_lent + num_held,
+            num_waiting_tokens=sum(map(self._num_to_compute, self._waiting)) + sum(prefilling),
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             generated_tokens=self._generated_tokens,
@@ -740,6 +765,7 @@ class ChunkedPrefillScheduler:
         sequence.num_computed = 0
         sequence.num_registered = 0
         sequence.num_preemptions += 1
+        sequence.reload_tried = False
         self._num_preemptions += 1
         sequence.move(SequenceStatus.WAITING)
         self._waiting.appendleft(sequence)
@@ -760,6 +786,9 @@ class ChunkedPrefillScheduler:
         while self._waiting and not budget.is_full and len(self._running) < self._max_batch_size:
             index = self._order.head(self._waiting, now)
             sequence = self._waiting[index]
+            if self._tiers is not None and self._waits_for_load(sequence, self._tiers):
+                del self._waiting[index]
+                continue
             if budget.in_seconds:
                 num_uncached = self._num_uncached(sequence)
                 if not budget.fits(sequence.num_tokens - num_uncached, min(num_uncached, self._max_chunk)):
@@ -780,7 +809,7 @@ class ChunkedPrefillScheduler:
             return False
         head = self._waiting[0]
         num_known = (head.num_tokens - self._num_uncached(head)) // self._page_size
-        return self._num_pages(head.num_tokens) - num_known + self._num_growing() <= self._allocator.num_free
+        return self._num_pages(head.num_tokens) - num_known + self.num_growing <= self._allocator.num_free
 
     def _begin(
         self, sequence: Sequence, num_tokens: int, decodes: list[StepItem], chunks: list[StepItem], now: float
@@ -796,7 +825,7 @@ class ChunkedPrefillScheduler:
         """Take pages for every known token; False if there are not enough."""
         hashes = self._extend_hashes(sequence.page_hashes, sequence.token_ids, sequence.spec.salt)
         findable = hashes[: (sequence.num_tokens - 1) // self._page_size]
-        taken = self._take_pages(sequence.num_tokens, findable, spare=self._num_growing())
+        taken = self._take_pages(sequence.num_tokens, findable, spare=self.num_growing)
         if taken is None:
             return False
         sequence.page_ids, sequence.num_registered = taken
@@ -807,6 +836,21 @@ class ChunkedPrefillScheduler:
             self._prompt_tokens += sequence.num_tokens
             self._cached_tokens += sequence.num_computed
         return True
+
+    def _waits_for_load(self, sequence: Sequence, tiers: CacheTiers) -> bool:
+        """Rule 12: if so, the tiers have it from now on."""
+        hashes = self._extend_hashes(sequence.page_hashes, sequence.token_ids, sequence.spec.salt)
+        findable = hashes[: (sequence.num_tokens - 1) // self._page_size]
+        return tiers.begin(sequence, findable, spare=self.num_growing)
+
+    def _num_to_compute(self, sequence: Sequence) -> int:
+        """Tokens of a waiting sequence that no tier holds."""
+        num_tokens = self._num_uncached(sequence)
+        if self._tiers is None:
+            return num_tokens
+        findable = sequence.page_hashes[: (sequence.num_tokens - 1) // self._page_size]
+        num_known = (sequence.num_tokens - num_tokens) // self._page_size
+        return num_tokens - self._tiers.num_reachable(findable, num_known) * self._page_size
 
     def _num_uncached(self, sequence: Sequence) -> int:
         """Tokens that a waiting sequence would have to compute if it started now. What is hashed is kept for then."""
@@ -827,13 +871,9 @@ class ChunkedPrefillScheduler:
             return None
         return (*cached, *fresh), len(cached)
 
-    def _num_growing(self) -> int:
-        """Sequences that hold pages and will ask for more."""
-        return len(self._reserved) + self._num_running_growing
-
     def _pages_to_leave(self) -> int:
         """Free pages that whoever is not a waiting sequence leaves: rules 5 and 6."""
-        return self._num_growing() + self._pages_for_head()
+        return self.num_growing + self._pages_for_head()
 
     def _pages_for_head(self) -> int:
         """Pages that the head of the queue may need once one more sequence is reserved."""
@@ -1005,4 +1045,5 @@ def _stats(sequence: Sequence, now: float) -> StageStats:
         compute_s=now - sequence.started_at,
         cached_tokens=sequence.num_cached_tokens or 0,
         num_preemptions=sequence.num_preemptions,
+        reload=sequence.reload,
     )

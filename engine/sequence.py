@@ -21,6 +21,7 @@ from array import array
 from enum import Enum, auto
 from types import MappingProxyType
 
+from core.cache_tiers import ReloadReport
 from core.prefix_hash import PageHash
 from core.request import SequenceId, SequenceSpec
 
@@ -57,6 +58,8 @@ class Sequence:
         "num_registered",
         "page_hashes",
         "page_ids",
+        "reload",
+        "reload_tried",
         "reported",
         "spec",
         "started_at",
@@ -88,6 +91,8 @@ class Sequence:
         self.num_cached_tokens: int | None = None  # found in the prefix cache when it first started
         self.started_at: float | None = None  # the first step that held it
         self.num_preemptions = 0
+        self.reload: ReloadReport | None = None  # what became of its prefix in lower tiers; None: none was there
+        self.reload_tried = False  # since it waits; it then starts with what is on the device
         self.reported = False  # a chunk with stats has left: the next stats go with the last chunk
         own = frozenset(spec.sampling.stop_token_ids)
         limit = spec.sampling.max_tokens

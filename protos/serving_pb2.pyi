@@ -162,7 +162,7 @@ class GenerateStreamChunk(_message.Message):
     def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[OutputLogprob, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class TimingBreakdown(_message.Message):
-    __slots__ = ("prefill_worker", "decode_worker", "tokenize_s", "route_s", "prefill_queue_s", "prefill_s", "transfer_s", "exposed_transfer_s", "decode_queue_s", "decode_s", "ttft_s", "total_s", "bytes_shipped", "num_attempts", "route_reason", "decode_cached_tokens", "num_preemptions", "pull_outcome", "pulled_tokens", "bytes_pulled", "pull_s", "admission_s", "slo_ttft_met", "slo_tpot_met", "slo_miss_expected", "tpot_s", "fallback", "expected_ttft_s", "expected_tpot_s", "expected_bytes_shipped", "colocated_ttft_s", "colocated_tpot_s", "ttft_parts", "ttst_parts")
+    __slots__ = ("prefill_worker", "decode_worker", "tokenize_s", "route_s", "prefill_queue_s", "prefill_s", "transfer_s", "exposed_transfer_s", "decode_queue_s", "decode_s", "ttft_s", "total_s", "bytes_shipped", "num_attempts", "route_reason", "decode_cached_tokens", "num_preemptions", "pull_outcome", "pulled_tokens", "bytes_pulled", "pull_s", "admission_s", "slo_ttft_met", "slo_tpot_met", "slo_miss_expected", "tpot_s", "fallback", "expected_ttft_s", "expected_tpot_s", "expected_bytes_shipped", "colocated_ttft_s", "colocated_tpot_s", "ttft_parts", "ttst_parts", "reload_outcome", "host_tokens", "disk_tokens", "reload_s", "reload_reason")
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     TOKENIZE_S_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +197,11 @@ class TimingBreakdown(_message.Message):
     COLOCATED_TPOT_S_FIELD_NUMBER: _ClassVar[int]
     TTFT_PARTS_FIELD_NUMBER: _ClassVar[int]
     TTST_PARTS_FIELD_NUMBER: _ClassVar[int]
+    RELOAD_OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DISK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RELOAD_S_FIELD_NUMBER: _ClassVar[int]
+    RELOAD_REASON_FIELD_NUMBER: _ClassVar[int]
     prefill_worker: str
     decode_worker: str
     tokenize_s: float
@@ -231,7 +236,12 @@ class TimingBreakdown(_message.Message):
     colocated_tpot_s: float
     ttft_parts: TtftParts
     ttst_parts: TtstParts
-    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., tokenize_s: _Optional[float] = ..., route_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., decode_queue_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., bytes_shipped: _Optional[int] = ..., num_attempts: _Optional[int] = ..., route_reason: _Optional[str] = ..., decode_cached_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., pull_outcome: _Optional[str] = ..., pulled_tokens: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., pull_s: _Optional[float] = ..., admission_s: _Optional[float] = ..., slo_ttft_met: _Optional[bool] = ..., slo_tpot_met: _Optional[bool] = ..., slo_miss_expected: _Optional[str] = ..., tpot_s: _Optional[float] = ..., fallback: _Optional[str] = ..., expected_ttft_s: _Optional[float] = ..., expected_tpot_s: _Optional[float] = ..., expected_bytes_shipped: _Optional[int] = ..., colocated_ttft_s: _Optional[float] = ..., colocated_tpot_s: _Optional[float] = ..., ttft_parts: _Optional[_Union[TtftParts, _Mapping]] = ..., ttst_parts: _Optional[_Union[TtstParts, _Mapping]] = ...) -> None: ...
+    reload_outcome: str
+    host_tokens: int
+    disk_tokens: int
+    reload_s: float
+    reload_reason: str
+    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., tokenize_s: _Optional[float] = ..., route_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., decode_queue_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., bytes_shipped: _Optional[int] = ..., num_attempts: _Optional[int] = ..., route_reason: _Optional[str] = ..., decode_cached_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., pull_outcome: _Optional[str] = ..., pulled_tokens: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., pull_s: _Optional[float] = ..., admission_s: _Optional[float] = ..., slo_ttft_met: _Optional[bool] = ..., slo_tpot_met: _Optional[bool] = ..., slo_miss_expected: _Optional[str] = ..., tpot_s: _Optional[float] = ..., fallback: _Optional[str] = ..., expected_ttft_s: _Optional[float] = ..., expected_tpot_s: _Optional[float] = ..., expected_bytes_shipped: _Optional[int] = ..., colocated_ttft_s: _Optional[float] = ..., colocated_tpot_s: _Optional[float] = ..., ttft_parts: _Optional[_Union[TtftParts, _Mapping]] = ..., ttst_parts: _Optional[_Union[TtstParts, _Mapping]] = ..., reload_outcome: _Optional[str] = ..., host_tokens: _Optional[int] = ..., disk_tokens: _Optional[int] = ..., reload_s: _Optional[float] = ..., reload_reason: _Optional[str] = ...) -> None: ...
 
 class TtftParts(_message.Message):
     __slots__ = ("receive_s", "tokenize_s", "admission_s", "siblings_s", "route_s", "retries_s", "messages_s", "pull_s", "prefill_queue_s", "prefill_s")
@@ -380,7 +390,14 @@ class GetClusterInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "engine_id", "cluster_id", "role", "state", "address", "transport", "num_running", "num_waiting", "pages_total", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "lease_left_s", "num_sessions", "pages_quarantined", "num_preemptions", "attention", "attention_reason", "forward", "forward_reason", "engine_fallbacks", "colocated", "colocated_reason")
+    __slots__ = ("worker_id", "engine_id", "cluster_id", "role", "state", "address", "transport", "num_running", "num_waiting", "pages_total", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "lease_left_s", "num_sessions", "pages_quarantined", "num_preemptions", "attention", "attention_reason", "forward", "forward_reason", "engine_fallbacks", "colocated", "colocated_reason", "tiers", "reloads", "pages_lost")
+    class ReloadsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -409,6 +426,9 @@ class WorkerInfo(_message.Message):
     ENGINE_FALLBACKS_FIELD_NUMBER: _ClassVar[int]
     COLOCATED_FIELD_NUMBER: _ClassVar[int]
     COLOCATED_REASON_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    RELOADS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_LOST_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     engine_id: str
     cluster_id: str
@@ -437,7 +457,36 @@ class WorkerInfo(_message.Message):
     engine_fallbacks: int
     colocated: str
     colocated_reason: str
-    def __init__(self, worker_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., transport: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., lease_left_s: _Optional[float] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., attention: _Optional[str] = ..., attention_reason: _Optional[str] = ..., forward: _Optional[str] = ..., forward_reason: _Optional[str] = ..., engine_fallbacks: _Optional[int] = ..., colocated: _Optional[str] = ..., colocated_reason: _Optional[str] = ...) -> None: ...
+    tiers: _containers.RepeatedCompositeFieldContainer[TierInfo]
+    reloads: _containers.ScalarMap[str, int]
+    pages_lost: int
+    def __init__(self, worker_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., transport: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., lease_left_s: _Optional[float] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., attention: _Optional[str] = ..., attention_reason: _Optional[str] = ..., forward: _Optional[str] = ..., forward_reason: _Optional[str] = ..., engine_fallbacks: _Optional[int] = ..., colocated: _Optional[str] = ..., colocated_reason: _Optional[str] = ..., tiers: _Optional[_Iterable[_Union[TierInfo, _Mapping]]] = ..., reloads: _Optional[_Mapping[str, int]] = ..., pages_lost: _Optional[int] = ...) -> None: ...
+
+class TierInfo(_message.Message):
+    __slots__ = ("tier", "pages_total", "pages_used", "load_bytes_per_s", "load_t0_s", "queued_bytes", "stored_pages", "loaded_tokens", "evicted_pages", "damaged_pages", "foreign_pages")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PAGES_USED_FIELD_NUMBER: _ClassVar[int]
+    LOAD_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LOAD_T0_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    LOADED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    FOREIGN_PAGES_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    pages_total: int
+    pages_used: int
+    load_bytes_per_s: float
+    load_t0_s: float
+    queued_bytes: int
+    stored_pages: int
+    loaded_tokens: int
+    evicted_pages: int
+    damaged_pages: int
+    foreign_pages: int
+    def __init__(self, tier: _Optional[str] = ..., pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., load_bytes_per_s: _Optional[float] = ..., load_t0_s: _Optional[float] = ..., queued_bytes: _Optional[int] = ..., stored_pages: _Optional[int] = ..., loaded_tokens: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., damaged_pages: _Optional[int] = ..., foreign_pages: _Optional[int] = ...) -> None: ...
 
 class LinkInfo(_message.Message):
     __slots__ = ("from_worker", "to_worker", "from_cluster", "to_cluster", "state", "reason", "path", "connections", "rate", "goodput", "delivery_rate", "rtt_s", "min_rtt_s", "fit_t0_s", "fit_beta", "fit_variance", "samples", "throughput", "bytes_sent", "bytes_queued", "retransmits", "retransmits_per_mib", "reconnects", "falls", "age_s", "tested_rate", "codec", "codec_changes")

@@ -6,15 +6,17 @@ types' own constructors; a value that no peer of ours would send raises ``Protoc
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import groupby
 
+from core.cache_tiers import LOWER_TIERS, ReloadOutcome, ReloadReport, Tier, TierState
 from core.compute import ComputeProfile, EngineModes, StepSample
 from core.errors import PrfaasError, ProtocolViolation
 from core.fingerprint import CacheFingerprint
 from core.grammar import Grammar, GrammarKind
 from core.kv_layout import KvLayer, KvLayout
 from core.link import LinkEstimate, ProbeReport
-from core.prefix_hash import PageEvents
+from core.prefix_hash import PageEvents, TierPages
 from core.request import (
     ClusterId,
     EngineId,
@@ -209,6 +211,10 @@ def stats_to_message(stats: StageStats) -> pb.StageStats:
     if (pull := stats.pull) is not None:
         message.pull_outcome = pull.outcome.value
         message.pulled_tokens, message.bytes_pulled, message.pull_s = pull.num_tokens, pull.num_bytes, pull.seconds
+    if (reload := stats.reload) is not None:
+        message.reload_outcome, message.reload_reason = reload.outcome.value, reload.reason
+        message.host_tokens, message.disk_tokens = reload.host_tokens, reload.disk_tokens
+        message.reload_s = reload.seconds
     return message
 
 
@@ -226,6 +232,21 @@ def stats_from_message(message: pb.StageStats) -> StageStats:
         num_preemptions=message.num_preemptions,
         pull=_pull_report(message) if message.pull_outcome else None,
         transfer_wait_s=message.transfer_wait_s,
+        reload=_reload_report(message) if message.reload_outcome else None,
+    )
+
+
+def _reload_report(message: pb.StageStats) -> ReloadReport:
+    """Raise ``ProtocolViolation`` naming the allowed words."""
+    if message.reload_outcome not in set(ReloadOutcome):
+        allowed = ", ".join(ReloadOutcome)
+        raise ProtocolViolation(f"reload_outcome must be one of {allowed}, got {message.reload_outcome!r}")
+    return ReloadReport(
+        ReloadOutcome(message.reload_outcome),
+        message.host_tokens,
+        message.disk_tokens,
+        message.reload_s,
+        message.reload_reason,
     )
 
 
@@ -307,11 +328,41 @@ def page_events_to_message(events: PageEvents) -> pb.PageEvents:
         snapshot=events.snapshot,
         stored=events.stored,
         removed=events.removed,
+        lower=[pb.TierPages(tier=lower.tier.value, pages=lower.pages) for lower in events.lower],
     )
 
 
 def page_events_from_message(message: pb.PageEvents) -> PageEvents:
-    return PageEvents(message.number, message.after, message.snapshot, tuple(message.stored), tuple(message.removed))
+    lower = tuple(TierPages(tier_from_text(pages.tier), tuple(pages.pages)) for pages in message.lower)
+    stored, removed = tuple(message.stored), tuple(message.removed)
+    return PageEvents(message.number, message.after, message.snapshot, stored, removed, lower)
+
+
+def tier_from_text(text: str) -> Tier:
+    """Raise ``ProtocolViolation`` naming the lower tiers."""
+    if text not in LOWER_TIERS:
+        raise ProtocolViolation(f"tier must be one of {', '.join(LOWER_TIERS)}, got {text!r}")
+    return Tier(text)
+
+
+def tier_state_to_message(state: TierState) -> pb.TierState:
+    return pb.TierState(**asdict(state))
+
+
+def tier_state_from_message(message: pb.TierState) -> TierState:
+    return TierState(
+        tier_from_text(message.tier),
+        message.pages_total,
+        message.pages_used,
+        message.load_bytes_per_s,
+        message.load_t0_s,
+        message.queued_bytes,
+        message.stored_pages,
+        message.loaded_tokens,
+        message.evicted_pages,
+        message.damaged_pages,
+        message.foreign_pages,
+    )
 
 
 def link_to_message(link: LinkEstimate) -> pb.LinkReport:

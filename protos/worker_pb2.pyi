@@ -25,7 +25,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("worker_id", "engine_id", "cluster_id", "address", "fingerprint", "architecture", "max_model_len", "vocab_size", "eos_token_ids", "kv_bytes_per_token", "transport", "pages_total", "pid", "compute", "num_layers", "max_batch_size")
+    __slots__ = ("worker_id", "engine_id", "cluster_id", "address", "fingerprint", "architecture", "max_model_len", "vocab_size", "eos_token_ids", "kv_bytes_per_token", "transport", "pages_total", "pid", "compute", "num_layers", "max_batch_size", "lower_tiers")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,7 @@ class WorkerDescription(_message.Message):
     COMPUTE_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LOWER_TIERS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     engine_id: str
     cluster_id: str
@@ -58,7 +59,8 @@ class WorkerDescription(_message.Message):
     compute: ComputeProfile
     num_layers: int
     max_batch_size: int
-    def __init__(self, worker_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., address: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., architecture: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., kv_bytes_per_token: _Optional[int] = ..., transport: _Optional[str] = ..., pages_total: _Optional[int] = ..., pid: _Optional[int] = ..., compute: _Optional[_Union[ComputeProfile, _Mapping]] = ..., num_layers: _Optional[int] = ..., max_batch_size: _Optional[int] = ...) -> None: ...
+    lower_tiers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, worker_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., address: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., architecture: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., kv_bytes_per_token: _Optional[int] = ..., transport: _Optional[str] = ..., pages_total: _Optional[int] = ..., pid: _Optional[int] = ..., compute: _Optional[_Union[ComputeProfile, _Mapping]] = ..., num_layers: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., lower_tiers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ComputeProfile(_message.Message):
     __slots__ = ("device", "num_devices", "weight_bytes", "weight_flops", "attention_flops", "step_tokens")
@@ -83,8 +85,15 @@ class WatchRequest(_message.Message):
     def __init__(self, interval_s: _Optional[float] = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("version", "engine_id", "role", "draining", "num_running", "num_waiting", "num_waiting_tokens", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "num_sessions", "pages_quarantined", "num_preemptions", "links", "page_events", "pulls", "pulled_tokens", "pulled_bytes", "load_age_s", "num_announced", "num_other_role", "num_announced_tokens", "steps", "modes")
+    __slots__ = ("version", "engine_id", "role", "draining", "num_running", "num_waiting", "num_waiting_tokens", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "num_sessions", "pages_quarantined", "num_preemptions", "links", "page_events", "pulls", "pulled_tokens", "pulled_bytes", "load_age_s", "num_announced", "num_other_role", "num_announced_tokens", "steps", "modes", "tiers", "reloads", "pages_lost")
     class PullsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class ReloadsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +128,9 @@ class WorkerState(_message.Message):
     NUM_ANNOUNCED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     MODES_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    RELOADS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_LOST_FIELD_NUMBER: _ClassVar[int]
     version: int
     engine_id: str
     role: str
@@ -147,7 +159,36 @@ class WorkerState(_message.Message):
     num_announced_tokens: int
     steps: _containers.RepeatedCompositeFieldContainer[StepSample]
     modes: EngineModes
-    def __init__(self, version: _Optional[int] = ..., engine_id: _Optional[str] = ..., role: _Optional[str] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkReport, _Mapping]]] = ..., page_events: _Optional[_Union[PageEvents, _Mapping]] = ..., pulls: _Optional[_Mapping[str, int]] = ..., pulled_tokens: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., load_age_s: _Optional[float] = ..., num_announced: _Optional[int] = ..., num_other_role: _Optional[int] = ..., num_announced_tokens: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ..., modes: _Optional[_Union[EngineModes, _Mapping]] = ...) -> None: ...
+    tiers: _containers.RepeatedCompositeFieldContainer[TierState]
+    reloads: _containers.ScalarMap[str, int]
+    pages_lost: int
+    def __init__(self, version: _Optional[int] = ..., engine_id: _Optional[str] = ..., role: _Optional[str] = ..., draining: _Optional[bool] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkReport, _Mapping]]] = ..., page_events: _Optional[_Union[PageEvents, _Mapping]] = ..., pulls: _Optional[_Mapping[str, int]] = ..., pulled_tokens: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., load_age_s: _Optional[float] = ..., num_announced: _Optional[int] = ..., num_other_role: _Optional[int] = ..., num_announced_tokens: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ..., modes: _Optional[_Union[EngineModes, _Mapping]] = ..., tiers: _Optional[_Iterable[_Union[TierState, _Mapping]]] = ..., reloads: _Optional[_Mapping[str, int]] = ..., pages_lost: _Optional[int] = ...) -> None: ...
+
+class TierState(_message.Message):
+    __slots__ = ("tier", "pages_total", "pages_used", "load_bytes_per_s", "load_t0_s", "queued_bytes", "stored_pages", "loaded_tokens", "evicted_pages", "damaged_pages", "foreign_pages")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PAGES_USED_FIELD_NUMBER: _ClassVar[int]
+    LOAD_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LOAD_T0_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    LOADED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    FOREIGN_PAGES_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    pages_total: int
+    pages_used: int
+    load_bytes_per_s: float
+    load_t0_s: float
+    queued_bytes: int
+    stored_pages: int
+    loaded_tokens: int
+    evicted_pages: int
+    damaged_pages: int
+    foreign_pages: int
+    def __init__(self, tier: _Optional[str] = ..., pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., load_bytes_per_s: _Optional[float] = ..., load_t0_s: _Optional[float] = ..., queued_bytes: _Optional[int] = ..., stored_pages: _Optional[int] = ..., loaded_tokens: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., damaged_pages: _Optional[int] = ..., foreign_pages: _Optional[int] = ...) -> None: ...
 
 class EngineModes(_message.Message):
     __slots__ = ("attention", "attention_reason", "forward", "forward_reason", "num_fallbacks", "colocated", "colocated_reason", "prompt_steps", "num_decode_beside")
@@ -193,18 +234,28 @@ class StepSample(_message.Message):
     def __init__(self, prefill_tokens: _Optional[int] = ..., prefill_pairs: _Optional[float] = ..., decode_batch: _Optional[int] = ..., decode_context: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class PageEvents(_message.Message):
-    __slots__ = ("number", "after", "snapshot", "stored", "removed")
+    __slots__ = ("number", "after", "snapshot", "stored", "removed", "lower")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     STORED_FIELD_NUMBER: _ClassVar[int]
     REMOVED_FIELD_NUMBER: _ClassVar[int]
+    LOWER_FIELD_NUMBER: _ClassVar[int]
     number: int
     after: int
     snapshot: bool
     stored: _containers.RepeatedScalarFieldContainer[int]
     removed: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, number: _Optional[int] = ..., after: _Optional[int] = ..., snapshot: _Optional[bool] = ..., stored: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ...) -> None: ...
+    lower: _containers.RepeatedCompositeFieldContainer[TierPages]
+    def __init__(self, number: _Optional[int] = ..., after: _Optional[int] = ..., snapshot: _Optional[bool] = ..., stored: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ..., lower: _Optional[_Iterable[_Union[TierPages, _Mapping]]] = ...) -> None: ...
+
+class TierPages(_message.Message):
+    __slots__ = ("tier", "pages")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    pages: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tier: _Optional[str] = ..., pages: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LinkReport(_message.Message):
     __slots__ = ("worker_id", "cluster_id", "path", "connections", "goodput", "delivery_rate", "rtt_s", "min_rtt_s", "retransmits", "retransmits_per_mib", "fit_t0_s", "fit_beta", "fit_variance", "samples", "throughput", "bytes_sent", "bytes_queued", "reconnects", "falls", "age_s", "codec", "codec_changes")
@@ -273,7 +324,7 @@ class TokenLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StageStats(_message.Message):
-    __slots__ = ("worker_id", "role", "queue_s", "compute_s", "transfer_s", "exposed_transfer_s", "cached_tokens", "received_tokens", "bytes_shipped", "num_preemptions", "pull_outcome", "pulled_tokens", "bytes_pulled", "pull_s", "transfer_wait_s")
+    __slots__ = ("worker_id", "role", "queue_s", "compute_s", "transfer_s", "exposed_transfer_s", "cached_tokens", "received_tokens", "bytes_shipped", "num_preemptions", "pull_outcome", "pulled_tokens", "bytes_pulled", "pull_s", "transfer_wait_s", "reload_outcome", "host_tokens", "disk_tokens", "reload_s", "reload_reason")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
@@ -289,6 +340,11 @@ class StageStats(_message.Message):
     BYTES_PULLED_FIELD_NUMBER: _ClassVar[int]
     PULL_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    RELOAD_OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DISK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RELOAD_S_FIELD_NUMBER: _ClassVar[int]
+    RELOAD_REASON_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     queue_s: float
@@ -304,7 +360,12 @@ class StageStats(_message.Message):
     bytes_pulled: int
     pull_s: float
     transfer_wait_s: float
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., received_tokens: _Optional[int] = ..., bytes_shipped: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., pull_outcome: _Optional[str] = ..., pulled_tokens: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., pull_s: _Optional[float] = ..., transfer_wait_s: _Optional[float] = ...) -> None: ...
+    reload_outcome: str
+    host_tokens: int
+    disk_tokens: int
+    reload_s: float
+    reload_reason: str
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., received_tokens: _Optional[int] = ..., bytes_shipped: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., pull_outcome: _Optional[str] = ..., pulled_tokens: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., pull_s: _Optional[float] = ..., transfer_wait_s: _Optional[float] = ..., reload_outcome: _Optional[str] = ..., host_tokens: _Optional[int] = ..., disk_tokens: _Optional[int] = ..., reload_s: _Optional[float] = ..., reload_reason: _Optional[str] = ...) -> None: ...
 
 class TokenChunk(_message.Message):
     __slots__ = ("sequence_id", "position", "token_ids", "logprobs", "finish_reason", "stop_token_id", "stats")

@@ -49,11 +49,17 @@ TORCH_FREE_ENGINE = frozenset(
     f"engine.{noun}"
     for noun in (
         "cache_layout",
+        "cache_tiers",
         "colocated_mode",
         "config",
+        "cost_fit",
+        "disk_pages",
         "grammar",
         "model_source",
         "page_allocator",
+        "page_tiers",
+        "reload_choice",
+        "reload_costs",
         "scheduler",
         "sequence",
         "step_budget",

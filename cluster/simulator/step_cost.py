@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
-from cluster.cost_fit import Sample, fit
 from cluster.cost_model import ComputeCost, CostModel, LinearCost, SavedCosts, prefill_features
 from cluster.roofline import Instance
 from cluster.throughput_model import Polynomial
+from engine.cost_fit import Sample, fit
 from engine.step_seconds import StepSeconds
 
 _LEAST_STEP_S = 1e-6

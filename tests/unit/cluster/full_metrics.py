@@ -11,6 +11,7 @@ from cluster.planning_policy import FleetTarget, Roles
 from cluster.pool_scaler import Ended, PoolStatus
 from cluster.role_conversion import Outcome as ConversionOutcome
 from cluster.view import LinkView, WorkerLoad
+from core.cache_tiers import Tier, TierState
 from core.compute import EngineModes
 from core.link import LinkEstimate
 from core.request import ClusterId, Role, WorkerId
@@ -33,7 +34,12 @@ def full_metrics() -> Metrics:
         worker(
             "decode-0",
             Role.DECODE,
-            load=WorkerLoad(pulls=(("pulled", 1),), modes=EngineModes(prompt_steps=(("tpot", 2),))),
+            load=WorkerLoad(
+                pulls=(("pulled", 1),),
+                modes=EngineModes(prompt_steps=(("tpot", 2),)),
+                tiers=(TierState(Tier.HOST, 10),),
+                reloads=(("loaded", 1),),
+            ),
         ),
         worker("prefill-0", Role.PREFILL),
     )

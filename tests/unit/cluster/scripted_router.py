@@ -14,6 +14,7 @@ from cluster.metrics import Metrics
 from cluster.planner import PlannerStatus
 from cluster.tokenizer import Tokenizer
 from cluster.view import ClusterView, Links, ModelInfo, Offload, WorkerLoad, WorkerView
+from core.cache_tiers import ReloadOutcome, ReloadReport
 from core.clock import WallClock
 from core.errors import Cancelled, InvalidRequest, PrfaasError
 from core.fingerprint import CacheFingerprint
@@ -53,6 +54,7 @@ TIMING = RequestTiming(
     pulled_tokens=2,
     bytes_pulled=256,
     pull_s=0.125,
+    reload=ReloadReport(ReloadOutcome.PARTLY, 2, 1, 0.0625, "a file is damaged"),
     admission_s=0.125,
     slo_ttft_met=True,
     slo_miss_expected="slo_ttft: late",

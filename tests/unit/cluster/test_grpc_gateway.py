@@ -100,6 +100,8 @@ async def test_chunks_stream_and_one_final_message_ends_them(service, stub):
     assert (timing.bytes_shipped, timing.num_attempts, timing.route_reason) == (4096, 1, "least loaded")
     pulled = (timing.pull_outcome, timing.pulled_tokens, timing.bytes_pulled, timing.pull_s)
     assert pulled == ("pulled", 2, 256, 0.125)
+    reloaded = (timing.reload_outcome, timing.host_tokens, timing.disk_tokens, timing.reload_s, timing.reload_reason)
+    assert reloaded == ("partly", 2, 1, 0.0625, "a file is damaged")
     assert (timing.tpot_s, timing.fallback) == (0.02, "link_down")
     assert (timing.expected_ttft_s, timing.expected_tpot_s, timing.expected_bytes_shipped) == (0.2, 0.025, 2048)
     assert (timing.colocated_ttft_s, timing.colocated_tpot_s) == (0.3, 0.03)

@@ -14,6 +14,7 @@ from cluster.planner import PlannerStatus
 from cluster.planning_policy import FleetTarget, Roles
 from cluster.role_conversion import Outcome
 from cluster.view import LinkView, WorkerLoad
+from core.cache_tiers import Tier, TierState
 from core.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -159,6 +160,23 @@ def test_pulls_are_counted_by_how_they_ended(metrics, membership):
     assert value("prfaas_worker_pulls_total", {**labels, "outcome": "timeout"}) == 2
     assert value("prfaas_worker_pulled_tokens_total", labels) == 640
     assert value("prfaas_worker_pulled_bytes_total", labels) == 81920
+
+
+def test_lower_cache_tiers_are_counted_each_and_reloads_by_what_became_of_them(metrics, membership):
+    disk = TierState(Tier.DISK, 100, 40, 2e9, 0.001, 0, 50, 640, evicted_pages=7, damaged_pages=2, foreign_pages=1)
+    load = WorkerLoad(tiers=(TierState(Tier.HOST, 10), disk), reloads=(("loaded", 3), ("computed", 1)), pages_lost=4)
+    membership.workers = (worker("prefill-0", Role.PREFILL, load=load),)
+    value = metrics.registry.get_sample_value
+    labels = {"worker": "prefill-0", "role": "prefill", "cluster": "local"}
+    assert value("prfaas_worker_reloads_total", {**labels, "outcome": "loaded"}) == 3
+    assert value("prfaas_worker_pages_lost_total", labels) == 4
+    of_disk = {**labels, "tier": "disk"}
+    assert value("prfaas_worker_tier_pages_used", of_disk) == 40
+    assert value("prfaas_worker_tier_load_bytes_per_second", of_disk) == 2e9
+    assert value("prfaas_worker_tier_loaded_tokens_total", of_disk) == 640
+    for reason, count in (("evicted", 7), ("damaged", 2), ("foreign", 1)):
+        assert value("prfaas_worker_tier_dropped_pages_total", {**of_disk, "reason": reason}) == count
+    assert value("prfaas_worker_tier_pages", {**labels, "tier": "host"}) == 10
 
 
 def test_routes_and_fallbacks_come_from_the_router(metrics):

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.cache_tiers import LOWER_TIERS, ReloadOutcome, ReloadReport, TierState
 from core.compute import ComputeProfile, EngineModes, StepSample
 from core.errors import ProtocolViolation
 from core.fingerprint import CacheFingerprint
@@ -149,6 +150,29 @@ STATS = st.builds(
         num_bytes=st.integers(0, 2**63),
         seconds=SECONDS,
     ),
+    reload=st.none()
+    | st.builds(
+        ReloadReport,
+        outcome=st.sampled_from(ReloadOutcome),
+        host_tokens=COUNTS,
+        disk_tokens=COUNTS,
+        seconds=SECONDS,
+        reason=st.text(max_size=9),
+    ),
+)
+STATES = st.builds(
+    TierState,
+    tier=st.sampled_from(LOWER_TIERS),
+    pages_total=COUNTS,
+    pages_used=COUNTS,
+    load_bytes_per_s=SECONDS,
+    load_t0_s=SECONDS,
+    queued_bytes=COUNTS,
+    stored_pages=COUNTS,
+    loaded_tokens=COUNTS,
+    evicted_pages=COUNTS,
+    damaged_pages=COUNTS,
+    foreign_pages=COUNTS,
 )
 LOGPROBS = st.builds(
     TokenLogprob,
@@ -206,6 +230,17 @@ def test_a_pull_survives_the_wire(task: PullTask) -> None:
 def test_an_unknown_outcome_of_a_pull_is_named_with_the_known_ones() -> None:
     with pytest.raises(ProtocolViolation, match=r"pulled, cached, .*, got 'pushed'"):
         wire.stats_from_message(pb.StageStats(role="prefill", pull_outcome="pushed"))
+
+
+@given(STATES)
+def test_a_tiers_state_survives_the_wire(state: TierState) -> None:
+    data = wire.tier_state_to_message(state).SerializeToString()
+    assert wire.tier_state_from_message(pb.TierState.FromString(data)) == state
+
+
+def test_an_unknown_outcome_of_a_reload_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ProtocolViolation, match=r"loaded, partly, .*, got 'stolen'"):
+        wire.stats_from_message(pb.StageStats(role="prefill", reload_outcome="stolen"))
 
 
 def test_a_kv_layout_survives_the_wire_with_like_layers_told_once() -> None:

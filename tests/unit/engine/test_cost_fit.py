@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.cost_fit import MAX_SAMPLES, SAMPLES_PER_SIZE, Sample, Samples, fit
+from engine.cost_fit import MAX_SAMPLES, SAMPLES_PER_SIZE, Sample, Samples, fit
 
 TRUE = (0.02, 1e-4, 3e-9)
 PRIOR = (0.005, 3e-5, 1e-8)
