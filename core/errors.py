@@ -12,6 +12,7 @@
     ├── DeadlineExceeded        theirs: the client's deadline passed               DEADLINE_EXCEEDED / 504
     ├── Cancelled               theirs: the client went away or aborted            CANCELLED / 499
     ├── SequenceFailed          a worker could not finish a sequence; ``retryable`` says whether another may
+    ├── RankLost                one of the processes that compute one model together is gone: its worker ends
     └── TransferError           KV did not arrive
         ├── Incompatible        the two ends do not hold the same cache (handshake); never retried on this pair
         ├── Unauthenticated     one end of a KV link does not take the other's certificate
@@ -125,6 +126,10 @@ class SequenceFailed(PrfaasError):
     def __init__(self, message: str, *, retryable: bool) -> None:
         super().__init__(message)
         self.retryable = retryable
+
+
+class RankLost(PrfaasError):
+    """A process of a worker of several devices is gone, or did something else than the others: the worker ends."""
 
 
 class TransferError(PrfaasError):
