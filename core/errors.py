@@ -63,6 +63,10 @@ class InvalidConfig(PrfaasError):
         self.key = key
         self.message = message
 
+    def __reduce__(self) -> tuple[type[InvalidConfig], tuple[str, str]]:
+        """It travels between the processes of a worker."""
+        return type(self), (self.key, self.message)
+
 
 class UnsupportedModel(PrfaasError):
     """The model cannot be served by this engine; the message says why."""
@@ -147,6 +151,10 @@ class Incompatible(TransferError):
         self.field = field
         self.ours = ours
         self.theirs = theirs
+
+    def __reduce__(self) -> tuple[type[Incompatible], tuple[str, str, str]]:
+        """It travels between the processes of a worker."""
+        return type(self), (self.field, self.ours, self.theirs)
 
 
 class Unauthenticated(TransferError):
