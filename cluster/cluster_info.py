@@ -47,6 +47,7 @@ def worker_info(worker: WorkerView, now: float) -> pb.WorkerInfo:
         engine_fallbacks=load.modes.num_fallbacks,
         colocated=load.modes.colocated,
         colocated_reason=load.modes.colocated_reason,
+        tensor_parallel=worker.tensor_parallel,
     )
 
 

@@ -89,6 +89,7 @@ class WorkerDescription:
     pages_total: int
     max_batch_size: int | None = None  # None: it did not say
     compute: ComputeProfile = UNKNOWN_PROFILE
+    tensor_parallel: int = 1  # ranks that compute one step together
 
     @property
     def profile(self) -> str:
@@ -463,6 +464,7 @@ def _description_from_message(message: pb.WorkerDescription) -> WorkerDescriptio
         pages_total=message.pages_total,
         max_batch_size=message.max_batch_size or None,
         compute=compute_from_message(message.compute),
+        tensor_parallel=message.tensor_parallel or 1,
     )
 
 

@@ -89,6 +89,10 @@ class RankChannel:
             self._settle(number, None, error)
         return future
 
+    def join(self, timeout_s: float) -> None:
+        """Wait until the line is broken."""
+        self._thread.join(timeout_s)
+
     def close(self) -> None:
         """Hear nothing any more. May be called twice."""
         self._closed = True
@@ -150,6 +154,11 @@ class RankLines:
 
     def __init__(self, channels: Sequence[RankChannel]) -> None:
         self._channels = tuple(channels)
+
+    def start(self) -> None:
+        """Begin to hear them."""
+        for channel in self._channels:
+            channel.start()
 
     @property
     def num_ranks(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from core.fingerprint import CacheFingerprint
 from engine.cache_layout import CacheLayout
 from engine.compiled_layers import keep_compiled_code
 from engine.config import EngineConfig
@@ -24,9 +25,10 @@ from engine.rank_steps import RankStep, receive_previous
 class RankFollower:
     """Computes steps of rank 0. Made by ``load_model``; one thread."""
 
-    def __init__(self, runner: ModelRunner, group: RankGroup) -> None:
+    def __init__(self, runner: ModelRunner, group: RankGroup, fingerprint: CacheFingerprint) -> None:
         self._runner = runner
         self._group = group
+        self.fingerprint = fingerprint  # the same on every rank
 
     @classmethod
     def load_model(
@@ -37,7 +39,7 @@ class RankFollower:
         loaded = load_model(resolve(model, cache_dir), config, group)
         pool = PagePool(loaded.layout, loaded.num_pages, loaded.device)
         runner, _ = make_runner(config, loaded, pool)
-        return cls(runner, group)
+        return cls(runner, group, loaded.fingerprint)
 
     @property
     def pool(self) -> PagePool:

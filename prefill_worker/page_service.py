@@ -39,9 +39,9 @@ class PagesService(rpc.PagesServicer):
         layout: KvLayout,
         describe: Callable[[], bytes],
         clock: Clock,
-        ranks: Sequence[KvEnd] = (),
+        ranks: Callable[[], Sequence[KvEnd]] = tuple,
     ) -> None:
-        self._ranks = wire.kv_ends_to_messages(ranks)
+        self._ranks = ranks
         self._source = source
         self._engine_id = engine_id
         self._fingerprint = fingerprint
@@ -67,7 +67,7 @@ class PagesService(rpc.PagesServicer):
                 num_pages=len(offer.pages),
                 layout=self._layout,
                 transport_descriptor=self._describe(),
-                ranks=self._ranks,
+                ranks=wire.kv_ends_to_messages(self._ranks()),
             )
             await context.write(pb.PullReply(offered=offered))
             if not offer.pages:

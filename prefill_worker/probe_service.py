@@ -37,10 +37,10 @@ class ProbeSenderService(rpc.ProbeSenderServicer):
         layout: KvLayout,
         internal: InternalGrpc,
         describe: Callable[[], bytes],
-        ranks: Sequence[KvEnd] = (),
+        ranks: Callable[[], Sequence[KvEnd]] = tuple,
     ) -> None:
         """``ranks``: of a worker of several, each one's."""
-        self._ranks = wire.kv_ends_to_messages(ranks)
+        self._ranks = ranks
         self._prober = prober
         self._fingerprint = wire.fingerprint_to_message(fingerprint)
         self._layout = wire.kv_layout_to_message(layout)
@@ -54,9 +54,8 @@ class ProbeSenderService(rpc.ProbeSenderServicer):
         timeout_s = min(max(request.timeout_s, 0.0), MAX_TIMEOUT_S)
         async with self._internal.channel(request.address) as channel:
             stub = rpc.ProbeReceiverStub(channel)
-            target = _Target(
-                peer, request.address, stub, self._fingerprint, self._layout, self._describe(), self._ranks
-            )
+            ranks = wire.kv_ends_to_messages(self._ranks())
+            target = _Target(peer, request.address, stub, self._fingerprint, self._layout, self._describe(), ranks)
             try:
                 report = await self._prober.run(peer, target, timeout_s)
             except Overloaded as error:

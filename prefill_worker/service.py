@@ -83,11 +83,11 @@ class GrantClient:
         describe: Callable[[], bytes],
         wait_s: float,
         internal: InternalGrpc,
-        ranks: Sequence[KvEnd] = (),
+        ranks: Callable[[], Sequence[KvEnd]] = tuple,
     ) -> None:
         """``layout``: of this worker's pool; ``describe``: its transport's descriptor, once that serves. ``ranks``: of
         a worker of several, each one's."""
-        self._ranks = wire.kv_ends_to_messages(ranks)
+        self._ranks = ranks
         self._engine_id = engine_id
         self._layout = wire.kv_layout_to_message(layout)
         self._describe = describe
@@ -108,7 +108,7 @@ class GrantClient:
             sender_engine_id=self._engine_id,
             layout=self._layout,
             sender_descriptor=self._describe(),
-            sender_ranks=self._ranks,
+            sender_ranks=wire.kv_ends_to_messages(self._ranks()),
         )
         try:
             timeout_s, metadata = self._wait_s + GRANT_SLACK_S, trace_metadata(query.trace)

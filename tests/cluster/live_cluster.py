@@ -58,7 +58,7 @@ ROUTER = RouterConfig(lease_s=3.0, no_route_wait_s=60.0, max_attempts=6, costs_f
 
 # Workers are forked from one process that has imported torch and transformers, which takes seconds of a core each time.
 _PREPARED = multiprocessing.get_context("forkserver")
-_PREPARED.set_forkserver_preload(["cluster.worker_host"])
+_PREPARED.set_forkserver_preload(["cluster.worker_host"])  # their ranks are forked from it, too
 
 
 @dataclass
@@ -193,6 +193,7 @@ def worker_config(
     kv_transfer: KvTransferConfig | None = None,
     credentials: Credentials | None = None,
     tracing: TracingConfig = TracingConfig(),
+    tensor_parallel: int = 1,
 ) -> WorkerConfig:
     return WorkerConfig(
         worker_id=WorkerId(worker_id),
@@ -207,6 +208,7 @@ def worker_config(
         credentials=credentials,
         log_level="warning",
         tracing=tracing,
+        tensor_parallel=tensor_parallel,
     )
 
 
@@ -234,11 +236,12 @@ async def live_cluster(
     differing: Mapping[str, KvTransferConfig] | None = None,
     observer: RequestObserver | None = None,
     tracing: TracingConfig = TracingConfig(),
+    num_ranks: tuple[int, int] = (1, 1),
 ) -> AsyncIterator[LiveCluster]:
     """A service of tiny workers on this machine; torn down whatever happens.
 
     ``self_test``: links are tested before they are used. ``decode_engine``: that of decode workers, if it differs.
-    ``differing``: worker id |-> its own ``kv_transfer``.
+    ``differing``: worker id |-> its own ``kv_transfer``. ``num_ranks``: of each prefill and each decode worker.
     """
     clock = WallClock()
     gateway_id = GatewayId("test-gateway")
@@ -267,6 +270,7 @@ async def live_cluster(
             (differing or {}).get(f"{role.value}-{i}", kv_transfer),
             held,
             tracing,
+            num_ranks[role is Role.DECODE],
         )
         for role, i in roles
         for held in [_on_this_node(internal_tls.proof_of(WorkerId(f"{role.value}-{i}")), files)]
