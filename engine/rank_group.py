@@ -57,8 +57,10 @@ class RankGroup:
         return cls(rank, size)
 
     def leave(self) -> None:
-        """End the group; the process may join another one."""
-        dist.destroy_process_group()
+        """End the group; over gloo the process may join another one. NCCL's ends with the process: its end is another
+        collective, for which the other ranks may be gone."""
+        if dist.get_backend() == "gloo":
+            dist.destroy_process_group()
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's ``tensor``, in place, on every rank."""
@@ -69,7 +71,9 @@ class RankGroup:
 def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
     """The sum of every rank's ``x``; may be written over it."""
     if torch.compiler.is_compiling():
-        summed: torch.Tensor = functional.all_reduce(x, "sum", dist.group.WORLD)
+        world = dist.group.WORLD
+        assert world is not None, "a rank is in a group"
+        summed: torch.Tensor = functional.all_reduce(x, "sum", world)
         return summed
     dist.all_reduce(x)
     return x
