@@ -32,8 +32,8 @@ from benchmarks import report
 from benchmarks.engine import LLAMA_8B, REHEARSAL, Bench, Scale
 from benchmarks.report import Cell
 from cluster.config import WorkerConfig
-from cluster.rank_host import COLLECTIVE_TIMEOUT_S, RankCounts
-from cluster.rank_processes import RankProcesses, start_process
+from cluster.rank_host import COLLECTIVE_TIMEOUT_S, RankCounts, start_process
+from cluster.rank_processes import RankProcesses
 from core.clock import WallClock
 from core.errors import PrfaasError
 from core.request import ClusterId, Role, SamplingParams, SequenceId, SequenceSpec, WorkerId

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import gc
 import logging
+import multiprocessing
 import os
 import queue
+import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Client
 from pathlib import Path
+from typing import Any
 
 from cluster.log_format import configure_logging
-from cluster.rank_processes import STOP_WAIT_S, RankFailed, RankReady, RankTask, StopRank
+from cluster.rank_processes import STOP_WAIT_S, RankFailed, RankProcess, RankReady, RankTask, StopRank
 from core.clock import WallClock
 from core.errors import PrfaasError, RankLost
 from core.kv_layout import KvEnd
@@ -30,7 +33,7 @@ from core.rank_channel import RankChannel
 from engine.model_loader import device_of
 from engine.page_pool import PagePool
 from engine.rank_follower import RankFollower
-from engine.rank_group import RankGroup
+from engine.rank_group import RankGroup, visible_gpus
 from engine.rank_steps import RankStep
 from kv_transfer.codec import Codec
 from kv_transfer.codec_policy import LinkCodecs
@@ -80,6 +83,33 @@ def region_of(pool: PagePool) -> Region:
     return DeviceRegion(geometry, tuple(pool.pages(i) for i in layers))
 
 
+def start_process(task: RankTask) -> RankProcess:
+    """A rank as a process of this host, which sees of this one's GPUs the one at its rank.
+
+    On CPU it is forked, which saves loading torch: from this process if it has no thread yet, else from one that is
+    made for that. A GPU's driver forbids it.
+    """
+    context: Any
+    visible = None if task.config.engine.device == "cpu" else visible_gpus(task.size)
+    if visible is not None:
+        context = multiprocessing.get_context("spawn")
+    else:
+        context = multiprocessing.get_context("fork" if threading.active_count() == 1 else "forkserver")
+        context.set_forkserver_preload([__name__])
+    name = f"{task.config.worker_id}-rank-{task.rank}"
+    own = None if visible is None else visible[task.rank]
+    process = context.Process(target=_serve, args=(task, own), name=name, daemon=True)
+    process.start()
+    started: RankProcess = process
+    return started
+
+
+def _serve(task: RankTask, visible_device: str | None) -> None:
+    if visible_device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_device  # before the driver is asked for anything
+    serve_rank(task)
+
+
 def serve_rank(task: RankTask) -> None:
     """Be a rank until rank 0 says stop or is gone. Ends the process if anything fails."""
     config = task.config
@@ -87,7 +117,13 @@ def serve_rank(task: RankTask) -> None:
     connection = Client(task.address, "AF_UNIX", authkey=task.secret)
     connection.send(task.rank)
     ended = threading.Event()
-    channel = RankChannel(connection, f"rank 0 of {config.worker_id}", lambda error: _end(error, ended.is_set()))
+    folder = Path(task.meeting).parent
+
+    def lost(error: RankLost) -> None:
+        shutil.rmtree(folder, ignore_errors=True)  # rank 0 cannot any more
+        _end(error, ended.is_set())
+
+    channel = RankChannel(connection, f"rank 0 of {config.worker_id}", lost)
     try:
         _RankHost(task, channel, ended).run()
         channel.join(STOP_WAIT_S)

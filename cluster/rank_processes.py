@@ -7,15 +7,13 @@
     stop()      they are asked to stop, and killed if they do not
 
 Ranks are no workers: they register nowhere, and live and die with rank 0. Where they run is the caller's: ``StartRank``
-is a process of this host (``start_process``) or, under Ray, an actor in the worker's placement group (ray_fleet.py).
+is a process of this host (rank_host.py) or, under Ray, an actor in the worker's placement group (ray_fleet.py).
 One that survives rank 0 sees its line break, and ends (rank_host.py).
 """
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
 import secrets
 import shutil
 import tempfile
@@ -29,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.config import WorkerConfig
-from core.errors import InvalidConfig, PrfaasError, RankLost
+from core.errors import PrfaasError, RankLost
 from core.kv_layout import KvEnd
 from core.rank_channel import RankChannel, RankLines
 
@@ -112,7 +110,7 @@ class RankProcesses:
         address, secret = str(self._folder / "rank-0"), secrets.token_bytes(32)
         size = self._config.tensor_parallel
         with Listener(address, "AF_UNIX", backlog=size, authkey=secret) as listener:
-            for rank in range(1, size):
+            for rank in range(1, size):  # before the listener has a thread
                 task = RankTask(self._config, rank, size, address, secret, str(self.meeting))
                 self._processes.append(self._start(task))
             connections = self._accept(listener)
@@ -194,42 +192,3 @@ class RankProcesses:
             if not future.done():
                 future.set_exception(error)
         self._on_lost(error)
-
-
-def start_process(task: RankTask) -> RankProcess:
-    """A process of this host, which sees of this one's GPUs the one at its rank.
-
-    On CPU they are forked from a process that has loaded torch; a GPU's driver forbids that.
-    """
-    visible = _visible_devices(task.config)
-    context = multiprocessing.get_context("forkserver" if visible is None else "spawn")
-    if visible is None:
-        context.set_forkserver_preload(["cluster.rank_host"])
-    name = f"{task.config.worker_id}-rank-{task.rank}"
-    own = None if visible is None else visible[task.rank]
-    process = context.Process(target=_serve, args=(task, own), name=name, daemon=True)
-    process.start()
-    return process
-
-
-def _serve(task: RankTask, visible_device: str | None) -> None:
-    from cluster.rank_host import serve_rank  # torch, which a gateway's process may not load
-
-    if visible_device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible_device  # before the driver is asked for anything
-    serve_rank(task)
-
-
-def _visible_devices(config: WorkerConfig) -> list[str] | None:
-    """The GPUs that this process sees, one for each rank; None: none is used."""
-    if config.engine.device == "cpu":
-        return None
-    import torch  # rank 0's process has loaded it, or is about to
-
-    if not torch.cuda.is_available():
-        return None
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
-    if len(found) < config.tensor_parallel:
-        raise InvalidConfig("tensor_parallel", f"is {config.tensor_parallel}, but this process sees {len(found)} GPUs")
-    return found

@@ -37,8 +37,8 @@ from cluster.log_format import configure_logging
 from cluster.otlp import open_tracing
 from cluster.output_streams import OutputStreams
 from cluster.page_events import PageEventLog
-from cluster.rank_host import COLLECTIVE_TIMEOUT_S, RankCounts, region_of
-from cluster.rank_processes import RankProcesses, StartRank, start_process
+from cluster.rank_host import COLLECTIVE_TIMEOUT_S, RankCounts, region_of, start_process
+from cluster.rank_processes import RankProcesses, StartRank
 from cluster.registration import Registrations
 from cluster.step_log import StepLog
 from core.clock import Clock, WallClock

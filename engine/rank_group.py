@@ -68,6 +68,18 @@ class RankGroup:
         return tensor
 
 
+def visible_gpus(num_ranks: int) -> list[str] | None:
+    """What ``CUDA_VISIBLE_DEVICES`` is to be for each of so many processes, of the GPUs that this one sees; None: it
+    sees none. Raises ``InvalidConfig`` if it sees fewer."""
+    if not torch.cuda.is_available():
+        return None
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+    if len(found) < num_ranks:
+        raise InvalidConfig("tensor_parallel", f"is {num_ranks}, but this process sees {len(found)} GPUs")
+    return found
+
+
 def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
     """The sum of every rank's ``x``; may be written over it."""
     if torch.compiler.is_compiling():

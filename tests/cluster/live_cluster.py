@@ -58,7 +58,7 @@ ROUTER = RouterConfig(lease_s=3.0, no_route_wait_s=60.0, max_attempts=6, costs_f
 
 # Workers are forked from one process that has imported torch and transformers, which takes seconds of a core each time.
 _PREPARED = multiprocessing.get_context("forkserver")
-_PREPARED.set_forkserver_preload(["cluster.worker_host"])  # their ranks are forked from it, too
+_PREPARED.set_forkserver_preload(["cluster.worker_host"])
 
 
 @dataclass

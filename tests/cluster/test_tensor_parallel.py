@@ -6,13 +6,10 @@ Whole services: prefill and decode workers of 1 and 2 ranks, K/V between each pa
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from multiprocessing import forkserver
-from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.worker_host import EXIT_ENGINE_DIED
@@ -38,13 +35,11 @@ ENGINE = EngineConfig(
 )
 
 
-def kill_ranks(cluster: LiveCluster) -> None:
-    """Kill every rank that is not its worker's first: what the fork server made beside the workers."""
-    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
-    children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
-    ranks = set(map(int, children)) - {worker.process.pid for worker in cluster.processes.values()}
+def kill_ranks(cluster: LiveCluster, worker_id: str) -> None:
+    """Kill every rank of a worker but the first, whose children they are."""
+    ranks = psutil.Process(cluster.processes[WorkerId(worker_id)].process.pid).children()
     assert len(ranks) == 1
-    os.kill(ranks.pop(), signal.SIGKILL)
+    ranks[0].kill()
 
 
 async def read_to_the_end(stream: AsyncIterator[OutputChunk]) -> None:
@@ -89,7 +84,7 @@ async def test_a_killed_rank_of_a_decode_worker_ends_in_a_typed_error_and_every_
     async with live_cluster(str(model.folder), engine=ENGINE, processes=True, num_ranks=(1, 2), router=once) as cluster:
         streams = [cluster.stream(prompt, endless) for prompt in model.prompts]
         await asyncio.gather(*(anext(stream) for stream in streams))
-        kill_ranks(cluster)
+        kill_ranks(cluster, "decode-0")
         for stream in streams:
             with pytest.raises((SequenceFailed, NoRoute)):
                 await asyncio.wait_for(read_to_the_end(stream), 20)
@@ -109,7 +104,7 @@ async def test_prompts_go_on_elsewhere_when_a_rank_of_their_prefill_worker_is_ki
         streams = [cluster.generate(prompt, GREEDY) for prompt in model.prompts * 3]
         running = asyncio.gather(*streams)
         await asyncio.sleep(0.1)
-        kill_ranks(cluster)
+        kill_ranks(cluster, "prefill-0")
         for prompt, answer in zip(model.prompts * 3, await running, strict=True):
             assert answer.tokens == model.expected(prompt, NUM_NEW)
         prefill = cluster.processes[WorkerId("prefill-0")]
