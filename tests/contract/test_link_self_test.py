@@ -297,7 +297,7 @@ async def test_pages_of_another_size_at_the_other_end_pass_unless_a_byte_changes
         assert report.num_bytes == 2 * 2 * layer.token_bytes * min(most * ours, num_pages * theirs)
 
         def flip(session_id: SessionId) -> None:
-            (pages,) = [pages for name, pages in decode.probed._lent.items() if name == session_id]
+            (pages,) = [lent.pages for name, lent in decode.probed._lent.items() if name == session_id]
             decode.region.pages(1, pages[-1], 1)[0] ^= 1
 
         decode.before_digest = flip
