@@ -154,7 +154,9 @@ class _RankHost:
 
     def run(self) -> None:
         task, config, channel = self._task, self._task.config, self._channel
-        channel.start()  # nothing is said before ``RankReady``, but the line may break
+        sending, receiving = RankSending(channel), RankReceiving(channel)
+        channel.hear(RankStep, lambda step: self._steps.put((step, sending.take_stores())))
+        channel.start()  # before ``RankReady`` rank 0 may try steps out, and the line may break
         group = RankGroup.join(task.rank, task.size, Path(task.meeting), device_of(config.engine), COLLECTIVE_TIMEOUT_S)
         follower = RankFollower.load_model(config.engine, config.model, group, cache_dir=config.model_cache_dir)
         gc.collect()
@@ -169,7 +171,6 @@ class _RankHost:
         def codec_for(peer: PeerIdentity, layers: Sequence[LayerPages], write: Write) -> Codec:
             return codecs.codec_for(peer.worker_id, layers, write.table.rows[:, 2].tolist())
 
-        sending, receiving = RankSending(channel), RankReceiving(channel)
         encodes = any(link.codecs != ("raw",) for link in kv_transfer.links)
         sender = KvSender(transport, clock, sending.closed, layout, sending.link_speed, codec_for if encodes else None)
         receiver = KvReceiver(
@@ -178,7 +179,6 @@ class _RankHost:
         sending.attach(sender)
         receiving.attach(receiver)
         RankPages(transport.region, layout, task.rank).serve(channel)
-        channel.hear(RankStep, lambda step: self._steps.put((step, sending.take_stores())))
         channel.hear(StopRank, lambda _: self._close(sender, receiver, transport))
         threading.Thread(
             target=self._tick, args=(transport, sender, receiver, codecs), name="rank-ticks", daemon=True
