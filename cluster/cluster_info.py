@@ -51,6 +51,7 @@ def worker_info(worker: WorkerView, now: float) -> pb.WorkerInfo:
         tiers=[pb.TierInfo(**asdict(state)) for state in load.tiers],
         reloads=dict(load.reloads),
         pages_lost=load.pages_lost,
+        tensor_parallel=worker.tensor_parallel,
     )
 
 

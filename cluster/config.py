@@ -50,8 +50,10 @@ class PoolConfig:
         an idle pool may go, and decode workers then prefill.
     max_replicas: workers that it may grow to; null: ``count``. If it is not ``min_replicas``, the pool follows the load
         (docs/planning.md): each of its workers then has a placement group of its own, which an autoscaler sees.
-    num_cpus: Ray CPUs of each worker; 0: not counted.
-    num_gpus: Ray GPUs of each worker.
+    tensor_parallel: devices among which each worker divides the model, a process (rank) for each, all on one node. It
+        must divide the model's key/value heads. ``engine.kv_cache_bytes`` and ``engine.threads`` are of each rank.
+    num_cpus: Ray CPUs of each worker, all its ranks together; 0: not counted.
+    num_gpus: Ray GPUs of each worker, all its ranks together.
     resources: custom Ray resources of each worker, by name.
     placement: whether Ray puts the pool on few nodes (``PACK``) or on many (``SPREAD``); null leaves it to Ray.
     engine: keys of ``engine`` that differ for this pool.
@@ -60,6 +62,7 @@ class PoolConfig:
     count: int = 1
     min_replicas: int | None = None
     max_replicas: int | None = None
+    tensor_parallel: int = 1
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     resources: dict[str, float] = field(default_factory=dict)
@@ -70,6 +73,13 @@ class PoolConfig:
         _require(self.count >= 0, "count", "must be at least 0", self.count)
         _require(self.num_cpus >= 0, "num_cpus", "must be at least 0", self.num_cpus)
         _require(self.num_gpus >= 0, "num_gpus", "must be at least 0", self.num_gpus)
+        _require(self.tensor_parallel >= 1, "tensor_parallel", "must be at least 1", self.tensor_parallel)
+        if self.tensor_parallel > 1:
+            ok = self.num_gpus % self.tensor_parallel == 0
+            allowed = f"must be 0 or a multiple of tensor_parallel ({self.tensor_parallel})"
+            _require(ok, "num_gpus", allowed, self.num_gpus)
+            allowed = "must be null with tensor_parallel above 1: each worker has a placement group of its own"
+            _require(self.placement is None, "placement", allowed, self.placement)
         for name, amount in self.resources.items():
             _require(amount >= 0, f"resources.{name}", "must be at least 0", amount)
         _require_word(self.placement is None or self.placement in PLACEMENTS, "placement", PLACEMENTS, self.placement)
@@ -521,7 +531,14 @@ class ServiceConfig:
             self._check_pools()
         _require_distinct_ports(http=self.http.port, grpc=self.grpc.port, registry=self.registry.port)
         for role in Role:
-            self.engine_for(role)  # raises for what a pool's own engine section has wrong
+            engine = self.engine_for(role)  # raises for what a pool's own engine section has wrong
+            degree = self.pool(role).tensor_parallel
+            tiered, allowed = degree > 1 and engine.host_cache_bytes > 0, "must be 0 with tensor_parallel above 1"
+            why = f"{allowed}: pages of the other ranks would not be kept"
+            _require(not tiered, f"{role}.engine.host_cache_bytes", why, engine.host_cache_bytes)
+            reachable = degree == 1 or self.kv_transfer.transport != "local"
+            allowed = "must be 1 with kv_transfer.transport local, both ends of which are in one process"
+            _require(reachable, f"{role}.tensor_parallel", allowed, degree)
 
     def _check_pools(self) -> None:
         """What the sizes of the pools mean for the rest."""
@@ -593,6 +610,7 @@ class WorkerConfig:
 
     registries: host:port of every gateway's Registry service, to which the worker registers.
     credentials: files, on the worker's node, by which it and its peers know each other; null: anyone may talk to it.
+    tensor_parallel: ranks of the worker, this process being the first.
     """
 
     worker_id: WorkerId
@@ -610,6 +628,7 @@ class WorkerConfig:
     log_format: str = TEXT
     log_requests: bool = False
     tracing: TracingConfig = field(default_factory=TracingConfig)
+    tensor_parallel: int = 1
 
 
 CHOICES: config_schema.Choices = {

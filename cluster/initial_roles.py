@@ -37,7 +37,13 @@ from cluster.planning_policy import Roles
 from cluster.throughput_model import operating_point
 from core.errors import InvalidConfig
 
-_ALIKE = ("num_cpus", "num_gpus", "resources", "engine")  # what a worker of either pool must have, to be of the other
+_ALIKE = (
+    "tensor_parallel",
+    "num_cpus",
+    "num_gpus",
+    "resources",
+    "engine",
+)  # what a worker of either pool must have, to be of the other
 _SAMPLES = 300  # requests of a simulated run, as in DistServe's simulator
 _STEPS = 100  # of the rates that are tried
 

@@ -531,6 +531,7 @@ class _Member:
             num_unreported=client.num_unreported,
             unreported_tokens=client.unreported_tokens,
             unreported_kv_tokens=client.unreported_kv_tokens,
+            tensor_parallel=description.tensor_parallel,
         )
 
 

@@ -83,7 +83,7 @@ def section_values(service: ServiceConfig) -> dict[str, Any]:
     clusters = section.get("clusters")
     if clusters is None or isinstance(clusters, dict):
         own = (clusters or {}).get(service.cluster_id) or {}
-        known = {"num_gpus": _num_gpus(service)} if isinstance(own, dict) else {}
+        known = _gpus(service) if isinstance(own, dict) else {}
         section["clusters"] = {**(clusters or {}), service.cluster_id: known | own}
     links = section.get("links")
     if links is None or isinstance(links, dict):
@@ -91,10 +91,14 @@ def section_values(service: ServiceConfig) -> dict[str, Any]:
     return section
 
 
-def _num_gpus(service: ServiceConfig) -> int:
-    """GPUs of the service's own pools; a worker without one counts as one device."""
+def _gpus(service: ServiceConfig) -> dict[str, int]:
+    """GPUs of the service's own pools (a worker without one counts as its ranks), and of an instance if they agree."""
     pools = (service.prefill, service.decode)
-    return sum(pool.count * max(1, round(pool.num_gpus)) for pool in pools)
+    known = {"num_gpus": sum(pool.count * max(pool.tensor_parallel, round(pool.num_gpus)) for pool in pools)}
+    degrees = {pool.tensor_parallel for pool in pools if pool.count}
+    if len(degrees) == 1 and (degree := degrees.pop()) > 1:
+        known["gpus_per_instance"] = degree
+    return known
 
 
 def _links(service: ServiceConfig) -> dict[str, Any]:

@@ -4,6 +4,8 @@ Ray starts, places and restarts processes, and is asked for nothing else: reques
 
     actor        one for each worker, in plain scheduling or in its pool's placement group, never in a group of the
                  driver's (nested groups deadlock); it ends with this process (not detached)
+    ranks        a worker of several devices has a placement group of its own, on one node, with a bundle for each rank;
+                 its actor is in the first, and starts an actor in each of the others, which ends when it does
     start        the model is loaded in the actor's constructor, so a restarted actor serves again by itself; it takes
                  any free port and draws a new engine id at each start, so no two starts can be mistaken for each other
     pools        a worker of a pool that grows and shrinks (elastic) has a placement group of its own: while it is
@@ -47,6 +49,7 @@ from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
 from core.request import ClusterId, Role, WorkerId
 
 if TYPE_CHECKING:
+    from cluster.rank_processes import RankTask
     from cluster.worker_host import WorkerHost
 
 logger = logging.getLogger(__name__)
@@ -129,11 +132,9 @@ class RayFleet:
         pool = self._config.pool(role)
         actor: Any = ray.remote(WorkerActor).options(
             name=self._ray_name(worker_id),
-            num_cpus=pool.num_cpus,
-            num_gpus=pool.num_gpus,
-            resources=pool.resources or None,
             scheduling_strategy=placing,
             max_restarts=-1,
+            **_rank_resources(pool),
         )
         self._workers[worker_id] = handle = actor.remote(
             self._config, role, worker_id, self._registry, self._issue_proof(worker_id)
@@ -155,7 +156,7 @@ class RayFleet:
         """Ask Ray for one more worker; returns at once. Its name is the first that is free."""
         names = (self._config.worker_id(role, index) for index in itertools.count())
         worker_id = next(name for name in names if name not in self._workers and name not in self._pool_of)
-        group = placement_group([_bundle(self._config.pool(role))], name=self._ray_name(worker_id))
+        group = _group_of_worker(role, self._config.pool(role), self._ray_name(worker_id))
         self._own_groups[worker_id] = group
         self._pool_of[worker_id] = role
         self._unplaced.add(worker_id)
@@ -291,6 +292,12 @@ class RayFleet:
 
     def _places(self, role: Role, pool: PoolConfig) -> Iterator[str | PlacementGroupSchedulingStrategy]:
         """Where each worker of a pool goes."""
+        if pool.tensor_parallel > 1:
+            for _ in range(pool.count):
+                group = _group_of_worker(role, pool)
+                self._groups.append(group)
+                yield PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=False)
+            return
         if pool.placement is None or pool.count == 0:
             yield from ["DEFAULT"] * pool.count
             return
@@ -332,6 +339,36 @@ class WorkerActor:
         self._files.close()
 
 
+class RankActor:
+    """Another rank of a worker, as Ray sees it; made by the worker's actor, and not made again."""
+
+    def serve(self, task: RankTask) -> None:
+        """Be that rank until the worker ends."""
+        os.environ.pop("OMP_NUM_THREADS", None)
+        from cluster.rank_host import serve_rank  # torch
+
+        serve_rank(task)
+
+
+class _RayRank:
+    """A rank's process: an actor in its bundle of the worker's placement group."""
+
+    def __init__(self, task: RankTask, pool: PoolConfig) -> None:
+        group = ray.util.get_current_placement_group()
+        assert group is not None, "a worker of several ranks is placed in a group of its own"
+        placing = PlacementGroupSchedulingStrategy(group, task.rank, placement_group_capture_child_tasks=False)
+        actor: Any = ray.remote(RankActor).options(scheduling_strategy=placing, max_restarts=0, **_rank_resources(pool))
+        self._actor = actor.remote()
+        self._end = self._actor.serve.remote(task)
+
+    def is_alive(self) -> bool:
+        ended, _ = ray.wait([self._end], timeout=0)
+        return not ended
+
+    def kill(self) -> None:
+        ray.kill(self._actor)
+
+
 def worker_config(
     config: ServiceConfig,
     role: Role,
@@ -357,6 +394,7 @@ def worker_config(
         log_format=config.log_format,
         log_requests=config.log_requests,
         tracing=config.tracing,
+        tensor_parallel=config.pool(role).tensor_parallel,
     )
 
 
@@ -367,7 +405,8 @@ def _start_host(
 
     told = worker_config(config, role, worker_id, config.host or _node_address(), registry, credentials)
     # A process whose engine died of a bug ends at once: Ray starts it anew, the router moves its requests.
-    worker = WorkerHost(told, on_death=lambda: os._exit(EXIT_ENGINE_DIED))
+    pool = config.pool(role)
+    worker = WorkerHost(told, on_death=lambda: os._exit(EXIT_ENGINE_DIED), start_rank=lambda task: _RayRank(task, pool))
     worker.start()
     return worker
 
@@ -390,6 +429,25 @@ def _bundle(pool: PoolConfig) -> dict[str, float]:
     """The Ray resources of one worker."""
     wanted = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
     return {name: amount for name, amount in wanted.items() if amount > 0}
+
+
+def _group_of_worker(role: Role, pool: PoolConfig, name: str = "") -> PlacementGroup:
+    """A placement group for one worker, with a bundle for each of its ranks, on one node."""
+    bundle = {name: amount / pool.tensor_parallel for name, amount in _bundle(pool).items()}
+    if pool.tensor_parallel > 1 and not bundle:
+        key = f"{role}.tensor_parallel"
+        raise InvalidConfig(key, "needs num_cpus, num_gpus or resources above 0: ranks are placed by them")
+    return placement_group([bundle] * pool.tensor_parallel, strategy="STRICT_PACK", name=name)
+
+
+def _rank_resources(pool: PoolConfig) -> dict[str, Any]:
+    """What the actor of one rank reserves, of what its worker does."""
+    share = pool.tensor_parallel
+    return {
+        "num_cpus": pool.num_cpus / share,
+        "num_gpus": pool.num_gpus / share,
+        "resources": {name: amount / share for name, amount in pool.resources.items()} or None,
+    }
 
 
 def _needed(config: ServiceConfig) -> Mapping[str, float]:

@@ -100,7 +100,7 @@ def worker_table(workers: Iterable[pb.WorkerInfo]) -> Table:
     for worker in workers:
         table.add_row(
             worker.worker_id,
-            worker.role,
+            role_and_ranks(worker),
             worker.state,
             str(worker.num_running),
             str(worker.num_waiting),
@@ -113,6 +113,11 @@ def worker_table(workers: Iterable[pb.WorkerInfo]) -> Table:
             str(worker.generated_tokens),
         )
     return table
+
+
+def role_and_ranks(worker: pb.WorkerInfo) -> str:
+    """Its role, and of how many ranks it is, if of several."""
+    return worker.role if worker.tensor_parallel <= 1 else f"{worker.role} x{worker.tensor_parallel}"
 
 
 def engine_table(workers: Iterable[pb.WorkerInfo]) -> Table:

@@ -17,6 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from cluster.tables import role_and_ranks
 from protos import serving_pb2 as pb
 
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -103,7 +104,7 @@ def _workers(workers: Sequence[pb.WorkerInfo]) -> RenderableType:
         table.add_row(
             worker.cluster_id,
             worker.worker_id,
-            Text(worker.role, style=role),
+            Text(role_and_ranks(worker), style=role),
             Text(worker.state, style="" if worker.state == "ready" else "yellow"),
             str(worker.num_running),
             str(worker.num_waiting),

@@ -92,6 +92,7 @@ class WorkerView:
     num_unreported: int = 0  # sequences
     unreported_tokens: int = 0  # that must be computed before their first token
     unreported_kv_tokens: int = 0  # that must find room in its pages
+    tensor_parallel: int = 1  # ranks that compute its steps together, a device each
 
 
 @dataclass(frozen=True, slots=True)

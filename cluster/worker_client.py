@@ -93,6 +93,7 @@ class WorkerDescription:
     max_batch_size: int | None = None  # None: it did not say
     compute: ComputeProfile = UNKNOWN_PROFILE
     lower_tiers: tuple[Tier, ...] = ()  # of its prefix cache
+    tensor_parallel: int = 1  # ranks that compute one step together
 
     @property
     def profile(self) -> str:
@@ -468,6 +469,7 @@ def _description_from_message(message: pb.WorkerDescription) -> WorkerDescriptio
         max_batch_size=message.max_batch_size or None,
         compute=compute_from_message(message.compute),
         lower_tiers=tuple(map(tier_from_text, message.lower_tiers)),
+        tensor_parallel=message.tensor_parallel or 1,
     )
 
 

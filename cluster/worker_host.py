@@ -2,6 +2,7 @@
 
     engine thread     Engine.step(); the PrefillWorker listens to it, chunks go to OutputStreams
     transport threads KvSender and KvReceiver move pages and call the workers back
+    other ranks       with ``tensor_parallel``: processes of their own (rank_processes.py), which this one leads
     event loop        gRPC: services Worker, Prefill, Decode and Pages; registration with every gateway
 
 The role is a word, not a build: every worker can do either half, so ``SetRole`` reloads nothing. Sequences of the
@@ -25,6 +26,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -35,13 +37,17 @@ from cluster.log_format import configure_logging
 from cluster.otlp import open_tracing
 from cluster.output_streams import OutputStreams
 from cluster.page_events import PageEventLog
+from cluster.rank_host import COLLECTIVE_TIMEOUT_S, RankCounts, region_of, start_process
+from cluster.rank_processes import RankProcesses, StartRank
 from cluster.registration import Registrations
 from cluster.step_log import StepLog
 from core.cache_tiers import Tier
 from core.clock import Clock, WallClock
 from core.compute import StepSample
-from core.errors import ProtocolViolation, TransferError
+from core.errors import PrfaasError, ProtocolViolation, TransferError
+from core.kv_layout import KvEnd
 from core.link import LinkEstimate
+from core.rank_channel import RankLines
 from core.request import EngineId, GatewayId, Role, SequenceId, SessionId
 from decode_worker.link_probe import ProbeReceiver
 from decode_worker.page_client import PageClient
@@ -51,27 +57,23 @@ from decode_worker.service import DecodeService
 from decode_worker.worker import Announced, DecodeWorker
 from engine.engine import Engine, EngineLoad, StepOutput
 from engine.engine_thread import EngineThread
+from engine.model_loader import device_of
 from engine.page_allocator import CacheChanges
 from engine.page_loan import PageLoans
 from engine.prefix_loan import PrefixLoans
+from engine.rank_group import RankGroup
+from engine.rank_steps import RankLeader
 from engine.turns import make_turns
 from kv_transfer.codec import Codec
 from kv_transfer.codec_policy import LinkCodecs
 from kv_transfer.link_monitor import TICK_S, LinkMonitor, timed_part
-from kv_transfer.receiver import KvReceiver
-from kv_transfer.sender import KvSender
+from kv_transfer.probe_pages import RankedPages, RankPages
+from kv_transfer.rank_receiver import RankedReceiver
+from kv_transfer.rank_sender import RankedSender
+from kv_transfer.receiver import KvReceiver, ReceivingEnd
+from kv_transfer.sender import KvSender, SendingEnd
 from kv_transfer.session import SendReport
-from kv_transfer.staging_device import DeviceRegion
-from kv_transfer.transport import (
-    ANONYMOUS,
-    LayerPages,
-    LinkStats,
-    PageGeometry,
-    PeerIdentity,
-    Region,
-    Write,
-    create_transport,
-)
+from kv_transfer.transport import ANONYMOUS, LayerPages, LinkStats, PeerIdentity, Write, create_transport
 from prefill_worker.link_probe import LinkProber
 from prefill_worker.page_service import PagesService
 from prefill_worker.page_source import PageSource
@@ -92,6 +94,7 @@ IDLE_POLL_S = 0.05
 REPORT_WAIT_S = 0.05  # for the engine's load: an older one keeps prompts waiting for pages that are free again
 NOTICE_S = 0.3  # for gateways to hear that a worker drains, before having nothing to do means that it may go
 EXIT_ENGINE_DIED = 70
+RANK_SLACK_S = 120.0  # another rank has loaded its part so long after the first, at most
 MAX_MESSAGE_BYTES = 64 << 20
 GRPC_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -104,10 +107,18 @@ class WorkerHost:
     """Owns everything in one worker process. ``start`` and ``stop`` block and are called from outside its loop."""
 
     def __init__(
-        self, config: WorkerConfig, clock: Clock | None = None, on_death: Callable[[], None] = lambda: None
+        self,
+        config: WorkerConfig,
+        clock: Clock | None = None,
+        on_death: Callable[[], None] = lambda: None,
+        start_rank: StartRank = start_process,
     ) -> None:
-        """``on_death`` is called on the engine's thread if that thread dies of a bug: the process should end then."""
+        """``on_death`` is called if the engine's thread dies of a bug, or another rank is gone: the process should end
+        then. ``start_rank``: where the ranks of a worker of several run."""
         self._config = config
+        self._start_rank = start_rank
+        self._ranks: RankProcesses | None = None  # None: this process is all of the worker
+        self._group: RankGroup | None = None
         self._clock = clock or WallClock()
         self._engine = EngineThread(
             self._load_engine,
@@ -135,15 +146,22 @@ class WorkerHost:
 
     def start(self) -> str:
         """Load the model, serve, register; return the address. Raise ``UnsupportedModel``, ``InvalidConfig`` for
-        certificates that cannot be used, or what loading raised.
+        certificates that cannot be used, ``RankLost``, or what loading raised.
         """
         config = self._config
         configure_logging(config.log_level, config.log_format, config.log_requests, config.worker_id)
         if self._config.credentials is not None:
             self._config.credentials.check()  # before the model is loaded, which takes minutes
-        engine = self._engine.start()
+        if config.tensor_parallel > 1:
+            self._ranks = RankProcesses(config, self._start_rank, self._rank_lost)
+        try:
+            engine, ranks = self._load_on_all_ranks(self._ranks)
+        except BaseException:
+            if self._ranks is not None:
+                self._ranks.stop()
+            raise
         self._runner = _LoopThread()
-        self._parts = self._runner.run(self._serve(engine))
+        self._parts = self._runner.run(self._serve(engine, ranks))
         logger.info("worker %s serves as %s at %s", self._config.worker_id, self._config.role, self.address)
         return self.address
 
@@ -156,16 +174,39 @@ class WorkerHost:
             with suppress(Exception):  # whatever fails, the process ends; it was logged where it happened
                 runner.run(self._parts.stop(timeout_s))
         runner.close()
+        if self._ranks is not None:
+            self._ranks.stop()
+        if self._group is not None:
+            self._group.leave()
 
     @property
     def _started(self) -> _Parts:
         assert self._parts is not None, "start() comes first"
         return self._parts
 
+    def _load_on_all_ranks(self, ranks: RankProcesses | None) -> tuple[Engine, _OtherRanks | None]:
+        if ranks is None:
+            return self._engine.start(), None
+        ranks.start()
+        others = _OtherRanks(ranks.lines)
+        ranks.lines.start()
+        engine = self._engine.start()
+        others.ends = ranks.ready(RANK_SLACK_S)
+        return engine, others
+
+    def _rank_lost(self, error: PrfaasError) -> None:
+        logger.critical("worker %s ends, as one of its ranks has: %s", self._config.worker_id, error)
+        self._engine.abandon(error)
+
     def _load_engine(self) -> Engine:
-        config = self._config
+        config, leader = self._config, None
         settings = replace(config.engine, disk_cache_dir=f"{config.engine.disk_cache_dir}/{config.worker_id}")
-        engine = Engine.load_model(settings, config.model, self._clock, cache_dir=config.model_cache_dir)
+        if self._ranks is not None:
+            device = device_of(config.engine)
+            group = RankGroup.join(0, config.tensor_parallel, self._ranks.meeting, device, COLLECTIVE_TIMEOUT_S)
+            self._group = group
+            leader = RankLeader(group, self._ranks.lines.send_all)
+        engine = Engine.load_model(settings, config.model, self._clock, cache_dir=config.model_cache_dir, leader=leader)
         # What is there now stays: a collection that goes through a model's objects holds up several decode steps.
         gc.collect()
         gc.freeze()
@@ -174,10 +215,28 @@ class WorkerHost:
     def _on_output(self, output: StepOutput) -> None:
         self._started.on_output(output)
 
-    async def _serve(self, engine: Engine) -> _Parts:
-        parts = _Parts(self._config, self._engine_id, engine, self._engine, self._clock)
+    async def _serve(self, engine: Engine, ranks: _OtherRanks | None) -> _Parts:
+        parts = _Parts(self._config, self._engine_id, engine, self._engine, self._clock, ranks)
         await parts.start()
         return parts
+
+
+class _OtherRanks:
+    """What rank 0 knows of the others."""
+
+    def __init__(self, lines: RankLines) -> None:
+        self.lines = lines
+        self.ends: tuple[KvEnd, ...] = ()  # by rank, from the second on; once they are ready
+        self._counts: dict[int, RankCounts] = {}
+        lines.hear(RankCounts, self._note)
+
+    @property
+    def counts(self) -> tuple[RankCounts, ...]:
+        """The last that each has told."""
+        return tuple(self._counts.values())
+
+    def _note(self, rank: int, counts: RankCounts) -> None:
+        self._counts[rank] = counts
 
 
 class _LoopThread:
@@ -215,8 +274,10 @@ class _Parts(rpc.WorkerServicer):
         engine: Engine,
         thread: EngineThread,
         clock: Clock,
+        ranks: _OtherRanks | None,
     ) -> None:
         self._config = config
+        self._other_ranks = ranks
         self._engine_id = engine_id
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -247,7 +308,7 @@ class _Parts(rpc.WorkerServicer):
         kv_transfer = replace(config.kv_transfer, host=config.kv_transfer.host or config.host)
         identity = PeerIdentity(config.worker_id, config.cluster_id)
         self._transport = create_transport(kv_transfer, self._fingerprint, clock, identity, config.credentials)
-        self._transport.register(_region(engine))
+        self._transport.register(region_of(engine.pool))
         self._internal = InternalGrpc(config.credentials)
         kv_layout = self._layout.kv_layout()
         self._grants = GrantClient(
@@ -257,12 +318,19 @@ class _Parts(rpc.WorkerServicer):
             self._transport.describe,
             config.kv_transfer.grant_wait_s,
             self._internal,
+            self._ends,
         )
         self._page_client = PageClient(identity, self._fingerprint, self._internal)
         prefixes = PrefixLoans(thread, engine)
         self._source = PageSource(prefixes, kv_layout)
         self._puller = PagePuller(
-            prefixes, kv_layout, self._page_client, clock, self._run_soon, config.kv_transfer.pull_timeout_s
+            prefixes,
+            kv_layout,
+            self._page_client,
+            clock,
+            self._run_soon,
+            config.kv_transfer.pull_timeout_s,
+            config.tensor_parallel,
         )
         self._prefill = PrefillWorker(
             config.worker_id,
@@ -292,33 +360,57 @@ class _Parts(rpc.WorkerServicer):
             clock=clock,
             tracer=self._tracing.tracer,
         )
-        lease_s = config.kv_transfer.lease_s
         self._links = LinkMonitor(clock)
         loans = PageLoans(thread)
-        self._prober = LinkProber(loans, self._transport, kv_layout, self._links, config.kv_transfer.transport)
-        self._probed = ProbeReceiver(loans, self._transport.region, kv_layout, self._run_soon)
+        own_pages = RankPages(self._transport.region, kv_layout)
+        pages = own_pages if ranks is None else RankedPages(own_pages, ranks.lines, kv_layout)
+        self._prober = LinkProber(
+            loans, self._transport_stats, pages, kv_layout, self._links, config.kv_transfer.transport
+        )
+        self._probed = ProbeReceiver(loans, pages, kv_layout, self._run_soon)
         self._codecs = LinkCodecs(
             clock, lambda to_cluster: config.kv_transfer.link(config.cluster_id, to_cluster).codecs
         )
-        self._sender = KvSender(
-            self._transport,
-            clock,
-            self._closed,
-            kv_layout,
-            lambda peer: self._links.rate(peer.worker_id),
-            self._codec_for if any(link.codecs != ("raw",) for link in config.kv_transfer.links) else None,
-        )
-        self._receiver = KvReceiver(self._transport, clock, self._committed, self._released, lease_s, kv_layout)
-        self._prefill.attach(self._sender)
-        self._prober.attach(self._sender)
-        self._source.attach(self._sender)
-        self._decode.attach(self._receiver)
-        self._probed.attach(self._receiver)
-        self._puller.attach(self._receiver)
+        self._make_ends(ranks)
         engine.listener = self._prefill
         self._server = grpc.aio.server(options=GRPC_OPTIONS)
         self._registrations: Registrations | None = None  # None: not started
         self.address = ""
+
+    def _make_ends(self, ranks: _OtherRanks | None) -> None:
+        """Both ends of hand-overs, of this rank and of the whole worker, and whom they serve."""
+        clock, kv_layout, lease_s = self._clock, self._layout.kv_layout(), self._config.kv_transfer.lease_s
+        closed, committed, released = self._closed, self._committed, self._released
+        ranked_sender: RankedSender | None = None
+        ranked_receiver: RankedReceiver | None = None
+        if ranks is not None:
+            ranked_sender = RankedSender(ranks.lines, self._closed, self._link_speed)
+            ranked_receiver = RankedReceiver(ranks.lines, self._committed, self._released)
+            closed = partial(ranked_sender.closed, 0)
+            committed, released = partial(ranked_receiver.committed, 0), partial(ranked_receiver.released, 0)
+        encodes = any(link.codecs != ("raw",) for link in self._config.kv_transfer.links)
+        codec_for = self._codec_for if encodes else None
+        self._sender = KvSender(self._transport, clock, closed, kv_layout, self._link_speed, codec_for)
+        self._receiver = KvReceiver(self._transport, clock, committed, released, lease_s, kv_layout)
+        sending: SendingEnd = self._sender
+        receiving: ReceivingEnd = self._receiver
+        if ranked_sender is not None and ranked_receiver is not None:
+            ranked_sender.attach(self._sender)
+            ranked_receiver.attach(self._receiver)
+            sending, receiving = ranked_sender, ranked_receiver
+        for sends in (self._prefill, self._prober, self._source):
+            sends.attach(sending)
+        for receives in (self._decode, self._probed, self._puller):
+            receives.attach(receiving)
+
+    def _link_speed(self, peer: PeerIdentity) -> float | None:
+        return self._links.rate(peer.worker_id)
+
+    def _ends(self) -> tuple[KvEnd, ...]:
+        """Each rank's, of a worker of several; empty: there is one."""
+        if self._other_ranks is None:
+            return ()
+        return (KvEnd(self._layout.kv_layout(), self._transport.describe()), *self._other_ranks.ends)
 
     # ---- start and stop ----
 
@@ -331,7 +423,12 @@ class _Parts(rpc.WorkerServicer):
         )
         rpc.add_ProbeSenderServicer_to_server(
             ProbeSenderService(
-                self._prober, self._fingerprint, self._layout.kv_layout(), self._internal, self._transport.describe
+                self._prober,
+                self._fingerprint,
+                self._layout.kv_layout(),
+                self._internal,
+                self._transport.describe,
+                self._ends,
             ),
             self._server,
         )
@@ -344,6 +441,7 @@ class _Parts(rpc.WorkerServicer):
                 self._layout.kv_layout(),
                 self._transport.describe,
                 self._clock,
+                self._ends,
             ),
             self._server,
         )
@@ -407,7 +505,12 @@ class _Parts(rpc.WorkerServicer):
         self._loop.call_soon_threadsafe(self._spawn, run())
 
     def link_stats(self) -> tuple[LinkStats, ...]:
-        return self._transport.stats()
+        return self._transport_stats()
+
+    def _transport_stats(self) -> tuple[LinkStats, ...]:
+        """Of this rank's links now, and of the others' as they were last told."""
+        others = () if self._other_ranks is None else self._other_ranks.counts
+        return self._transport.stats() + tuple(link for counts in others for link in counts.links)
 
     # ---- transport threads: a session is a self-test's, a pull's or a sequence's ----
 
@@ -462,8 +565,8 @@ class _Parts(rpc.WorkerServicer):
         while True:
             await asyncio.sleep(TICK_S)
             stats = self._transport.stats()
-            self._links.tick(stats)
             self._codecs.tick(stats)
+            self._links.tick(self._transport_stats())
 
     # ---- the Worker service ----
 
@@ -480,7 +583,7 @@ class _Parts(rpc.WorkerServicer):
             max_model_len=self._model.max_model_len,
             vocab_size=self._model.vocab_size,
             eos_token_ids=self._model.eos_token_ids,
-            kv_bytes_per_token=self._layout.bytes_per_token,
+            kv_bytes_per_token=self._layout.bytes_per_token * self._layout.num_ranks,
             transport=self._config.kv_transfer.transport,
             pages_total=self._load.pages_total,
             max_batch_size=self._config.engine.max_batch_size,
@@ -488,6 +591,7 @@ class _Parts(rpc.WorkerServicer):
             compute=wire.compute_to_message(self._model.compute),
             num_layers=self._layout.num_layers,
             lower_tiers=[state.tier.value for state in self._load.tiers],
+            tensor_parallel=self._config.tensor_parallel,
         )
 
     async def Watch(  # noqa: N802
@@ -581,6 +685,7 @@ class _Parts(rpc.WorkerServicer):
 
     def _state(self) -> pb.WorkerState:
         load = self._load
+        others = () if self._other_ranks is None else self._other_ranks.counts
         return pb.WorkerState(
             version=self._version,
             engine_id=self._engine_id,
@@ -591,13 +696,13 @@ class _Parts(rpc.WorkerServicer):
             num_waiting_tokens=load.num_waiting_tokens,
             pages_free=load.pages_free,
             pages_cached=load.pages_cached,
-            bytes_sent=self._sender.bytes_sent,
-            bytes_received=self._receiver.bytes_received,
+            bytes_sent=self._sender.bytes_sent + sum(counts.bytes_sent for counts in others),
+            bytes_received=self._receiver.bytes_received + sum(counts.bytes_received for counts in others),
             prompt_tokens=load.prompt_tokens,
             generated_tokens=load.generated_tokens,
             cached_tokens=load.cached_tokens,
             num_sessions=self._num_sessions(),
-            pages_quarantined=self._receiver.num_quarantined,
+            pages_quarantined=max([self._receiver.num_quarantined, *(c.pages_quarantined for c in others)]),
             num_preemptions=load.num_preemptions,
             links=map(wire.link_to_message, self._link_estimates()),
             pulls={outcome.value: count for outcome, count in self._puller.outcomes.items()},
@@ -623,17 +728,6 @@ _Report = tuple[EngineLoad, CacheChanges, tuple[StepSample, ...]]
 
 def _report(engine: Engine) -> _Report:
     return engine.load(), engine.take_cache_changes(), engine.take_step_samples()
-
-
-def _region(engine: Engine) -> Region:
-    """The pool as the transport sees it."""
-    layout = engine.layout
-    layers = range(layout.num_layers)
-    pages = (LayerPages(layout.page_bytes(i), layout.layers[i].dtype, layout.block_bytes(i)) for i in layers)
-    geometry = PageGeometry(tuple(pages), engine.pool.num_pages)
-    if engine.pool.device.type == "cpu":
-        return Region(geometry, tuple(engine.pool.layer_bytes(i) for i in layers))
-    return DeviceRegion(geometry, tuple(engine.pool.pages(i) for i in layers))
 
 
 def _make_commit(sequence_id: SequenceId, token_ids: Sequence[int]) -> bytes:

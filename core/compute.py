@@ -35,7 +35,7 @@ class EngineModes:
     attention_reason: str = ""
     forward: str = ""  # compiled or eager, and with which decode graphs
     forward_reason: str = ""  # why it is not compiled, or not captured; empty if it is both
-    num_fallbacks: int = 0  # times that the engine left compiled code or graphs
+    num_fallbacks: int = 0  # times that the engine left what it was asked for: compiled code, graphs
     colocated: str = ""  # how prompts and decoding share the engine: engine.colocated_mode
     colocated_reason: str = ""  # how the latest chunk, group of layers or partition was chosen
     prompt_steps: tuple[tuple[str, int], ...] = ()  # steps that held prompts, by what bounded these

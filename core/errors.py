@@ -12,6 +12,7 @@
     ├── DeadlineExceeded        theirs: the client's deadline passed               DEADLINE_EXCEEDED / 504
     ├── Cancelled               theirs: the client went away or aborted            CANCELLED / 499
     ├── SequenceFailed          a worker could not finish a sequence; ``retryable`` says whether another may
+    ├── RankLost                one of the processes that compute one model together is gone: its worker ends
     └── TransferError           KV did not arrive
         ├── Incompatible        the two ends do not hold the same cache (handshake); never retried on this pair
         ├── Unauthenticated     one end of a KV link does not take the other's certificate
@@ -61,6 +62,10 @@ class InvalidConfig(PrfaasError):
         super().__init__(f"{key}: {message}")
         self.key = key
         self.message = message
+
+    def __reduce__(self) -> tuple[type[InvalidConfig], tuple[str, str]]:
+        """It travels between the processes of a worker."""
+        return type(self), (self.key, self.message)
 
 
 class UnsupportedModel(PrfaasError):
@@ -127,6 +132,10 @@ class SequenceFailed(PrfaasError):
         self.retryable = retryable
 
 
+class RankLost(PrfaasError):
+    """A process of a worker of several devices is gone, or did something else than the others: the worker ends."""
+
+
 class TransferError(PrfaasError):
     """KV did not arrive at the other end."""
 
@@ -142,6 +151,10 @@ class Incompatible(TransferError):
         self.field = field
         self.ours = ours
         self.theirs = theirs
+
+    def __reduce__(self) -> tuple[type[Incompatible], tuple[str, str, str]]:
+        """It travels between the processes of a worker."""
+        return type(self), (self.field, self.ours, self.theirs)
 
 
 class Unauthenticated(TransferError):

@@ -67,3 +67,11 @@ class KvLayout:
                 raise Incompatible("layout", *dims)
             if (mine.dtype, mine.itemsize) != (other.dtype, other.itemsize):
                 raise Incompatible("dtype", mine.dtype, other.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class KvEnd:
+    """One rank of a worker, as the worker tells others: what its pool holds, and how its transport is reached."""
+
+    layout: KvLayout
+    descriptor: bytes

@@ -15,21 +15,28 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from core.errors import GrantRefused, Overloaded, TransferError
-from core.kv_layout import KvLayout
+from core.kv_layout import KvEnd, KvLayout
 from core.request import SessionId
 from engine.page_loan import PageLoans, Pages
-from kv_transfer.probe_pattern import clear, digest_of
-from kv_transfer.receiver import KvReceiver
+from kv_transfer.probe_pages import ProbePages
+from kv_transfer.receiver import ReceivingEnd
 from kv_transfer.session import Grant
-from kv_transfer.transport import Region
 
 MAX_RESULTS = 256
 
 RunOnLoop = Callable[[Awaitable[None]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Lent:
+    """Pages of one session, and from which ranks it comes, if either end has several."""
+
+    pages: Pages
+    senders: tuple[KvEnd, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +50,29 @@ class Arrived:
 class ProbeReceiver:
     """Lends pages to self-tests of other workers, and tells what arrived in them."""
 
-    def __init__(self, loans: PageLoans, region: Region, layout: KvLayout, run_on_loop: RunOnLoop) -> None:
-        """``layout``: what the region's pages hold."""
+    def __init__(self, loans: PageLoans, pages: ProbePages, layout: KvLayout, run_on_loop: RunOnLoop) -> None:
+        """``layout``: what the pages hold (on rank 0)."""
         self._loans = loans
         self._layout = layout
-        self._region = region
+        self._pages = pages
         self._run_on_loop = run_on_loop
-        self._receiver: KvReceiver | None = None
+        self._receiver: ReceivingEnd | None = None
         self._lock = threading.Lock()
-        self._lent: dict[SessionId, Pages] = {}
+        self._lent: dict[SessionId, _Lent] = {}
         self._results: OrderedDict[SessionId, asyncio.Future[Arrived]] = OrderedDict()  # the event loop's alone
 
-    def attach(self, receiver: KvReceiver) -> None:
+    def attach(self, receiver: ReceivingEnd) -> None:
         """Give the receiver, whose callbacks ask ``committed`` and ``released`` first."""
         self._receiver = receiver
 
-    async def grant(self, session_id: SessionId, max_tokens: int, sender: KvLayout, sender_descriptor: bytes) -> Grant:
+    async def grant(
+        self,
+        session_id: SessionId,
+        max_tokens: int,
+        sender: KvLayout,
+        sender_descriptor: bytes,
+        sender_ranks: Sequence[KvEnd] = (),
+    ) -> Grant:
         """Pages for at most ``max_tokens`` tokens, but at least one page; the descriptor is for links that this end
         dials. What no token fills of that one page is zeros.
 
@@ -72,11 +86,12 @@ class ProbeReceiver:
             raise Overloaded("the receiving worker has no page to spare")
         num_tokens = min(max_tokens, len(pages) * self._layout.page_size)
         if num_tokens < self._layout.page_size:
-            clear(self._region, pages)
+            self._pages.clear(pages)
+        senders = tuple(sender_ranks) or ((KvEnd(sender, sender_descriptor),) if self._receiver.waits else ())
         with self._lock:
-            self._lent[session_id] = pages
+            self._lent[session_id] = _Lent(pages, senders)
         try:
-            grant = self._receiver.issue(session_id, 0, pages, num_tokens, sender, sender_descriptor)
+            grant = self._receiver.issue(session_id, 0, pages, num_tokens, sender, sender_descriptor, senders)
         except TransferError:
             self._take(session_id)
             self._loans.give_back(pages)
@@ -107,35 +122,36 @@ class ProbeReceiver:
 
     def committed(self, session_id: SessionId) -> bool:
         """Every page arrived; False: it is no self-test's session."""
-        pages = self._take(session_id)
-        if pages is None:
+        lent = self._take(session_id)
+        if lent is None:
             return False
-        self._run_on_loop(self._conclude(session_id, pages))
+        self._run_on_loop(self._conclude(session_id, lent))
         return True
 
     def released(self, session_id: SessionId, error: TransferError) -> bool:
         """The session broke; False: it is no self-test's."""
-        pages = self._take(session_id)
-        if pages is None:
+        lent = self._take(session_id)
+        if lent is None:
             return False
-        self._loans.give_back(pages)
+        self._loans.give_back(lent.pages)
         self._run_on_loop(self._fail(session_id, error))
         return True
 
     # ---- inside ----
 
-    def _take(self, session_id: SessionId) -> Pages | None:
+    def _take(self, session_id: SessionId) -> _Lent | None:
         with self._lock:
             return self._lent.pop(session_id, None)
 
-    async def _conclude(self, session_id: SessionId, pages: Pages) -> None:
+    async def _conclude(self, session_id: SessionId, lent: _Lent) -> None:
+        pages = lent.pages
         try:
-            digest = await asyncio.to_thread(digest_of, self._region, pages)
+            digest = await asyncio.to_thread(self._pages.digest, session_id, pages, lent.senders)
         finally:
             self._loans.give_back(pages)  # reading a page that is somebody else's by now would harm nobody
         result = self._results.get(session_id)
         if result is not None and not result.done():
-            result.set_result(Arrived(digest, len(pages) * self._region.geometry.bytes_per_page))
+            result.set_result(Arrived(digest, len(pages) * self._pages.page_bytes))
 
     async def _fail(self, session_id: SessionId, error: TransferError) -> None:
         result = self._results.get(session_id)

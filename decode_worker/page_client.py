@@ -103,6 +103,7 @@ class OfferedPages:
         self.num_pages = offered.num_pages
         self.layout: KvLayout = wire.kv_layout_from_message(offered.layout)
         self.descriptor = offered.transport_descriptor
+        self.ranks = wire.kv_ends_from_messages(offered.ranks)
 
     async def push(self, grant: Grant) -> None:
         """Have all of them sent to where ``grant`` says; returns when the commit was acknowledged to the source.

@@ -37,13 +37,13 @@ from core.errors import (
     TransferError,
     Unauthenticated,
 )
-from core.kv_layout import KvLayout
+from core.kv_layout import KvEnd, KvLayout
 from core.prefix_hash import PageHash, page_hashes
 from core.request import EngineId, PullOutcome, PullReport, PullTask, SequenceSpec, SessionId
 from core.request_log import about
 from engine.prefix_loan import PrefixLoans
 from engine.scheduler import PrefixRoom
-from kv_transfer.receiver import KvReceiver
+from kv_transfer.receiver import ReceivingEnd
 from kv_transfer.session import Grant
 from kv_transfer.transport import SendOrder
 
@@ -99,6 +99,11 @@ class Offered(Protocol):
         """Of the source's transport, for links that this end dials."""
         ...
 
+    @property
+    def ranks(self) -> Sequence[KvEnd]:
+        """Of a source of several ranks: each one's layout and descriptor."""
+        ...
+
     async def push(self, grant: Grant) -> None:
         """Have all of them sent to where ``grant`` says; returns when the commit was acknowledged to the source.
 
@@ -144,8 +149,10 @@ class PagePuller:
         clock: Clock,
         run_on_loop: RunOnLoop,
         timeout_s: float,
+        num_ranks: int = 1,
     ) -> None:
-        """``layout``: what the pages hold; ``timeout_s``: no pull takes longer."""
+        """``layout``: what the pages hold, on each of ``num_ranks``; ``timeout_s``: no pull takes longer."""
+        self._num_ranks = num_ranks
         self._loans = loans
         self._layout = layout
         self._sources = sources
@@ -160,9 +167,9 @@ class PagePuller:
         self._outcomes: Counter[PullOutcome] = Counter()
         self._num_tokens = 0
         self._num_bytes = 0
-        self._receiver: KvReceiver | None = None
+        self._receiver: ReceivingEnd | None = None
 
-    def attach(self, receiver: KvReceiver) -> None:
+    def attach(self, receiver: ReceivingEnd) -> None:
         """Give the receiver, whose callbacks ask ``committed`` and ``released`` first."""
         self._receiver = receiver
 
@@ -215,7 +222,8 @@ class PagePuller:
             said = "sequence %s: a pull from %s failed"
             logger.exception(said, spec.sequence_id, task.worker_id, extra=about(spec.sequence_id))
             outcome, reason = PullOutcome.FAILED, f"{type(error).__name__}: {error}"
-        num_tokens, num_bytes = num_pages * self._layout.page_size, num_pages * self._layout.bytes_per_page
+        num_tokens = num_pages * self._layout.page_size
+        num_bytes = num_pages * self._layout.bytes_per_page * self._num_ranks
         report = PullReport(outcome, num_tokens, num_bytes, self._clock.now() - started_at)
         self._note(spec, task, report, reason, blame=outcome in _BROKEN and timeout_s > 0)
         return report
@@ -248,7 +256,7 @@ class PagePuller:
     # ---- inside ----
 
     @property
-    def _kv(self) -> KvReceiver:
+    def _kv(self) -> ReceivingEnd:
         assert self._receiver is not None, "attach() comes before the first pull"
         return self._receiver
 
@@ -308,7 +316,7 @@ class PagePuller:
         here, there = self._layout, offered.layout
         if here.page_size != there.page_size:
             raise Incompatible("page_size", str(here.page_size), str(there.page_size))
-        if here.layers != there.layers:
+        if not offered.ranks and not self._kv.waits and here.layers != there.layers:
             raise Incompatible("layout", "other heads or layers", "as many pages, of others")
         if not offered.num_pages:
             raise GrantRefused(f"page {num_known} of the prefix is not cached there")
@@ -333,6 +341,7 @@ class PagePuller:
                 num_pages * self._layout.page_size,
                 offered.layout,
                 offered.descriptor,
+                offered.ranks,
             )
         except TransferError:
             self._take(session_id)

@@ -32,7 +32,8 @@ class ProbeReceiverService(rpc.ProbeReceiverServicer):
             session_id = SessionId(request.session_id)
             layout = wire.kv_layout_from_message(request.layout)
             max_tokens = max(1, request.max_tokens)
-            grant = await self._receiver.grant(session_id, max_tokens, layout, request.sender_descriptor)
+            ranks = wire.kv_ends_from_messages(request.sender_ranks)
+            grant = await self._receiver.grant(session_id, max_tokens, layout, request.sender_descriptor, ranks)
         except PrfaasError as error:
             await transfer_status.abort(context, error)
         return grant_to_message(grant, ANONYMOUS)  # the sending end knows whom it tests

@@ -84,8 +84,9 @@ class DecodeService(rpc.DecodeServicer):
             self._fingerprint.require_compatible(wire.fingerprint_from_message(request.fingerprint))
             layout = wire.kv_layout_from_message(request.layout)
             trace = trace_of(context.invocation_metadata())
+            ranks = wire.kv_ends_from_messages(request.sender_ranks)
             session_id, descriptor = SessionId(request.session_id), request.sender_descriptor
-            grant = await self._worker.grant(session_id, wait_s, layout, descriptor, trace)
+            grant = await self._worker.grant(session_id, wait_s, layout, descriptor, trace, ranks)
         except Incompatible as error:
             said = (("field", error.field), ("ours", error.ours), ("theirs", error.theirs))
             context.set_trailing_metadata(tuple((f"incompatible-{part}", text) for part, text in said))
@@ -109,4 +110,14 @@ def grant_to_message(grant: Grant, receiver: PeerIdentity) -> pb.GrantReply:
         layout=wire.kv_layout_to_message(grant.layout),
         worker_id=receiver.worker_id,
         cluster_id=receiver.cluster_id,
+        parts=(
+            pb.GrantPart(
+                sender_rank=part.sender,
+                session_id=part.session_id,
+                token=part.token,
+                transport_descriptor=part.descriptor,
+                layout=wire.kv_layout_to_message(part.layout),
+            )
+            for part in grant.parts
+        ),
     )

@@ -19,13 +19,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from core.clock import Clock
 from core.errors import GrantRefused, InvalidRequest, TransferError
-from core.kv_layout import KvLayout
+from core.kv_layout import KvEnd, KvLayout
 from core.request import (
     FinishReason,
     GatewayId,
@@ -45,7 +45,7 @@ from core.tracing import TRACING_OFF, AttributeValue, Span, SpanKind, TraceConte
 from engine.engine_thread import EngineThread
 from engine.grammar import CompiledGrammar
 from engine.scheduler import Reservation
-from kv_transfer.receiver import KvReceiver
+from kv_transfer.receiver import ReceivingEnd
 from kv_transfer.session import Grant
 from kv_transfer.transport import SendOrder
 
@@ -129,11 +129,11 @@ class DecodeWorker:
         self._lock = threading.Lock()
         self._arrivals: dict[SequenceId, _Arrival] = {}
         self._by_session: dict[SessionId, SequenceId] = {}
-        self._receiver: KvReceiver | None = None
+        self._receiver: ReceivingEnd | None = None
         self._grant_turn = asyncio.Lock()  # waiting grants are served in order of asking, so a large one never starves
         self._pages_freed = asyncio.Event()
 
-    def attach(self, receiver: KvReceiver) -> None:
+    def attach(self, receiver: ReceivingEnd) -> None:
         """Give the receiver, whose callbacks are this worker's ``committed`` and ``released``."""
         self._receiver = receiver
 
@@ -195,15 +195,16 @@ class DecodeWorker:
         sender: KvLayout | None = None,
         sender_descriptor: bytes = b"",
         trace: TraceContext | None = None,
+        sender_ranks: Sequence[KvEnd] = (),
     ) -> Grant:
-        """Reserve pages for an announced session, for K/V that comes from a pool of layout ``sender``. ``trace``: the
-        hand-over's span at the sender.
+        """Reserve pages for an announced session, for K/V that comes from a pool of layout ``sender``, or from those of
+        ``sender_ranks``. ``trace``: the hand-over's span at the sender.
 
         Raises ``GrantRefused`` if the session is unknown or pages stay short, and what ``KvReceiver.issue`` raises.
         """
         asked_at, error = self._clock.now(), ""
         try:
-            return await self._grant(session_id, wait_s, sender, sender_descriptor)
+            return await self._grant(session_id, wait_s, sender, sender_descriptor, sender_ranks)
         except TransferError as refused:
             error = str(refused)
             raise
@@ -215,7 +216,12 @@ class DecodeWorker:
                 )
 
     async def _grant(
-        self, session_id: SessionId, wait_s: float, sender: KvLayout | None, sender_descriptor: bytes
+        self,
+        session_id: SessionId,
+        wait_s: float,
+        sender: KvLayout | None,
+        sender_descriptor: bytes,
+        sender_ranks: Sequence[KvEnd],
     ) -> Grant:
         arrival = self._find(session_id)
         if arrival is None or arrival.reservation is not None:
@@ -240,7 +246,11 @@ class DecodeWorker:
         if gone:
             self._engine.submit(lambda engine: engine.cancel(reservation))
             raise GrantRefused(f"session {session_id} was aborted")
-        return self._issue(arrival, session_id, reservation, sender, sender_descriptor)
+        if self._transport.waits:
+            return await asyncio.to_thread(
+                self._issue, arrival, session_id, reservation, sender, sender_descriptor, sender_ranks
+            )
+        return self._issue(arrival, session_id, reservation, sender, sender_descriptor, sender_ranks)
 
     def pages_may_be_free(self) -> None:
         """Called on the event loop whenever the engine may have given pages back."""
@@ -341,7 +351,7 @@ class DecodeWorker:
     # ---- inside ----
 
     @property
-    def _transport(self) -> KvReceiver:
+    def _transport(self) -> ReceivingEnd:
         assert self._receiver is not None, "attach() comes before the first sequence"
         return self._receiver
 
@@ -380,11 +390,12 @@ class DecodeWorker:
         reservation: Reservation,
         sender: KvLayout | None,
         sender_descriptor: bytes,
+        sender_ranks: Sequence[KvEnd],
     ) -> Grant:
         first, num_tokens = reservation.num_cached_pages, len(arrival.spec.token_ids)
         try:
             grant = self._transport.issue(
-                session_id, first, reservation.page_ids[first:], num_tokens, sender, sender_descriptor
+                session_id, first, reservation.page_ids[first:], num_tokens, sender, sender_descriptor, sender_ranks
             )
         except TransferError:
             with self._lock:

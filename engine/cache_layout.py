@@ -2,7 +2,7 @@
 
 A *page* is ``page_size`` consecutive tokens of one sequence, in every cached layer at once: one page id names one
 slice of every layer's pool. So a page costs ``bytes_per_page`` bytes. Two workers may exchange K/V when their layouts
-have equal fingerprints, and whole pages as raw bytes when their page sizes are equal too.
+have equal fingerprints, and whole pages as raw bytes when page sizes and ranks are equal too.
 
 Invariants:
 - ``layers`` is ordered by ``LayerCache.layer`` and names no layer twice; a model layer that stores nothing of its own
@@ -14,7 +14,7 @@ Invariants:
 from __future__ import annotations
 
 import hashlib
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import pairwise
 from math import gcd
 from types import MappingProxyType
@@ -50,12 +50,19 @@ class LayerCache:
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """Every cached layer of a model, and the page size in tokens."""
+    """Every cached layer of a model, and the page size in tokens.
+
+    Of a model that is divided among ``num_ranks`` devices: what this one, number ``rank``, holds: of every layer as
+    many heads as the others.
+    """
 
     layers: tuple[LayerCache, ...]
     page_size: int
+    rank: int = 0
+    num_ranks: int = 1
 
     def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.num_ranks, "a rank is one of them"
         assert self.page_size >= 1, "a page holds at least one token"
         assert all(a.layer < b.layer for a, b in pairwise(self.layers)), "layers ascend and appear once"
 
@@ -89,13 +96,22 @@ class CacheLayout:
 
     def fingerprint(self) -> str:
         """A digest that is equal exactly for equal layers, over processes and versions of Python; whatever the page
-        size, which a transfer plan bridges."""
-        text = repr((PAGE_ORDER, tuple(astuple(layer) for layer in self.layers)))
+        size and the number of ranks, which a transfer plan bridges."""
+        whole = (replace(layer, num_kv_heads=layer.num_kv_heads * self.num_ranks) for layer in self.layers)
+        text = repr((PAGE_ORDER, tuple(astuple(layer) for layer in whole)))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def kv_layout(self) -> KvLayout:
         """The same, as a worker tells its peers."""
         layers = (
-            KvLayer(la.num_kv_heads, la.key_dim, la.value_dim, la.dtype, DTYPE_BYTES[la.dtype]) for la in self.layers
+            KvLayer(
+                la.num_kv_heads,
+                la.key_dim,
+                la.value_dim,
+                la.dtype,
+                DTYPE_BYTES[la.dtype],
+                first_head=self.rank * la.num_kv_heads,
+            )
+            for la in self.layers
         )
         return KvLayout(self.page_size, tuple(layers))

@@ -23,7 +23,7 @@ class EngineConfig:
     dtype: of weights and K/V; ``auto`` is bfloat16 on a CPU with instructions for it (2.7 times faster in prefill than
         float32 there), float32 on another (where bfloat16 is as fast and halves K/V only), and the checkpoint's on GPU.
     page_size: tokens of one page of K/V; the same in both pools.
-    kv_cache_bytes: bytes of the page pool; ``num_pages`` sets it in pages instead and wins if given.
+    kv_cache_bytes: bytes of the page pool, on each rank; ``num_pages`` sets it in pages instead and wins if given.
     num_pages: pages of the pool; null: what ``kv_cache_bytes`` holds.
     max_model_len: longest prompt + output in tokens; null: the model's own limit, or what the pool can hold if less.
     max_batch_tokens: token budget of one step, shared by prefill chunks and decode tokens.
@@ -57,7 +57,7 @@ class EngineConfig:
         the same path on CPU too, without graphs.
     plan_ahead: whether the next step is launched before the tokens of this one are known to the host; ``auto`` is on a
         GPU, where the host would wait otherwise, as long as launching takes less than half of a step.
-    threads: CPU threads of one worker; null: torch's own choice.
+    threads: CPU threads of one worker, or of each rank; null: torch's own choice.
     turns_file: file by which workers that share CPU cores compute one step at a time, which is faster than at once;
         the same for all of them; null: this worker has its device to itself.
     dummy_seed: seed of the random weights of a ``dummy:`` model.

@@ -23,7 +23,8 @@ Invariants:
 - Single-threaded: every call comes from one thread (see engine_thread.py), except where it says otherwise. The books
   (scheduler, pages) are under a lock that is free while a step computes, so ``reserve`` and what is about prefixes of
   other workers wait for no step: a step reads and writes only pages that its plan holds.
-- A step that raises fails its own sequences and no others; their pages are free, and the engine goes on.
+- A step that raises fails its own sequences and no others; their pages are free, and the engine goes on. Of a model
+  that is divided among ranks it ends the engine: nobody knows how far the others came.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ import torch
 from core.cache_tiers import ReloadOutcome, Tier, TierState
 from core.clock import Clock
 from core.compute import EngineModes, StepSample
-from core.errors import InvalidRequest
+from core.errors import InvalidConfig, InvalidRequest, RankLost
 from core.fingerprint import CacheFingerprint
 from core.prefix_hash import PageHash
 from core.request import Role, SequenceFailure, SequenceId, SequenceSpec
@@ -63,6 +64,7 @@ from engine.page_allocator import CacheChanges, PageAllocator
 from engine.page_pool import PagePool
 from engine.phase_streams import PhaseStreams, one_stream, two_streams
 from engine.prefill_order import Pace
+from engine.rank_steps import RankLeader
 from engine.sampler import Sampled, Sampler
 from engine.scheduler import (
     ChunkedPrefillScheduler,
@@ -191,36 +193,44 @@ class Engine:
 
     @classmethod
     def load_model(
-        cls, config: EngineConfig, model: str, clock: Clock, *, cache_dir: str | Path = "~/.cache/prfaas/models"
+        cls,
+        config: EngineConfig,
+        model: str,
+        clock: Clock,
+        *,
+        cache_dir: str | Path = "~/.cache/prfaas/models",
+        leader: RankLeader | None = None,
     ) -> Engine:
         """Load ``model`` (see ``model_source.resolve``), try it out, and make an engine of it.
 
+        ``leader``: the model is divided among the ranks of its group, of which this is the first, and which load their
+        parts at the same time (rank_follower.py); None: it is whole.
         Raises ``UnsupportedModel`` with the reason, or ``InvalidConfig`` if the configuration does not suit it.
         """
         keep_compiled_code(config.compile_cache)
-        loaded = load_model(resolve(model, cache_dir), config)
+        loaded = load_model(resolve(model, cache_dir), config, None if leader is None else leader.group)
         pool = PagePool(loaded.layout, loaded.num_pages, loaded.device)
-        return cls._of(config, loaded, pool, clock)
+        return cls._of(config, loaded, pool, clock, leader)
 
     @classmethod
-    def _of(cls, config: EngineConfig, loaded: LoadedModel, pool: PagePool, clock: Clock) -> Engine:
-        choice = choose_attention(config.attention, loaded.attention)
-        logger.info("attention by %s: %s", choice.name, choice.reason)
-        interrupts = config.prefill_order == "slack"
+    def _of(
+        cls,
+        config: EngineConfig,
+        loaded: LoadedModel,
+        pool: PagePool,
+        clock: Clock,
+        leader: RankLeader | None = None,
+    ) -> Engine:
+        if leader is not None and config.colocated_mode in APART_MODES:
+            allowed = f"must not be {config.colocated_mode} with tensor_parallel above 1: other ranks could not follow"
+            raise InvalidConfig("engine.colocated_mode", allowed)
+        if leader is not None and config.host_cache_bytes:
+            allowed = "must be 0 with tensor_parallel above 1: pages of the other ranks would not be kept"
+            raise InvalidConfig("engine.host_cache_bytes", f"{allowed}, got {config.host_cache_bytes}")
         streams = _streams_for(config, loaded.device)
-        code_folder = config.compile_cache
-        twice = interrupts or streams is not None
-        urgent = create_backend(choice.name, pool, code_folder) if twice else None
-        runner = ModelRunner(loaded.model, pool, create_backend(choice.name, pool, code_folder), urgent)
-        runner.self_test()
+        runner, choice = make_runner(config, loaded, pool, leader, runs_beside=streams is not None)
+        interrupts = config.prefill_order == "slack" and runner.may_be_held_up
         device = loaded.device.type
-        graphs = config.max_batch_size if config.switched_on("decode_graphs", device) else 0
-        compile_layers, why_not = config.switched_on("compile", device), "engine.compile says so"
-        if loaded.quantisation is not None and not loaded.quantisation.dequantised and config.compile == "auto":
-            compile_layers, why_not = False, f"{loaded.quantisation.label}: their libraries' layers run as they are"
-        wishes = SpeedUps(compile_layers, graphs, loaded.description.max_model_len, why_not)
-        if wishes.compile or wishes.graph_batch_size:
-            runner.speed_up(wishes)
         model = loaded.description
         grammars = Grammars.of_model(loaded.folder, model.vocab_size, model.eos_token_ids)
         masks = None if grammars.compiler is None else TokenMasks(grammars.compiler, 2 * config.max_batch_size, clock)
@@ -614,6 +624,8 @@ class Engine:
         return True
 
     def _fail(self, plan: StepPlan, error: Exception) -> StepOutput:
+        if self._runner.is_divided:
+            raise RankLost(f"a step failed on rank 0: {type(error).__name__}: {error}") from error
         logger.error("a step of %d sequences failed", len(plan.items), exc_info=error)
         self._runner.wait()
         with self._books:
@@ -660,7 +672,9 @@ class Engine:
             parts.append("planned ahead" if pays else "not planned ahead: launching takes as long as computing")
         if self.model.weights:
             parts.append(self.model.weights)
-        reasons = dict.fromkeys(reason for reason in (mode.reason, mode.graph_reason) if reason)
+        if self._runner.is_divided:
+            parts.append(f"on {self.layout.num_ranks} ranks")
+        reasons = dict.fromkeys(reason for reason in (mode.reason, mode.graph_reason, mode.order_reason) if reason)
         choice = self._attention
         budgets = self._scheduler.budgets
         latest = budgets.latest if self._beside is None else self._beside.reason
@@ -746,6 +760,39 @@ def _joined(outputs: Sequence[StepOutput]) -> StepOutput:
         return outputs[0]
     chunks = tuple(chunk for output in outputs for chunk in output.chunks)
     return StepOutput(chunks, tuple(failure for output in outputs for failure in output.failures))
+
+
+def make_runner(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    pool: PagePool,
+    leader: RankLeader | None = None,
+    *,
+    runs_beside: bool = False,
+) -> tuple[ModelRunner, AttentionChoice]:
+    """What computes steps, tried out and as fast as it gets; every rank makes its own, all at the same time.
+
+    ``runs_beside``: steps are run between the layers of others. Raises ``UnsupportedModel`` with the reason.
+    """
+    choice = choose_attention(config.attention, loaded.attention)
+    logger.info("attention by %s: %s", choice.name, choice.reason)
+    code_folder = config.compile_cache
+    interrupts = config.prefill_order == "slack"
+    twice = (interrupts or runs_beside) and loaded.layout.num_ranks == 1
+    urgent = create_backend(choice.name, pool, code_folder) if twice else None
+    runner = ModelRunner(loaded.model, pool, create_backend(choice.name, pool, code_folder), urgent, leader)
+    runner.self_test()
+    device = loaded.device.type
+    graphs = config.max_batch_size if config.switched_on("decode_graphs", device) else 0
+    compile_layers, why_not = config.switched_on("compile", device), "engine.compile says so"
+    if loaded.quantisation is not None and not loaded.quantisation.dequantised and config.compile == "auto":
+        compile_layers, why_not = False, f"{loaded.quantisation.label}: their libraries' layers run as they are"
+    wishes = SpeedUps(compile_layers, graphs, loaded.description.max_model_len, why_not)
+    if wishes.compile or wishes.graph_batch_size:
+        runner.speed_up(wishes)
+    if interrupts and urgent is None:
+        runner.forgo_interruption("steps are not held up between layers: other ranks could not follow")
+    return runner, choice
 
 
 def _sample(plan: StepPlan, seconds: float) -> StepSample:

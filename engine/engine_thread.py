@@ -41,7 +41,7 @@ TURN_POLL_S = 0.001  # steps on shared cores take tens of milliseconds
 class EngineThread:
     """Makes an engine and runs it. ``on_output`` gets every step's output that is not empty, on the engine's thread.
 
-    ``on_death`` is called at most once, on that thread, with what ended it.
+    ``on_death`` is called at most once, on that thread or on that of ``abandon``, with what ended it.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class EngineThread:
         self._calls: deque[Callable[[], None]] = deque()
         self._stopping = False
         self._ended: SequenceFailed | None = None  # why nothing can be submitted any more
+        self._death_told = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -85,6 +86,15 @@ class EngineThread:
         else:
             self._end("the engine was stopped before it started")
         return not self._thread.is_alive()
+
+    def abandon(self, error: Exception) -> None:
+        """What the engine computes with is gone, and its thread may wait for that for ever: as if the thread had died.
+
+        ``start`` raises ``error`` if the engine is not made yet; else ``on_death`` is called. From any thread.
+        """
+        self._end(f"the engine was given up: {error}")
+        if not self._settle_made(None, error):
+            self._die(error)
 
     def submit(self, fn: Callable[[Engine], T]) -> Future[T]:
         """Run ``fn(engine)`` between two steps. The future holds its result, its exception, or ``SequenceFailed``
@@ -116,12 +126,29 @@ class EngineThread:
             engine = self._make_engine()
         except Exception as error:  # it belongs to whoever started the thread
             self._end(f"the engine was not made: {error}")
-            self._made.set_exception(error)
+            self._settle_made(None, error)
             return
         engine.between_layers = lambda: self._between_layers(engine)
         engine.wake = self._look_again
-        self._made.set_result(engine)
-        self._compute(engine)
+        if self._settle_made(engine, None):
+            self._compute(engine)
+
+    def _settle_made(self, engine: Engine | None, error: Exception | None) -> bool:
+        """What ``start`` returns or raises; False: it has done so."""
+        with self._condition:
+            if self._made.done():
+                return False
+            if engine is not None:
+                self._made.set_result(engine)
+            else:
+                self._made.set_exception(error)
+            return True
+
+    def _die(self, error: Exception) -> None:
+        with self._condition:
+            told, self._death_told = self._death_told, True
+        if not told and self._on_death is not None:
+            self._on_death(error)
 
     def _compute(self, engine: Engine) -> None:
         try:
@@ -133,8 +160,7 @@ class EngineThread:
         except Exception as error:  # a bug of ours: see the module's last rule
             logger.critical("the engine thread died", exc_info=error)
             self._end(f"the engine died: {type(error).__name__}: {error}")
-            if self._on_death is not None:
-                self._on_death(error)
+            self._die(error)
 
     def _step_in_turn(self, engine: Engine) -> None:
         """One step, when it is this worker's turn; until then calls are served as they come."""

@@ -29,8 +29,13 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "
 def compute_profile(
     model: PreTrainedModel, layout: CacheLayout, device: torch.device, step_tokens: int
 ) -> ComputeProfile:
-    """Count ``model``, as it lies on ``device``. ``step_tokens``: prompt tokens that a step computes at most."""
-    head = model.get_output_embeddings()
+    """Count ``model``, as it lies on ``device``. ``step_tokens``: prompt tokens that a step computes at most.
+
+    Of a model that is divided among ranks this one's part is counted, and taken for each of the others' too.
+    """
+    output = model.get_output_embeddings()
+    head = set() if output is None else set(output.modules())
+    num_ranks = layout.num_ranks
     share = _expert_share(model.config.get_text_config())
     num_bytes, num_met = 0.0, 0.0
     for name, module in model.named_modules():
@@ -38,14 +43,14 @@ def compute_profile(
             continue
         for count, itemsize, is_matrix in _own_weights(module):
             num_bytes += count * itemsize
-            if is_matrix and module is not head:
+            if is_matrix and module not in head:
                 num_met += count * (share if "experts" in name.split(".") else 1.0)
     full, windowed = _attention_flops(model, layout)
     return ComputeProfile(
         device=_device_name(device),
-        num_devices=torch.get_num_threads() if device.type == "cpu" else 1,
-        weight_bytes=round(num_bytes),
-        weight_flops=_FLOPS * num_met + windowed,
+        num_devices=num_ranks * (torch.get_num_threads() if device.type == "cpu" else 1),
+        weight_bytes=round(num_ranks * num_bytes),
+        weight_flops=_FLOPS * num_ranks * num_met + windowed,
         attention_flops=full,
         step_tokens=step_tokens,
     )
@@ -85,7 +90,7 @@ def _attention_flops(model: PreTrainedModel, layout: CacheLayout) -> tuple[float
     num_heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
     full = windowed = 0.0
     for layer in layout.layers:
-        heads = num_heads if isinstance(num_heads, int) else layer.num_kv_heads
+        heads = num_heads if isinstance(num_heads, int) else layer.num_kv_heads * layout.num_ranks
         pair = float(_FLOPS * heads * (layer.key_dim + layer.value_dim))
         if layer.window is None:
             full += pair

@@ -35,6 +35,8 @@ from engine.model_runner import ATTENTION_NAME, probe_layers, register_attention
 from engine.model_source import ModelSource, SourceKind
 from engine.packed_linear import operators_work, pack_linears
 from engine.quantisation import Quantisation, assess
+from engine.rank_group import RankGroup
+from engine.sharded_model import loading_options, require_degree, shard_model
 
 logger = logging.getLogger(__name__)
 
@@ -73,18 +75,21 @@ class LoadedModel:
     folder: Path  # holds its tokenizer, if it has one
 
 
-def load_model(source: ModelSource, config: EngineConfig) -> LoadedModel:
+def load_model(source: ModelSource, config: EngineConfig, group: RankGroup | None = None) -> LoadedModel:
     """Load and probe. Raises ``UnsupportedModel`` with the reason, ``InvalidConfig`` if a key does not suit it.
+
+    ``group``: the ranks among which the model is divided, each of which loads its part at the same time; None: one.
 
     Sets the process's number of torch threads if ``config.threads`` says so.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = _device(config)
+    device = device_of(config)
     register_attention()
-    model, quantisation = _load(source, config, device)
+    model, quantisation = _load(source, config, device, group)
     layers = probe_layers(model)
-    layout = CacheLayout(tuple(layer.cache for layer in layers), config.page_size)
+    rank, num_ranks = (0, 1) if group is None else (group.rank, group.size)
+    layout = CacheLayout(tuple(layer.cache for layer in layers), config.page_size, rank, num_ranks)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     attention = AttentionCase(device.type, capability, config.page_size, layers, _native_missing(config, device))
     num_pages = config.num_pages or config.kv_cache_bytes // layout.bytes_per_page
@@ -117,7 +122,8 @@ def _native_missing(config: EngineConfig, device: torch.device) -> str | None:
     return cpu_kernel.missing(config.compile_cache)
 
 
-def _device(config: EngineConfig) -> torch.device:
+def device_of(config: EngineConfig) -> torch.device:
+    """Where the model will be. Raises ``InvalidConfig`` for a GPU that is not there."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InvalidConfig("engine.device", "is cuda, but torch sees no GPU")
     if config.device == "auto":
@@ -126,19 +132,26 @@ def _device(config: EngineConfig) -> torch.device:
 
 
 def _load(
-    source: ModelSource, config: EngineConfig, device: torch.device
+    source: ModelSource, config: EngineConfig, device: torch.device, group: RankGroup | None
 ) -> tuple[PreTrainedModel, Quantisation | None]:
     quantisation: Quantisation | None = None
     try:
         model_config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
         _refuse(model_config)
+        if group is not None:
+            require_degree(model_config, group.size)
         dtype = _dtype(config, model_config, device)
         model: Any
         if source.kind is SourceKind.DUMMY:
             model = _random_model(model_config, dtype, device, config.dummy_seed).to(device)
         else:
             quantisation = _quantisation(model_config, device)
-            model = _read_weights(source, model_config, dtype, device)
+            if quantisation is not None and group is not None:
+                raise InvalidConfig("tensor_parallel", f"must be 1 for {quantisation.label} weights, got {group.size}")
+            model = _read_weights(source, model_config, dtype, device, group)
+        if group is not None:
+            shard_model(model, group)
+            model = model.to(device)
     except _LOADING_ERRORS as error:
         raise UnsupportedModel(f"{source.name}: transformers cannot load it: {error}") from error
     loaded: PreTrainedModel = model.eval()
@@ -164,8 +177,14 @@ def _quantisation(model_config: Any, device: torch.device) -> Quantisation | Non
     return quantisation
 
 
-def _read_weights(source: ModelSource, model_config: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """transformers maps all files and copies their tensors on several threads, each straight to the device."""
+def _read_weights(
+    source: ModelSource, model_config: Any, dtype: torch.dtype, device: torch.device, group: RankGroup | None
+) -> PreTrainedModel:
+    """transformers maps all files and copies their tensors on several threads, each straight to the device; of a model
+    that is divided this rank's slices, where it can."""
+    options: dict[str, Any] = {"device_map": device if device.type == "cuda" else None}
+    if group is not None:
+        options = loading_options(group, device)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     clock = WallClock()
@@ -176,7 +195,7 @@ def _read_weights(source: ModelSource, model_config: Any, dtype: torch.dtype, de
         dtype=dtype,
         attn_implementation=ATTENTION_NAME,
         local_files_only=True,
-        device_map=device if device.type == "cuda" else None,
+        **options,
     )
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, Protocol
 
@@ -37,8 +37,9 @@ from engine.cache_layout import LayerCache
 from engine.compiled_layers import CompiledLayers, generator_missing
 from engine.decode_graphs import DecodeGraphs
 from engine.page_pool import PagePool
+from engine.rank_steps import RankLeader
 from engine.scheduler import StepItem, StepPlan
-from engine.step_packing import Chunk, fill_pending, pack
+from engine.step_packing import Chunk, PackedStep, fill_pending, pack
 from engine.uploads import upload
 
 logger = logging.getLogger(__name__)
@@ -267,16 +268,24 @@ class ForwardMode:
     reason: str  # why it is not compiled; empty if it is
     graph_batch_sizes: tuple[int, ...]
     graph_reason: str  # why decode steps are not captured; empty if they are
+    order_reason: str = ""  # why no step is held up between layers although that was asked for
 
 
 class ModelRunner:
     """Computes steps of ``model``, whose K/V goes to ``pool`` through ``backend``."""
 
     def __init__(
-        self, model: PreTrainedModel, pool: PagePool, backend: AttentionBackend, urgent: AttentionBackend | None = None
+        self,
+        model: PreTrainedModel,
+        pool: PagePool,
+        backend: AttentionBackend,
+        urgent: AttentionBackend | None = None,
+        leader: RankLeader | None = None,
     ) -> None:
-        """``urgent``: another of the same kind, for steps that are run between two layers of a step; None: none are."""
+        """``urgent``: another of the same kind, for steps that are run between two layers of a step; None: none are.
+        ``leader``: tells the other ranks of this worker what is run; None: there are none, or this is not the first."""
         self.pool = pool
+        self._leader = leader
         self._model = model
         self._backend = backend
         self._urgent = urgent
@@ -305,7 +314,21 @@ class ModelRunner:
 
         ``beside``: another step is under way, between whose layers this one is run: its K/V and logits are its own.
         """
-        return self._run([_chunk(item) for item in plan.items], on_layer_stored, previous, beside)
+        packed = pack([_chunk(item) for item in plan.items])
+        if self._leader is not None:
+            self._leader.begin(packed, previous)
+        return self._run(packed, on_layer_stored, previous, beside)
+
+    def run_packed(
+        self, packed: PackedStep, on_layer_stored: Callable[[int], None] | None, previous: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As ``run``, of what rank 0 has sent."""
+        return self._run(packed, on_layer_stored, previous)
+
+    @property
+    def is_divided(self) -> bool:
+        """Other processes compute each step too: one that fails here has parted from them."""
+        return self.pool.layout.num_ranks > 1
 
     def keep_close(self) -> None:
         """Wait until a GPU is at most ``_MOST_LAYERS_AHEAD`` layers behind: what is launched now comes after those.
@@ -332,12 +355,11 @@ class ModelRunner:
     @torch.inference_mode()
     def _run(
         self,
-        chunks: Sequence[Chunk],
+        packed: PackedStep,
         on_layer_stored: Callable[[int], None] | None,
         previous: torch.Tensor | None = None,
         beside: bool = False,
     ) -> torch.Tensor:
-        packed = pack(chunks)
         if self._graphs is not None:
             logits = self._graphs.run(packed, previous)
             if logits is not None:
@@ -377,6 +399,17 @@ class ModelRunner:
             return _forward(self._model, token_ids, positions, wanted, DeskBatch(self._desk))
         finally:
             self._desk.attend = outer
+
+    @property
+    def may_be_held_up(self) -> bool:
+        """Another step may be run between two layers of one."""
+        return self._urgent is not None
+
+    def forgo_interruption(self, reason: str) -> None:
+        """Note that no step may be held up although that was asked for; counted, logged, seen in ``mode``."""
+        self.num_fallbacks += 1
+        self.mode = replace(self.mode, order_reason=reason)
+        logger.warning("engine.prefill_order: %s", reason)
 
     def wait(self) -> None:
         """Until the device has done all that was queued, or has failed too."""
@@ -480,7 +513,8 @@ class ModelRunner:
         paged, ends, start = [], [], 0
         for size in _SELF_TEST_CHUNKS:
             # A copy: the next step may write where these are.
-            paged.append(self._run([Chunk(token_ids[start : start + size], start, page_ids, True)], None).clone())
+            packed = pack([Chunk(token_ids[start : start + size], start, page_ids, True)])
+            paged.append(self._run(packed, None).clone())
             start += size
             ends.append(start - 1)
         expected = self._eager_logits(token_ids, ends)

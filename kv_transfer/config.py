@@ -64,7 +64,8 @@ class KvTransferConfig:
         one process (tests, one-process demos).
     host: address that peers connect to; null: the worker's own host.
     port: TCP port of a worker's end; 0: any free one.
-    last_port: workers that share a host take the first free one from ``port`` to this; null: only ``port``.
+    last_port: workers that share a host, and their ranks, take the first free one from ``port`` to this; null: only
+        ``port``.
     lease_s: how long pages stay granted, or held, for a peer from which nothing is heard.
     self_test: before a prefill worker ships to a decode worker, random pages must have gone that way unchanged, and
         the service is not ready before one pair works; false: every pair is used untested.

@@ -15,13 +15,14 @@ from __future__ import annotations
 import hmac
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from threading import Condition
+from typing import Protocol
 
 from core.clock import Clock
 from core.errors import Corrupted, PeerLost, ProtocolViolation, TransferAborted, TransferError
-from core.kv_layout import KvLayout
+from core.kv_layout import KvEnd, KvLayout
 from core.request import SessionId
 from kv_transfer.messages import (
     Abort,
@@ -37,7 +38,8 @@ from kv_transfer.messages import (
     decode,
     encode,
 )
-from kv_transfer.session import Expected, Grant, ReceiveSession, ReceiveState
+from kv_transfer.rank_parts import part_name, senders_of
+from kv_transfer.session import Expected, Grant, GrantPart, ReceiveSession, ReceiveState
 from kv_transfer.spans import num_bytes_of
 from kv_transfer.transfer_plan import layout_of_pages
 from kv_transfer.transport import TOKEN_BYTES, Link, Span, Transport
@@ -49,10 +51,43 @@ OnReleased = Callable[[SessionId, TransferError], None]
 
 
 @dataclass(slots=True)
+class _Whole:
+    """A session whose bytes come from several ranks of the sending worker, or to one of several: its parts here."""
+
+    session_id: SessionId
+    left: list[SessionId]  # parts that have neither been committed nor released
+    error: TransferError | None = None  # of the first one that broke
+
+
+@dataclass(slots=True)
 class _Entry:
     session: ReceiveSession
     heard_at: float  # when its sender last said something of it, or it was given up here
     link: Link | None = None  # the one that showed the token
+    whole: _Whole | None = None  # None: it is no part
+
+
+class ReceivingEnd(Protocol):
+    """What hand-overs ask of a worker's receiving end: ``KvReceiver``, or all ranks' together (rank_receiver.py)."""
+
+    @property
+    def num_sessions(self) -> int: ...
+    @property
+    def waits(self) -> bool:
+        """``issue`` waits for other processes: call it where that does no harm."""
+        ...
+
+    def issue(
+        self,
+        session_id: SessionId,
+        first_page: int,
+        pages: Sequence[int],
+        num_tokens: int | None = None,
+        sender: KvLayout | None = None,
+        sender_descriptor: bytes = b"",
+        sender_ranks: Sequence[KvEnd] = (),
+    ) -> Grant: ...
+    def abort(self, session_id: SessionId, reason: str) -> None: ...
 
 
 class KvReceiver:
@@ -66,11 +101,14 @@ class KvReceiver:
         on_released: OnReleased,
         lease_s: float,
         layout: KvLayout | None = None,
+        rank: int = 0,
     ) -> None:
         """``transport`` has its region and serves nobody yet; it is shared with the worker's KvSender.
 
         ``layout``: what the region's pages hold; None: nothing is known but their size, and a token stands for a page.
+        ``rank``: of this process among those of its worker.
         """
+        self._rank = rank
         self._transport = transport
         self._layout = layout or layout_of_pages(transport.region.geometry)
         self._clock = clock
@@ -79,6 +117,7 @@ class KvReceiver:
         self._lease_s = lease_s
         self._changed = Condition()
         self._entries: dict[SessionId, _Entry] = {}
+        self._wholes: dict[SessionId, _Whole] = {}  # sessions whose parts are in _entries
         self._by_token: dict[bytes, _Entry] = {}
         self._num_reporting = 0  # sessions out of _entries whose callback has not returned
         self._bytes_received = 0
@@ -88,15 +127,21 @@ class KvReceiver:
 
     @property
     def num_sessions(self) -> int:
-        """Sessions that had no callback yet."""
+        """Sessions, or parts of them, that have not ended."""
         return len(self._entries)
+
+    @property
+    def waits(self) -> bool:
+        return False
 
     @property
     def num_quarantined(self) -> int:
         """Pages of aborted sessions into which a write may still land."""
         with self._changed:
-            sessions = [entry.session for entry in self._entries.values()]
-        return sum(session.num_pages for session in sessions if session.state is ReceiveState.QUARANTINED)
+            entries = [e for e in self._entries.values() if e.session.state is ReceiveState.QUARANTINED]
+        # Parts of one session share its pages.
+        sessions = {e.session.session_id if e.whole is None else e.whole.session_id: e.session for e in entries}
+        return sum(session.num_pages for session in sessions.values())
 
     @property
     def bytes_received(self) -> int:
@@ -116,6 +161,7 @@ class KvReceiver:
         num_tokens: int | None = None,
         sender: KvLayout | None = None,
         sender_descriptor: bytes = b"",
+        sender_ranks: Sequence[KvEnd] = (),
     ) -> Grant:
         """Let a peer write every layer of ``pages`` once, for the sequence's pages ``first_page ..``.
 
@@ -131,31 +177,59 @@ class KvReceiver:
         assert all(0 <= page < num_pages for page in pages), "the allocator gives pages of the pool"
         if sender is not None:
             layout.require_compatible(sender)
+        senders = senders_of(layout, [end.layout for end in sender_ranks]) if sender_ranks else ()
         if num_tokens is None:
             num_tokens = (first_page + len(pages)) * layout.page_size
         assert layout.num_pages(num_tokens) == first_page + len(pages), "a page for every token"
-        if sender_descriptor:
-            self._transport.invite(sender_descriptor)
-        token = secrets.token_bytes(TOKEN_BYTES)
-        expected = Expected(layout, first_page, tuple(pages), num_tokens, sender or layout)
-        session = ReceiveSession(session_id, token, expected, now)
+        for descriptor in [sender_ranks[rank].descriptor for rank in senders] or [sender_descriptor]:
+            if descriptor:
+                self._transport.invite(descriptor)
+
+        def entry(name: SessionId, sending: KvLayout, whole: _Whole | None) -> _Entry:
+            expected = Expected(layout, first_page, tuple(pages), num_tokens, sending)
+            session = ReceiveSession(name, secrets.token_bytes(TOKEN_BYTES), expected, now)
+            return _Entry(session, now, whole=whole)
+
+        if senders:
+            names = {rank: part_name(session_id, rank, self._rank) for rank in senders}
+            whole = _Whole(session_id, list(names.values()))
+            entries = {rank: entry(names[rank], sender_ranks[rank].layout, whole) for rank in senders}
+        else:
+            entries = {0: entry(session_id, sender or layout, None)}
+        self._add(session_id, entries.values())
+        here = self._transport.describe()
+        grant = Grant(
+            session_id, entries[min(entries)].session.token, first_page, tuple(pages), here, self._lease_s, layout
+        )
+        if not senders:
+            return grant
+        parts = (
+            GrantPart(rank, of_part.session.session_id, of_part.session.token, here, layout)
+            for rank, of_part in entries.items()
+        )
+        return replace(grant, parts=tuple(parts))
+
+    def _add(self, session_id: SessionId, entries: Collection[_Entry]) -> None:
         with self._changed:
             if self._closed:
                 raise ProtocolViolation("the receiver is closed")
-            if session_id in self._entries:
+            if session_id in self._wholes or any(e.session.session_id in self._entries for e in entries):
                 raise ProtocolViolation(f"session {session_id} was issued already")
-            self._entries[session_id] = self._by_token[token] = _Entry(session, now)
-        return Grant(session_id, token, first_page, tuple(pages), self._transport.describe(), self._lease_s, layout)
+            for entry in entries:
+                self._entries[entry.session.session_id] = self._by_token[entry.session.token] = entry
+                if entry.whole is not None:
+                    self._wholes[session_id] = entry.whole
 
     def abort(self, session_id: SessionId, reason: str) -> None:
         """Give the session up. ``on_released`` follows when no write can land any more: at once if no peer has begun,
         else when the peer acknowledged or its link is gone. Ignored when the session has ended."""
         with self._changed:
-            entry = self._entries.get(session_id)
-            if entry is None:
-                return
-            self._abort(entry, TransferAborted(f"given up by the receiving end: {reason}"))
-            released = self._pop_released([entry])
+            whole = self._wholes.get(session_id)
+            names = [session_id] if whole is None else whole.left
+            entries = [entry for name in names if (entry := self._entries.get(name)) is not None]
+            for entry in entries:
+                self._abort(entry, TransferAborted(f"given up by the receiving end: {reason}"))
+            released = self._pop_released(entries)
         self._report(released)
 
     def expire(self, now: float) -> None:
@@ -278,19 +352,46 @@ class KvReceiver:
         return entry
 
     def _pop_released(self, entries: Iterable[_Entry]) -> list[tuple[SessionId, TransferError]]:
+        """Of a session of several parts: when the last has ended, if any was released."""
         released = []
-        for entry in entries:
-            session = entry.session
-            if session.state is ReceiveState.RELEASED:
-                assert session.error is not None, "a release has a reason"
-                self._forget(entry)
+        waiting = list(entries)
+        while waiting:
+            entry = waiting.pop(0)
+            session, whole = entry.session, entry.whole
+            if session.state is not ReceiveState.RELEASED or self._entries.get(session.session_id) is not entry:
+                continue
+            assert session.error is not None, "a release has a reason"
+            self._forget(entry)
+            if whole is None:
                 released.append((session.session_id, session.error))
+                continue
+            whole.error = whole.error or session.error
+            waiting += self._abort_rest(whole, session.error)
+            if self._is_over(whole):
+                released.append((whole.session_id, whole.error))
+        self._num_reporting += len(released)
         return released
+
+    def _abort_rest(self, whole: _Whole, error: TransferError) -> list[_Entry]:
+        """One part has broken, so the others are of no use."""
+        entries = [self._entries[name] for name in whole.left]
+        for entry in entries:
+            if entry.session.state is not ReceiveState.RELEASED:
+                self._abort(entry, TransferAborted(f"another part of the hand-over broke: {error}"))
+        return entries
+
+    def _is_over(self, whole: _Whole) -> bool:
+        """No part is left: forget it."""
+        if whole.left:
+            return False
+        del self._wholes[whole.session_id]
+        return True
 
     def _forget(self, entry: _Entry) -> None:
         del self._entries[entry.session.session_id]
         del self._by_token[entry.session.token]
-        self._num_reporting += 1
+        if entry.whole is not None:
+            entry.whole.left.remove(entry.session.session_id)
 
     # ---- the rest of an event ----
 
@@ -330,10 +431,17 @@ class KvReceiver:
                 self._ask_again(link, commit, missing)
                 return
             self._forget(entry)
-        try:
-            self._on_committed(commit.session_id, commit.payload)
-        finally:
-            self._reported()
+            whole = entry.whole
+            is_over = whole is None or self._is_over(whole)
+            self._num_reporting += is_over
+        if is_over:
+            try:
+                if whole is None or whole.error is None:
+                    self._on_committed(commit.session_id if whole is None else whole.session_id, commit.payload)
+                else:
+                    self._on_released(whole.session_id, whole.error)
+            finally:
+                self._reported()
         link.notify(commit.session_id, encode(CommitAck(commit.session_id, commit.token)))
 
     def _stopped(self, link: Link, message: Abort | AbortAck, error: TransferError) -> None:

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from threading import Condition
+from typing import Protocol
 
 from core.clock import Clock
 from core.errors import PeerLost, ProtocolViolation, TransferAborted, TransferError
@@ -22,6 +23,7 @@ from core.kv_layout import KvLayout
 from core.request import SessionId
 from kv_transfer.codec import Codec
 from kv_transfer.messages import Abort, AbortAck, CommitAck, Renew, Resend, decode, encode
+from kv_transfer.rank_parts import together
 from kv_transfer.session import Grant, Outgoing, SendReport, SendSession, SendState
 from kv_transfer.transfer_plan import layout_of_pages
 from kv_transfer.transport import LayerPages, PeerIdentity, SendLink, SendOrder, Transport, Write
@@ -38,10 +40,29 @@ RENEWALS_PER_LEASE = 3
 _RENEWALS = SessionId("")  # a lane of their own: they must not wait behind the writes of their sessions
 
 
+@dataclass(frozen=True, slots=True)
+class StoredPages:
+    """Pages of one session that are, or will be, complete in a layer, or in all."""
+
+    session_id: SessionId
+    first_page: int
+    page_ids: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Whole:
+    """A session that goes to several ranks of the receiving worker, each by a part of its own."""
+
+    session_id: SessionId
+    left: list[SessionId]  # parts that have not closed
+    reports: list[SendReport]
+
+
 @dataclass(slots=True)
 class _Entry:
     session: SendSession
     raw: bool  # whatever the codec of its link
+    whole: _Whole | None = None  # None: it is no part
     link: SendLink | None = None  # from the grant on
     lease_s: float = 0.0
     said_at: float = 0.0  # when something was last queued
@@ -51,6 +72,25 @@ class _Entry:
 class _Peer:
     link: SendLink
     lease_s: float
+
+
+class SendingEnd(Protocol):
+    """What hand-overs ask of a worker's sending end: ``KvSender``, or all ranks' together (rank_sender.py)."""
+
+    def open(
+        self,
+        session_id: SessionId,
+        num_pages: int,
+        order: SendOrder = SendOrder(),
+        num_tokens: int | None = None,
+        *,
+        raw: bool = False,
+    ) -> None: ...
+    def pages_stored(self, session_id: SessionId, layer: int, first_page: int, src_page_ids: Sequence[int]) -> None: ...
+    def step_stores(self, stores: Sequence[StoredPages]) -> Callable[[int], None]: ...
+    def granted(self, session_id: SessionId, grant: Grant) -> None: ...
+    def commit(self, session_id: SessionId, payload: bytes) -> None: ...
+    def abort(self, session_id: SessionId, reason: str) -> None: ...
 
 
 class KvSender:
@@ -78,6 +118,7 @@ class KvSender:
         self._codec_for = codec_for
         self._changed = Condition()
         self._entries: dict[SessionId, _Entry] = {}
+        self._wholes: dict[SessionId, _Whole] = {}  # sessions whose parts are in _entries
         self._peers: dict[bytes, _Peer] = {}  # descriptor |-> the one link to that peer
         self._num_reporting = 0  # sessions out of _entries whose on_closed has not returned
         self._bytes_sent = 0
@@ -86,7 +127,7 @@ class KvSender:
 
     @property
     def num_sessions(self) -> int:
-        """Sessions whose ``on_closed`` was not called yet."""
+        """Sessions, or parts of them, that have not closed."""
         return len(self._entries)
 
     @property
@@ -119,7 +160,7 @@ class KvSender:
         with self._changed:
             if self._closed:
                 raise ProtocolViolation("the sender is closed")
-            if session_id in self._entries:
+            if session_id in self._entries or session_id in self._wholes:
                 raise ProtocolViolation(f"session {session_id} is open already")
             if num_tokens is None:
                 num_tokens = num_pages * self._layout.page_size
@@ -138,9 +179,18 @@ class KvSender:
         """
         self._transport.region.mark(layer)
         with self._changed:
-            entry = self._entries.get(session_id)
-            if entry is not None:
+            for entry in self._entries_of(session_id):
                 self._queue(entry, entry.session.store(layer, first_page, src_page_ids, self._clock.now()))
+
+    def step_stores(self, stores: Sequence[StoredPages]) -> Callable[[int], None]:
+        """A step is about to be computed that completes these pages. To be called with 0, 1, ... when they are complete
+        in that layer, as ``pages_stored`` is."""
+
+        def layer_stored(layer: int) -> None:
+            for pages in stores:
+                self.pages_stored(pages.session_id, layer, pages.first_page, pages.page_ids)
+
+        return layer_stored
 
     def granted(self, session_id: SessionId, grant: Grant) -> None:
         """The receiver gave pages: what was stored so far is sent, what follows goes at once. Ignored when closed.
@@ -151,16 +201,25 @@ class KvSender:
         with self._changed:
             entry = self._entries.get(session_id)
             if entry is None:
+                if session_id in self._wholes:
+                    raise ProtocolViolation(f"session {session_id} was granted before")
                 return
-            outgoing = entry.session.grant(grant, self._clock.now(), self._link_speed(grant.receiver))
-            entry.lease_s = grant.lease_s
-            try:
-                entry.link = self._link_to(grant)
-            except ProtocolViolation as error:
-                entry.session.lost(error, self._clock.now())
+            now, speed = self._clock.now(), self._link_speed(grant.receiver)
+            begun: list[tuple[_Entry, Grant, list[Outgoing]]] = []
+            if grant.parts:
+                whole = _Whole(session_id, [part.session_id for part in grant.parts], [])
+                for part in grant.parts:
+                    of_part = _Entry(entry.session.part(part.session_id), entry.raw, whole)
+                    granted = grant.of_part(part)
+                    begun.append((of_part, granted, of_part.session.grant(granted, now, speed)))
+                del self._entries[session_id]
+                self._wholes[session_id] = whole
+                self._entries.update((of_part.session.session_id, of_part) for of_part, _, _ in begun)
             else:
-                self._queue(entry, outgoing)
-            closed = self._pop_closed([entry])
+                begun.append((entry, grant, entry.session.grant(grant, now, speed)))
+            for granted_entry, granted, outgoing in begun:
+                self._begin(granted_entry, granted, outgoing)
+            closed = self._pop_closed([granted_entry for granted_entry, _, _ in begun])
         self._report(closed)
 
     def commit(self, session_id: SessionId, payload: bytes) -> None:
@@ -170,19 +229,17 @@ class KvSender:
         payload of more than ``messages.MAX_PAYLOAD_BYTES``.
         """
         with self._changed:
-            entry = self._entries.get(session_id)
-            if entry is not None:
+            for entry in self._entries_of(session_id):
                 self._queue(entry, entry.session.commit(payload, self._clock.now()))
 
     def abort(self, session_id: SessionId, reason: str) -> None:
         """Give the session up in any state; ``on_closed`` comes with TransferAborted. Ignored when closed."""
         error = TransferAborted(f"given up by the sending end: {reason}")
         with self._changed:
-            entry = self._entries.get(session_id)
-            if entry is None:
-                return
-            self._abort(entry, error)
-            closed = self._pop_closed([entry])
+            entries = self._entries_of(session_id)
+            for entry in entries:
+                self._abort(entry, error)
+            closed = self._pop_closed(entries)
         self._report(closed)
 
     def expire(self, now: float) -> None:
@@ -206,7 +263,7 @@ class KvSender:
         """
         with self._changed:
             self._closed = True
-            sessions = list(self._entries)
+            sessions = [*self._entries, *self._wholes]
         for session_id in sessions:
             self.abort(session_id, "the worker stops")
         with self._changed:
@@ -258,6 +315,21 @@ class KvSender:
         self._report(closed)
 
     # ---- with the lock held ----
+
+    def _entries_of(self, session_id: SessionId) -> list[_Entry]:
+        """The session, or those of its parts that have not closed."""
+        whole = self._wholes.get(session_id)
+        names = [session_id] if whole is None else whole.left
+        return [entry for name in names if (entry := self._entries.get(name)) is not None]
+
+    def _begin(self, entry: _Entry, grant: Grant, outgoing: Iterable[Outgoing]) -> None:
+        entry.lease_s = grant.lease_s
+        try:
+            entry.link = self._link_to(grant)
+        except ProtocolViolation as error:
+            entry.session.lost(error, self._clock.now())
+        else:
+            self._queue(entry, outgoing)
 
     def _queue(self, entry: _Entry, outgoing: Iterable[Outgoing]) -> None:
         for item in outgoing:
@@ -318,13 +390,33 @@ class KvSender:
 
     def _pop_closed(self, entries: Iterable[_Entry]) -> list[tuple[SessionId, SendReport]]:
         closed = []
-        for entry in entries:
-            report = entry.session.report
-            if report is not None:
-                del self._entries[entry.session.session_id]
-                closed.append((entry.session.session_id, report))
+        waiting = list(entries)
+        while waiting:
+            entry = waiting.pop(0)
+            session, whole = entry.session, entry.whole
+            if session.report is None or self._entries.get(session.session_id) is not entry:
+                continue
+            del self._entries[session.session_id]
+            if whole is None:
+                closed.append((session.session_id, session.report))
+                continue
+            whole.left.remove(session.session_id)
+            whole.reports.append(session.report)
+            if session.report.error is not None:
+                waiting += self._abort_rest(whole, session.report.error)
+            if not whole.left:
+                del self._wholes[whole.session_id]
+                closed.append((whole.session_id, together(whole.reports)))
         self._num_reporting += len(closed)
         return closed
+
+    def _abort_rest(self, whole: _Whole, error: TransferError) -> list[_Entry]:
+        """One part has failed, so nobody has use for the others."""
+        entries = [self._entries[name] for name in whole.left]
+        for entry in entries:
+            if entry.session.report is None:
+                self._abort(entry, TransferAborted(f"another part of the hand-over failed: {error}"))
+        return entries
 
     # ---- the rest of an event ----
 

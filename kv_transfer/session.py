@@ -25,7 +25,8 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from core.errors import Corrupted, ProtocolViolation, TransferError
@@ -61,6 +62,17 @@ _MAX_TAKEN = 1024
 
 
 @dataclass(frozen=True, slots=True)
+class GrantPart:
+    """Of a grant to or by a worker of several ranks: what one of the sender's may write into one of the receiver's."""
+
+    sender: int  # rank
+    session_id: SessionId
+    token: bytes
+    descriptor: bytes
+    layout: KvLayout
+
+
+@dataclass(frozen=True, slots=True)
 class Grant:
     """The receiver's permission to write, issued by ``KvReceiver.issue`` and handed to ``KvSender.granted``.
 
@@ -76,6 +88,18 @@ class Grant:
     lease_s: float
     layout: KvLayout | None = None  # of the receiver's pool; None: the same as the sender's
     receiver: PeerIdentity = ANONYMOUS
+    parts: tuple[GrantPart, ...] = ()  # what is sent by each pair of ranks (rank_parts.py); empty: there is one of each
+
+    def of_part(self, part: GrantPart) -> Grant:
+        """The grant of one of its parts, as of a session of its own."""
+        return replace(
+            self,
+            session_id=part.session_id,
+            token=part.token,
+            descriptor=part.descriptor,
+            layout=part.layout,
+            parts=(),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +259,15 @@ class SendSession:
     def report(self) -> SendReport | None:
         """How it ended; None until then."""
         return self._report
+
+    def part(self, session_id: SessionId) -> SendSession:
+        """A session of that name with what was stored so far, for one of several receiving ranks; before the grant."""
+        self._require(SendState.SENDING)
+        session = copy(self)
+        session.session_id = session_id
+        session._stored = list(self._stored)
+        session._sent = []
+        return session
 
     def grant(self, grant: Grant, now: float, link_bytes_per_s: float | None = None) -> list[Outgoing]:
         """The receiver gave pages; ``link_bytes_per_s`` is what the way there carries, if that is known.

@@ -28,10 +28,10 @@ from core.link import ProbeReport
 from core.request import SessionId
 from engine.page_loan import PageLoans, Pages
 from kv_transfer.link_monitor import LinkMonitor
-from kv_transfer.probe_pattern import digest_there, write_pattern
-from kv_transfer.sender import KvSender
+from kv_transfer.probe_pages import ProbePages, bytes_there
+from kv_transfer.sender import SendingEnd
 from kv_transfer.session import Grant, SendReport
-from kv_transfer.transport import PeerIdentity, Transport
+from kv_transfer.transport import LinkStats, PeerIdentity
 
 FIRST_BYTES = 1 << 20
 MAX_BYTES = 64 << 20
@@ -75,22 +75,29 @@ class LinkProber:
     """Runs the self-tests that this worker is the sending end of. Lives on one event loop."""
 
     def __init__(
-        self, loans: PageLoans, transport: Transport, layout: KvLayout, monitor: LinkMonitor, default_path: str
+        self,
+        loans: PageLoans,
+        stats: Callable[[], tuple[LinkStats, ...]],
+        pages: ProbePages,
+        layout: KvLayout,
+        monitor: LinkMonitor,
+        default_path: str,
     ) -> None:
-        """``layout``: what the pages hold; ``default_path``: what a link is said to be of which the transport keeps no
-        books."""
+        """``stats``: of every link that the worker sends on; ``layout``: what the pages hold (on rank 0);
+        ``default_path``: what a link is said to be of which the transport keeps no books."""
         self._layout = layout
         self._loans = loans
-        self._transport = transport
+        self._stats = stats
+        self._pages = pages
         self._monitor = monitor
         self._default_path = default_path
         self._turn = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._open: dict[SessionId, _Open] = {}
-        self._sender: KvSender | None = None
+        self._sender: SendingEnd | None = None
 
-    def attach(self, sender: KvSender) -> None:
+    def attach(self, sender: SendingEnd) -> None:
         """Give the sender, whose ``on_closed`` asks ``closed`` first."""
         self._sender = sender
 
@@ -136,9 +143,9 @@ class LinkProber:
 
     async def _transfer(self, target: ProbeTarget, num_bytes: int) -> _Transfer:
         """Ship up to ``num_bytes`` random bytes, at least a page, and compare what arrived."""
-        region, layout = self._transport.region, self._layout
+        layout = self._layout
         session_id = SessionId(f"probe-{uuid.uuid4().hex}")
-        lent = await self._loans.borrow(-(-num_bytes // region.geometry.bytes_per_page))
+        lent = await self._loans.borrow(-(-num_bytes // self._pages.page_bytes))
         opened = granted = False
         try:
             if not lent:
@@ -152,8 +159,7 @@ class LinkProber:
             pages = lent[: layout.num_pages(num_tokens)]
 
             def prepare() -> bytes:
-                write_pattern(region, pages)
-                return digest_there(region, layout, pages, there, num_pages, num_tokens)
+                return self._pages.fill(pages, grant, num_pages, num_tokens)
 
             expected = await _to_the_end(prepare)
             ended = self._ship(session_id, grant, lent, pages, num_tokens)
@@ -171,7 +177,7 @@ class LinkProber:
             if not opened:
                 self._loans.give_back(lent)
         digest, num_arrived = await target.digest(session_id, DIGEST_WAIT_S)
-        exact = digest == expected and num_arrived == num_pages * there.bytes_per_page
+        exact = digest == expected and num_arrived == bytes_there(grant, layout, num_pages)
         return _Transfer(report.bytes_sent, report.transfer_s, exact)
 
     def _ship(
@@ -188,7 +194,7 @@ class LinkProber:
             with self._lock:
                 del self._open[session_id]
             raise
-        for layer in range(self._transport.region.geometry.num_layers):
+        for layer in range(len(self._layout.layers)):
             self._sender.pages_stored(session_id, layer, 0, pages)
         self._sender.commit(session_id, b"")
         try:
@@ -207,7 +213,7 @@ class LinkProber:
 
     def _seen(self, peer: PeerIdentity) -> tuple[str, float | None]:
         """(path, round trip) of the link, as the transport has found them."""
-        self._monitor.tick(self._transport.stats())
+        self._monitor.tick(self._stats())
         estimate = self._monitor.estimate(peer.worker_id)
         if estimate is None:
             return self._default_path, None

@@ -7,14 +7,14 @@ events tell gateways, the first half of a hash, is no such name.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 
 from core.clock import Clock
 from core.errors import GrantRefused, PrfaasError, ProtocolViolation
 from core.fingerprint import CacheFingerprint
-from core.kv_layout import KvLayout
+from core.kv_layout import KvEnd, KvLayout
 from core.prefix_hash import DIGEST_BYTES, PageHash
 from core.request import EngineId, SessionId
 from kv_transfer.session import SendReport
@@ -29,7 +29,7 @@ _Context = grpc.aio.ServicerContext[pb.PullRequest, pb.PullReply]
 
 
 class PagesService(rpc.PagesServicer):
-    """``prfaas.worker.v1.Pages``. ``describe`` and ``clock`` are the transport's."""
+    """``prfaas.worker.v1.Pages``. ``describe`` and ``clock`` are the transport's; ``ranks``: of a worker of several."""
 
     def __init__(
         self,
@@ -39,7 +39,9 @@ class PagesService(rpc.PagesServicer):
         layout: KvLayout,
         describe: Callable[[], bytes],
         clock: Clock,
+        ranks: Callable[[], Sequence[KvEnd]] = tuple,
     ) -> None:
+        self._ranks = ranks
         self._source = source
         self._engine_id = engine_id
         self._fingerprint = fingerprint
@@ -62,7 +64,10 @@ class PagesService(rpc.PagesServicer):
         order = SendOrder(wanted.tenant, deadline_at=deadline_at)
         async with self._source.offer(page_hashes) as offer:
             offered = pb.PagesOffered(
-                num_pages=len(offer.pages), layout=self._layout, transport_descriptor=self._describe()
+                num_pages=len(offer.pages),
+                layout=self._layout,
+                transport_descriptor=self._describe(),
+                ranks=wire.kv_ends_to_messages(self._ranks()),
             )
             await context.write(pb.PullReply(offered=offered))
             if not offer.pages:

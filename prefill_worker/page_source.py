@@ -23,7 +23,7 @@ from core.prefix_hash import PageHash
 from core.request import SessionId
 from engine.page_loan import Pages
 from engine.prefix_loan import PrefixLoans
-from kv_transfer.sender import KvSender
+from kv_transfer.sender import SendingEnd
 from kv_transfer.session import Grant, SendReport
 from kv_transfer.transport import SendOrder
 
@@ -54,9 +54,9 @@ class PageSource:
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._pushes: dict[SessionId, _Push] = {}
-        self._sender: KvSender | None = None
+        self._sender: SendingEnd | None = None
 
-    def attach(self, sender: KvSender) -> None:
+    def attach(self, sender: SendingEnd) -> None:
         """Give the sender, whose ``on_closed`` asks ``closed`` first."""
         self._sender = sender
 
@@ -124,7 +124,7 @@ class PageSource:
         return push.ended
 
     @property
-    def _kv(self) -> KvSender:
+    def _kv(self) -> SendingEnd:
         assert self._sender is not None, "attach() comes before the first offer"
         return self._sender
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -10,7 +10,7 @@ import grpc
 
 from core.errors import Overloaded
 from core.fingerprint import CacheFingerprint
-from core.kv_layout import KvLayout
+from core.kv_layout import KvEnd, KvLayout
 from core.request import ClusterId, SessionId, WorkerId
 from kv_transfer.session import Grant
 from kv_transfer.transport import PeerIdentity
@@ -37,7 +37,10 @@ class ProbeSenderService(rpc.ProbeSenderServicer):
         layout: KvLayout,
         internal: InternalGrpc,
         describe: Callable[[], bytes],
+        ranks: Callable[[], Sequence[KvEnd]] = tuple,
     ) -> None:
+        """``ranks``: of a worker of several, each one's."""
+        self._ranks = ranks
         self._prober = prober
         self._fingerprint = wire.fingerprint_to_message(fingerprint)
         self._layout = wire.kv_layout_to_message(layout)
@@ -51,7 +54,8 @@ class ProbeSenderService(rpc.ProbeSenderServicer):
         timeout_s = min(max(request.timeout_s, 0.0), MAX_TIMEOUT_S)
         async with self._internal.channel(request.address) as channel:
             stub = rpc.ProbeReceiverStub(channel)
-            target = _Target(peer, request.address, stub, self._fingerprint, self._layout, self._describe())
+            ranks = wire.kv_ends_to_messages(self._ranks())
+            target = _Target(peer, request.address, stub, self._fingerprint, self._layout, self._describe(), ranks)
             try:
                 report = await self._prober.run(peer, target, timeout_s)
             except Overloaded as error:
@@ -70,7 +74,9 @@ class _Target:
         fingerprint: pb.Fingerprint,
         layout: pb.KvLayout,
         descriptor: bytes,
+        ranks: Sequence[pb.KvEnd],
     ) -> None:
+        self._ranks = ranks
         self._peer = peer
         self._address = address
         self._stub = stub
@@ -85,6 +91,7 @@ class _Target:
             max_tokens=max_tokens,
             layout=self._layout,
             sender_descriptor=self._descriptor,
+            sender_ranks=self._ranks,
         )
         reply = await self._typed(self._stub.Grant(request, timeout=CALL_TIMEOUT_S))
         return replace(grant_from_message(session_id, reply), receiver=self._peer)

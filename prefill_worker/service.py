@@ -5,7 +5,7 @@ Also the client side of ``Decode.Grant``, the one call that a prefill worker mak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -14,9 +14,9 @@ import grpc
 from core.clock import Clock
 from core.errors import GrantRefused, Incompatible, InvalidRequest, PeerLost, ProtocolViolation
 from core.fingerprint import CacheFingerprint
-from core.kv_layout import KvLayout
+from core.kv_layout import KvEnd, KvLayout
 from core.request import ClusterId, EngineId, GatewayId, SequenceId, SessionId, WorkerId
-from kv_transfer.session import Grant
+from kv_transfer.session import Grant, GrantPart
 from kv_transfer.transport import PeerIdentity, SendOrder
 from prefill_worker.worker import GrantQuery, PrefillWorker
 from protos import wire
@@ -83,8 +83,11 @@ class GrantClient:
         describe: Callable[[], bytes],
         wait_s: float,
         internal: InternalGrpc,
+        ranks: Callable[[], Sequence[KvEnd]] = tuple,
     ) -> None:
-        """``layout``: of this worker's pool; ``describe``: its transport's descriptor, once that serves."""
+        """``layout``: of this worker's pool; ``describe``: its transport's descriptor, once that serves. ``ranks``: of
+        a worker of several, each one's."""
+        self._ranks = ranks
         self._engine_id = engine_id
         self._layout = wire.kv_layout_to_message(layout)
         self._describe = describe
@@ -105,6 +108,7 @@ class GrantClient:
             sender_engine_id=self._engine_id,
             layout=self._layout,
             sender_descriptor=self._describe(),
+            sender_ranks=wire.kv_ends_to_messages(self._ranks()),
         )
         try:
             timeout_s, metadata = self._wait_s + GRANT_SLACK_S, trace_metadata(query.trace)
@@ -146,4 +150,14 @@ def grant_from_message(session_id: SessionId, message: pb.GrantReply) -> Grant:
         lease_s=message.lease_s,
         layout=wire.kv_layout_from_message(message.layout),
         receiver=PeerIdentity(WorkerId(message.worker_id), ClusterId(message.cluster_id)),
+        parts=tuple(
+            GrantPart(
+                part.sender_rank,
+                SessionId(part.session_id),
+                part.token,
+                part.transport_descriptor,
+                wire.kv_layout_from_message(part.layout),
+            )
+            for part in message.parts
+        ),
     )

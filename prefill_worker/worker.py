@@ -47,7 +47,7 @@ from engine.engine import Engine
 from engine.engine_thread import EngineThread
 from engine.grammar import CompiledGrammar
 from engine.scheduler import StepPlan
-from kv_transfer.sender import KvSender
+from kv_transfer.sender import SendingEnd, StoredPages
 from kv_transfer.session import Grant, SendReport
 from kv_transfer.transport import SendOrder
 
@@ -99,15 +99,6 @@ class _Handover:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """Pages of one session that a step completes."""
-
-    session_id: SessionId
-    first_page: int
-    page_ids: tuple[int, ...]
-
-
 def _no_grammar(spec: SequenceSpec) -> None:
     """For engines to which no sequence comes with one."""
     assert spec.sampling.grammar is None, "this engine compiles no grammars"
@@ -154,9 +145,9 @@ class PrefillWorker:
         self._lock = threading.Lock()
         self._handovers: dict[SequenceId, _Handover] = {}
         self._by_session: dict[SessionId, SequenceId] = {}
-        self._sender: KvSender | None = None
+        self._sender: SendingEnd | None = None
 
-    def attach(self, sender: KvSender) -> None:
+    def attach(self, sender: SendingEnd) -> None:
         """Give the sender, whose ``on_closed`` is this worker's ``closed``."""
         self._sender = sender
 
@@ -233,7 +224,7 @@ class PrefillWorker:
                 self._transport.pages_stored(query.session_id, layer, 0, page_ids[:num_cached])
 
     def step_planned(self, plan: StepPlan) -> Callable[[int], None]:
-        completed: list[_Stored] = []
+        completed: list[StoredPages] = []
         for item in plan.items:
             handover = self._handovers.get(item.sequence_id)
             if handover is None or handover.query is None or handover.token is not None:
@@ -243,13 +234,8 @@ class PrefillWorker:
             first, handover.num_pages_stored = handover.num_pages_stored, end
             if end > first:
                 pages = tuple(item.page_ids[first:end])
-                completed.append(_Stored(handover.query.session_id, first, pages))
-
-        def layer_stored(layer: int) -> None:
-            for stored in completed:
-                self._transport.pages_stored(stored.session_id, layer, stored.first_page, stored.page_ids)
-
-        return layer_stored
+                completed.append(StoredPages(handover.query.session_id, first, pages))
+        return self._transport.step_stores(completed)
 
     def on_chunk(self, chunk: TokenChunk) -> bool:
         """The engine made a token of one of ours; False: the sequence is not ours."""
@@ -298,7 +284,7 @@ class PrefillWorker:
     # ---- inside ----
 
     @property
-    def _transport(self) -> KvSender:
+    def _transport(self) -> SendingEnd:
         assert self._sender is not None, "attach() comes before the first sequence"
         return self._sender
 

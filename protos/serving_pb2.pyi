@@ -390,7 +390,7 @@ class GetClusterInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "engine_id", "cluster_id", "role", "state", "address", "transport", "num_running", "num_waiting", "pages_total", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "lease_left_s", "num_sessions", "pages_quarantined", "num_preemptions", "attention", "attention_reason", "forward", "forward_reason", "engine_fallbacks", "colocated", "colocated_reason", "tiers", "reloads", "pages_lost")
+    __slots__ = ("worker_id", "engine_id", "cluster_id", "role", "state", "address", "transport", "num_running", "num_waiting", "pages_total", "pages_free", "pages_cached", "bytes_sent", "bytes_received", "prompt_tokens", "generated_tokens", "cached_tokens", "lease_left_s", "num_sessions", "pages_quarantined", "num_preemptions", "attention", "attention_reason", "forward", "forward_reason", "engine_fallbacks", "tensor_parallel", "colocated", "colocated_reason", "tiers", "reloads", "pages_lost")
     class ReloadsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -424,6 +424,7 @@ class WorkerInfo(_message.Message):
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     FORWARD_REASON_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FALLBACKS_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     COLOCATED_FIELD_NUMBER: _ClassVar[int]
     COLOCATED_REASON_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
@@ -455,12 +456,13 @@ class WorkerInfo(_message.Message):
     forward: str
     forward_reason: str
     engine_fallbacks: int
+    tensor_parallel: int
     colocated: str
     colocated_reason: str
     tiers: _containers.RepeatedCompositeFieldContainer[TierInfo]
     reloads: _containers.ScalarMap[str, int]
     pages_lost: int
-    def __init__(self, worker_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., transport: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., lease_left_s: _Optional[float] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., attention: _Optional[str] = ..., attention_reason: _Optional[str] = ..., forward: _Optional[str] = ..., forward_reason: _Optional[str] = ..., engine_fallbacks: _Optional[int] = ..., colocated: _Optional[str] = ..., colocated_reason: _Optional[str] = ..., tiers: _Optional[_Iterable[_Union[TierInfo, _Mapping]]] = ..., reloads: _Optional[_Mapping[str, int]] = ..., pages_lost: _Optional[int] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., transport: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_cached: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., lease_left_s: _Optional[float] = ..., num_sessions: _Optional[int] = ..., pages_quarantined: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., attention: _Optional[str] = ..., attention_reason: _Optional[str] = ..., forward: _Optional[str] = ..., forward_reason: _Optional[str] = ..., engine_fallbacks: _Optional[int] = ..., tensor_parallel: _Optional[int] = ..., colocated: _Optional[str] = ..., colocated_reason: _Optional[str] = ..., tiers: _Optional[_Iterable[_Union[TierInfo, _Mapping]]] = ..., reloads: _Optional[_Mapping[str, int]] = ..., pages_lost: _Optional[int] = ...) -> None: ...
 
 class TierInfo(_message.Message):
     __slots__ = ("tier", "pages_total", "pages_used", "load_bytes_per_s", "load_t0_s", "queued_bytes", "stored_pages", "loaded_tokens", "evicted_pages", "damaged_pages", "foreign_pages")

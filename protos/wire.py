@@ -6,6 +6,7 @@ types' own constructors; a value that no peer of ours would send raises ``Protoc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import groupby
 
@@ -14,7 +15,7 @@ from core.compute import ComputeProfile, EngineModes, StepSample
 from core.errors import PrfaasError, ProtocolViolation
 from core.fingerprint import CacheFingerprint
 from core.grammar import Grammar, GrammarKind
-from core.kv_layout import KvLayer, KvLayout
+from core.kv_layout import KvEnd, KvLayer, KvLayout
 from core.link import LinkEstimate, ProbeReport
 from core.prefix_hash import PageEvents, TierPages
 from core.request import (
@@ -85,6 +86,15 @@ def kv_layout_from_message(message: pb.KvLayout) -> KvLayout:
         layer = KvLayer(entry.num_heads, entry.key_dim, entry.value_dim, entry.dtype, entry.itemsize, entry.first_head)
         layers += [layer] * entry.count
     return KvLayout(message.page_size, tuple(layers))
+
+
+def kv_ends_to_messages(ranks: Iterable[KvEnd]) -> list[pb.KvEnd]:
+    return [pb.KvEnd(layout=kv_layout_to_message(end.layout), descriptor=end.descriptor) for end in ranks]
+
+
+def kv_ends_from_messages(messages: Iterable[pb.KvEnd]) -> tuple[KvEnd, ...]:
+    """Raise ``ProtocolViolation`` for a layout that no pool has."""
+    return tuple(KvEnd(kv_layout_from_message(message.layout), message.descriptor) for message in messages)
 
 
 def sampling_to_message(sampling: SamplingParams) -> pb.SamplingParams:

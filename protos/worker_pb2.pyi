@@ -25,7 +25,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("worker_id", "engine_id", "cluster_id", "address", "fingerprint", "architecture", "max_model_len", "vocab_size", "eos_token_ids", "kv_bytes_per_token", "transport", "pages_total", "pid", "compute", "num_layers", "max_batch_size", "lower_tiers")
+    __slots__ = ("worker_id", "engine_id", "cluster_id", "address", "fingerprint", "architecture", "max_model_len", "vocab_size", "eos_token_ids", "kv_bytes_per_token", "transport", "pages_total", "pid", "compute", "num_layers", "max_batch_size", "tensor_parallel", "lower_tiers")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,7 @@ class WorkerDescription(_message.Message):
     COMPUTE_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     LOWER_TIERS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     engine_id: str
@@ -59,8 +60,9 @@ class WorkerDescription(_message.Message):
     compute: ComputeProfile
     num_layers: int
     max_batch_size: int
+    tensor_parallel: int
     lower_tiers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, worker_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., address: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., architecture: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., kv_bytes_per_token: _Optional[int] = ..., transport: _Optional[str] = ..., pages_total: _Optional[int] = ..., pid: _Optional[int] = ..., compute: _Optional[_Union[ComputeProfile, _Mapping]] = ..., num_layers: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., lower_tiers: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., address: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., architecture: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., kv_bytes_per_token: _Optional[int] = ..., transport: _Optional[str] = ..., pages_total: _Optional[int] = ..., pid: _Optional[int] = ..., compute: _Optional[_Union[ComputeProfile, _Mapping]] = ..., num_layers: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., tensor_parallel: _Optional[int] = ..., lower_tiers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ComputeProfile(_message.Message):
     __slots__ = ("device", "num_devices", "weight_bytes", "weight_flops", "attention_flops", "step_tokens")
@@ -549,23 +551,47 @@ class DecodeReply(_message.Message):
     def __init__(self) -> None: ...
 
 class GrantRequest(_message.Message):
-    __slots__ = ("session_id", "fingerprint", "wait_s", "sender_engine_id", "layout", "sender_descriptor")
+    __slots__ = ("session_id", "fingerprint", "wait_s", "sender_engine_id", "layout", "sender_descriptor", "sender_ranks")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     SENDER_ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     SENDER_DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
+    SENDER_RANKS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     fingerprint: Fingerprint
     wait_s: float
     sender_engine_id: str
     layout: KvLayout
     sender_descriptor: bytes
-    def __init__(self, session_id: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., wait_s: _Optional[float] = ..., sender_engine_id: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., sender_descriptor: _Optional[bytes] = ...) -> None: ...
+    sender_ranks: _containers.RepeatedCompositeFieldContainer[KvEnd]
+    def __init__(self, session_id: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., wait_s: _Optional[float] = ..., sender_engine_id: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., sender_descriptor: _Optional[bytes] = ..., sender_ranks: _Optional[_Iterable[_Union[KvEnd, _Mapping]]] = ...) -> None: ...
+
+class KvEnd(_message.Message):
+    __slots__ = ("layout", "descriptor")
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
+    layout: KvLayout
+    descriptor: bytes
+    def __init__(self, layout: _Optional[_Union[KvLayout, _Mapping]] = ..., descriptor: _Optional[bytes] = ...) -> None: ...
+
+class GrantPart(_message.Message):
+    __slots__ = ("sender_rank", "session_id", "token", "transport_descriptor", "layout")
+    SENDER_RANK_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    sender_rank: int
+    session_id: str
+    token: bytes
+    transport_descriptor: bytes
+    layout: KvLayout
+    def __init__(self, sender_rank: _Optional[int] = ..., session_id: _Optional[str] = ..., token: _Optional[bytes] = ..., transport_descriptor: _Optional[bytes] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ...) -> None: ...
 
 class GrantReply(_message.Message):
-    __slots__ = ("token", "first_page", "pages", "transport_descriptor", "lease_s", "layout", "worker_id", "cluster_id")
+    __slots__ = ("token", "first_page", "pages", "transport_descriptor", "lease_s", "layout", "worker_id", "cluster_id", "parts")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FIRST_PAGE_FIELD_NUMBER: _ClassVar[int]
     PAGES_FIELD_NUMBER: _ClassVar[int]
@@ -574,6 +600,7 @@ class GrantReply(_message.Message):
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_ID_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     token: bytes
     first_page: int
     pages: _containers.RepeatedScalarFieldContainer[int]
@@ -582,7 +609,8 @@ class GrantReply(_message.Message):
     layout: KvLayout
     worker_id: str
     cluster_id: str
-    def __init__(self, token: _Optional[bytes] = ..., first_page: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ..., transport_descriptor: _Optional[bytes] = ..., lease_s: _Optional[float] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., worker_id: _Optional[str] = ..., cluster_id: _Optional[str] = ...) -> None: ...
+    parts: _containers.RepeatedCompositeFieldContainer[GrantPart]
+    def __init__(self, token: _Optional[bytes] = ..., first_page: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ..., transport_descriptor: _Optional[bytes] = ..., lease_s: _Optional[float] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., worker_id: _Optional[str] = ..., cluster_id: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[GrantPart, _Mapping]]] = ...) -> None: ...
 
 class KvLayout(_message.Message):
     __slots__ = ("page_size", "layers")
@@ -651,14 +679,16 @@ class PagesWanted(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., engine_id: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., page_hashes: _Optional[_Iterable[bytes]] = ..., tenant: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class PagesOffered(_message.Message):
-    __slots__ = ("num_pages", "layout", "transport_descriptor")
+    __slots__ = ("num_pages", "layout", "transport_descriptor", "ranks")
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     num_pages: int
     layout: KvLayout
     transport_descriptor: bytes
-    def __init__(self, num_pages: _Optional[int] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., transport_descriptor: _Optional[bytes] = ...) -> None: ...
+    ranks: _containers.RepeatedCompositeFieldContainer[KvEnd]
+    def __init__(self, num_pages: _Optional[int] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., transport_descriptor: _Optional[bytes] = ..., ranks: _Optional[_Iterable[_Union[KvEnd, _Mapping]]] = ...) -> None: ...
 
 class PagesPushed(_message.Message):
     __slots__ = ("error", "reason")
@@ -701,18 +731,20 @@ class ProbeReport(_message.Message):
     def __init__(self, path: _Optional[str] = ..., num_bytes: _Optional[int] = ..., exact: _Optional[bool] = ..., timed_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., rtt_s: _Optional[float] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ProbeGrantRequest(_message.Message):
-    __slots__ = ("session_id", "fingerprint", "max_tokens", "sender_descriptor", "layout")
+    __slots__ = ("session_id", "fingerprint", "max_tokens", "sender_descriptor", "layout", "sender_ranks")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SENDER_DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    SENDER_RANKS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     fingerprint: Fingerprint
     max_tokens: int
     sender_descriptor: bytes
     layout: KvLayout
-    def __init__(self, session_id: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., max_tokens: _Optional[int] = ..., sender_descriptor: _Optional[bytes] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ...) -> None: ...
+    sender_ranks: _containers.RepeatedCompositeFieldContainer[KvEnd]
+    def __init__(self, session_id: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., max_tokens: _Optional[int] = ..., sender_descriptor: _Optional[bytes] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., sender_ranks: _Optional[_Iterable[_Union[KvEnd, _Mapping]]] = ...) -> None: ...
 
 class ProbeDigestRequest(_message.Message):
     __slots__ = ("session_id", "wait_s")

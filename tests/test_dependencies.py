@@ -31,8 +31,9 @@ ARROWS: Mapping[str, frozenset[str]] = {
     "decode_worker": frozenset({"core", "engine", "kv_transfer", "protos"}),
     "cluster": frozenset({"core", "engine", "kv_transfer", "protos"}),
 }
-# The one file that puts a worker process together: it alone sees both workers and the half of engine that loads torch.
-COMPOSER = "cluster.worker_host"
+# The files that put a worker's processes together, the first rank's and the others': they alone see both workers and
+# the half of engine that loads torch.
+COMPOSERS = frozenset({"cluster.worker_host", "cluster.rank_host"})
 COMPOSER_ARROWS = frozenset({"core", "engine", "kv_transfer", "protos", "prefill_worker", "decode_worker", "cluster"})
 
 # outside world -> the modules that may meet it
@@ -166,7 +167,7 @@ def arrows_between_rooms(tree: Tree) -> list[str]:
     """A room imports only the rooms that its arrows point to."""
 
     def allowed(found: Import) -> frozenset[str]:
-        return COMPOSER_ARROWS if found.module == COMPOSER else ARROWS[_room(found.module)] | {_room(found.module)}
+        return COMPOSER_ARROWS if found.module in COMPOSERS else ARROWS[_room(found.module)] | {_room(found.module)}
 
     return [str(i) for i in tree.imports if _room(i.target) in OUR_OWN and _room(i.target) not in allowed(i)]
 
@@ -194,14 +195,16 @@ def torch_outside_the_engine(tree: Tree) -> list[str]:
 
 def torch_loaded_without_need(tree: Tree) -> list[str]:
     """Loading a torch-free module of engine, or any module of cluster but the composer, loads no torch."""
-    light = [m for m in tree.modules if m in TORCH_FREE_ENGINE or (_room(m) == "cluster" and m != COMPOSER)]
+    light = [m for m in tree.modules if m in TORCH_FREE_ENGINE or (_room(m) == "cluster" and m not in COMPOSERS)]
     return [f"{m} loads {t}" for m in light for t in sorted(tree.loaded_by(m)) if t in TORCH]
 
 
 def torch_half_used_by_the_cluster(tree: Tree) -> list[str]:
     """The cluster uses torch-free engine modules only, not even the others lazily; the composer may use all."""
     heavy = {m for m in tree.modules if _room(m) == "engine" and tree.loaded_by(m) & TORCH}
-    return [str(i) for i in tree.imports if _room(i.module) == "cluster" and i.module != COMPOSER and i.target in heavy]
+    return [
+        str(i) for i in tree.imports if _room(i.module) == "cluster" and i.module not in COMPOSERS and i.target in heavy
+    ]
 
 
 def importers_of_gateways(tree: Tree) -> list[str]:

@@ -209,7 +209,8 @@ function drawWorker(worker, at) {
   const inner = CHIP.width - 20;
   const name = worker.worker_id.length > 18 ? `…${worker.worker_id.slice(-17)}` : worker.worker_id;
   const hit = worker.prompt_tokens ? worker.cached_tokens / worker.prompt_tokens : null;
-  const said = `${worker.worker_id}, ${worker.role}, ${worker.state}: ${worker.num_running} running, ${worker.num_waiting} waiting, ` +
+  const ranks = worker.tensor_parallel > 1 ? ` on ${worker.tensor_parallel} devices` : "";
+  const said = `${worker.worker_id}, ${worker.role}${ranks}, ${worker.state}: ${worker.num_running} running, ${worker.num_waiting} waiting, ` +
     `${share(used)} of ${count(worker.pages_total)} pages in use, ${share(cached)} hold cached prefixes, ${share(hit)} of prompt tokens were cached, ` +
     `${worker.num_sessions} hand-overs under way, ${bytes(worker.bytes_sent)} sent, ${bytes(worker.bytes_received)} received`;
   return s("g", { class: `worker ${worker.role} ${worker.state}`, tabindex: 0, role: "img", "aria-label": said, "data-key": `worker:${worker.worker_id}` },
@@ -415,7 +416,7 @@ function drawTables(status) {
     h("tr", {}, heads.map((head, i) => h("th", { scope: "col", class: i > 2 ? "n" : null }, head))), rows.map((row) => h("tr", {}, row.map((cell, i) => h("td", { class: i > 2 ? "n" : null }, cell))))));
   replace($("tables"),
     grid("Workers", ["cluster", "worker", "role", "state", "running", "waiting", "pages used", "cached", "hits", "sent", "received"],
-      workers.map((w) => [w.cluster_id, w.worker_id, w.role, w.state, count(w.num_running), count(w.num_waiting), `${count(w.pages_total - w.pages_free)} of ${count(w.pages_total)}`, count(w.pages_cached), share(w.prompt_tokens ? w.cached_tokens / w.prompt_tokens : null), bytes(w.bytes_sent), bytes(w.bytes_received)])),
+      workers.map((w) => [w.cluster_id, w.worker_id, w.tensor_parallel > 1 ? `${w.role} x${w.tensor_parallel}` : w.role, w.state, count(w.num_running), count(w.num_waiting), `${count(w.pages_total - w.pages_free)} of ${count(w.pages_total)}`, count(w.pages_cached), share(w.prompt_tokens ? w.cached_tokens / w.prompt_tokens : null), bytes(w.bytes_sent), bytes(w.bytes_received)])),
     grid("Links between clusters", ["from", "to", "path", "usable", "now", "believed", "capacity", "utilisation", "round trip", "queued", "sent"],
       (status.cluster_links || []).map((l) => [l.from_cluster, l.to_cluster, (l.paths || []).join(", "), `${l.num_usable} of ${l.num_links}`, rate(l.throughput), rate(l.carries), rate(l.capacity), share(l.utilisation ?? null), seconds(l.rtt_s), bytes(l.bytes_queued), bytes(l.bytes_sent)])));
 }

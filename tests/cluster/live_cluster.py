@@ -193,6 +193,7 @@ def worker_config(
     kv_transfer: KvTransferConfig | None = None,
     credentials: Credentials | None = None,
     tracing: TracingConfig = TracingConfig(),
+    tensor_parallel: int = 1,
 ) -> WorkerConfig:
     return WorkerConfig(
         worker_id=WorkerId(worker_id),
@@ -207,6 +208,7 @@ def worker_config(
         credentials=credentials,
         log_level="warning",
         tracing=tracing,
+        tensor_parallel=tensor_parallel,
     )
 
 
@@ -234,11 +236,12 @@ async def live_cluster(
     differing: Mapping[str, KvTransferConfig] | None = None,
     observer: RequestObserver | None = None,
     tracing: TracingConfig = TracingConfig(),
+    num_ranks: tuple[int, int] = (1, 1),
 ) -> AsyncIterator[LiveCluster]:
     """A service of tiny workers on this machine; torn down whatever happens.
 
     ``self_test``: links are tested before they are used. ``decode_engine``: that of decode workers, if it differs.
-    ``differing``: worker id |-> its own ``kv_transfer``.
+    ``differing``: worker id |-> its own ``kv_transfer``. ``num_ranks``: of each prefill and each decode worker.
     """
     clock = WallClock()
     gateway_id = GatewayId("test-gateway")
@@ -267,6 +270,7 @@ async def live_cluster(
             (differing or {}).get(f"{role.value}-{i}", kv_transfer),
             held,
             tracing,
+            num_ranks[role is Role.DECODE],
         )
         for role, i in roles
         for held in [_on_this_node(internal_tls.proof_of(WorkerId(f"{role.value}-{i}")), files)]

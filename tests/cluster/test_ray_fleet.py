@@ -91,11 +91,13 @@ async def none_left(pids: set[int]) -> bool:
 
 
 async def test_workers_serve_come_back_after_kill_9_and_leave_nothing_when_stopped(model: str) -> None:
+    """The decode worker is of two ranks, each an actor in its placement group; they come and go with the first."""
     before = children()
-    async with running(service(model, tls=TlsConfig(mode="on"))) as (fleet, membership, internal):
+    config = service(model, tls=TlsConfig(mode="on"), decode=PoolConfig(tensor_parallel=2))
+    async with running(config) as (fleet, membership, internal):
         view = await view_where(fleet, membership, lambda view: num_ready(view) == 2)
         decode, prefill = view.workers
-        assert (decode.worker_id, decode.role) == ("decode-0", Role.DECODE)
+        assert (decode.worker_id, decode.role, decode.tensor_parallel) == ("decode-0", Role.DECODE, 2)
         assert (prefill.worker_id, prefill.role) == ("prefill-0", Role.PREFILL)
         assert decode.engine_id != prefill.engine_id
         assert decode.address != prefill.address

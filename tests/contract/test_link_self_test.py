@@ -20,6 +20,7 @@ from decode_worker.link_probe import ProbeReceiver
 from kv_transfer.codec import Codec
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.link_monitor import LinkMonitor
+from kv_transfer.probe_pages import RankPages
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.sender import KvSender
 from kv_transfer.session import Grant
@@ -82,8 +83,9 @@ class Worker:
         def run_soon(work: Awaitable[None]) -> None:
             asyncio.run_coroutine_threadsafe(work, loop)  # type: ignore[arg-type]
 
-        self.prober = LinkProber(self.loans, self.transport, self.layout, self.monitor, transport)  # type: ignore[arg-type]
-        self.probed = ProbeReceiver(self.loans, self.region, self.layout, run_soon)  # type: ignore[arg-type]
+        pages = RankPages(self.region, self.layout)
+        self.prober = LinkProber(self.loans, self.transport.stats, pages, self.layout, self.monitor, transport)  # type: ignore[arg-type]
+        self.probed = ProbeReceiver(self.loans, pages, self.layout, run_soon)  # type: ignore[arg-type]
         self.codec = Codec.RAW  # of its link to the other worker
         self.sender = KvSender(
             self.transport,
@@ -295,7 +297,7 @@ async def test_pages_of_another_size_at_the_other_end_pass_unless_a_byte_changes
         assert report.num_bytes == 2 * 2 * layer.token_bytes * min(most * ours, num_pages * theirs)
 
         def flip(session_id: SessionId) -> None:
-            (pages,) = [pages for name, pages in decode.probed._lent.items() if name == session_id]
+            (pages,) = [lent.pages for name, lent in decode.probed._lent.items() if name == session_id]
             decode.region.pages(1, pages[-1], 1)[0] ^= 1
 
         decode.before_digest = flip

@@ -83,6 +83,7 @@ class Worker:
     outcomes: Outcomes = field(default_factory=Outcomes)
     layout: KvLayout | None = None
     link_bytes_per_s: float | None = 1.0  # so slow that each layer travels by itself; None: layers pile up
+    rank: int = 0
 
     def __post_init__(self) -> None:
         self.region = Region(self.geometry, tuple(memoryview(layer) for layer in self.layers))
@@ -93,7 +94,7 @@ class Worker:
             self.transport, clock, outcomes.on_closed, self.layout, lambda peer: self.link_bytes_per_s
         )
         self.receiver = KvReceiver(
-            self.transport, clock, outcomes.on_committed, outcomes.on_released, 30.0, self.layout
+            self.transport, clock, outcomes.on_committed, outcomes.on_released, 30.0, self.layout, self.rank
         )
 
     def page(self, layer: int, page: int) -> bytes:
@@ -126,7 +127,13 @@ def make_worker(request: pytest.FixtureRequest) -> Iterator[MakeWorker]:
         pytest.importorskip("nixl", reason="pip install 'prfaas[nixl]'")
     workers: list[Worker] = []
 
-    def make(seed: int | None = None, layout: KvLayout | None = None, **differs: str) -> Worker:
+    def make(
+        seed: int | None = None,
+        layout: KvLayout | None = None,
+        outcomes: Outcomes | None = None,
+        rank: int = 0,
+        **differs: str,
+    ) -> Worker:
         config = KvTransferConfig(transport=request.param, host="127.0.0.1", lease_s=5.0, staging_mib=1)
         geometry = GEOMETRY
         if layout is not None:
@@ -136,7 +143,7 @@ def make_worker(request: pytest.FixtureRequest) -> Iterator[MakeWorker]:
         layers = [bytearray(size if seed is None else random.Random(seed).randbytes(size)) for size in sizes]
         fingerprint = replace(FINGERPRINT, **differs)  # type: ignore[arg-type]
         transport = create_transport(config, fingerprint, WallClock())
-        workers.append(Worker(transport, layers, geometry, layout=layout))
+        workers.append(Worker(transport, layers, geometry, outcomes or Outcomes(), layout, rank=rank))
         return workers[-1]
 
     yield make

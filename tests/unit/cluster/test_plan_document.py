@@ -70,6 +70,15 @@ def test_a_service_says_what_its_section_leaves_out(tmp_path: Path) -> None:
     assert {name: link.gbps for name, link in config.links.items()} == {"there-here": 40}
 
 
+def test_ranks_of_a_service_are_the_gpus_of_an_instance_if_its_pools_agree(tmp_path: Path) -> None:
+    divided = SERVICE.replace("num_gpus: 2}", "tensor_parallel: 2}").replace("num_gpus: 1}", "tensor_parallel: 2}")
+    cluster = load(tmp_path, divided).config.clusters["here"]
+
+    assert (cluster.num_gpus, cluster.gpus_per_instance) == (2 * 2 + 3 * 2, 2)
+    unequal = SERVICE.replace("num_gpus: 2}", "tensor_parallel: 2}")
+    assert load(tmp_path, unequal).config.clusters["here"].gpus_per_instance is None
+
+
 def test_the_section_has_the_last_word_and_options_have_the_very_last(tmp_path: Path) -> None:
     text = SERVICE.replace("here: {device: h100}", "here: {device: h100, num_gpus: 16}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 
 from core.clock import VirtualClock
 from core.errors import GrantRefused, Incompatible, InvalidRequest, PeerLost, ProtocolViolation, TransferError
-from core.kv_layout import KvLayer, KvLayout
+from core.kv_layout import KvEnd, KvLayer, KvLayout
 from core.request import (
     ClusterId,
     EngineId,
@@ -94,6 +94,8 @@ class InstantEngineThread:
 
 
 class FakeReceiver:
+    waits = False
+
     def __init__(self) -> None:
         self.issued: list[tuple[SessionId, int, tuple[int, ...]]] = []
         self.aborted: list[SessionId] = []
@@ -108,6 +110,7 @@ class FakeReceiver:
         num_tokens: int,
         sender: KvLayout | None,
         sender_descriptor: bytes,
+        sender_ranks: Sequence[KvEnd],
     ) -> Grant:
         if self.refuses:
             raise self.refuses

@@ -38,6 +38,7 @@ from core.request_log import REQUESTS
 from core.tracing import SpanLog, TraceContext
 from engine.grammar import CompiledGrammar
 from engine.scheduler import StepItem, StepPlan
+from kv_transfer.sender import StoredPages
 from kv_transfer.session import Grant, SendReport
 from kv_transfer.transport import SendOrder
 from prefill_worker.worker import GrantQuery, PrefillWorker
@@ -65,6 +66,15 @@ class Recorder:
         return [call[0] for call in self.calls]
 
 
+class RecordedSender(Recorder):
+    def step_stores(self, stores: Sequence[StoredPages]) -> Callable[[int], None]:
+        def layer_stored(layer: int) -> None:
+            for pages in stores:
+                self.calls.append(("pages_stored", pages.session_id, layer, pages.first_page, pages.page_ids))
+
+        return layer_stored
+
+
 class InstantEngineThread:
     """Runs what is submitted at once."""
 
@@ -84,7 +94,7 @@ class Bench:
     """One worker, its recorders, and what it published."""
 
     def __init__(self, grant: Grant | Exception = GRANT) -> None:
-        self.engine, self.sender, self.spans = Recorder(), Recorder(), SpanLog()
+        self.engine, self.sender, self.spans = Recorder(), RecordedSender(), SpanLog()
         self.published: list[TokenChunk | SequenceFailure] = []
         self.grant = grant
         self.refused: str | None = None
