@@ -21,7 +21,7 @@ class EngineConfig:
 
     device: where the model runs; ``auto`` is the GPU if there is one.
     dtype: of weights and K/V; ``auto`` is bfloat16 on a CPU with instructions for it (2.7 times faster in prefill than
-        float32 there), float32 on another (where bfloat16 is as fast and halves K/V only), and the checkpoint's on GPU.
+        float32 there), float32 on another (where bfloat16 halves K/V and no more), and the checkpoint's on GPU.
     page_size: tokens of one page of K/V; the same in both pools.
     kv_cache_bytes: bytes of the page pool, on each rank; ``num_pages`` sets it in pages instead and wins if given.
     num_pages: pages of the pool; null: what ``kv_cache_bytes`` holds.
