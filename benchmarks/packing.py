@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = EngineConfig(prefix_cache=False)
     for rate in (None, *RATES_PER_S):
         rows += _packed_rows(requests, config, rate, need)
-    whole = {row["arm"]: float(row["efficiency"] or 0.0) for row in rows if row["load"] == "all at once"}
+    whole = {str(row["arm"]): float(row["efficiency"] or 0.0) for row in rows if row["load"] == "all at once"}
     finished = report.Report("packing", report.commit(), report.machine(), rows, whole)
     finished.print_table(
         COLUMNS, f"{len(requests)} requests of {options.lengths.name}, {need.total / 1e6:.2f} M tokens"

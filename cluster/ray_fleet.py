@@ -437,7 +437,8 @@ def _group_of_worker(role: Role, pool: PoolConfig, name: str = "") -> PlacementG
     if pool.tensor_parallel > 1 and not bundle:
         key = f"{role}.tensor_parallel"
         raise InvalidConfig(key, "needs num_cpus, num_gpus or resources above 0: ranks are placed by them")
-    return placement_group([bundle] * pool.tensor_parallel, strategy="STRICT_PACK", name=name)
+    group: PlacementGroup = placement_group([bundle] * pool.tensor_parallel, strategy="STRICT_PACK", name=name)
+    return group
 
 
 def _rank_resources(pool: PoolConfig) -> dict[str, Any]:

@@ -143,7 +143,8 @@ def _load(
         dtype = _dtype(config, model_config, device)
         model: Any
         if source.kind is SourceKind.DUMMY:
-            model = _random_model(model_config, dtype, device, config.dummy_seed).to(device)
+            model = _random_model(model_config, dtype, device, config.dummy_seed)
+            model.to(device)
         else:
             quantisation = _quantisation(model_config, device)
             if quantisation is not None and group is not None:

@@ -19,6 +19,7 @@ read: for them the product is an operator, ``prfaas::packed_linear``, that finds
 from __future__ import annotations
 
 from functools import cache
+from typing import Any, TypeGuard
 from weakref import WeakValueDictionary
 
 import torch
@@ -79,7 +80,7 @@ class PackedLinear(nn.Module):
 _LAYERS: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()  # operators take tensors and numbers only
 
 # Not ``torch.library.custom_op``: what that adds to a call is a fifth of a decode step of one sequence.
-_LIBRARY = torch.library.Library("prfaas", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("prfaas", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("packed_linear(Tensor x, Tensor number, int out_features) -> Tensor")
 
 
@@ -100,7 +101,7 @@ def pack_linears(model: nn.Module) -> int:
 
     A weight that is shared with an embedding stays there and is packed as a copy.
     """
-    found = [
+    found: list[tuple[nn.Module, str, nn.Linear, torch.dtype | None]] = [
         (parent, name, child, _compute_dtype(child.weight.dtype))
         for parent in model.modules()
         for name, child in parent.named_children()
@@ -115,7 +116,7 @@ def pack_linears(model: nn.Module) -> int:
     return num_packed
 
 
-def is_plain_linear(module: nn.Module | None) -> bool:
+def is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Is it a linear layer and nothing else? Libraries for quantised weights put their own class, tensor or forward in
     its place, or hooks on it."""
     return (

@@ -55,7 +55,7 @@ class SummedLinear(nn.Module):
         """``part``: with this rank's columns. Its bias is added once, to the sum."""
         super().__init__()
         self.bias = part.bias
-        part.bias = None
+        part.register_parameter("bias", None)
         self.linear = part
 
     @property
@@ -102,7 +102,7 @@ def loading_options(group: RankGroup, device: torch.device) -> dict[str, Any]:
     if device.type != ("cpu" if accelerator is None else accelerator.type):
         return {}  # transformers divides models on the accelerator alone, if there is one
     try:
-        from transformers.distributed import DistributedConfig
+        from transformers.distributed.configuration_utils import DistributedConfig
     except ImportError:
         logger.info("this transformers cannot read slices of a model: rank %d reads all of it", group.rank)
         return {}
