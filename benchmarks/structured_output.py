@@ -103,7 +103,7 @@ class Bench:
 
     def _add(self, outputs: dict[SequenceId, list[int]], grammar: Grammar | None) -> SequenceId:
         name = SequenceId(str(next(self._numbers)))
-        prompt = tuple(self._random.randrange(1000, 2000) for _ in range(_PROMPT_TOKENS))
+        prompt = tuple(self._random.randrange(self._engine.model.vocab_size // 2) for _ in range(_PROMPT_TOKENS))
         sampling = SamplingParams(
             max_tokens=self._num_tokens, temperature=0.0, seed=1, ignore_eos=grammar is None, grammar=grammar
         )
