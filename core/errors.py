@@ -6,7 +6,7 @@
     ├── WrongKey                theirs: no API key, or one that is not ours        UNAUTHENTICATED / 401
     ├── InvalidConfig           theirs: a key of the configuration is wrong        (start-up, exit code 2)
     ├── UnsupportedModel        theirs: a model that this engine cannot serve      (start-up, with the reason)
-    │   └── UnsupportedQuantisation theirs: its weights are in a format that cannot be multiplied here
+    │   └── UnsupportedQuantisation  theirs: its weights are in a format that cannot be multiplied here
     ├── Overloaded              nobody's: a bound was reached, try again later     RESOURCE_EXHAUSTED / 429
     ├── NoRoute                 nobody's: no worker can take the request           UNAVAILABLE / 503
     ├── DeadlineExceeded        theirs: the client's deadline passed               DEADLINE_EXCEEDED / 504
