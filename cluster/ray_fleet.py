@@ -25,8 +25,8 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -321,7 +321,7 @@ class WorkerActor:
         self._files = ExitStack()
         try:
             credentials = self._files.enter_context(private_files(proof)) if isinstance(proof, Pem) else proof
-            self._host = _start_host(config, role, worker_id, registry, credentials)
+            self._host = _start_host(config, role, worker_id, registry, credentials, proof)
         except Exception as error:
             logger.exception("worker %s did not start", worker_id)
             if _is_restart():
@@ -342,24 +342,25 @@ class WorkerActor:
 class RankActor:
     """Another rank of a worker, as Ray sees it; made by the worker's actor, and not made again."""
 
-    def serve(self, task: RankTask) -> None:
-        """Be that rank until the worker ends."""
+    def serve(self, task: RankTask, proof: Proof) -> None:
+        """Be that rank until the worker ends. Files of ``proof`` are this process's own, as rank 0's are its own."""
         os.environ.pop("OMP_NUM_THREADS", None)
         from cluster.rank_host import serve_rank  # torch
 
-        serve_rank(task)
+        with private_files(proof) if isinstance(proof, Pem) else nullcontext(proof) as credentials:
+            serve_rank(replace(task, config=replace(task.config, credentials=credentials)))
 
 
 class _RayRank:
     """A rank's process: an actor in its bundle of the worker's placement group."""
 
-    def __init__(self, task: RankTask, pool: PoolConfig) -> None:
+    def __init__(self, task: RankTask, pool: PoolConfig, proof: Proof) -> None:
         group = ray.util.get_current_placement_group()
         assert group is not None, "a worker of several ranks is placed in a group of its own"
         placing = PlacementGroupSchedulingStrategy(group, task.rank, placement_group_capture_child_tasks=False)
         actor: Any = ray.remote(RankActor).options(scheduling_strategy=placing, max_restarts=0, **_rank_resources(pool))
         self._actor = actor.remote()
-        self._end = self._actor.serve.remote(task)
+        self._end = self._actor.serve.remote(task, proof)
 
     def is_alive(self) -> bool:
         ended, _ = ray.wait([self._end], timeout=0)
@@ -399,14 +400,21 @@ def worker_config(
 
 
 def _start_host(
-    config: ServiceConfig, role: Role, worker_id: WorkerId, registry: str, credentials: Credentials | None
+    config: ServiceConfig,
+    role: Role,
+    worker_id: WorkerId,
+    registry: str,
+    credentials: Credentials | None,
+    proof: Proof,
 ) -> WorkerHost:
     from cluster.worker_host import EXIT_ENGINE_DIED, WorkerHost  # torch, which only a worker's process may load
 
     told = worker_config(config, role, worker_id, config.host or _node_address(), registry, credentials)
     # A process whose engine died of a bug ends at once: Ray starts it anew, the router moves its requests.
     pool = config.pool(role)
-    worker = WorkerHost(told, on_death=lambda: os._exit(EXIT_ENGINE_DIED), start_rank=lambda task: _RayRank(task, pool))
+    worker = WorkerHost(
+        told, on_death=lambda: os._exit(EXIT_ENGINE_DIED), start_rank=lambda task: _RayRank(task, pool, proof)
+    )
     worker.start()
     return worker
 

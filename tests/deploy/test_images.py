@@ -78,7 +78,7 @@ def test_extras_that_the_image_installs_exist(instructions: list[tuple[str, str]
 
     wanted = [name for word, rest in instructions for found in re.findall(r"EXTRAS=(\S+)", rest) if word == "ENV"
               for name in found.split(",")]  # fmt: skip
-    assert set(wanted) == {"plot", "gpu"}
+    assert set(wanted) == {"plot", "gpu", "structured"}
     assert set(wanted) <= set(extras)
 
 
