@@ -4,9 +4,10 @@
     more      ask Ray for one: a pending placement group, which an autoscaler answers with a machine; it is ready when
               it is in the view. No room within ``placement_timeout_s``, a start that fails, or one that takes longer
               than ``start_timeout_s``: it is given up, counted and said, and asked for again after a back-off
-    fewer     one that is not ready is given up first; else the least used one drains: it is routed nothing new, ends
-              what it has (``drain_timeout_s``; what is left then is continued on other workers), gives its pages to
-              whoever is pulling them, leaves; then its placement group is removed, so that the machine may go
+    fewer     one that is not ready is given up first; else one drains, chosen so that a machine comes free, and then
+              by use: it is routed nothing new, ends what it has (``drain_timeout_s``; what is left then is continued
+              on other workers), gives its pages to whoever is pulling them, leaves; then its placement group is
+              removed, so that the machine may go
 
 A worker of an elastic pool that dies is started again by Ray under its name; that is counted, and it is pending until
 it is back. Everything happens on the gateway's loop; the fleet's own calls are its affair (``PoolFleet``).
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,10 +55,12 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerPhase:
-    """``said``: why it failed, or how it stopped if not in order."""
+    """``said``: why it failed, or how it stopped if not in order. ``machine``: names the one that it is on, if that may
+    be given back once nothing is on it; empty: it is on one that stays, as Ray's head does, or on none yet."""
 
     phase: Phase
     said: str = ""
+    machine: str = ""
 
 
 class PoolFleet(Protocol):
@@ -129,6 +133,7 @@ class _Worker:
     since: float  # it was asked for, lost, or began to drain
     phase: Phase = Phase.PLACING
     said: str = ""  # of it: why it failed, or how it stopped if not in order
+    machine: str = ""  # likewise
     placed_at: float | None = None
     ready: bool = False
     draining: bool = False
@@ -289,7 +294,7 @@ class PoolScaler:
                     logger.info("scale: worker %s has its place after %.1f s", worker_id, now - worker.since)
             elif found.phase is Phase.PLACING and worker.placed_at is not None:
                 worker.placed_at, worker.since = None, now  # its machine is gone
-            worker.phase, worker.said = found.phase, found.said
+            worker.phase, worker.said, worker.machine = found.phase, found.said, found.machine
 
     def _note_view(self, now: float) -> None:
         """Who is ready, who died."""
@@ -366,7 +371,8 @@ class PoolScaler:
         if any(worker.draining for worker in self._workers.values()):
             return
         may_be_empty = Role.PREFILL in self._pools and self._pools[Role.PREFILL].config.least == 0
-        chosen = choose_to_drain(self._membership.view(), mine, self._pools[role].give_back, may_be_empty)
+        machines = {name: worker.machine for name, worker in self._workers.items() if worker.machine}
+        chosen = choose_to_drain(self._membership.view(), mine, self._pools[role].give_back, may_be_empty, machines)
         if isinstance(chosen, str):
             if chosen != self._stuck:
                 logger.warning("scale: the %s pool has more workers than it should, but %s", role, chosen)
@@ -376,8 +382,9 @@ class PoolScaler:
         worker = self._workers[chosen.worker_id]
         worker.draining, worker.ready, worker.since = True, False, self._clock.now()
         logger.info(
-            "scale: worker %s drains, with %d running sequences and %d cached pages",
+            "scale: worker %s on %s drains, with %d running sequences and %d cached pages",
             chosen.worker_id,
+            f"machine {worker.machine}" if worker.machine else "a machine that stays",
             chosen.load.num_running,
             chosen.load.pages_cached,
         )
@@ -408,12 +415,18 @@ class PoolScaler:
 
 
 def choose_to_drain(
-    view: ClusterView, pool: Iterable[WorkerId], role: Role | None, may_be_empty: bool
+    view: ClusterView,
+    pool: Iterable[WorkerId],
+    role: Role | None,
+    may_be_empty: bool,
+    machines: Mapping[WorkerId, str],
 ) -> WorkerView | str:
-    """The worker of a pool that loses least by going, or why none may. ``role``: of which one should go, if any has it;
-    ``may_be_empty``: the last worker that prefills may go.
+    """The worker of a pool that should go, or why none may. ``role``: of which one should go, if any has it;
+    ``may_be_empty``: the last worker that prefills may go; ``machines``: where the workers of every elastic pool are
+    whose machines may be given back.
 
-    First who has the fewest sequences, then who caches the fewest pages, then the larger name: younger ones go first.
+    First who leaves the fewest others on such a machine, because only an empty one is given back, then who has the
+    fewest sequences, then who caches the fewest pages, then the larger name: younger ones go first.
     """
     names = set(pool)
     live = [worker for worker in view.workers if not worker.draining]
@@ -428,7 +441,14 @@ def choose_to_drain(
         return "without any of its workers no link between a prefill and a decode worker could be used"
     wanted: Sequence[WorkerView] = [w for w in candidates if w.role is role] or candidates
     by_name = sorted(wanted, key=lambda w: w.worker_id, reverse=True)
-    return min(by_name, key=lambda w: (_num_sequences(w), w.load.pages_cached))
+    num_on = Counter(machines.values())
+
+    def price(worker: WorkerView) -> tuple[float, int, int]:
+        machine = machines.get(worker.worker_id)
+        num_there = math.inf if machine is None else num_on[machine]
+        return num_there, _num_sequences(worker), worker.load.pages_cached
+
+    return min(by_name, key=price)
 
 
 def _ships_without(view: ClusterView, live: Sequence[WorkerView], gone: WorkerView) -> bool:

@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 _IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a submitted job
 _CONNECT_TIMEOUT_S = 5.0
 _PLACED = "CREATED"  # the state of a placement group whose bundles are reserved
+_HEAD = "node:__internal_head__"  # the resource that Ray gives its head alone
 _STOP_SLACK_S = 1.0  # an actor answers so long after the time that it was given to stop in
 
 
@@ -87,6 +88,7 @@ class RayFleet:
         self._failed: dict[WorkerId, str] = {}  # likewise |-> why their start failed
         self._service = uuid4().hex[:8]  # two services of one namespace may have workers of one name
         self._num_named = 0
+        self._head = ""  # Ray's name of the node that is never given back
         self._registry = ""  # what ``start`` was given
         self._issue_proof: IssueProof | None = None
         self._stopping: list[Any] | None = None  # references to the workers' answers that they stopped
@@ -109,6 +111,8 @@ class RayFleet:
             raise InvalidConfig("ray.address", f"no Ray at {address or 'this machine'}: {error}") from error
         if address is None:
             _require_gpus(self._config)
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        self._head = next((node["NodeID"] for node in nodes if _HEAD in node["Resources"]), "")
         return self._config.host or _node_address()
 
     def start(self, registry: str, issue_proof: IssueProof) -> None:
@@ -164,7 +168,7 @@ class RayFleet:
 
     def _start_placed(self) -> None:
         """Start the actors of workers whose placement groups have got their place."""
-        for worker_id in [name for name in self._unplaced if self._has_place(name)]:
+        for worker_id in [name for name in self._unplaced if self._node_of(name) is not None]:
             self._unplaced.discard(worker_id)
             group = self._own_groups[worker_id]
             placing = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=False)
@@ -181,10 +185,11 @@ class RayFleet:
                 found[worker_id] = WorkerPhase(Phase.STOPPED, stopped[worker_id])
             elif worker_id in self._failed:
                 found[worker_id] = WorkerPhase(Phase.FAILED, self._failed[worker_id])
-            elif worker_id in self._unplaced or not self._has_place(worker_id):
+            elif worker_id in self._unplaced or (node := self._node_of(worker_id)) is None:
                 found[worker_id] = WorkerPhase(Phase.PLACING)
             else:
-                found[worker_id] = WorkerPhase(Phase.STARTING if worker_id in loading else Phase.UP)
+                phase = Phase.STARTING if worker_id in loading else Phase.UP
+                found[worker_id] = WorkerPhase(phase, machine="" if node == self._head else node)
         return found
 
     def retire(self, worker_id: WorkerId, timeout_s: float) -> None:
@@ -205,9 +210,10 @@ class RayFleet:
         self._retiring.pop(worker_id, None)
         self._failed.pop(worker_id, None)
 
-    def _has_place(self, worker_id: WorkerId) -> bool:
-        group = self._own_groups[worker_id]
-        return bool(placement_group_table(group)["state"] == _PLACED)
+    def _node_of(self, worker_id: WorkerId) -> str | None:
+        """Ray's name of the node where its first rank has its place; None: it has none yet."""
+        table = placement_group_table(self._own_groups[worker_id])
+        return str(table["bundles_to_node_id"][0]) if table["state"] == _PLACED else None
 
     def _collect_failures(self) -> None:
         """What has become of the starts of workers in elastic pools since the last call."""

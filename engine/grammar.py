@@ -1,8 +1,8 @@
 """Which tokens may come next, if the output has to obey a grammar? Grammars compiled against a model's tokens.
 
 llguidance does it: an Earley parser over a lexer of regular expressions that are derived as they are needed, so what a
-grammar costs is bounded by fuel that it counts itself (``_LIMITS``), mostly. Mostly: a few schemas (``multipleOf:
-997``) keep its compiler busy without end, so nobody compiles on a thread that others wait for, and a gateway first
+grammar costs is bounded by fuel that it counts itself (``_LIMITS``), mostly. Mostly: a few schemas keep its compiler
+busy for minutes (``multipleOf: 9999991``), so nobody compiles on a thread that others wait for, and a gateway first
 compiles in a process that it can end (cluster/grammar_check.py, which runs ``python -m engine.grammar``).
 
     Vocabulary          the model's tokens, made once (0.5 s for 49k of them, holding the interpreter's lock)

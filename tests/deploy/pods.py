@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import distribution
 from pathlib import Path
@@ -33,6 +33,7 @@ from tests.deploy.chart import ROOT, Rendered
 TOKEN = "0123456789abcdef0123456789abcdef"
 _STOP_S = 20.0
 _TEST_S = 60.0
+_END_CHARS = 3000
 
 
 def ray_start(group: Mapping[str, Any], *, head: bool, address: str) -> str:
@@ -122,7 +123,7 @@ class Machine:
     def workers_in(self, name: str) -> int:
         """Worker processes of ours in the Ray node of a group's pod."""
         below = psutil.Process(self.processes[name].pid).children(recursive=True)
-        return sum("WorkerActor" in " ".join(process.cmdline()) for process in below)
+        return sum("WorkerActor" in " ".join(_command_line(process)) for process in below)
 
     def wait_until_no_worker_is_left(self, *names: str) -> None:
         """Ray ends a worker that was killed soon, not at once; ``AssertionError`` if it does not."""
@@ -148,6 +149,20 @@ class Machine:
             return process.environ().get("RAY_TMPDIR") == str(self.ray_tmp)
         except psutil.Error:
             return False
+
+    def until(self, fits: Callable[[], bool], timeout_s: float) -> None:
+        """Until it is so; ``AssertionError`` with the end of every log if a process ends or that takes too long."""
+        give_up_at = time.monotonic() + timeout_s
+        while not fits():
+            ended = [name for name, process in self.processes.items() if process.poll() is not None]
+            if ended or time.monotonic() > give_up_at:
+                raise AssertionError(f"it did not come; ended: {ended}\n{self._ends_of_logs()}")
+            time.sleep(0.1)
+
+    def _ends_of_logs(self) -> str:
+        """Those of our processes and of Ray's autoscaler."""
+        logs = [*self.folder.glob("*.log"), *self.ray_tmp.glob("ray/session_latest/logs/monitor*.log")]
+        return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-_END_CHARS:]}" for log in logs)
 
     def start(self, name: str, command: list[str], environment: Mapping[str, str]) -> None:
         """Any command, known by ``name``, its output kept."""
@@ -189,3 +204,11 @@ class Machine:
             for file, text in content.items():
                 (folder / file).write_text(here(text))
         return [here(word) for word in (*container.get("command", ()), *container["args"])]
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    """Empty for one that has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

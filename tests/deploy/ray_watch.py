@@ -14,6 +14,7 @@ from collections import Counter
 
 from ray.autoscaler.v2.schema import ClusterStatus
 from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.exceptions import RayError
 
 INTERVAL_S = 0.3
 
@@ -31,10 +32,15 @@ def said(status: ClusterStatus) -> dict[str, object]:
 
 
 def main(address: str) -> None:
-    """Look until the process is ended."""
+    """Look until the process is ended. A head too busy to answer in time is asked again."""
     pause = threading.Event()
     while not pause.wait(INTERVAL_S):
-        print(json.dumps(said(get_cluster_status(address))), flush=True)
+        try:
+            status = get_cluster_status(address)
+        except RayError as error:
+            print(error, flush=True)
+            continue
+        print(json.dumps(said(status)), flush=True)
 
 
 if __name__ == "__main__":

@@ -323,14 +323,20 @@ def test_who_drains() -> None:
     view = ClusterView(0.0, workers, {})
     names = [w.worker_id for w in workers]
 
-    def chosen(role: Role | None, pool: list[WorkerId] = names, of: ClusterView = view) -> str:
-        found = choose_to_drain(of, pool, role, may_be_empty=False)
+    def chosen(
+        role: Role | None, pool: list[WorkerId] = names, of: ClusterView = view, on: Mapping[str, str] = {}
+    ) -> str:
+        machines = {WorkerId(name): machine for name, machine in on.items()}
+        found = choose_to_drain(of, pool, role, may_be_empty=False, machines=machines)
         return found if isinstance(found, str) else found.worker_id
 
     assert chosen(None) == "decode-1", "fewer cached pages"
     assert chosen(Role.PREFILL) == "prefill-1", "fewer sequences"
     assert chosen(Role.PREFILL, names[:3]) == "decode-1", "the pool has none of that role"
     assert chosen(None, []) == "none of its workers is ready"
+    on = {"decode-0": "a", "decode-1": "b", "prefill-0": "b", "prefill-1": "b"}
+    assert chosen(None, on=on) == "decode-0", "it has more than decode-1, but its machine comes free"
+    assert chosen(None, on={"prefill-0": "a"}) == "prefill-0", "the machines of the others stay"
     links = {
         (p.worker_id, d.worker_id): LinkView(
             p.worker_id,
