@@ -33,22 +33,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from cluster.admission import Admission, AdmissionCounters, Bound, Proposal, Ticket
+from cluster.attempt import Attempt
 from cluster.config import AdmissionConfig, RouterConfig
+from cluster.flight import Continuation, Flight
+from cluster.inbox import Wakes
 from cluster.membership import Membership
 from cluster.output_lengths import OutputLengths
-from cluster.prefix_index import PrefixMatch
 from cluster.routing_policy import RouteRequest, RoutingPolicy
-from cluster.view import ClusterView, Route, WorkerView
-from cluster.worker_client import Assignment, SequenceEvent, WorkerClient, WorkerLost
-from core.cache_tiers import joined_reloads
+from cluster.view import ClusterView, Route
+from cluster.worker_client import Assignment, WorkerLost
 from core.clock import Clock
 from core.errors import (
     Cancelled,
@@ -59,38 +60,28 @@ from core.errors import (
     PrfaasError,
     SequenceFailed,
 )
-from core.latency_parts import TtftParts, TtstParts, ttst_parts
-from core.prefix_hash import PageHash, extend_page_hashes, tenant_of
+from core.prefix_hash import tenant_of
 from core.request import (
-    EngineId,
     FinishReason,
     GatewayId,
     GenerateRequest,
     OutputChunk,
     RequestId,
-    RequestTiming,
     Role,
     SequenceFailure,
-    SequenceSpec,
-    SessionId,
-    StageStats,
     TokenChunk,
-    WorkerId,
     joined_chunk,
-    sequence_id,
 )
 from core.request_log import about
-from core.tracing import TRACING_OFF, AttributeValue, Span, SpanKind, TraceContext, Tracing
+from core.tracing import TRACING_OFF, Tracing
 
 logger = logging.getLogger(__name__)
 
 HANDOVER_REPORT_WAIT_S = 0.1  # a finish waits so long for P's report of the hand-over, for the timing only
-SAME_WORKER_BACKOFF_S = 0.1  # before the first retry on a worker that failed the sequence; doubles with each attempt
 STOPPING = "the gateway is stopping and takes no new requests"
 FALLBACK_LOG_S = 10.0  # a fallback is logged when it begins, and so long after the last time while it lasts
 WIND_UP_S = 1.0  # after a drain: for generators to end and for workers to hear of aborts
 RELEASE_POLL_S = 0.05  # while requests wait for their turn: how often the workers' loads are looked at
-WAKES_A_TURN = 8  # continuations whose readers run before the event loop looks at its sockets again
 RELEASE_GAP_S = 0.01  # after nobody's turn came, whatever happens meanwhile: asking costs decisions of the policy
 
 
@@ -151,7 +142,7 @@ class Router:
         self._gateway_id = gateway_id
         self._admission = Admission(admission or AdmissionConfig(), clock)
         self._releasing: asyncio.Task[None] | None = None  # while requests wait for their turn
-        self._flights: dict[RequestId, _Flight] = {}
+        self._flights: dict[RequestId, Flight] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -164,7 +155,7 @@ class Router:
         self._routes: Counter[str] = Counter()
         self._output_lengths = OutputLengths()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._wakes = _Wakes()
+        self._wakes = Wakes()
 
     # ---- what the front doors call ----
 
@@ -270,7 +261,7 @@ class Router:
 
     # ---- one request ----
 
-    def _admit(self, request: GenerateRequest) -> _Flight:
+    def _admit(self, request: GenerateRequest) -> Flight:
         if self._draining:
             raise NoRoute(STOPPING)
         if request.request_id in self._flights:
@@ -286,7 +277,7 @@ class Router:
         self._num_requests += 1
         num_output = self._output_lengths.expected(0, request.sampling.max_tokens)
         ticket = self._admission.join(request, num_output)
-        flight = _Flight(request, name, ticket, self._clock.now(), self._wakes)
+        flight = Flight(request, name, ticket, self._clock.now(), self._wakes)
         self._flights[request.request_id] = flight
         self._idle.clear()
         if request.deadline_at is not None:
@@ -295,7 +286,7 @@ class Router:
             )
         return flight
 
-    def _dismiss(self, flight: _Flight) -> None:
+    def _dismiss(self, flight: Flight) -> None:
         if flight.timer is not None:
             flight.timer.cancel()
         self._admission.leave(flight.ticket, flight.continuations[0].num_finished_tokens)
@@ -305,7 +296,7 @@ class Router:
         if not self._flights:
             self._idle.set()
 
-    async def _wait_for_turn(self, flight: _Flight) -> None:
+    async def _wait_for_turn(self, flight: Flight) -> None:
         """Returns when it may start. Raises ``Overloaded`` if it is refused, or what interrupts it."""
         ticket = flight.ticket
         self._admission.serve(self._propose)
@@ -339,12 +330,12 @@ class Router:
             return None
         return Proposal(route, request.num_tokens - continuation.cached_tokens(route), view)
 
-    def _stream(self, flight: _Flight) -> AsyncGenerator[OutputChunk, None]:
+    def _stream(self, flight: Flight) -> AsyncGenerator[OutputChunk, None]:
         if len(flight.continuations) == 1:
             return self._run(flight, flight.continuations[0])
         return self._run_all(flight)
 
-    async def _run_all(self, flight: _Flight) -> AsyncGenerator[OutputChunk, None]:
+    async def _run_all(self, flight: Flight) -> AsyncGenerator[OutputChunk, None]:
         """Merge n > 1 continuations, each in a task of its own; the siblings start after the first's first chunk."""
         merged: asyncio.Queue[OutputChunk | Exception] = asyncio.Queue()
         first, *siblings = flight.continuations
@@ -365,7 +356,7 @@ class Router:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _feed(
-        self, flight: _Flight, continuation: _Continuation, merged: asyncio.Queue[OutputChunk | Exception]
+        self, flight: Flight, continuation: Continuation, merged: asyncio.Queue[OutputChunk | Exception]
     ) -> None:
         try:
             async with aclosing(self._run(flight, continuation)) as chunks:
@@ -376,7 +367,7 @@ class Router:
 
     # ---- one continuation ----
 
-    async def _run(self, flight: _Flight, continuation: _Continuation) -> AsyncGenerator[OutputChunk, None]:
+    async def _run(self, flight: Flight, continuation: Continuation) -> AsyncGenerator[OutputChunk, None]:
         """Attempts, one after the other, until one of them brings the last chunk."""
         continuation.began_at = self._clock.now()
         try:
@@ -415,7 +406,7 @@ class Router:
             self._end(continuation, reason, error=reason)
 
     async def _finish(
-        self, flight: _Flight, continuation: _Continuation, attempt: _Attempt, stage: Role, chunk: TokenChunk
+        self, flight: Flight, continuation: Continuation, attempt: Attempt, stage: Role, chunk: TokenChunk
     ) -> AsyncGenerator[OutputChunk, None]:
         """The last tokens at once; the finish as soon as P has reported the hand-over, for which it waits a little."""
         if stage is Role.PREFILL:
@@ -430,7 +421,7 @@ class Router:
         self._output_lengths.note(continuation.num_tokens + len(chunk.token_ids))
         yield continuation.last_chunk(flight, self._clock.now(), chunk.finish_reason, chunk)
 
-    async def _hear_handover(self, continuation: _Continuation, attempt: _Attempt) -> None:
+    async def _hear_handover(self, continuation: Continuation, attempt: Attempt) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(HANDOVER_REPORT_WAIT_S):
                 while not attempt.handed_over:
@@ -442,7 +433,7 @@ class Router:
 
     # ---- one attempt ----
 
-    async def _begin(self, flight: _Flight, continuation: _Continuation) -> None:
+    async def _begin(self, flight: Flight, continuation: Continuation) -> None:
         """Choose workers and tell them; the answer comes to the inbox. Nothing is begun if it was stopped meanwhile."""
         route = await self._find_route(flight, continuation)
         if route is None:
@@ -452,7 +443,7 @@ class Router:
         assert decode is not None, "a route is made of workers in the view"
         assert (prefill is None) == (route.prefill is None), "a route is made of workers in the view"
         spec = continuation.next_spec(flight)
-        attempt = _Attempt(spec, route, prefill, decode)
+        attempt = Attempt(spec, route, prefill, decode)
         continuation.started(attempt, self._clock.now())
         if continuation.index == 0:
             flight.route = route
@@ -473,7 +464,7 @@ class Router:
             said = "sequence %s: attempt %d: %s"
             logger.info(said, spec.sequence_id, continuation.num_attempts, route.reason, extra=about(spec.sequence_id))
 
-    async def _find_route(self, flight: _Flight, continuation: _Continuation) -> Route | None:
+    async def _find_route(self, flight: Flight, continuation: Continuation) -> Route | None:
         """A route, waited for if need be; None if the continuation was stopped first."""
         now = self._clock.now()
         give_up_at, patience_ends_at = now + self._config.no_route_wait_s, now + continuation.backoff_s
@@ -503,7 +494,7 @@ class Router:
             await continuation.inbox.guard(change)
         return None
 
-    def _route_request(self, continuation: _Continuation) -> RouteRequest:
+    def _route_request(self, continuation: Continuation) -> RouteRequest:
         matches = {}
         if self._policy.uses_prefixes:
             for page_size in self._membership.page_sizes:
@@ -514,7 +505,7 @@ class Router:
             self._num_routes += 1
         return continuation.route_request(matches, num_output, self._output_lengths.mean)
 
-    def _proposed_route(self, flight: _Flight, continuation: _Continuation, view: ClusterView) -> Route | None:
+    def _proposed_route(self, flight: Flight, continuation: Continuation, view: ClusterView) -> Route | None:
         """What the policy said when the request was released, for its first attempt, while the workers are ready."""
         proposal = flight.ticket.proposal
         if proposal is None or continuation.index or continuation.num_attempts:
@@ -546,7 +537,7 @@ class Router:
             self._fallbacks_logged_at[fallback] = now
             logger.warning("fallback %s, %d so far: %s", fallback, self._fallbacks[fallback], reason)
 
-    def _sibling_route(self, flight: _Flight, continuation: _Continuation, view: ClusterView) -> Route | None:
+    def _sibling_route(self, flight: Flight, continuation: Continuation, view: ClusterView) -> Route | None:
         """The first continuation's workers, for a sibling's first attempt, while they are ready."""
         if continuation.index == 0 or continuation.num_attempts or flight.route is None:
             return None
@@ -558,7 +549,7 @@ class Router:
         reason = f"with continuation 0, whose prompt is cached there ({flight.route.reason})"
         return Route(prefill, decode, reason, fallback=flight.route.fallback)
 
-    async def _announce(self, continuation: _Continuation, attempt: _Attempt) -> None:
+    async def _announce(self, continuation: Continuation, attempt: Attempt) -> None:
         """Tell D, then P; what goes wrong is an event like any other."""
         stage = Role.DECODE
         spec, tenant = attempt.spec, tenant_of(attempt.spec.salt)
@@ -593,7 +584,7 @@ class Router:
                     continuation.inbox.interrupt(error)
 
     def _survive(
-        self, continuation: _Continuation, attempt: _Attempt, stage: Role, event: SequenceFailure | WorkerLost
+        self, continuation: Continuation, attempt: Attempt, stage: Role, event: SequenceFailure | WorkerLost
     ) -> None:
         """A worker gave up or is gone: end the attempt, unless nothing was lost; raise if no other may be made."""
         if stage is Role.PREFILL and attempt.is_decodes_alone(continuation.num_tokens):
@@ -621,7 +612,7 @@ class Router:
             extra=about(attempt.spec.sequence_id),
         )
 
-    def _end(self, continuation: _Continuation, reason: str, error: str = "") -> None:
+    def _end(self, continuation: Continuation, reason: str, error: str = "") -> None:
         """The attempt is over here; whatever its workers may still hold of it is aborted. Again: nothing. ``error``:
         why it did not bring the end of its sequence; empty: it did."""
         attempt = continuation.attempt
@@ -636,7 +627,7 @@ class Router:
         if stages:
             self._spawn(self._abort(attempt, stages, reason))
 
-    async def _abort(self, attempt: _Attempt, stages: tuple[Role, ...], reason: str) -> None:
+    async def _abort(self, attempt: Attempt, stages: tuple[Role, ...], reason: str) -> None:
         if attempt.announcing is not None:
             await asyncio.wait({attempt.announcing})  # an abort that overtakes the announcement would do nothing
         calls = (attempt.client(stage).abort(attempt.spec.sequence_id, stage, reason) for stage in stages)
@@ -663,501 +654,3 @@ class Router:
 def _is_not(view: ClusterView) -> Callable[[ClusterView], bool]:
     """True of every other view: views are made anew at each change."""
     return lambda current: current is not view
-
-
-class _Flight:
-    """One request in flight."""
-
-    def __init__(
-        self, request: GenerateRequest, name: RequestId, ticket: Ticket, entered_at: float, wakes: _Wakes
-    ) -> None:
-        self.request = request
-        self.entered_at = entered_at  # the router, on its Clock
-        self.began_at = entered_at  # when its turn had come
-        self.name = name  # unique over gateways and time
-        self.ticket = ticket
-        self.continuations = tuple(_Continuation(request, index, ticket, wakes) for index in range(request.sampling.n))
-        self.route: Route | None = None  # of continuation 0's last attempt
-        self.timer: asyncio.TimerHandle | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the client has, of all continuations."""
-        return sum(continuation.num_tokens for continuation in self.continuations)
-
-    def interrupt(self, error: PrfaasError) -> None:
-        """Whatever its continuations wait for, they raise ``error``."""
-        for continuation in self.continuations:
-            continuation.inbox.interrupt(error)
-
-
-class _Continuation:
-    """One of n: the tokens that the client has, and the attempt under way."""
-
-    def __init__(self, request: GenerateRequest, index: int, ticket: Ticket, wakes: _Wakes) -> None:
-        self.index = index
-        self.inbox = _Inbox(wakes)
-        self.attempt: _Attempt | None = None
-        self.ordinal: int | None = None  # ``RouteRequest.ordinal`` of the attempt to come; None: none was asked for
-        self.excluded: set[EngineId] = set()
-        self._request = request
-        self._ticket = ticket
-        self._finished = False
-        self._sampling = request.sampling.for_index(index)
-        self._token_ids: list[int] = []
-        self._attempts: list[_Attempt] = []
-        self.asked: RouteRequest | None = None  # what the policy was asked last
-        self._matches: Mapping[int, PrefixMatch] = {}  # as the last route was decided by
-        self._page_hashes: dict[int, list[PageHash]] = {}  # page size |-> digests so far
-        self.began_at = 0.0  # it could be routed from then on
-        self._first: _EarlyToken | None = None
-        self._second: _EarlyToken | None = None
-        self._is_early = True  # its first two tokens are still to be noted
-        self._last_token_at = 0.0
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the client has."""
-        return len(self._token_ids)
-
-    @property
-    def num_finished_tokens(self) -> int | None:
-        """``num_tokens`` if those are all; None: it has not finished."""
-        return self.num_tokens if self._finished else None
-
-    @property
-    def num_attempts(self) -> int:
-        return len(self._attempts)
-
-    @property
-    def trace(self) -> TraceContext | None:
-        """The request's span; None: it is not traced."""
-        return self._request.trace
-
-    @property
-    def backoff_s(self) -> float:
-        """How long to look for another worker before one that failed this continuation is taken again."""
-        return SAME_WORKER_BACKOFF_S * 2 ** (self.num_attempts - 1) if self._attempts else 0.0
-
-    def was_failed_by(self, route: Route) -> bool:
-        """Does the route use an engine that failed this continuation?"""
-        workers = (route.prefill, route.decode)
-        return any(worker is not None and worker.engine_id in self.excluded for worker in workers)
-
-    def deadline_s(self, now: float) -> float | None:
-        """Seconds until the request's deadline; None if it has none."""
-        deadline_at = self._request.deadline_at
-        return None if deadline_at is None else max(0.0, deadline_at - now)
-
-    def page_hashes(self, page_size: int) -> Sequence[PageHash]:
-        """Digests of the full pages of every known token; those that were computed before are kept."""
-        known = self._page_hashes.setdefault(page_size, [])
-        tokens = self._request.prompt_token_ids + tuple(self._token_ids)  # the prompt itself while there is no output
-        return extend_page_hashes(known, tokens, page_size, self._request.salt)
-
-    @property
-    def max_tokens(self) -> int | None:
-        return self._sampling.max_tokens
-
-    def cached_tokens(self, route: Route) -> int:
-        """Tokens that the worker which prefills was thought to cache, or will have fetched, when it was chosen."""
-        worker = route.prefill or route.decode
-        match = self._matches.get(worker.model.fingerprint.page_size)
-        cached = 0 if match is None else match.pages_on(worker.engine_id) * worker.model.fingerprint.page_size
-        fetched = 0 if route.pull is None else route.pull.num_tokens
-        return min(max(cached, fetched), len(self._request.prompt_token_ids) + self.num_tokens - 1)
-
-    def route_request(self, matches: Mapping[int, PrefixMatch], num_output: int, mean_output: float) -> RouteRequest:
-        assert self.ordinal is not None, "the router has given it one"
-        self._matches = matches
-        self.asked = RouteRequest(
-            request_id=self._request.request_id,
-            num_tokens=len(self._request.prompt_token_ids) + self.num_tokens,
-            ordinal=self.ordinal,
-            excluded=frozenset(self.excluded),
-            matches=matches,
-            num_output=num_output,
-            mean_output=mean_output,
-        )
-        return self.asked
-
-    def next_spec(self, flight: _Flight) -> SequenceSpec:
-        return SequenceSpec(
-            sequence_id=sequence_id(flight.name, self.index, self.num_attempts),
-            prompt_token_ids=self._request.prompt_token_ids,
-            sampling=self._sampling,
-            output_token_ids=tuple(self._token_ids),
-            salt=self._request.salt,
-            trace=None if self.trace is None else self.trace.child(),
-        )
-
-    def started(self, attempt: _Attempt, now: float) -> None:
-        attempt.began_at = now
-        self._attempts.append(attempt)
-        self.attempt, self.ordinal = attempt, None
-
-    def next_chunk(self, now: float, chunk: TokenChunk) -> OutputChunk:
-        """Tokens for the client, who has them from here on."""
-        self._take(now, chunk)
-        return OutputChunk(
-            index=self.index,
-            token_ids=chunk.token_ids,
-            logprobs=chunk.logprobs,
-            cached_tokens=self._cached_tokens(),
-        )
-
-    def _take(self, now: float, chunk: TokenChunk) -> None:
-        self._token_ids += chunk.token_ids
-        if chunk.token_ids:
-            self._last_token_at = now
-            if self._is_early:
-                self._note_early(_EarlyToken(now, self._attempts[-1], chunk.stats), len(chunk.token_ids))
-
-    def _note_early(self, token: _EarlyToken, num_tokens: int) -> None:
-        """Keep where the first two tokens came from; of a second that came with the first there is nothing to say."""
-        if self._first is None:
-            self._first, self._is_early = token, num_tokens == 1
-        else:
-            self._second, self._is_early = token, False
-
-    def last_chunk(
-        self, flight: _Flight, now: float, reason: FinishReason | None, chunk: TokenChunk | None = None
-    ) -> OutputChunk:
-        """The end; ``chunk`` brings the last tokens, if there are any."""
-        if chunk is not None:
-            self._take(now, chunk)
-        self._finished = True
-        return OutputChunk(
-            index=self.index,
-            token_ids=() if chunk is None else chunk.token_ids,
-            logprobs=() if chunk is None else chunk.logprobs,
-            finish_reason=reason,
-            stop_token_id=None if chunk is None else chunk.stop_token_id,
-            cached_tokens=self._cached_tokens(),
-            timing=self._timing(flight, now),
-        )
-
-    def _cached_tokens(self) -> int:
-        """Prompt tokens found in the prefix cache of the first worker that computed the prompt."""
-        for attempt in self._attempts:
-            stats = attempt.stats.get(Role.DECODE if attempt.prefill is None else Role.PREFILL)
-            if stats is not None:
-                return stats.cached_tokens
-        return 0
-
-    def _timing(self, flight: _Flight, now: float) -> RequestTiming:
-        """Seconds and bytes are summed over the attempts; workers and the reason are the last one's."""
-        last = self._attempts[-1]
-        prefills = [stats for a in self._attempts if (stats := a.stats.get(Role.PREFILL)) is not None]
-        decodes = [stats for a in self._attempts if (stats := a.stats.get(Role.DECODE)) is not None]
-        pulls = [stats.pull for stats in (*prefills, *decodes) if stats.pull is not None]
-        reload = joined_reloads([stats.reload for stats in (*prefills, *decodes) if stats.reload is not None])
-        arrived_at = self._request.arrived_at
-        first_token_at = now if self._first is None else self._first.at
-        slo, admission_s = self._request.slo, self._ticket.waited_s
-        prefill, decode = _summed(prefills), _summed(decodes)
-        num_later, expected = self.num_tokens - 1, last.route.expected
-        tpot_s = (self._last_token_at - first_token_at) / num_later if num_later > 0 else None
-        return RequestTiming(
-            prefill_worker=last.route.prefill.worker_id if last.route.prefill is not None else None,
-            decode_worker=None if last.finished_by_prefill else last.route.decode.worker_id,
-            route_reason=last.route.reason,
-            admission_s=admission_s,
-            route_s=self._attempts[0].began_at - arrived_at - admission_s,
-            prefill_queue_s=prefill.queue_s,
-            prefill_s=prefill.compute_s,
-            transfer_s=prefill.transfer_s,
-            exposed_transfer_s=prefill.exposed_transfer_s,
-            decode_queue_s=decode.queue_s,
-            decode_s=decode.compute_s,
-            ttft_s=first_token_at - arrived_at,
-            total_s=now - arrived_at,
-            bytes_shipped=prefill.bytes_shipped,
-            cached_tokens=self._cached_tokens(),
-            decode_cached_tokens=decodes[-1].cached_tokens if decodes else 0,
-            num_attempts=len(self._attempts),
-            num_preemptions=prefill.num_preemptions + decode.num_preemptions,
-            pull_outcome=pulls[-1].outcome if pulls else "",
-            pulled_tokens=sum(pull.num_tokens for pull in pulls),
-            bytes_pulled=sum(pull.num_bytes for pull in pulls),
-            pull_s=sum(pull.seconds for pull in pulls),
-            reload=reload,
-            slo_ttft_met=None if slo.ttft_s is None else first_token_at - arrived_at <= slo.ttft_s,
-            slo_tpot_met=None if slo.tpot_s is None else (tpot_s or 0.0) <= slo.tpot_s,
-            slo_miss_expected=self._ticket.slo_miss_expected,
-            tpot_s=tpot_s,
-            fallback=last.route.fallback,
-            expected_ttft_s=None if expected is None else expected.ttft_s,
-            expected_tpot_s=None if expected is None else expected.tpot_s,
-            expected_bytes_shipped=None if expected is None else expected.bytes_shipped,
-            colocated_ttft_s=None if expected is None else expected.colocated_ttft_s,
-            colocated_tpot_s=None if expected is None else expected.colocated_tpot_s,
-            ttft_parts=self._ttft_parts(flight),
-            ttst_parts=self._ttst_parts(),
-        )
-
-    def _ttft_parts(self, flight: _Flight) -> TtftParts | None:
-        first, request = self._first, self._request
-        if first is None:
-            return None
-        began_at, stats = first.attempt.began_at, first.stats or _NO_STATS
-        pull_s = 0.0 if stats.pull is None else stats.pull.seconds
-        siblings_s = self.began_at - flight.began_at if self.index else 0.0
-        return TtftParts(
-            receive_s=flight.entered_at - request.arrived_at - request.tokenize_s,
-            tokenize_s=request.tokenize_s,
-            admission_s=flight.began_at - flight.entered_at,
-            siblings_s=siblings_s,
-            route_s=self._attempts[0].began_at - flight.began_at - siblings_s,
-            retries_s=began_at - self._attempts[0].began_at,
-            messages_s=first.at - began_at - pull_s - stats.queue_s - stats.compute_s,
-            pull_s=pull_s,
-            prefill_queue_s=stats.queue_s,
-            prefill_s=stats.compute_s,
-        )
-
-    def _ttst_parts(self) -> TtstParts | None:
-        first, second = self._first, self._second
-        if first is None or second is None:
-            return None
-        gap_s = second.at - first.at
-        if second.attempt is not first.attempt:
-            return TtstParts(retries_s=gap_s)
-        if first.attempt.prefill is None:
-            return TtstParts(first_step_s=gap_s)
-        sent, decoded = first.attempt.stats.get(Role.PREFILL) or _NO_STATS, second.stats or _NO_STATS
-        return ttst_parts(
-            gap_s,
-            wait_s=sent.transfer_wait_s,
-            exposed_s=sent.exposed_transfer_s,
-            decode_queue_s=decoded.queue_s,
-            first_step_s=decoded.compute_s,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _EarlyToken:
-    """The first token of a continuation, or the second: when it came, from where, and what its worker said with it."""
-
-    at: float
-    attempt: _Attempt
-    stats: StageStats | None
-
-
-_NO_STATS = StageStats(WorkerId(""), Role.DECODE)
-
-
-def _summed(stages: Sequence[StageStats]) -> StageStats:
-    """Of one stage in all attempts: seconds, bytes and preemptions added up, the rest the last one's."""
-    if len(stages) == 1:  # nearly always
-        return stages[0]
-    last = stages[-1] if stages else StageStats(WorkerId(""), Role.DECODE)
-    return last._replace(
-        queue_s=sum(s.queue_s for s in stages),
-        compute_s=sum(s.compute_s for s in stages),
-        transfer_s=sum(s.transfer_s for s in stages),
-        exposed_transfer_s=sum(s.exposed_transfer_s for s in stages),
-        bytes_shipped=sum(s.bytes_shipped for s in stages),
-        num_preemptions=sum(s.num_preemptions for s in stages),
-    )
-
-
-class _Attempt:
-    """One try at one continuation on one route: what its two workers said so far."""
-
-    def __init__(self, spec: SequenceSpec, route: Route, prefill: WorkerClient | None, decode: WorkerClient) -> None:
-        self.spec = spec
-        self.route = route
-        self.prefill = prefill  # None: the decode worker prefills
-        self.decode = decode
-        self.session_id = SessionId(spec.sequence_id)  # one hand-over per attempt, so one name does
-        self.announcing: asyncio.Task[None] | None = None
-        self.began_at = 0.0  # on the router's Clock
-        self.stats: dict[Role, StageStats] = {}  # each stage's latest report, which includes its earlier ones
-        self.handed_over = prefill is None  # P has nothing more to say
-        self.finished = False
-        self.finished_by_prefill = False
-        self.ended = False
-        self._committed = prefill is None  # D has the K/V
-        self._next_position = len(spec.output_token_ids)
-        self._early: dict[int, tuple[Role, TokenChunk]] = {}  # position |-> chunk that came before its predecessor
-
-    def take(self, stage: Role, chunk: TokenChunk) -> list[tuple[Role, TokenChunk]]:
-        """Note a chunk; those whose turn it is, in order of position, each with the stage that sent it."""
-        if chunk.stats is not None:
-            self.stats[stage] = chunk.stats
-        is_report = not chunk.token_ids and chunk.finish_reason is None
-        self._committed = self._committed or stage is Role.DECODE or is_report
-        if is_report:
-            if stage is Role.PREFILL:
-                self.leave_prefill()
-            return []
-        self._early[chunk.position] = (stage, chunk)
-        due: list[tuple[Role, TokenChunk]] = []
-        while (following := self._early.pop(self._next_position, None)) is not None:
-            self._next_position += len(following[1].token_ids)
-            due.append(following)
-        return due
-
-    def is_decodes_alone(self, num_tokens: int) -> bool:
-        """D has the K/V and the client has P's token: P may go, nothing is lost."""
-        return self._committed and num_tokens > len(self.spec.output_token_ids)
-
-    def leave_prefill(self) -> None:
-        """P has done its part."""
-        self.handed_over = True
-        if self.prefill is not None:
-            self.prefill.close_sequence(self.spec.sequence_id)
-
-    def worker(self, stage: Role) -> WorkerView:
-        """The worker of that stage; D's, if it prefills itself."""
-        if stage is Role.PREFILL and self.route.prefill is not None:
-            return self.route.prefill
-        return self.route.decode
-
-    def client(self, stage: Role) -> WorkerClient:
-        """The connection to ``worker(stage)``."""
-        return self.prefill if stage is Role.PREFILL and self.prefill is not None else self.decode
-
-    def span(self, context: TraceContext, request: TraceContext | None, now: float, error: str) -> Span:
-        """This attempt as a span of its request's trace."""
-        attributes: dict[str, AttributeValue] = {
-            "prfaas.sequence_id": self.spec.sequence_id,
-            "prfaas.decode_worker": self.route.decode.worker_id,
-            "prfaas.place": self.route.place,
-            "prfaas.route_reason": self.route.reason,
-        }
-        if self.route.prefill is not None:
-            attributes["prfaas.prefill_worker"] = self.route.prefill.worker_id
-        if self.route.fallback:
-            attributes["prfaas.fallback"] = self.route.fallback
-        return Span("attempt", context, request, self.began_at, now, SpanKind.CLIENT, attributes, error)
-
-    def close(self) -> None:
-        """Hear nothing more of it."""
-        self.ended = True
-        self.decode.close_sequence(self.spec.sequence_id)
-        if self.prefill is not None:
-            self.prefill.close_sequence(self.spec.sequence_id)
-
-    def stages_to_abort(self) -> tuple[Role, ...]:
-        """Stages whose worker may still hold something of it."""
-        stages: list[Role] = []
-        if not self.finished or self.finished_by_prefill:
-            stages.append(Role.DECODE)
-        if not self.finished and not self.handed_over:
-            stages.append(Role.PREFILL)
-        return tuple(stages)
-
-
-class _Wakes:
-    """Lets readers run, a few in each turn of the event loop; the others keep their order.
-
-    One engine step brings tokens for hundreds of continuations. If all their readers ran before the loop looks at its
-    sockets again, a gateway that is too slow for one message per token would fall ever further behind. So it reads the
-    next step meanwhile, and whoever still waits takes all its tokens at once: the busier, the fewer messages.
-    """
-
-    def __init__(self) -> None:
-        self._waiters: deque[asyncio.Future[None]] = deque()
-        self._num_woken = 0  # in this turn
-        self._turning = False
-
-    def wake(self, waiter: asyncio.Future[None]) -> None:
-        """Its reader may run: in this turn, if few do, else in a later one."""
-        if not self._turning:
-            self._turning = True
-            asyncio.get_running_loop().call_soon(self._turn)
-        if self._num_woken < WAKES_A_TURN and not self._waiters:
-            self._num_woken += 1
-            waiter.set_result(None)
-        else:
-            self._waiters.append(waiter)
-
-    def _turn(self) -> None:
-        self._num_woken = 0
-        while self._waiters and self._num_woken < WAKES_A_TURN:
-            waiter = self._waiters.popleft()
-            if not waiter.done():  # its reader was cancelled
-                self._num_woken += 1
-                waiter.set_result(None)
-        self._turning = bool(self._num_woken)
-        if self._turning:
-            asyncio.get_running_loop().call_soon(self._turn)
-
-
-class _Inbox:
-    """What one continuation waits for, in order of arrival; one reader."""
-
-    def __init__(self, wakes: _Wakes) -> None:
-        self._wakes = wakes
-        self._is_waking = False
-        self._events: deque[tuple[Role, SequenceEvent]] = deque()
-        self._error: PrfaasError | None = None
-        self.stopped = False
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, stage: Role, event: SequenceEvent) -> None:
-        """An event of the current attempt, from the worker of that stage."""
-        self._events.append((stage, event))
-        self._wake()
-
-    def interrupt(self, error: PrfaasError) -> None:
-        """The reader raises ``error``, before any event; the first one counts."""
-        self._error = self._error or error
-        self._wake()
-
-    def stop(self) -> None:
-        """The reader gets None, before any event."""
-        self.stopped = True
-        self._wake()
-
-    def clear(self) -> None:
-        """Forget the events of an attempt that is over."""
-        self._events.clear()
-
-    async def get(self) -> tuple[Role, SequenceEvent] | None:
-        """The next event; None: the text side stopped the continuation."""
-        while True:
-            if self._error is not None:
-                raise self._error
-            if self.stopped:
-                return None
-            if self._events:
-                return self._events.popleft()
-            await self._wait()
-
-    def next_chunk(self) -> tuple[Role, TokenChunk] | None:
-        """The next event if it is there and a chunk; None if there is something else to look at first."""
-        if not self._events or self._error is not None or self.stopped:
-            return None
-        stage, event = self._events[0]
-        if not isinstance(event, TokenChunk):
-            return None
-        self._events.popleft()
-        return stage, event
-
-    async def guard(self, work: Coroutine[None, None, bool]) -> None:
-        """Wait for ``work``, or until interrupted or stopped, whichever comes first."""
-        task = asyncio.ensure_future(work)
-        task.add_done_callback(lambda _: self._wake())
-        try:
-            while not task.done() and self._error is None and not self.stopped:
-                await self._wait()
-        finally:
-            task.cancel()
-        if self._error is not None:
-            raise self._error
-
-    async def _wait(self) -> None:
-        assert self._waiter is None, "an inbox has one reader"
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter, self._is_waking = None, False
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done() and not self._is_waking:
-            self._is_waking = True
-            self._wakes.wake(self._waiter)

@@ -6,7 +6,6 @@ import asyncio
 from collections import Counter
 from contextlib import aclosing
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import grpc
@@ -15,7 +14,6 @@ import pytest
 from cluster.config import AdmissionConfig
 from cluster.output_lengths import ASSUMED_TOKENS
 from cluster.prfaas_routing import PrfaasRouting
-from cluster.router import WAKES_A_TURN, _Wakes
 from cluster.routing_policy import RoundRobin, RouteRequest, RoutingSettings, make_policy
 from cluster.view import ClusterView, Forecast, Route
 from core.errors import (
@@ -97,31 +95,6 @@ async def test_tokens_that_have_come_before_they_are_asked_for_come_together() -
         assert [*first.token_ids, *(token for chunk in rest for token in chunk.token_ids)] == EXPECTED
         assert len(rest) == 1
         assert rest[0].finish_reason is FinishReason.LENGTH
-
-
-async def test_readers_run_a_few_in_a_turn_in_their_order_and_all_of_them() -> None:
-    loop, wakes = asyncio.get_running_loop(), _Wakes()
-    waiters = [loop.create_future() for _ in range(3 * WAKES_A_TURN)]
-    gone = waiters[WAKES_A_TURN + 1]
-    num_woken: list[int] = []
-
-    for waiter in waiters:
-        wakes.wake(waiter)
-    gone.cancel()
-    while not all(waiter.done() for waiter in waiters):
-        num_woken.append(sum(waiter.done() and waiter is not gone for waiter in waiters))
-        assert [w.done() for w in waiters if w is not gone] == sorted(
-            (w.done() for w in waiters if w is not gone), reverse=True
-        )
-        await asyncio.sleep(0)
-
-    assert num_woken[0] == WAKES_A_TURN
-    assert all(later - earlier <= WAKES_A_TURN for earlier, later in pairwise(num_woken))
-    alone = loop.create_future()
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    wakes.wake(alone)
-    assert alone.done()  # one alone waits for no turn
 
 
 async def test_the_timing_is_put_together_from_both_stages_reports() -> None:
