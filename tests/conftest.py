@@ -16,8 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # No test asserts on wall time, and neither does hypothesis: an example that takes long says that the machine is busy.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
+# The suite says the same of the same commit; `--hypothesis-profile explore` draws examples that nobody has seen.
+for name, derandomize in (("suite", True), ("explore", False)):
+    settings.register_profile(
+        name, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=derandomize
+    )
+settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)

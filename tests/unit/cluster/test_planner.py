@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cluster.config import PLANNER_MODES, PlannerConfig, PoolConfig
@@ -183,6 +183,8 @@ async def test_a_change_that_somebody_else_asked_for_is_waited_for_too() -> None
     answer=st.integers(1, 1000),
     link=st.sampled_from([2e7, 2e8, 1e9]),
 )
+@example(num_prefill=4, num_decode=1, num_away=1, rate=6.0, prompts=[10_810], answer=389, link=2e8)  # settles late
+@example(num_prefill=1, num_decode=1, num_away=1, rate=6.0, prompts=[3749], answer=1, link=2e8)  # takes turns
 def test_on_constant_demand_roles_and_threshold_settle_and_stay(
     num_prefill: int, num_decode: int, num_away: int, rate: float, prompts: list[int], answer: int, link: float
 ) -> None:
@@ -191,15 +193,17 @@ def test_on_constant_demand_roles_and_threshold_settle_and_stay(
     stream = Stream(rate, tuple(prompts), answer)
 
     async def play() -> list[tuple[float, tuple[int, int], float]]:
-        await run(fleet, 300, stream)
+        # Roles are for what the links usually carry (link_memory_s), so the last conversion may come after minutes.
+        await run(fleet, 600, stream)
         return await run(fleet, 60, stream)
 
     settled = asyncio.run(play())
     assert len({roles for _, roles, _ in settled}) == 1
     assert min(fleet.roles) >= 1
     assert sum(fleet.roles) == num_prefill + num_decode
-    # A few steps of back-off may come and go where the best threshold fills the link; the plan itself stays.
-    assert changes(threshold for _, _, threshold in settled) <= 12
+    # Where neither side alone can take prompts of one length, they go to both in turns: no threshold divides a length.
+    # A turn is as long as it takes a queue to grow by seconds, so there are few of them.
+    assert changes(threshold for _, _, threshold in settled) <= 16
     assert len(fleet.planner.status.conversions) <= 1 or changes(roles for _, roles, _ in settled) == 0
 
 
