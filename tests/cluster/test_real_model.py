@@ -76,13 +76,14 @@ async def test_disaggregated_is_monolithic_is_transformers_for_a_real_model() ->
 async def test_the_default_policy_lets_each_turn_reuse_what_decoding_wrote_in_the_last() -> None:
     """By predicted seconds: what a worker learns of its prefill is far above what a pull of the same pages costs.
 
-    On a machine that is busy for a moment a pull may outlast its worth all the same, and is given up; then another
-    conversation is begun.
+    The conversation is long enough for that on a machine that is busy. If it is so busy for a moment that a pull
+    outlasts its worth all the same, it is given up, and another conversation is begun.
     """
     folder = (await asyncio.to_thread(resolve, MODEL)).folder
     tokenizer = Tokenizer.load(str(folder))
+    counting = "hour {}: the lighthouse keeper counted the ships that went by. "
     openings = tuple(
-        tokenizer.encode(f"{day}: a lighthouse keeper counted the ships that went by. He", field="prompt")
+        tokenizer.encode(f"{day}, {''.join(counting.format(hour) for hour in range(16))}He", field="prompt")
         for day in ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
     )
     model = ReferenceModel(folder, openings)
