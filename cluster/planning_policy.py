@@ -319,8 +319,12 @@ class DualTimescale:
             return OFFLOAD_NOTHING, _Why("no_costs", f"{view.unknown}: nothing is offloaded"), memory
         if fleet is None:
             threshold = sooner_beyond_tokens(_prfaas_cluster(view), view.local_prefill_s, view.kv_bytes)
-            said = "no prompt has been measured, longer ones are sooner there while all is idle"
-            return threshold, _Why("no_demand", f"threshold {threshold:,.0f} tokens: {said}"), memory
+            if threshold == OFFLOAD_NOTHING:
+                said = "threshold none: no prompt has been measured, and none is sooner there while all is idle"
+            else:
+                sooner = "no prompt has been measured, longer ones are sooner there while all is idle"
+                said = f"threshold {threshold:,.0f} tokens: {sooner}"
+            return threshold, _Why("no_demand", said), memory
         last = memory.threshold_tokens
         horizon = self._horizon(view, demand, fleet, last)
         # A worker that has just been told to prefill does so when it has drained.

@@ -136,6 +136,7 @@ def test_before_the_first_request_prompts_go_where_they_would_be_sooner(
     assert target.roles == Roles(3, 3)
     assert target.threshold_tokens == threshold
     assert target.causes["threshold"] == "no_demand"
+    assert ("none is sooner there" in target.reason) == (threshold == math.inf)
     assert memory.threshold_tokens is None, "the first measured one is no move"
 
 
