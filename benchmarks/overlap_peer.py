@@ -35,7 +35,7 @@ from core.request import (
 from engine.config import EngineConfig
 from engine.engine import Engine, StepListener, StepOutput
 from engine.engine_thread import EngineThread
-from engine.scheduler import StepPlan
+from engine.step_plan import StepPlan
 from kv_transfer.config import KvTransferConfig
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.sender import KvSender

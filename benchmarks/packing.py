@@ -8,9 +8,9 @@ A request needs its prompt's tokens and all of its output's but the last, each o
     padded    batches of 8, 16, 32 and 64 in the order of arrival: every prompt as long as the batch's longest, and a
               decode step for every sequence until the longest output of the batch is done
     sorted    the same, requests sorted by their prompts' lengths first
-    packed    the engine's scheduler and step packing (engine/scheduler.py, engine/step_packing.py): counted is each
-              step's row as the model gets it. ``graphs``: decode steps run in a captured graph of the next larger size
-              (engine/decode_graphs.py). ``stopped``: as graphs, and every sequence ends by a stop token while the
+    packed    the engine's scheduler and step packing (engine/chunked_prefill.py, engine/step_packing.py): counted is
+              each step's row as the model gets it. ``graphs``: decode steps run in a captured graph of the next larger
+              size (engine/decode_graphs.py). ``stopped``: as graphs, and every sequence ends by a stop token while the
               step after it is launched already, which costs a row
 
 ``packed`` runs once with all requests at once, and at rates (Poisson) where batches come and go, which is what leaves
@@ -36,11 +36,12 @@ from benchmarks.report import Cell
 from benchmarks.simulation_runs import shared_traces
 from cluster.workload_traces import TraceRequest, read_trace
 from core.request import SamplingParams, SequenceId, SequenceSpec
+from engine.chunked_prefill import ChunkedPrefillScheduler
 from engine.config import EngineConfig
 from engine.decode_graphs import batch_buckets
 from engine.page_allocator import PageAllocator
-from engine.scheduler import ChunkedPrefillScheduler, SampledToken
 from engine.step_packing import Chunk, pack
+from engine.step_plan import SampledToken
 
 SHAREGPT = "lengths_sharegpt8k_llama2tok.csv.gz"
 BATCHES = (8, 16, 32, 64)

@@ -22,8 +22,8 @@ from threading import Event
 from engine.colocated_mode import Choice, Slowdowns, StepShape, layer_group
 from engine.launched_step import LaunchedStep, StepOutput
 from engine.phase_streams import PhaseStreams
-from engine.scheduler import StepPlan
 from engine.step_budget import Costs
+from engine.step_plan import StepPlan
 
 _LOOK_EVERY_S = 50e-6  # while the host is ahead of the device
 

@@ -48,9 +48,9 @@ from core.fingerprint import CacheFingerprint
 from core.prefix_hash import PageHash
 from core.request import Role, SequenceFailure, SequenceId, SequenceSpec
 from core.request_log import about
-from engine.attention import create_backend
-from engine.attention_choice import AttentionChoice, choose_attention
+from engine.attention_choice import AttentionChoice
 from engine.cache_layout import CacheLayout
+from engine.chunked_prefill import ChunkedPrefillScheduler
 from engine.compiled_layers import keep_compiled_code
 from engine.config import APART_MODES, EngineConfig
 from engine.decode_beside import DecodeBeside, EngineCalls, shape_of
@@ -58,23 +58,18 @@ from engine.grammar import CompiledGrammar, Grammars
 from engine.launch_pace import LaunchPace
 from engine.launched_step import LaunchedStep, StepOutput
 from engine.model_loader import LoadedModel, ModelDescription, load_model
-from engine.model_runner import ForwardMode, ModelRunner, SpeedUps
+from engine.model_runner import ForwardMode, ModelRunner
 from engine.model_source import resolve
 from engine.page_allocator import CacheChanges, PageAllocator
 from engine.page_pool import PagePool
-from engine.phase_streams import PhaseStreams, one_stream, two_streams
+from engine.phase_streams import PhaseStreams
 from engine.prefill_order import Pace
 from engine.rank_steps import RankLeader
+from engine.runner_setup import make_runner, streams_for
 from engine.sampler import Sampled, Sampler
-from engine.scheduler import (
-    ChunkedPrefillScheduler,
-    PrefixRoom,
-    Reservation,
-    Scheduler,
-    StepItem,
-    StepPlan,
-)
+from engine.scheduler import PrefixRoom, Reservation, Scheduler
 from engine.step_budget import Bound
+from engine.step_plan import StepItem, StepPlan
 from engine.step_seconds import StepClock
 from engine.step_trials import try_steps
 from engine.tiered_cache import TieredCache, open_cache
@@ -227,7 +222,7 @@ class Engine:
         if leader is not None and config.host_cache_bytes:
             allowed = "must be 0 with tensor_parallel above 1: pages of the other ranks would not be kept"
             raise InvalidConfig("engine.host_cache_bytes", f"{allowed}, got {config.host_cache_bytes}")
-        streams = _streams_for(config, loaded.device)
+        streams = streams_for(config, loaded.device)
         runner, choice = make_runner(config, loaded, pool, leader, runs_beside=streams is not None)
         interrupts = config.prefill_order == "slack" and runner.may_be_held_up
         device = loaded.device.type
@@ -738,19 +733,6 @@ class Engine:
             assert self._allocator.whole(), "nothing runs, yet pages are in use"
 
 
-def _streams_for(config: EngineConfig, device: torch.device) -> PhaseStreams | None:
-    """Where decoding runs beside prompts; None: they share steps."""
-    if config.colocated_mode not in APART_MODES:
-        return None
-    if config.colocated_mode == "layered":
-        return one_stream("")
-    if device.type == "cuda":
-        return two_streams(device)
-    streams = one_stream("a CPU has no multiprocessors to part: a decoding step follows every layer of a prompt")
-    logger.warning("engine.colocated_mode: partitioned: %s", streams.reason)
-    return streams
-
-
 def _holds_prompts(plan: StepPlan) -> bool:
     return any(len(item.token_ids) > 1 for item in plan.items)
 
@@ -760,39 +742,6 @@ def _joined(outputs: Sequence[StepOutput]) -> StepOutput:
         return outputs[0]
     chunks = tuple(chunk for output in outputs for chunk in output.chunks)
     return StepOutput(chunks, tuple(failure for output in outputs for failure in output.failures))
-
-
-def make_runner(
-    config: EngineConfig,
-    loaded: LoadedModel,
-    pool: PagePool,
-    leader: RankLeader | None = None,
-    *,
-    runs_beside: bool = False,
-) -> tuple[ModelRunner, AttentionChoice]:
-    """What computes steps, tried out and as fast as it gets; every rank makes its own, all at the same time.
-
-    ``runs_beside``: steps are run between the layers of others. Raises ``UnsupportedModel`` with the reason.
-    """
-    choice = choose_attention(config.attention, loaded.attention)
-    logger.info("attention by %s: %s", choice.name, choice.reason)
-    code_folder = config.compile_cache
-    interrupts = config.prefill_order == "slack"
-    twice = (interrupts or runs_beside) and loaded.layout.num_ranks == 1
-    urgent = create_backend(choice.name, pool, code_folder) if twice else None
-    runner = ModelRunner(loaded.model, pool, create_backend(choice.name, pool, code_folder), urgent, leader)
-    runner.self_test()
-    device = loaded.device.type
-    graphs = config.max_batch_size if config.switched_on("decode_graphs", device) else 0
-    compile_layers, why_not = config.switched_on("compile", device), "engine.compile says so"
-    if loaded.quantisation is not None and not loaded.quantisation.dequantised and config.compile == "auto":
-        compile_layers, why_not = False, f"{loaded.quantisation.label}: their libraries' layers run as they are"
-    wishes = SpeedUps(compile_layers, graphs, loaded.description.max_model_len, why_not)
-    if wishes.compile or wishes.graph_batch_size:
-        runner.speed_up(wishes)
-    if interrupts and urgent is None:
-        runner.forgo_interruption("steps are not held up between layers: other ranks could not follow")
-    return runner, choice
 
 
 def _sample(plan: StepPlan, seconds: float) -> StepSample:

@@ -8,7 +8,7 @@ import torch
 
 from core.request import SequenceFailure, TokenChunk
 from engine.sampler import Sampled
-from engine.scheduler import StepPlan
+from engine.step_plan import StepPlan
 
 
 @dataclass(frozen=True, slots=True)

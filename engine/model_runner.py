@@ -38,8 +38,8 @@ from engine.compiled_layers import CompiledLayers, generator_missing
 from engine.decode_graphs import DecodeGraphs
 from engine.page_pool import PagePool
 from engine.rank_steps import RankLeader
-from engine.scheduler import StepItem, StepPlan
 from engine.step_packing import Chunk, PackedStep, fill_pending, pack
+from engine.step_plan import StepItem, StepPlan
 from engine.uploads import upload
 
 logger = logging.getLogger(__name__)

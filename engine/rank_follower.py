@@ -13,13 +13,13 @@ from core.fingerprint import CacheFingerprint
 from engine.cache_layout import CacheLayout
 from engine.compiled_layers import keep_compiled_code
 from engine.config import EngineConfig
-from engine.engine import make_runner
 from engine.model_loader import load_model
 from engine.model_runner import ModelRunner
 from engine.model_source import resolve
 from engine.page_pool import PagePool
 from engine.rank_group import RankGroup
 from engine.rank_steps import RankStep, receive_previous
+from engine.runner_setup import make_runner
 
 
 class RankFollower:

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from core.request import SamplingParams, TokenLogprob
-from engine.scheduler import SampledToken, StepItem
+from engine.step_plan import SampledToken, StepItem
 from engine.token_masks import Masks, TokenMasks
 from engine.uploads import upload
 

@@ -16,7 +16,7 @@ from core.compute import StepSample
 from core.request import SamplingParams, SequenceId
 from engine.config import EngineConfig
 from engine.model_runner import ModelRunner
-from engine.scheduler import StepItem, StepPlan
+from engine.step_plan import StepItem, StepPlan
 
 PROMPTS = (64, 256, 1024, 4096)  # tokens
 BATCHES = ((1, 1), (8, 1), (64, 1), (8, 4096), (64, 1024))  # (sequences, tokens of each)

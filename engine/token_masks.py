@@ -29,7 +29,7 @@ from core.errors import InvalidRequest
 from core.grammar import Grammar
 from core.request import SequenceId
 from engine.grammar import CompiledGrammar, GrammarCompiler, Matcher
-from engine.scheduler import StepItem
+from engine.step_plan import StepItem
 
 _TIMEOUT_S = 1.0
 _FEW = 8  # masks that one thread makes sooner than two would

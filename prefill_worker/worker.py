@@ -46,7 +46,7 @@ from core.tracing import TRACING_OFF, AttributeValue, Span, SpanKind, TraceConte
 from engine.engine import Engine
 from engine.engine_thread import EngineThread
 from engine.grammar import CompiledGrammar
-from engine.scheduler import StepPlan
+from engine.step_plan import StepPlan
 from kv_transfer.sender import SendingEnd, StoredPages
 from kv_transfer.session import Grant, SendReport
 from kv_transfer.transport import SendOrder

@@ -51,6 +51,7 @@ TORCH_FREE_ENGINE = frozenset(
     for noun in (
         "cache_layout",
         "cache_tiers",
+        "chunked_prefill",
         "colocated_mode",
         "config",
         "cost_fit",
@@ -64,6 +65,7 @@ TORCH_FREE_ENGINE = frozenset(
         "scheduler",
         "sequence",
         "step_budget",
+        "step_plan",
         "step_seconds",
     )
 )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, islice, repeat
 
 from core.request import SequenceId, SequenceSpec
-from engine.scheduler import SampledToken
+from engine.step_plan import SampledToken
 
 
 @dataclass(frozen=True, slots=True)

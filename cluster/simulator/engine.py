@@ -27,9 +27,11 @@ from core.compute import StepSample
 from core.errors import InvalidConfig
 from core.prefix_hash import PageHash
 from core.request import SequenceId, SequenceSpec, TokenChunk
+from engine.chunked_prefill import ChunkedPrefillScheduler
 from engine.config import APART_MODES, EngineConfig
 from engine.page_allocator import PageAllocator
-from engine.scheduler import ChunkedPrefillScheduler, PrefixRoom, Reservation, StepPlan
+from engine.scheduler import PrefixRoom, Reservation
+from engine.step_plan import StepPlan
 
 _MAX_SAMPLES = 64  # as many as a report of a real worker has
 _NO_PROMPTS = (0, 0.0)

@@ -20,7 +20,7 @@ from cluster.simulator.receiving import GrantQuery, ReceivingHalf
 from cluster.worker_client import WorkerDescription
 from core.errors import InvalidRequest
 from core.request import PullReport, Role, SequenceFailure, SequenceId, SequenceSpec, SessionId, StageStats, TokenChunk
-from engine.scheduler import StepItem, StepPlan
+from engine.step_plan import StepItem, StepPlan
 
 _Ts = TypeVarTuple("_Ts")
 

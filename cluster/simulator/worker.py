@@ -25,7 +25,7 @@ from cluster.view import WorkerLoad
 from cluster.worker_client import WorkerDescription, WorkerState
 from core.errors import InvalidRequest
 from core.request import PullTask, Role, SequenceId, SequenceSpec, SessionId, TokenChunk
-from engine.scheduler import StepPlan
+from engine.step_plan import StepPlan
 
 
 class SimulatedWorker:

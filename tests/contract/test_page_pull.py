@@ -40,10 +40,11 @@ from core.request import (
 )
 from decode_worker.page_client import PageClient
 from decode_worker.page_pull import PagePuller
+from engine.chunked_prefill import ChunkedPrefillScheduler
 from engine.config import EngineConfig
 from engine.page_allocator import PageAllocator
 from engine.prefix_loan import PrefixLoans
-from engine.scheduler import ChunkedPrefillScheduler, PrefixRoom
+from engine.scheduler import PrefixRoom
 from kv_transfer.config import KvTransferConfig, LinkConfig
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.sender import KvSender

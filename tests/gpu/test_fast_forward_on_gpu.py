@@ -20,7 +20,7 @@ from core.clock import WallClock
 from core.request import SamplingParams, SequenceId, SequenceSpec, TokenChunk
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.scheduler import StepPlan
+from engine.step_plan import StepPlan
 from tests.tiny_models import VOCAB_SIZE, generate_with, save_tiny_model
 
 pytestmark = [

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.overlap_peer import HoldBack
 from benchmarks.overlap_results import AFTER, ALONE, WHILE, Handover, Setting, figures, row
 from core.request import SequenceSpec
-from engine.scheduler import StepPlan
+from engine.step_plan import StepPlan
 
 
 class Recorder:

@@ -15,12 +15,14 @@ from core.compute import ComputeProfile
 from core.prefix_hash import PageHash, page_hashes
 from core.request import SamplingParams, SequenceId, SequenceSpec
 from engine.cache_tiers import CacheTiers
+from engine.chunked_prefill import ChunkedPrefillScheduler
 from engine.config import EngineConfig
 from engine.page_allocator import PageAllocator
 from engine.page_tiers import Done, Drop, Load, Order, PageTiers, Save, Spill
 from engine.reload_choice import PrefillCost, TierSpeed
 from engine.reload_costs import ReloadCosts
-from engine.scheduler import ChunkedPrefillScheduler, Reservation, SampledToken, StepPlan
+from engine.scheduler import Reservation
+from engine.step_plan import SampledToken, StepPlan
 
 PAGE_SIZE, MAX_LEN = 2, 40
 FAST = {Tier.HOST: TierSpeed(0.0, 1e12), Tier.DISK: TierSpeed(0.0, 1e12)}

@@ -18,7 +18,8 @@ from core.request import FinishReason, SamplingParams, SequenceId, SequenceSpec,
 from engine.config import EngineConfig
 from engine.engine import Engine, StepOutput
 from engine.model_runner import ModelRunner
-from engine.scheduler import PrefixRoom, StepPlan
+from engine.scheduler import PrefixRoom
+from engine.step_plan import StepPlan
 from tests.tiny_models import MAX_LEN, VOCAB_SIZE, save_tiny_model
 
 PROMPT = tuple(range(20, 31))

@@ -15,7 +15,7 @@ from core.errors import InvalidRequest
 from core.grammar import Grammar, GrammarKind
 from core.request import SamplingParams, SequenceId
 from engine.grammar import CompiledGrammar, GrammarCompiler, Mask, Vocabulary
-from engine.scheduler import StepItem
+from engine.step_plan import StepItem
 from engine.token_masks import Masks, TokenMasks
 from tests.unit.cluster.tiny_tokenizers import byte_level
 

@@ -24,7 +24,7 @@ from engine.model_runner import ModelRunner
 from engine.model_source import ModelSource, SourceKind, resolve
 from engine.packed_linear import operators_work
 from engine.page_pool import PagePool
-from engine.scheduler import StepItem, StepPlan
+from engine.step_plan import StepItem, StepPlan
 from tests.tiny_models import MAX_LEN, VOCAB_SIZE, WINDOW, save_tiny_model
 
 CONFIG = EngineConfig(device="cpu", threads=1, dtype="float32", page_size=4, num_pages=32)

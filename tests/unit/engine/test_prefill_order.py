@@ -13,9 +13,9 @@ from hypothesis.stateful import precondition, rule
 
 from core.request import SequenceSpec
 from engine.prefill_order import PATIENCE_S, FirstCome, LeastSlack, Pace
-from engine.scheduler import StepPlan
 from engine.sequence import Sequence
-from tests.unit.engine.test_scheduler import PROMPTS, Bench, SchedulerMachine, expected, shape, spec
+from engine.step_plan import StepPlan
+from tests.unit.engine.test_chunked_prefill import PROMPTS, Bench, SchedulerMachine, expected, shape, spec
 
 PACE = Pace(left_s=10.0, token_s=0.1, step_s=0.5)
 

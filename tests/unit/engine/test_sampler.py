@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from core.request import SamplingParams, SequenceId
 from engine.sampler import Sampler
-from engine.scheduler import StepItem
+from engine.step_plan import StepItem
 
 VOCAB = 600  # above the first guess of a nucleus' size, and no multiple of the draw's run
 EOS = 0

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from core.compute import StepSample
 from core.errors import InvalidConfig
 from engine import step_budget
+from engine.chunked_prefill import ChunkedPrefillScheduler
 from engine.config import EngineConfig
-from engine.scheduler import ChunkedPrefillScheduler, StepPlan
 from engine.step_budget import TILE, Bound, StepBudget, StepBudgets
+from engine.step_plan import StepPlan
 from engine.step_seconds import StepClock, StepSeconds
-from tests.unit.engine.test_scheduler import EOS, Bench, SchedulerMachine, shape, spec
+from tests.unit.engine.test_chunked_prefill import EOS, Bench, SchedulerMachine, shape, spec
 
 COSTS = StepSeconds(once=6e-3, launch=0.0, token=3e-5, pair=1e-9, row=5e-5, context=1e-7)
 SMALL = st.just(0.0) | st.floats(1e-9, 1e-3)

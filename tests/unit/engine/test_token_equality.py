@@ -18,7 +18,7 @@ from core.request import SamplingParams, SequenceId, SequenceSpec
 from engine.config import EngineConfig
 from engine.engine import Engine, StepOutput
 from engine.model_runner import SpeedUps
-from engine.scheduler import StepPlan
+from engine.step_plan import StepPlan
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, generate_with, save_tiny_model
 
 NUM_TOKENS = 10

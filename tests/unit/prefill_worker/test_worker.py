@@ -37,7 +37,7 @@ from core.request import (
 from core.request_log import REQUESTS
 from core.tracing import SpanLog, TraceContext
 from engine.grammar import CompiledGrammar
-from engine.scheduler import StepItem, StepPlan
+from engine.step_plan import StepItem, StepPlan
 from kv_transfer.sender import StoredPages
 from kv_transfer.session import Grant, SendReport
 from kv_transfer.transport import SendOrder

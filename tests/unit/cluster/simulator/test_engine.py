@@ -17,7 +17,8 @@ from cluster.simulator.virtual_loop import run, running_loop
 from core.errors import InvalidConfig
 from core.request import SamplingParams, SequenceId, SequenceSpec, TokenChunk
 from engine.config import EngineConfig
-from engine.scheduler import SchedulerLoad, StepPlan
+from engine.scheduler import SchedulerLoad
+from engine.step_plan import StepPlan
 
 COST = FittedCost(ComputeCost(LinearCost((0.01, 1e-3, 1e-6)), LinearCost((0.02, 1e-3, 1e-5))))
 

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.request import SamplingParams, SequenceId, SequenceSpec
+from engine.chunked_prefill import ChunkedPrefillScheduler
 from engine.config import EngineConfig
 from engine.page_allocator import PageAllocator
-from engine.scheduler import ChunkedPrefillScheduler, SampledToken, StepPlan
+from engine.step_plan import SampledToken, StepPlan
 
 PAGE_SIZE = 4
 STOP = 3

@@ -19,9 +19,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from core.errors import InvalidRequest, ProtocolViolation
 from core.prefix_hash import PageHash, page_hashes
 from core.request import FinishReason, Role, SamplingParams, SequenceId, SequenceSpec, TokenChunk, TokenLogprob
+from engine.chunked_prefill import ChunkedPrefillScheduler
 from engine.config import EngineConfig
 from engine.page_allocator import PageAllocator
-from engine.scheduler import ChunkedPrefillScheduler, PrefixRoom, Reservation, SampledToken, StepPlan
+from engine.scheduler import PrefixRoom, Reservation
+from engine.step_plan import SampledToken, StepPlan
 
 EOS = 0
 VOCAB = 7

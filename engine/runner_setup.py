@@ -1,0 +1,64 @@
+"""What computes an engine's steps, as its config and device allow: attention, graphs, compiled layers, streams."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from engine.attention import create_backend
+from engine.attention_choice import AttentionChoice, choose_attention
+from engine.config import APART_MODES, EngineConfig
+from engine.model_loader import LoadedModel
+from engine.model_runner import ModelRunner, SpeedUps
+from engine.page_pool import PagePool
+from engine.phase_streams import PhaseStreams, one_stream, two_streams
+from engine.rank_steps import RankLeader
+
+logger = logging.getLogger(__name__)
+
+
+def make_runner(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    pool: PagePool,
+    leader: RankLeader | None = None,
+    *,
+    runs_beside: bool = False,
+) -> tuple[ModelRunner, AttentionChoice]:
+    """What computes steps, tried out and as fast as it gets; every rank makes its own, all at the same time.
+
+    ``runs_beside``: steps are run between the layers of others. Raises ``UnsupportedModel`` with the reason.
+    """
+    choice = choose_attention(config.attention, loaded.attention)
+    logger.info("attention by %s: %s", choice.name, choice.reason)
+    code_folder = config.compile_cache
+    interrupts = config.prefill_order == "slack"
+    twice = (interrupts or runs_beside) and loaded.layout.num_ranks == 1
+    urgent = create_backend(choice.name, pool, code_folder) if twice else None
+    runner = ModelRunner(loaded.model, pool, create_backend(choice.name, pool, code_folder), urgent, leader)
+    runner.self_test()
+    device = loaded.device.type
+    graphs = config.max_batch_size if config.switched_on("decode_graphs", device) else 0
+    compile_layers, why_not = config.switched_on("compile", device), "engine.compile says so"
+    if loaded.quantisation is not None and not loaded.quantisation.dequantised and config.compile == "auto":
+        compile_layers, why_not = False, f"{loaded.quantisation.label}: their libraries' layers run as they are"
+    wishes = SpeedUps(compile_layers, graphs, loaded.description.max_model_len, why_not)
+    if wishes.compile or wishes.graph_batch_size:
+        runner.speed_up(wishes)
+    if interrupts and urgent is None:
+        runner.forgo_interruption("steps are not held up between layers: other ranks could not follow")
+    return runner, choice
+
+
+def streams_for(config: EngineConfig, device: torch.device) -> PhaseStreams | None:
+    """Where decoding runs beside prompts; None: they share steps."""
+    if config.colocated_mode not in APART_MODES:
+        return None
+    if config.colocated_mode == "layered":
+        return one_stream("")
+    if device.type == "cuda":
+        return two_streams(device)
+    streams = one_stream("a CPU has no multiprocessors to part: a decoding step follows every layer of a prompt")
+    logger.warning("engine.colocated_mode: partitioned: %s", streams.reason)
+    return streams
