@@ -1,6 +1,6 @@
 """The gRPC door: ``prfaas.v1.Generation`` (protos/serving.proto), ``grpc.health.v1`` and reflection.
 
-Translates messages to ``TextRequest`` and ``TextChunk`` to messages; everything else is done by ``generation``.
+Carries messages between clients and ``generation``, which does everything else; what they mean is in grpc_messages.py.
 - Errors become statuses in one table, ``_STATUS``; the details of INVALID_ARGUMENT begin with the field's name.
 - The client's deadline becomes the request's; a client that cancels or goes away cancels the handler, which closes
   the stream and so frees both pools. Handlers write instead of yielding for that: a generator that is suspended in
@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -22,7 +21,6 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster import structured_output
 from cluster.api_keys import ApiKeys
 from cluster.cluster_info import (
     cluster_link_info,
@@ -47,21 +45,10 @@ from cluster.front_door import (
     not_ready_reason,
     retry_after,
 )
-from cluster.generation import (
-    ChatPrompt,
-    Generation,
-    LogprobText,
-    PreparedRequest,
-    Prompt,
-    TextChunk,
-    TextPrompt,
-    TextRequest,
-    TokenPrompt,
-    TokenText,
-)
+from cluster.generation import Generation, TextRequest
+from cluster.grpc_messages import STRUCTURED_OUTPUT, answer_messages, parse_prompt, parse_request_id, parse_sampling
 from cluster.internal_tls import TlsDecision
-from cluster.request_info import recent_request, timing_breakdown
-from cluster.tokenizer import ChatMessage
+from cluster.request_info import recent_request
 from cluster.version import version
 from core.clock import Clock
 from core.errors import (
@@ -77,8 +64,7 @@ from core.errors import (
     UnknownModel,
     WrongKey,
 )
-from core.grammar import Grammar
-from core.request import RequestId, Role, SamplingParams, Slo
+from core.request import RequestId, Role, Slo
 from core.tracing import TraceContext
 from protos import serving_pb2 as pb
 from protos import serving_pb2_grpc as rpc
@@ -106,8 +92,6 @@ _STATUS: tuple[tuple[type[PrfaasError], grpc.StatusCode], ...] = (
 # gRPC itself refuses larger messages without saying what was too large, so its own limit is only the last defence.
 _TRANSPORT_LIMIT_FACTOR = 4
 _HEALTH_INTERVAL_S = 0.2
-_MAX_REQUEST_ID_CHARS = 256
-_STRUCTURED_OUTPUT = "sampling_params.structured_output"
 _SAMPLING_FIELDS = frozenset(field.name for field in pb.SamplingParams.DESCRIPTOR.fields)
 
 
@@ -269,14 +253,14 @@ class GenerationServicer(rpc.GenerationServicer):
             prepared = await self._generation.prepare(text_request)
             async with aclosing(self._generation.stream(prepared)) as chunks:
                 async for chunk in chunks:
-                    for message in _messages(prepared, chunk):
+                    for message in answer_messages(prepared, chunk):
                         await context.write(message)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:  # noqa: N802
         """Token ids of a text, or of a chat in the model's template."""
         async with _errors_as_statuses(context):
             self._check_size(request)
-            prompt, field = _parse_prompt(request)
+            prompt, field = parse_prompt(request)
             special = request.add_special_tokens if request.HasField("add_special_tokens") else True
             token_ids = await self._generation.tokenize(prompt, field=field, add_special_tokens=special)
             limit = self._generation.model().max_model_len
@@ -377,14 +361,14 @@ class GenerationServicer(rpc.GenerationServicer):
         self, request: pb.GenerateRequest, time_remaining_s: float | None, trace_parent: TraceContext | None
     ) -> TextRequest:
         self._check_size(request)
-        prompt, field = _parse_prompt(request)
+        prompt, field = parse_prompt(request)
         now = self._clock.now()
         return TextRequest(
-            request_id=_parse_request_id(request.request_id),
+            request_id=parse_request_id(request.request_id),
             door=Door.GRPC,
             prompt=prompt,
             prompt_field=field,
-            sampling=_parse_sampling(request.sampling_params),
+            sampling=parse_sampling(request.sampling_params),
             arrived_at=now,
             model=request.model or None,
             salt=request.cache_salt.encode(),
@@ -432,109 +416,7 @@ async def _errors_as_statuses(context: _Context) -> AsyncIterator[None]:
 def _details(error: PrfaasError) -> str:
     """The error in words, with the client's name for a sampling field."""
     if isinstance(error, InvalidRequest) and error.field == "grammar":
-        return f"{_STRUCTURED_OUTPUT}: {error.message}"
+        return f"{STRUCTURED_OUTPUT}: {error.message}"
     if isinstance(error, InvalidRequest) and error.field in _SAMPLING_FIELDS:
         return f"sampling_params.{error}"
     return str(error)
-
-
-def _parse_prompt(request: pb.GenerateRequest | pb.TokenizeRequest) -> tuple[Prompt, str]:
-    """The prompt and the client's name for it."""
-    kind = request.WhichOneof("input")
-    if kind == "text":
-        return TextPrompt(request.text), "text"
-    if kind == "chat":
-        messages = tuple(ChatMessage(m.role, m.content) for m in request.chat.messages)
-        return ChatPrompt(messages), "chat.messages"
-    if kind == "tokenized" and isinstance(request, pb.GenerateRequest):
-        return TokenPrompt(tuple(request.tokenized.input_ids)), "tokenized.input_ids"
-    allowed = ", ".join(field.name for field in request.DESCRIPTOR.oneofs_by_name["input"].fields)
-    raise InvalidRequest("input", f"one of {allowed} must be given")
-
-
-def _parse_request_id(given: str) -> RequestId:
-    if len(given) > _MAX_REQUEST_ID_CHARS:
-        raise InvalidRequest("request_id", f"must have at most {_MAX_REQUEST_ID_CHARS} characters")
-    return RequestId(given or f"gen-{uuid.uuid4().hex}")
-
-
-def _parse_sampling(message: pb.SamplingParams) -> SamplingParams:
-    """The fields that the client set; their names are ``SamplingParams``' own."""
-    values: dict[str, Any] = {}
-    for field, value in message.ListFields():
-        if field.name == "logit_bias":
-            values[field.name] = {token_id: _shortest(bias) for token_id, bias in value.items()}
-        elif field.name == "structured_output":
-            values["grammar"] = _parse_form(value)
-        elif field.name in ("stop", "stop_token_ids"):
-            values[field.name] = tuple(value)
-        else:
-            values[field.name] = _shortest(value) if isinstance(value, float) else value
-    return SamplingParams(**values)
-
-
-def _parse_form(message: pb.StructuredOutput) -> Grammar:
-    """What the output has to obey; ``InvalidRequest`` naming the field."""
-    kind = message.WhichOneof("form")
-    if kind is None:
-        allowed = ", ".join(field.name for field in message.DESCRIPTOR.oneofs_by_name["form"].fields)
-        raise InvalidRequest(_STRUCTURED_OUTPUT, f"one of {allowed} must be given")
-    field = f"{_STRUCTURED_OUTPUT}.{kind}"
-    if kind == "json_object":
-        return structured_output.of_schema({"type": "object"}, field)
-    if kind == "choice":
-        return structured_output.of_choice(list(message.choice.texts), f"{field}.texts")
-    make = {"json_schema": structured_output.of_schema, "regex": structured_output.of_regex}
-    return make.get(kind, structured_output.of_lark)(getattr(message, kind), field)
-
-
-def _shortest(value: float) -> float:
-    """What the client meant: 0.9 travels as the float32 0.89999998, and HTTP clients' 0.9 must do the same."""
-    return float(f"{value:.7g}")
-
-
-def _messages(prepared: PreparedRequest, chunk: TextChunk) -> list[pb.GenerateResponse]:
-    """What ``chunk`` is on the wire: a chunk if it has tokens or text, a final message if it is the last."""
-    request_id = prepared.request.request_id
-    prompt_tokens = len(prepared.request.prompt_token_ids)
-    messages = []
-    if chunk.token_ids or chunk.text:
-        part = pb.GenerateStreamChunk(
-            index=chunk.index,
-            token_ids=chunk.token_ids,
-            text=chunk.text,
-            logprobs=[_logprob(entry) for entry in chunk.logprobs],
-            prompt_tokens=prompt_tokens,
-            completion_tokens=chunk.num_output_tokens,
-            cached_tokens=chunk.cached_tokens,
-        )
-        messages.append(pb.GenerateResponse(request_id=request_id, chunk=part))
-    if chunk.finish is not None:
-        complete = pb.GenerateComplete(
-            index=chunk.index,
-            output_ids=chunk.finish.output_token_ids,
-            text=chunk.finish.text,
-            finish_reason=chunk.finish.reason,
-            usage=pb.Usage(
-                prompt_tokens=prompt_tokens,
-                completion_tokens=chunk.num_output_tokens,
-                cached_tokens=chunk.cached_tokens,
-            ),
-            timing=timing_breakdown(chunk.finish.timing, prepared.tokenize_s),
-        )
-        if chunk.finish.stop_string is not None:
-            complete.stop_string = chunk.finish.stop_string
-        elif chunk.finish.stop_token_id is not None:
-            complete.stop_token_id = chunk.finish.stop_token_id
-        messages.append(pb.GenerateResponse(request_id=request_id, complete=complete))
-    return messages
-
-
-def _logprob(entry: LogprobText) -> pb.OutputLogprob:
-    def top(token: TokenText) -> pb.TopLogprob:
-        return pb.TopLogprob(token_id=token.token_id, logprob=token.logprob, token=token.text)
-
-    chosen = entry.chosen
-    return pb.OutputLogprob(
-        token_id=chosen.token_id, logprob=chosen.logprob, token=chosen.text, top=[top(token) for token in entry.top]
-    )

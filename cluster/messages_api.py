@@ -21,9 +21,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from cluster.generation import ChatPrompt, Finish, LogprobText, TextChunk
-from cluster.openai_api import Body, Call, message_text, named_event, priority, renamed, tool_use, validate
+from cluster.openai_api import Body, Call, message_text, named_event, priority, renamed, validate
 from cluster.tokenizer import ChatMessage, ToolCall
-from cluster.tools import AUTO, NONE, REQUIRED, Tool
+from cluster.tools import AUTO, NONE, REQUIRED, Tool, tool_use
 from core.errors import InvalidRequest
 from core.request import FinishReason, SamplingParams
 
@@ -141,7 +141,7 @@ class ToolChoice(Body):
 
     @property
     def in_openais_words(self) -> str:
-        """As ``openai_api.tool_use`` has it."""
+        """As ``tools.tool_use`` has it."""
         if self.type == "tool":
             if self.name is None:
                 raise InvalidRequest("tool_choice.name", "is required")

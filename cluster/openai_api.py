@@ -30,7 +30,7 @@ from cluster.generation import (
 )
 from cluster.structured_output import FIELDS, AskedFor, asked_for
 from cluster.tokenizer import ChatMessage, ToolCall
-from cluster.tools import AUTO, NONE, REQUIRED, Tool, ToolUse
+from cluster.tools import AUTO, NONE, REQUIRED, Tool, object_of, shortened, tool_use
 from core.errors import InvalidRequest
 from core.request import MAX_PRIORITY, SamplingParams
 
@@ -191,19 +191,8 @@ class ToolCallBody(BaseModel):
 
     def call(self, field: str) -> ToolCall:
         """The call; ``InvalidRequest`` if its arguments are no JSON object."""
-        arguments = object_text(self.function.arguments, f"{field}.function.arguments")
-        return ToolCall(self.id, self.function.name, arguments)
-
-
-def object_text(text: str, field: str) -> str:
-    """``text``, which must be a JSON object."""
-    try:
-        ok = isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        ok = False
-    if not ok:
-        raise InvalidRequest(field, f"must be the text of a JSON object, got {_shortened(repr(text))}")
-    return text
+        object_of(self.function.arguments, f"{field}.function.arguments")
+        return ToolCall(self.id, self.function.name, self.function.arguments)
 
 
 class FunctionBody(Body):
@@ -224,21 +213,6 @@ class ToolBody(Body):
 
     type: Literal["function"]
     function: FunctionBody
-
-
-def tool_use(
-    tools: Sequence[Tool], choice: str | None, parallel: bool | None, choice_field: str = "tool_choice"
-) -> ToolUse | None:
-    """What a request's tools ask for. ``choice``: auto, none, required, or ``=NAME`` for one of them; None: auto."""
-    choice = choice or AUTO
-    if not tools:
-        if choice not in (AUTO, NONE):
-            raise InvalidRequest(choice_field, "needs tools")
-        return None
-    if choice == NONE:
-        return None
-    named = choice.removeprefix("=") if choice.startswith("=") else None
-    return ToolUse(tuple(tools), AUTO if named is not None else choice, named, parallel is not False)
 
 
 def named_choice(chosen: Mapping[str, object]) -> str:
@@ -525,11 +499,7 @@ def _invalid(error: ValidationError) -> InvalidRequest:
     if first["type"] == "value_error":
         return InvalidRequest(path, str(first["ctx"]["error"]))
     words = first["msg"].replace("Input should be", "must be")
-    return InvalidRequest(path, f"{words}, got {_shortened(repr(first['input']))}")
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return InvalidRequest(path, f"{words}, got {shortened(repr(first['input']))}")
 
 
 # ---- answers ----

@@ -35,15 +35,13 @@ from cluster.openai_api import (
     message_text,
     named_choice,
     named_event,
-    object_text,
     priority,
     renamed,
-    tool_use,
     validate,
 )
 from cluster.structured_output import of_response_format
 from cluster.tokenizer import ChatMessage, ToolCall
-from cluster.tools import AUTO, NONE, REQUIRED
+from cluster.tools import AUTO, NONE, REQUIRED, object_of, tool_use
 from core.errors import InvalidRequest
 from core.request import FinishReason, SamplingParams
 
@@ -239,7 +237,8 @@ def _turns(items: Sequence[InputMessage | InputCall | InputCallOutput]) -> list[
         elif isinstance(item, InputCallOutput):
             turns.append(ChatMessage("tool", item.output, (), item.call_id, called.get(item.call_id)))
         else:
-            call = ToolCall(item.call_id, item.name, object_text(item.arguments, f"input[{index}].arguments"))
+            object_of(item.arguments, f"input[{index}].arguments")
+            call = ToolCall(item.call_id, item.name, item.arguments)
             called[item.call_id] = item.name
             before = turns.pop() if turns and turns[-1].role == "assistant" else ChatMessage("assistant", "")
             turns.append(replace(before, tool_calls=(*before.tool_calls, call)))

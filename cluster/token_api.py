@@ -12,7 +12,8 @@ from typing import Annotated
 from pydantic import BeforeValidator
 
 from cluster.generation import ChatPrompt, TextPrompt
-from cluster.openai_api import Body, Message, ToolBody, tool_use, turns_of, validate, without_nulls
+from cluster.openai_api import Body, Message, ToolBody, turns_of, validate, without_nulls
+from cluster.tools import tool_use
 from core.errors import InvalidRequest
 
 # field |-> the values that ask for nothing; null always does

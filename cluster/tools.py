@@ -30,10 +30,11 @@ from core.grammar import Grammar, GrammarKind
 
 MAX_TOOLS = 128
 MAX_CALLS = 32  # that a grammar lets a model make in one answer
-AUTO, NONE, REQUIRED = "auto", "none", "required"
+AUTO, NONE, REQUIRED = TOOL_CHOICES = ("auto", "none", "required")
 TOOL_CALL_PARSERS = (AUTO, *PARSERS, NONE)  # of the configuration
 _NAME_CHARS = frozenset(string.ascii_letters + string.digits + "_-.:")
 _MAX_NAME_CHARS = 64
+_MAX_SHOWN_CHARS = 60  # of a client's value, in errors
 _ANY_ARGUMENTS: Mapping[str, object] = {"type": "object"}
 
 TokenOf = Callable[[str], int | None]  # the token that is exactly this marker, if the model has one
@@ -127,6 +128,42 @@ class ToolFormat:
         if self.long_ids:
             return f"call_{uuid.uuid4().hex[:24]}"
         return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+
+
+def tool_use(
+    tools: Sequence[Tool],
+    choice: str | None,
+    parallel: bool | None,
+    field: str = "tools",
+    choice_field: str = "tool_choice",
+) -> ToolUse | None:
+    """What a request's tools ask for. ``choice``: auto, none, required, or ``=NAME`` for one of them; None: auto."""
+    choice = choice or AUTO
+    if not tools:
+        if choice not in (AUTO, NONE):
+            raise InvalidRequest(choice_field, "needs tools")
+        return None
+    if choice == NONE:
+        return None
+    named = choice.removeprefix("=") if choice.startswith("=") else None
+    choice = AUTO if named is not None else choice
+    return ToolUse(tuple(tools), choice, named, parallel is not False, field, choice_field)
+
+
+def object_of(text: str, field: str) -> dict[str, object]:
+    """The JSON object that a client wrote as text; ``InvalidRequest`` naming ``field`` if it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise InvalidRequest(field, f"must be the text of a JSON object, got {shortened(repr(text))}")
+    return value
+
+
+def shortened(text: str) -> str:
+    """``text`` as errors show it."""
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[: _MAX_SHOWN_CHARS - 3]}..."
 
 
 def _hermes(names: Sequence[str], token_of: TokenOf, parallel: bool) -> str:

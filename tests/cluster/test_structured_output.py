@@ -1,5 +1,5 @@
-"""Structured output and tools through a whole service, over HTTP by the official clients, and token by token: the same
-disaggregated, colocated, and as transformers generates with the library's own masks."""
+"""Structured output and tools through a whole service, by the official HTTP clients, over gRPC, and token by token: the
+same disaggregated, colocated, and as transformers generates with the library's own masks."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anthropic
+import grpc
 import openai
 import pytest
 
-from cluster.config import HttpConfig, ServiceConfig
+from cluster.config import GrpcConfig, HttpConfig, ServiceConfig
+from cluster.finished_requests import RecentRequests
 from cluster.generation import Generation
 from cluster.grammar_check import GrammarChecker
+from cluster.grpc_gateway import GrpcGateway
 from cluster.http_gateway import HttpGateway
+from cluster.internal_tls import TlsDecision
 from cluster.metrics import Metrics
 from cluster.tokenizer import Tokenizer
 from core.clock import WallClock
 from core.request import FinishReason, SamplingParams
 from engine.config import EngineConfig
+from protos import serving_pb2 as pb
+from protos import serving_pb2_grpc as rpc
 from tests.cluster.live_cluster import LiveCluster, live_cluster
 from tests.constrained_model import EOS, GRAMMARS, ConstrainedReference, save_constrained_model
-from tests.unit.cluster.scripted_router import ScriptedPlanner
+from tests.unit.cluster.scripted_router import ScriptedLinks, ScriptedPlanner
 from tests.unit.cluster.tiny_tokenizers import TOOL_TEMPLATE
 
 pytestmark = pytest.mark.timeout(120)
@@ -45,23 +51,29 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> ConstrainedReference:
 
 
 @asynccontextmanager
-async def door(cluster: LiveCluster, folder: Path) -> AsyncIterator[str]:
-    """The HTTP door of the service, as launch.py makes it."""
-    config = ServiceConfig(model=str(folder), served_model_name="tiny", http=HttpConfig(port=0))
-    metrics = Metrics(cluster.membership, cluster.router, lambda *_: None, ScriptedPlanner())
+async def doors(cluster: LiveCluster, folder: Path) -> AsyncIterator[tuple[str, str]]:
+    """The doors of the service, as launch.py makes them: HTTP's URL and gRPC's address."""
+    config = ServiceConfig(
+        model=str(folder), served_model_name="tiny", http=HttpConfig(port=0), grpc=GrpcConfig(port=0)
+    )
+    planner = ScriptedPlanner()
+    metrics = Metrics(cluster.membership, cluster.router, lambda *_: None, planner)
     grammars = GrammarChecker(folder, config.structured_output, metrics.grammar)
     clock = WallClock()
     generation = Generation(
         cluster.router, cluster.membership, Tokenizer.load(folder), metrics, config, clock, grammars=grammars
     )
-    gateway = HttpGateway(
-        generation, cluster.router, cluster.membership, metrics, config, clock, dict, lambda limit: {"requests": []}
-    )
-    await gateway.start()
+    router, membership = cluster.router, cluster.membership
+    http = HttpGateway(generation, router, membership, metrics, config, clock, dict, lambda limit: {"requests": []})
+    off, requests = TlsDecision(False, "test"), RecentRequests()
+    rpcs = GrpcGateway(generation, router, membership, ScriptedLinks(), planner, config, clock, off, requests)
+    await http.start()
+    await rpcs.start()
     try:
-        yield f"http://127.0.0.1:{gateway.port}"
+        yield f"http://127.0.0.1:{http.port}", f"127.0.0.1:{rpcs.port}"
     finally:
-        await gateway.stop(0)
+        await rpcs.stop(0)
+        await http.stop(0)
         await grammars.close()
 
 
@@ -82,8 +94,10 @@ async def _ask_everything(reference: ConstrainedReference, num_prefill: int) -> 
             ended = FinishReason.STOP if expected[-1] == EOS else FinishReason.LENGTH
             assert answer.finish_reasons[0] is ended
             assert (answer.timing.prefill_worker is not None) == bool(num_prefill)
-        async with door(cluster, reference.folder) as url:
+        async with doors(cluster, reference.folder) as (url, address):
             told = [await ask(url) for ask in (_json_schema, _chat_tools, _responses_tools, _messages_tools)]
+            arguments = told[1]
+            assert await _grpc_tools(address) == arguments, "the same seed, one tool: the same call at every door"
         await cluster.check_integrity()
     return told
 
@@ -140,6 +154,30 @@ async def _chat_tools(url: str) -> object:
         with pytest.raises(openai.BadRequestError, match=r"tools\[0\].function: Unimplemented"):
             await client.chat.completions.create(**asked | {"tools": [wrong]}, tool_choice="required")
         return arguments
+
+
+async def _grpc_tools(address: str) -> object:
+    function = TOOL["function"]
+    chat = pb.ChatInput(
+        messages=[pb.ChatMessage(**ASK[0])],
+        tools=[pb.Tool(name="get_weather", description="Says it.", parameters=json.dumps(function["parameters"]))],
+        tool_choice=pb.ToolChoice(name="get_weather"),
+        parallel_tool_calls=False,
+    )
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = rpc.GenerationStub(channel)
+        asked = pb.GenerateRequest(chat=chat, sampling_params=pb.SamplingParams(seed=3, max_tokens=400))
+        complete = [message.complete async for message in stub.Generate(asked)][-1]
+        assert (complete.finish_reason, complete.text) == ("tool_calls", "")
+        (call,) = complete.tool_calls
+
+        chat.messages.add(role="assistant", tool_calls=[call])
+        chat.messages.add(role="tool", tool_call_id=call.id, content="sunny")
+        chat.tool_choice.mode = "auto"
+        asked = pb.GenerateRequest(chat=chat, sampling_params=pb.SamplingParams(seed=3, max_tokens=4))
+        again = [message.complete async for message in stub.Generate(asked)][-1]
+        assert again.usage.prompt_tokens > complete.usage.prompt_tokens
+        return json.loads(call.arguments)
 
 
 async def _responses_tools(url: str) -> object:

@@ -1,9 +1,11 @@
 """The gRPC door, through a real server and a real client."""
 
 import asyncio
+import json
 import math
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import pytest
@@ -15,9 +17,11 @@ from hypothesis import strategies as st
 from cluster.admission import AdmissionCounters
 from cluster.config import GrpcConfig, ServiceConfig
 from cluster.front_door import Door
-from cluster.grpc_gateway import GrpcGateway, _parse_sampling, _shortest
+from cluster.grpc_gateway import GrpcGateway
+from cluster.grpc_messages import _shortest, parse_sampling
 from cluster.internal_tls import TlsDecision
 from cluster.structured_output import asked_for
+from cluster.tokenizer import Tokenizer
 from cluster.view import Offload
 from core.errors import (
     DeadlineExceeded,
@@ -31,15 +35,15 @@ from core.errors import (
 from core.request import Role, SamplingParams, Slo
 from protos import serving_pb2 as pb
 from protos import serving_pb2_grpc as rpc
+from tests.unit.cluster import tiny_tokenizers
 from tests.unit.cluster.conftest import ANSWER
-from tests.unit.cluster.scripted_router import Gateway, worker
+from tests.unit.cluster.scripted_router import MODEL, Gateway, gateway, worker
 
 TLS = TlsDecision(True, "workers listen on 10.0.0.5")
 
 
-@pytest.fixture
-async def door(service: Gateway) -> AsyncIterator[GrpcGateway]:
-    gateway = GrpcGateway(
+def make_door(service: Gateway) -> GrpcGateway:
+    return GrpcGateway(
         service.generation,
         service.router,
         service.membership,
@@ -50,6 +54,11 @@ async def door(service: Gateway) -> AsyncIterator[GrpcGateway]:
         TLS,
         service.requests,
     )
+
+
+@pytest.fixture
+async def door(service: Gateway) -> AsyncIterator[GrpcGateway]:
+    gateway = make_door(service)
     await gateway.start()
     yield gateway
     await gateway.stop(0)
@@ -191,7 +200,7 @@ def test_a_form_that_is_asked_for_means_what_it_does_over_http(kind):
         "grammar": "start: /a/",
     }
     over_http = asked_for({"structured_outputs": {same: value[same]}})
-    assert _parse_sampling(pb.SamplingParams(structured_output=FORMS[kind])).grammar == over_http.grammar
+    assert parse_sampling(pb.SamplingParams(structured_output=FORMS[kind])).grammar == over_http.grammar
 
 
 @given(st.decimals(-100, 100, places=4))
@@ -551,3 +560,105 @@ async def test_recent_requests_come_newest_first_with_where_their_seconds_went(s
     assert (latest.request_id, latest.outcome, latest.door, latest.trace_id) == ("b", "ok", "grpc", "a" * 32)
     assert latest.timings[0].ttft_parts.prefill_s == 0.06
     assert latest.timings[0].ttst_parts.transfer_s == 0.02
+
+
+# ---- tools ----
+
+CALLING = 'Let me see.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+TOOL = pb.Tool(name="get_weather", description="Says it.", parameters='{"type": "object"}')
+USER = pb.ChatMessage(role="user", content="hi")
+CALL = pb.ToolCall(id="call_1", name="get_weather", arguments='{"city": "Ulm"}')
+
+
+@pytest.fixture
+async def calling(tmp_path: Path) -> AsyncIterator[tuple[Gateway, rpc.GenerationStub]]:
+    """A service whose model's template has a place for tools, and that answers ``CALLING``."""
+    folder = tiny_tokenizers.save(tmp_path, chat_template=tiny_tokenizers.TOOL_TEMPLATE)
+    config = ServiceConfig(model=str(folder), served_model_name="tiny", grpc=GrpcConfig(port=0))
+    service = gateway(Tokenizer.load(folder), CALLING, config)
+    service.membership.served = replace(MODEL, max_model_len=400)
+    door = make_door(service)
+    await door.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel:
+        yield service, rpc.GenerationStub(channel)
+    await door.stop(0)
+
+
+async def test_calls_come_whole_and_are_no_part_of_the_text(calling):
+    _, stub = calling
+    chat = pb.ChatInput(messages=[USER], tools=[TOOL])
+    chunks, (complete,) = await read(stub.Generate(pb.GenerateRequest(chat=chat)))
+    (call,) = [call for chunk in chunks for call in chunk.tool_calls]
+    assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": "Köln"})
+    assert list(complete.tool_calls) == [call]
+    assert "".join(chunk.text for chunk in chunks) == complete.text == "Let me see."
+    assert complete.finish_reason == "tool_calls"
+
+
+async def test_the_model_is_told_of_tools_unless_the_choice_is_none(calling):
+    service, stub = calling
+    free = pb.ToolChoice(mode="none")
+    for choice in (None, free):
+        chat = pb.ChatInput(messages=[USER], tools=[TOOL], tool_choice=choice)
+        chunks, (complete,) = await read(stub.Generate(pb.GenerateRequest(chat=chat)))
+    told, untold = (service.tokenizer.decode(request.prompt_token_ids) for request in service.router.requests)
+    assert ("get_weather" in told, "get_weather" in untold) == (True, False)
+    assert "".join(chunk.text for chunk in chunks) == complete.text == CALLING
+    assert (complete.finish_reason, list(complete.tool_calls)) == ("stop", [])
+    counted = await stub.Tokenize(pb.TokenizeRequest(chat=pb.ChatInput(messages=[USER], tools=[TOOL])))
+    assert tuple(counted.token_ids) == service.router.requests[0].prompt_token_ids
+
+
+async def test_history_has_calls_and_their_answers(calling):
+    service, stub = calling
+    messages = [
+        USER,
+        pb.ChatMessage(role="assistant", tool_calls=[CALL]),
+        pb.ChatMessage(role="tool", tool_call_id="call_1", content="sunny"),
+    ]
+    await read(stub.Generate(pb.GenerateRequest(chat=pb.ChatInput(messages=messages))))
+    text = service.tokenizer.decode(service.router.requests[0].prompt_token_ids)
+    assert '"city": "Ulm"' in text
+    assert text.index("Ulm") < text.index("sunny")
+
+
+@pytest.mark.parametrize(
+    ("chat", "said"),
+    [
+        (pb.ChatInput(tools=[pb.Tool(name="f g")]), "chat.tools[0]: names of functions"),
+        (pb.ChatInput(tools=[TOOL, TOOL]), "chat.tools: two of them are called 'get_weather'"),
+        (pb.ChatInput(tools=[pb.Tool(name="f", parameters="[]")]), "chat.tools[0].parameters: must be the text of"),
+        (pb.ChatInput(tools=[TOOL], tool_choice=pb.ToolChoice(name="f")), "chat.tool_choice: names 'f', which"),
+        (
+            pb.ChatInput(tools=[TOOL], tool_choice=pb.ToolChoice(mode="any")),
+            "chat.tool_choice.mode: must be one of auto, none, required, got 'any'",
+        ),
+        (pb.ChatInput(tool_choice=pb.ToolChoice(mode="required")), "chat.tool_choice: needs tools"),
+        (
+            pb.ChatInput(messages=[pb.ChatMessage(role="user", tool_calls=[CALL])]),
+            "chat.messages[1].tool_calls: only the assistant",
+        ),
+        (
+            pb.ChatInput(
+                messages=[pb.ChatMessage(role="assistant", tool_calls=[pb.ToolCall(id="a", name="f", arguments="7")])]
+            ),
+            "chat.messages[1].tool_calls[0].arguments: must be the text of a JSON object, got '7'",
+        ),
+        (pb.ChatInput(messages=[pb.ChatMessage(role="tool", content="x")]), "chat.messages[1].tool_call_id: is req"),
+        (
+            pb.ChatInput(messages=[pb.ChatMessage(role="user", content="x", tool_call_id="a")]),
+            "chat.messages[1].tool_call_id: only messages of role tool",
+        ),
+    ],
+)
+async def test_what_is_wrong_with_tools_names_its_field(calling, chat, said):
+    asked = pb.ChatInput(messages=[USER])
+    asked.MergeFrom(chat)
+    error = await refusal(calling[1].Generate(pb.GenerateRequest(chat=asked)))
+    assert (error.code(), error.details()[: len(said)]) == (grpc.StatusCode.INVALID_ARGUMENT, said)
+
+
+async def test_a_template_without_a_place_for_tools_refuses_them(stub):
+    error = await refusal(stub.Generate(pb.GenerateRequest(chat=pb.ChatInput(messages=[USER], tools=[TOOL]))))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details().startswith("chat.tools: the served model's chat template")
