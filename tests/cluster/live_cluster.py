@@ -288,10 +288,9 @@ async def live_cluster(
         yield cluster
     finally:
         await cluster.router.drain(1.0)
-        for host in cluster.hosts.values():
-            await asyncio.to_thread(host.stop, 1.0)
-        for worker in cluster.processes.values():
-            await asyncio.to_thread(worker.stop)
+        # All at once: each gives gateways a moment to hear that it leaves.
+        await asyncio.gather(*(asyncio.to_thread(host.stop, 1.0) for host in cluster.hosts.values()))
+        await asyncio.gather(*(asyncio.to_thread(worker.stop) for worker in cluster.processes.values()))
         await tester.close()
         await costs.close()
         await membership.close()
