@@ -75,7 +75,7 @@ def prfaas(config_path: Path, overrides: Sequence[str], model_name: str, log_fol
 
 
 @contextmanager
-def vllm(python: Path, model_folder: Path, log_folder: Path) -> Iterator[RunningArm]:
+def vllm(python: Path, model_folder: Path, dtype: str, log_folder: Path) -> Iterator[RunningArm]:
     """vLLM's server for CPU, from an environment that holds it.
 
     Its module is started, not the ``vllm`` command: that asks for a distribution of this name, and the CPU build's is
@@ -84,16 +84,16 @@ def vllm(python: Path, model_folder: Path, log_folder: Path) -> Iterator[Running
     (port,) = free_ports(1)
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(model_folder), "--served-model-name", _VLLM_MODEL_NAME]
-    command += ["--dtype", "bfloat16", "--max-model-len", "4096", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", dtype, "--max-model-len", "4096", "--host", "127.0.0.1", "--port", str(port)]
     env = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
     with _service(command, port, log_folder / "vllm.log", env):
         yield _Served(_loopback(port), _VLLM_MODEL_NAME)
 
 
 @contextmanager
-def transformers(mode: str, model_folder: Path, log_folder: Path) -> Iterator[RunningArm]:
+def transformers(mode: str, model_folder: Path, dtype: str, log_folder: Path) -> Iterator[RunningArm]:
     """transformers in a process of its own; ``mode`` is ``static`` or ``continuous``."""
-    command = [sys.executable, "-m", "benchmarks.transformers_arm", mode, str(model_folder)]
+    command = [sys.executable, "-m", "benchmarks.transformers_arm", mode, str(model_folder), dtype]
     with (log_folder / f"transformers_{mode}.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             command, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True

@@ -1,9 +1,10 @@
 """How does the default service compare with transformers and with vLLM, on this machine, in the same run?
 
     python -m benchmarks.serving --json FILE [--vllm-python VENV/bin/python] [--arms ours,transformers] [--quick]
+                                 [--dtype float32]
 
-The same requests (SmolLM2-135M in bfloat16, prompts of 32-256 tokens, 64 new ones, greedy) go at concurrency 1, 8
-and 32 to each arm, one arm after another:
+The same requests (SmolLM2-135M, prompts of 32-256 tokens, 64 new ones, greedy) go at concurrency 1, 8 and 32 to each
+arm, one arm after another:
 
     ours        `prfaas serve CONFIG`, prefill and decode in processes of their own, called over HTTP, token ids in,
                 streamed (the first token is the prefill worker's, so TTFT is before the hand-over, TPOT contains it)
@@ -63,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             arm = _arm(name, options, config.model_name, model_folder, Path(folder))
             rows += _measure(name, arm, work, progress)
     finished = report.Report("serving", report.commit(), report.machine(), rows, figures(rows))
-    finished.print_table(COLUMNS, f"{config.model_name}, 32-256 tokens in, 64 out, {finished.commit[:12]}")
+    finished.print_table(
+        COLUMNS, f"{config.model_name}, {options.dtype}, 32-256 tokens in, 64 out, {finished.commit[:12]}"
+    )
     if options.json:
         finished.write_json(options.json)
     return 0
@@ -99,10 +102,10 @@ def _measure(name: str, arm: arms.Arm, work: Sequence[Wave], progress: Progress)
 
 def _arm(name: str, options: argparse.Namespace, model_name: str, model_folder: Path, logs: Path) -> arms.Arm:
     if name == "ours":
-        return arms.prfaas(options.config, options.set, model_name, logs)
+        return arms.prfaas(options.config, [*options.set, f"engine.dtype={options.dtype}"], model_name, logs)
     if name == "vllm":
-        return arms.vllm(options.vllm_python, model_folder, logs)
-    return arms.transformers(name, model_folder, logs)
+        return arms.vllm(options.vllm_python, model_folder, options.dtype, logs)
+    return arms.transformers(name, model_folder, options.dtype, logs)
 
 
 def _chosen(options: argparse.Namespace) -> list[str]:
@@ -135,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one of its keys")
     parser.add_argument("--vllm-python", type=Path, metavar="PATH", help="python of an environment that holds vLLM")
     parser.add_argument("--arms", metavar="A,B", help="of ours, transformers (static, continuous), vllm")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of every arm")
     parser.add_argument("--quick", action="store_true", help="one repetition instead of three")
     return parser
 

@@ -1,10 +1,10 @@
 """The peer in one process: the same model in transformers, all requests of a wave handed over at once.
 
-    python -m benchmarks.transformers_arm {static,continuous} MODEL_FOLDER     waves in on stdin, times out on stdout
+    python -m benchmarks.transformers_arm {static,continuous} MODEL_FOLDER DTYPE    waves on stdin, times on stdout
 
-``static`` is ``generate`` on one left-padded batch, ``continuous`` is ``generate_batch``. Both run in bfloat16 on as
-many threads as the machine has cores, and see no network, no tokenizer and no client: what they give is an upper
-bound for a server built on them. ``generate_batch`` makes its cache anew in every call, seconds on a CPU, which a
+``static`` is ``generate`` on one left-padded batch, ``continuous`` is ``generate_batch``. Both run on as many
+threads as the machine has cores, and see no network, no tokenizer and no client: what they give is an upper bound for
+a server built on them. ``generate_batch`` makes its cache anew in every call, seconds on a CPU, which a
 server would do once: its clock starts when its requests are accepted and stops at the last token.
 One JSON line a wave in each direction, so that the parent can show progress.
 """
@@ -93,20 +93,20 @@ MODES: dict[str, Callable[[Any, Prompts, int], WaveTimes]] = {
 }
 
 
-def load(model_folder: str) -> Any:
-    """The model in bfloat16, told that no token ends a sequence."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
+def load(model_folder: str, dtype: str) -> Any:
+    """The model, told that no token ends a sequence."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype)).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = _PAD
     return model
 
 
-def main(mode: str, model_folder: str) -> None:
+def main(mode: str, model_folder: str, dtype: str) -> None:
     """Answer every wave on stdin with its times on stdout."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(os.cpu_count() or 1)
-    model = load(model_folder)
+    model = load(model_folder, dtype)
     for line in sys.stdin:
         wave = json.loads(line)
         times = MODES[mode](model, wave["prompts"], wave["num_new_tokens"])
