@@ -87,6 +87,7 @@ def _tools(chat: pb.ChatInput) -> ToolUse | None:
 
 
 def parse_request_id(given: str) -> RequestId:
+    """The client's, or a new one."""
     if len(given) > _MAX_REQUEST_ID_CHARS:
         raise InvalidRequest("request_id", f"must have at most {_MAX_REQUEST_ID_CHARS} characters")
     return RequestId(given or f"gen-{uuid.uuid4().hex}")
