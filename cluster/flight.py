@@ -188,10 +188,11 @@ class Continuation:
                 self._note_early(_EarlyToken(now, self._attempts[-1], chunk.stats), len(chunk.token_ids))
 
     def _note_early(self, token: _EarlyToken, num_tokens: int) -> None:
-        """Keep where the first two tokens came from; of a second that came with the first there is nothing to say."""
+        """Keep where the first two tokens came from. A busy gateway may have both at once: then no time is between."""
         if self._first is None:
-            self._first, self._is_early = token, num_tokens == 1
-        else:
+            self._first = token
+            num_tokens -= 1
+        if num_tokens:
             self._second, self._is_early = token, False
 
     def last_chunk(

@@ -96,10 +96,9 @@ async def test_parts_of_every_request_add_up(family: str, tiny_model: ReferenceM
     for told in (ttfts, ttsts):
         assert median(abs(sum_s - measured_s) for sum_s, measured_s in told) < USUAL_S
     assert single[0].timing.ttst_parts is None
-    shipped = alone[0].timing.ttst_parts
-    assert shipped is not None
-    assert shipped.first_step_s > 0
-    assert shipped.decode_queue_s + shipped.transfer_s + shipped.transfer_wait_s > 0
+    shipped = [parts for one in every if (parts := one.timing.ttst_parts) is not None]
+    assert any(parts.first_step_s > 0 for parts in shipped)
+    assert any(parts.decode_queue_s + parts.transfer_s + parts.transfer_wait_s > 0 for parts in shipped)
     waited = [parts.siblings_s for one in siblings if (parts := one.timing.ttft_parts) is not None]
     assert waited[0] == 0
     assert min(waited[1:]) > 0, "they wait for the first one's first token"

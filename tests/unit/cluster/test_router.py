@@ -24,6 +24,7 @@ from core.errors import (
     Overloaded,
     SequenceFailed,
 )
+from core.latency_parts import TtstParts
 from core.prefix_hash import PageEvents, page_hashes, page_key, tenant_of
 from core.request import FinishReason, PullOutcome, PullReport, RequestId, Role, SequenceFailure, Slo
 from tests.pulling_policy import PullFromTheBest
@@ -128,6 +129,7 @@ async def test_decode_tokens_that_come_before_the_first_token_wait_for_it() -> N
         assert seen == EXPECTED
         assert chunk.timing is not None
         assert chunk.timing.decode_worker == "decode-0"
+        assert chunk.timing.ttst_parts == TtstParts(), "the second token came with the first"
         assert decode.aborts == []
 
 
