@@ -107,8 +107,12 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Set one key over the file, e.g. engine.page_size=32. Repeatable."),
 ]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The service's configuration.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate; without it, what the context holds.")]
-Temperature = Annotated[float | None, typer.Option(help="0: always the most likely token; the default is 1.")]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="Most tokens to generate; else the service's default, or what the context holds.")
+]
+Temperature = Annotated[
+    float | None, typer.Option(help="0: the most likely token; else the service's default (the model's, or 1).")
+]
 TopP = Annotated[float | None, typer.Option(help="Choose among the most likely tokens of this total probability.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer, wherever it is computed.")]
 System = Annotated[str | None, typer.Option(help="A system message, put before the conversation.")]

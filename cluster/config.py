@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from cluster import config_schema
@@ -20,9 +20,9 @@ from cluster.scaling_policy import ScalingSettings
 from cluster.tools import AUTO, TOOL_CALL_PARSERS
 from cluster.yaml_source import overridden, read_yaml
 from core.credentials import Credentials
-from core.errors import InvalidConfig
+from core.errors import InvalidConfig, InvalidRequest
 from core.grammar import MAX_GRAMMAR_BYTES
-from core.request import ClusterId, Role, Slo, WorkerId
+from core.request import ClusterId, Role, SamplingParams, Slo, WorkerId
 from engine.config import DEVICES, DTYPES, EngineConfig
 from kv_transfer.config import CHECKSUMS, CODECS, DIALS, KvTransferConfig, LinkConfig, require_ports
 
@@ -390,6 +390,37 @@ class StructuredOutputConfig:
 
 
 @dataclass(frozen=True)
+class SamplingDefaultsConfig:
+    """What a request gets for what its client leaves open (docs/http-api.md). A key that is null: what the model says,
+    else the value in brackets.
+
+    from_model: take what the model's ``generation_config.json`` says for keys that are null here, as vLLM does.
+    max_tokens: most tokens of an output (up to the model's context).
+    temperature: 0 (greedy) to 2 (1).
+    top_p: the most likely tokens whose probabilities make up so much (1: all).
+    top_k: so many most likely tokens (0: all).
+    min_p: tokens with at least this share of the most likely one's probability (0: all).
+    repetition_penalty: above 1: tokens that were there already become less likely (1).
+    """
+
+    from_model: bool = True
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        names = [field.name for field in fields(self) if field.name != "from_model"]
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        try:
+            SamplingParams(**given)
+        except InvalidRequest as error:
+            raise InvalidConfig(f"sampling_defaults.{error.field}", error.message) from error
+
+
+@dataclass(frozen=True)
 class TracingConfig:
     """Traces of requests over every process, for an OpenTelemetry collector (docs/observability.md). Needs the extra
     ``otel``.
@@ -504,6 +535,7 @@ class ServiceConfig:
     http: HttpConfig = field(default_factory=HttpConfig)
     grpc: GrpcConfig = field(default_factory=GrpcConfig)
     structured_output: StructuredOutputConfig = field(default_factory=StructuredOutputConfig)
+    sampling_defaults: SamplingDefaultsConfig = field(default_factory=SamplingDefaultsConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     tracing: TracingConfig = field(default_factory=TracingConfig)
     plan: dict[str, object] = field(default_factory=dict)

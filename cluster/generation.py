@@ -26,6 +26,7 @@ from typing import Protocol
 from cluster.config import ServiceConfig
 from cluster.front_door import ClusterMembership, Door, RequestRouter
 from cluster.metrics import Metrics, Outcome, RequestRecord, RequestWatcher, SloResult
+from cluster.sampling_defaults import with_defaults
 from cluster.stop_strings import StopStrings
 from cluster.tokenizer import NO_TOOLS, ChatMessage, Tokenizer, ToolCall
 from cluster.tool_calls import ParsedCall, ToolCallParser
@@ -63,6 +64,8 @@ _INLINE_PROMPT_CHARS = 20_000
 # messages that answer a call.
 CHAT_ROLES = ("system", "user", "assistant")
 
+_NO_DEFAULTS = SamplingParams()
+
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
@@ -99,6 +102,7 @@ class TextRequest:
     prompt_field: str
     sampling: SamplingParams
     arrived_at: float
+    left_open: frozenset[str] = frozenset()  # parameters of which the client said nothing: they get the defaults
     model: str | None = None  # None: whatever is served
     salt: bytes = b""
     deadline_at: float | None = None
@@ -215,9 +219,10 @@ class Generation:
         tracing: Tracing = TRACING_OFF,
         watchers: Sequence[RequestWatcher] = (),
         grammars: GrammarCheck | None = None,
+        sampling_defaults: SamplingParams = _NO_DEFAULTS,
     ) -> None:
         """``watchers`` hear of each request that has ended, besides ``metrics``. ``grammars`` None: requests with one
-        are refused."""
+        are refused. ``sampling_defaults``: what requests get for what they leave open."""
         self._router = router
         self._membership = membership
         self._tokenizer = tokenizer
@@ -229,6 +234,7 @@ class Generation:
         self._tracing = tracing
         self._watchers = watchers
         self._grammars = grammars or NoGrammars()
+        self.sampling_defaults = sampling_defaults
         self._tool_call_parser = config.structured_output.tool_call_parser
 
     @property
@@ -291,7 +297,9 @@ class Generation:
         token_ids = await self.tokenize(request.prompt, field=request.prompt_field)
         tokenize_s = self._clock.now() - began_at
         _check_prompt(token_ids, request.prompt_field, model)
-        sampling = _complete_sampling(request.sampling, len(token_ids), model, self._seeds)
+        room = model.max_model_len - len(token_ids)
+        sampling = with_defaults(request.sampling, request.left_open, self.sampling_defaults, room)
+        sampling = _complete_sampling(sampling, len(token_ids), model, self._seeds)
         if tools is not None:
             sampling = await self._with_tools(sampling, tools, model)
         if sampling.grammar is not None:

@@ -46,9 +46,17 @@ from cluster.front_door import (
     retry_after,
 )
 from cluster.generation import Generation, TextRequest
-from cluster.grpc_messages import STRUCTURED_OUTPUT, answer_messages, parse_prompt, parse_request_id, parse_sampling
+from cluster.grpc_messages import (
+    STRUCTURED_OUTPUT,
+    answer_messages,
+    default_sampling,
+    parse_prompt,
+    parse_request_id,
+    parse_sampling,
+)
 from cluster.internal_tls import TlsDecision
 from cluster.request_info import recent_request
+from cluster.sampling_defaults import left_open
 from cluster.version import version
 from core.clock import Clock
 from core.errors import (
@@ -288,6 +296,7 @@ class GenerationServicer(rpc.GenerationServicer):
                 eos_token_ids=model.eos_token_ids,
                 kv_bytes_per_token=model.kv_bytes_per_token,
                 has_chat_template=self._generation.has_chat_template,
+                default_sampling=default_sampling(self._generation.sampling_defaults),
             )
 
     async def GetClusterInfo(self, _: pb.GetClusterInfoRequest, context: _Context) -> pb.GetClusterInfoResponse:  # noqa: N802
@@ -370,6 +379,7 @@ class GenerationServicer(rpc.GenerationServicer):
             prompt_field=field,
             sampling=parse_sampling(request.sampling_params),
             arrived_at=now,
+            left_open=left_open([field.name for field, _ in request.sampling_params.ListFields()]),
             model=request.model or None,
             salt=request.cache_salt.encode(),
             deadline_at=None if time_remaining_s is None else now + time_remaining_s,

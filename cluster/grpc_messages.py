@@ -108,6 +108,18 @@ def parse_sampling(message: pb.SamplingParams) -> SamplingParams:
     return SamplingParams(**values)
 
 
+def default_sampling(defaults: SamplingParams) -> pb.SamplingParams:
+    """What a request gets for what it leaves open."""
+    return pb.SamplingParams(
+        max_tokens=defaults.max_tokens,
+        temperature=defaults.temperature,
+        top_p=defaults.top_p,
+        top_k=defaults.top_k,
+        min_p=defaults.min_p,
+        repetition_penalty=defaults.repetition_penalty,
+    )
+
+
 def _parse_form(message: pb.StructuredOutput) -> Grammar:
     """What the output has to obey; ``InvalidRequest`` naming the field."""
     kind = message.WhichOneof("form")

@@ -421,6 +421,7 @@ class _Answer(Response):
                 prompt=prompt,
                 prompt_field=f"{call.prompt_field}[{position}]" if many else call.prompt_field,
                 sampling=call.sampling,
+                left_open=call.left_open,
                 arrived_at=arrived_at,
                 model=call.model,
                 salt=call.salt,

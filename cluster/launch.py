@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 from uuid import uuid4
 
@@ -50,11 +51,12 @@ from cluster.planner import Planner
 from cluster.pool_scaler import PoolScaler, WorkerPhase
 from cluster.router import Router
 from cluster.routing_policy import make_policy
+from cluster.sampling_defaults import sampling_defaults
 from cluster.tokenizer import Tokenizer
 from cluster.view import ClusterView
 from core.clock import Clock, WallClock
 from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
-from core.request import ClusterId, GatewayId, Role, WorkerId
+from core.request import ClusterId, GatewayId, Role, SamplingParams, WorkerId
 from core.tracing import TRACING_OFF
 from protos.channels import InternalGrpc
 
@@ -224,6 +226,7 @@ class _Cluster:
     tester: LinkTester
     folder: str  # the model's
     tokenizer: Tokenizer
+    defaults: SamplingParams  # of requests
     tls: TlsDecision
 
 
@@ -261,6 +264,9 @@ class _Service:
         config, gateway_id = self._config, self._gateway_id
         began_at = self._clock.now()
         folder = await resolve_model(config.model, config.model_cache_dir)
+        defaults, origin = sampling_defaults(config.sampling_defaults, Path(folder))
+        if origin:
+            logger.info("defaults of requests: %s", origin)
         self._opened.push_async_callback(self._stop_fleet)
         host = await to_the_end(asyncio.to_thread(self._fleet.join))
         self._signals.listen()
@@ -291,7 +297,7 @@ class _Service:
         await to_the_end(asyncio.to_thread(self._fleet.start, registry, tls.proof_of))
         tokenizer = await asyncio.to_thread(_load_tokenizer, folder)
         await self._wait_for_workers(membership, began_at)
-        return _Cluster(gateway_id, began_at, membership, tester, folder, tokenizer, tls.decision)
+        return _Cluster(gateway_id, began_at, membership, tester, folder, tokenizer, defaults, tls.decision)
 
     async def _open_registry(self, membership: Membership, tls: TlsDecision, listening: str, host: str) -> str:
         """Let workers register; returns where those of this service do. Says where those of other clusters may."""
@@ -329,6 +335,7 @@ class _Service:
             tracing=self._tracing,
             watchers=(requests, RequestLog()),
             grammars=grammars,
+            sampling_defaults=cluster.defaults,
         )
         grpc = GrpcGateway(
             generation, router, membership, cluster.tester, planner, config, self._clock, cluster.tls, requests

@@ -22,6 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from cluster.generation import ChatPrompt, Finish, LogprobText, TextChunk
 from cluster.openai_api import Body, Call, message_text, named_event, priority, renamed, validate
+from cluster.sampling_defaults import left_open
 from cluster.tokenizer import ChatMessage, ToolCall
 from cluster.tools import AUTO, NONE, REQUIRED, Tool, tool_use
 from core.errors import InvalidRequest
@@ -198,6 +199,7 @@ def parse_message(body: object) -> Call:
         prompts=(_prompt(asked),),
         prompt_field="messages",
         sampling=sampling,
+        left_open=left_open(known),
         stream=bool(asked.stream),
         include_usage=True,
         salt=(asked.cache_salt or "").encode(),

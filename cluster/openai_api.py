@@ -28,6 +28,7 @@ from cluster.generation import (
     TokenPrompt,
     TokenText,
 )
+from cluster.sampling_defaults import left_open
 from cluster.structured_output import FIELDS, AskedFor, asked_for
 from cluster.tokenizer import ChatMessage, ToolCall
 from cluster.tools import AUTO, NONE, REQUIRED, Tool, object_of, shortened, tool_use
@@ -90,6 +91,7 @@ class Call:
     prompts: tuple[Prompt, ...]
     prompt_field: str
     sampling: SamplingParams
+    left_open: frozenset[str]  # parameters of which the client said nothing
     stream: bool
     include_usage: bool
     salt: bytes
@@ -346,8 +348,8 @@ class _Sampling(Body):
         """The form that the answer has to have."""
         return asked_for({name: getattr(self, name) for name in FIELDS})
 
-    def sampling(self, **more: object) -> SamplingParams:
-        """The parameters; what is null takes ``SamplingParams``' default."""
+    def given(self, **more: object) -> dict[str, object]:
+        """The parameters that are not null."""
         given = {
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
@@ -366,7 +368,7 @@ class _Sampling(Body):
             "skip_special_tokens": self.skip_special_tokens,
             "include_stop_str_in_output": self.include_stop_str_in_output,
         } | more
-        return SamplingParams(stop=self.stop, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class ChatBody(_Sampling):
@@ -433,8 +435,9 @@ def _call(
     if asked is not None:
         aliases = {**aliases, "grammar": asked.field}
         more["grammar"] = asked.grammar
+    given = body.given(**more)
     try:
-        sampling = body.sampling(**more)
+        sampling = SamplingParams(stop=body.stop, **given)  # type: ignore[arg-type]
     except InvalidRequest as error:
         raise renamed(error, aliases) from error
     return Call(
@@ -443,6 +446,7 @@ def _call(
         prompts=prompts,
         prompt_field=prompt_field,
         sampling=sampling,
+        left_open=left_open(given),
         stream=bool(body.stream),
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         salt=(body.cache_salt or "").encode(),

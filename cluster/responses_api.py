@@ -39,6 +39,7 @@ from cluster.openai_api import (
     renamed,
     validate,
 )
+from cluster.sampling_defaults import left_open
 from cluster.structured_output import of_response_format
 from cluster.tokenizer import ChatMessage, ToolCall
 from cluster.tools import AUTO, NONE, REQUIRED, object_of, tool_use
@@ -209,8 +210,9 @@ def parse_response(body: object) -> Call:
         "top_k": 0 if asked.top_k == -1 else asked.top_k,
         "ignore_eos": asked.ignore_eos,
     }
+    known = {name: value for name, value in given.items() if value is not None}
     try:
-        sampling = SamplingParams(**{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+        sampling = SamplingParams(**known)  # type: ignore[arg-type]
     except InvalidRequest as error:
         raise renamed(error, aliases) from error
     return Call(
@@ -219,6 +221,7 @@ def parse_response(body: object) -> Call:
         prompts=(ChatPrompt(tuple(turns), tools),),
         prompt_field="input",
         sampling=sampling,
+        left_open=left_open(known),
         stream=bool(asked.stream),
         include_usage=True,
         salt=(asked.cache_salt or "").encode(),

@@ -422,6 +422,20 @@ async def test_model_info_says_what_is_served(service, stub):
     assert (info.model, info.model_source) == ("tiny", service.config.model)
     assert (info.max_model_len, info.vocab_size, info.page_size) == (64, 350, 16)
     assert info.has_chat_template
+    assert info.default_sampling == pb.SamplingParams(
+        temperature=1, top_p=1, top_k=0, min_p=0, repetition_penalty=1
+    )  # without max_tokens: up to the context
+
+
+async def test_what_a_client_leaves_open_is_the_services_default(service, stub):
+    service.generation.sampling_defaults = SamplingParams(max_tokens=3, temperature=0.25, top_p=0.5)
+    info = await stub.GetModelInfo(pb.GetModelInfoRequest())
+    assert (info.default_sampling.max_tokens, info.default_sampling.temperature) == (3, 0.25)
+    asked = [pb.SamplingParams(), pb.SamplingParams(temperature=1, max_tokens=5)]
+    for sampling in asked:
+        [_ async for _ in stub.Generate(pb.GenerateRequest(text="hi", sampling_params=sampling))]
+    got = [(s.max_tokens, s.temperature, s.top_p) for s in (r.sampling for r in service.router.requests)]
+    assert got == [(3, 0.25, 0.5), (5, 1.0, 0.5)]
 
 
 async def test_model_info_is_unavailable_without_workers(service, stub):
