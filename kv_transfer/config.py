@@ -71,7 +71,7 @@ class KvTransferConfig:
         the service is not ready before one pair works; false: every pair is used untested.
     grant_wait_s: how long a finished prefill waits for the decode worker to have pages before it is given up.
     staging_mib: memory, MiB, of each end of a nixl link, through which its bytes are staged, on the pool's device;
-        null: 64 in host memory, 256 on a GPU.
+        null: 64 in host memory, 256 on a GPU, 512 on one of 64 GiB or more.
     pull_timeout_s: how long a worker fetches cached pages from another one, at most, before it computes them itself.
     links: settings of links between clusters; what no entry fits has the defaults.
     """

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 
 NUM_SLOTS = 4
-HOST_MIB, DEVICE_MIB = 64, 256  # of a whole ring
+HOST_MIB, SMALL_DEVICE_MIB, LARGE_DEVICE_MIB = 64, 256, 512  # of a whole ring
+LARGE_DEVICE_BYTES = 64 << 30  # a device with so much memory has 512 MiB to spare for each peer
 
 
 class Slots:
@@ -141,8 +142,8 @@ class StagedRegion(Region):
 
     @property
     @abstractmethod
-    def is_host(self) -> bool:
-        """Is the memory the host's after all (tests)?"""
+    def device_bytes(self) -> int:
+        """Memory of the device, bytes; 0: it is the host's after all (tests)."""
 
     @abstractmethod
     def make_ring(self, num_slots: int, slot_bytes: int) -> Ring:
@@ -208,11 +209,17 @@ def ring_shape(region: Region, staging_mib: int | None) -> RingShape:
     """Of a ring of ``staging_mib`` MiB for the region's pool; None: what suits the memory.
 
     While one slot is gathered another is on its way and a third is scattered. On a device that takes about as long as
-    the threads of both processes need to tell each other, so slots are large there (over NVLink 64 MiB take 170 us).
+    the threads of both processes need to tell each other, so slots are large there (over NVLink 64 MiB take 170 us,
+    and twice as much was faster in every run: docs/adr/0009-staging-rings.md).
     """
-    on_device = isinstance(region, StagedRegion) and not region.is_host
-    mib = staging_mib or (DEVICE_MIB if on_device else HOST_MIB)
+    mib = staging_mib or _mib_for(region.device_bytes if isinstance(region, StagedRegion) else 0)
     return RingShape(NUM_SLOTS, (mib << 20) // NUM_SLOTS)
+
+
+def _mib_for(device_bytes: int) -> int:
+    if not device_bytes:
+        return HOST_MIB
+    return LARGE_DEVICE_MIB if device_bytes >= LARGE_DEVICE_BYTES else SMALL_DEVICE_MIB
 
 
 def make_ring(region: Region, num_slots: int, slot_bytes: int) -> Ring:

@@ -78,6 +78,7 @@ class DeviceRegion(StagedRegion):
 
     @property
     def is_host(self) -> bool:
+        """Is the memory the host's?"""
         return self.device.type == "cpu"
 
     @property
@@ -119,6 +120,10 @@ class DeviceRegion(StagedRegion):
                 stage.device.bytes[:num_bytes].copy_(host, non_blocking=True)
             self.scatter(stage, stage.device, 0, layers, spans)
         stage.launched().synchronize()
+
+    @property
+    def device_bytes(self) -> int:
+        return 0 if self.is_host else int(torch.cuda.get_device_properties(self.device).total_memory)
 
     def make_ring(self, num_slots: int, slot_bytes: int) -> Ring:
         return DeviceRing(self, num_slots, slot_bytes)

@@ -17,7 +17,7 @@ from core.errors import TransferError
 from core.fingerprint import CacheFingerprint
 from core.request import SessionId
 from kv_transfer.config import KvTransferConfig, LinkConfig
-from kv_transfer.staging import HostRing, Ring
+from kv_transfer.staging import HostRing, Ring, ring_shape
 from kv_transfer.staging_device import DeviceRegion, DeviceRing
 from kv_transfer.transport import LayerPages, PageGeometry, Region, Span, Strip, Write, create_transport
 
@@ -35,6 +35,26 @@ def make_tensors(seed: int | None) -> list[torch.Tensor]:
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
     return tensor.view(-1).view(torch.uint8).numpy().tobytes()
+
+
+class BigDevice(DeviceRegion):
+    """Says that it lies on a device of so much memory."""
+
+    gib = 0
+
+    @property
+    def device_bytes(self) -> int:
+        return self.gib << 30
+
+
+@pytest.mark.parametrize(("gib", "mib"), [(0, 64), (24, 256), (63, 256), (64, 512), (141, 512)])
+def test_a_ring_is_as_large_as_its_device_allows(gib: int, mib: int) -> None:
+    region = BigDevice(GEOMETRY, make_tensors(None))
+    region.gib = gib
+    shape = ring_shape(region, None)
+    assert shape.num_slots * shape.slot_bytes == mib << 20
+    asked = ring_shape(region, 100)
+    assert asked.num_slots * asked.slot_bytes == 100 << 20
 
 
 def twins(seed: int | None) -> tuple[DeviceRegion, Region, list[torch.Tensor], list[bytearray]]:
