@@ -37,6 +37,8 @@ class RankGroup:
             raise InvalidConfig("tensor_parallel", "this process is one rank already, and can be no second one")
         if device.type == "cuda":
             bound = torch.device("cuda", torch.cuda.current_device())
+            # By it alone transformers knows which device a rank is to read its slices to (sharded_model.py).
+            os.environ["LOCAL_RANK"] = str(bound.index)
             dist.init_process_group(
                 "nccl",
                 init_method=f"file://{meeting}",
