@@ -17,8 +17,10 @@ from core.errors import TransferError
 from core.fingerprint import CacheFingerprint
 from core.request import SessionId
 from kv_transfer.config import KvTransferConfig, LinkConfig
+from kv_transfer.probe_pattern import digest_of, digest_there
 from kv_transfer.staging import HostRing, Ring, ring_shape
 from kv_transfer.staging_device import DeviceRegion, DeviceRing
+from kv_transfer.transfer_plan import layout_of_pages
 from kv_transfer.transport import LayerPages, PageGeometry, Region, Span, Strip, Write, create_transport
 
 NUM_LAYERS, PAGE_BYTES, NUM_PAGES = 3, 192, 16
@@ -45,6 +47,14 @@ class BigDevice(DeviceRegion):
     @property
     def device_bytes(self) -> int:
         return self.gib << 30
+
+
+def test_a_self_test_finds_the_same_bytes_in_device_and_host_memory() -> None:
+    device, host, _, _ = twins(1)
+    pages, layout = (5, 2, 3), layout_of_pages(GEOMETRY)
+    assert digest_of(device, pages) == digest_of(host, pages)
+    for region in (device, host):
+        assert digest_there(region, layout, pages, layout, len(pages), len(pages)) == digest_of(host, pages)
 
 
 @pytest.mark.parametrize(("gib", "mib"), [(0, 64), (24, 256), (63, 256), (64, 512), (141, 512)])
