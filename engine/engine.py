@@ -662,6 +662,8 @@ class Engine:
         parts = ["compiled" if mode.compiled else "eager"]
         if mode.graph_batch_sizes:
             parts.append(f"decode graphs up to {mode.graph_batch_sizes[-1]}")
+        if mode.experts:
+            parts.append(mode.experts)
         if self._plans_ahead:
             pays = self._pace.launching_pays()
             parts.append("planned ahead" if pays else "not planned ahead: launching takes as long as computing")

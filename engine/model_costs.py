@@ -23,7 +23,7 @@ from engine.packed_linear import PackedLinear
 
 _FLOPS = 2  # of one weight and one token: a product and a sum
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "top_k_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 
 def compute_profile(
@@ -36,7 +36,7 @@ def compute_profile(
     output = model.get_output_embeddings()
     head = set() if output is None else set(output.modules())
     num_ranks = layout.num_ranks
-    share = _expert_share(model.config.get_text_config())
+    share = expert_share(model.config.get_text_config())
     num_bytes, num_met = 0.0, 0.0
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
@@ -78,8 +78,8 @@ def _own_weights(module: nn.Module) -> Iterator[tuple[int, float, bool]]:
         yield parameter.numel(), parameter.element_size(), parameter.dim() >= 2
 
 
-def _expert_share(config: Any) -> float:
-    """The part of the routed experts that one token meets."""
+def expert_share(config: Any) -> float:
+    """The part of the routed experts that one token meets; 1.0 for a model without."""
     total = next((value for key in _NUM_EXPERTS if isinstance(value := getattr(config, key, None), int)), 0)
     met = next((value for key in _EXPERTS_PER_TOKEN if isinstance(value := getattr(config, key, None), int)), 0)
     return met / total if 0 < met <= total else 1.0

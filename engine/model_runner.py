@@ -36,6 +36,7 @@ from engine.attention_op import Desk, DeskBatch, number_layers
 from engine.cache_layout import LayerCache
 from engine.compiled_layers import CompiledLayers, generator_missing
 from engine.decode_graphs import DecodeGraphs
+from engine.experts import ExpertsChoice, model_own_experts
 from engine.page_pool import PagePool
 from engine.rank_steps import RankLeader
 from engine.step_packing import Chunk, PackedStep, fill_pending, pack
@@ -258,6 +259,7 @@ class SpeedUps:
     graph_batch_size: int  # sequences of the largest decode graph; 0: none
     max_model_len: int  # tokens that a sequence may have in a graph
     eager_reason: str = "engine.compile says so"  # if ``compile`` is off
+    experts: ExpertsChoice | None = None  # of the model's experts, installed; None: it has none to choose for
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +269,8 @@ class ForwardMode:
     compiled: bool
     reason: str  # why it is not compiled; empty if it is
     graph_batch_sizes: tuple[int, ...]
-    graph_reason: str  # why decode steps are not captured; empty if they are
+    graph_reason: str  # why decode steps, or the largest of them, are not captured; empty if they all are
+    experts: str = ""  # by what tokens and experts are multiplied; empty: by what transformers takes, or there are none
     order_reason: str = ""  # why no step is held up between layers although that was asked for
 
 
@@ -435,8 +438,9 @@ class ModelRunner:
         elif wishes.compile:
             number_layers(self._model)
             self._compiled = CompiledLayers(self._model, backend)
-            compile_reason = self._try_compiled()
-        self.mode = ForwardMode(not compile_reason, compile_reason, (), "engine.decode_graphs says so")
+            compile_reason = self._try_compiled(wishes.experts)
+        experts = "" if wishes.experts is None else wishes.experts.text
+        self.mode = ForwardMode(not compile_reason, compile_reason, (), "engine.decode_graphs says so", experts)
         if wishes.graph_batch_size:
             self._capture(wishes)
         mode = self.mode
@@ -446,7 +450,7 @@ class ModelRunner:
             ", ".join(map(str, mode.graph_batch_sizes)) or f"none: {mode.graph_reason}",
         )
 
-    def _try_compiled(self) -> str:
+    def _try_compiled(self, experts: ExpertsChoice | None) -> str:
         """Why the compiled layers are not to be used; empty if they are."""
         assert self._compiled is not None, "made by the caller"
         if not self._compiled.num_layers:
@@ -454,6 +458,8 @@ class ModelRunner:
             return "the model's layers were not found"
         try:
             self.self_test()
+            if experts is not None and experts.batched_tokens >= max(_SELF_TEST_CHUNKS):
+                self._compile_larger_steps(experts.batched_tokens + 1)
         except Exception as error:  # dynamo and inductor raise whatever a model provokes
             if self._compiled is not None:
                 self.go_eager(f"{_in_short(error)}")
@@ -462,24 +468,38 @@ class ModelRunner:
             return reason
         return ""
 
+    def _compile_larger_steps(self, num_tokens: int) -> None:
+        """Above the border between two functions of experts layers are other code, of which the self-test's steps were
+        too small to need any: no prompt is to wait for it."""
+        page_size, scratch_page = self.pool.layout.page_size, self.pool.num_pages - 1
+        pages = (scratch_page,) * -(-num_tokens // page_size)  # what they attend to does not matter
+        self._run(pack([Chunk([0] * num_tokens, 0, pages, True)]), None)
+
     def go_eager(self, reason: str) -> None:
         """Leave compiled code and graphs for good; counted, logged and seen in ``mode``."""
         if self._compiled is not None:
             self._compiled.undo()
         self._compiled = self._graphs = None
         self.num_fallbacks += 1
-        self.mode = ForwardMode(False, reason, (), reason)
+        self.mode = replace(self.mode, compiled=False, reason=reason, graph_batch_sizes=(), graph_reason=reason)
         logger.warning("the model runs eagerly from now on: %s", reason)
 
     def _capture(self, wishes: SpeedUps) -> None:
-        mode = self.mode
         device = self.pool.device
+        batch_size, reason = wishes.graph_batch_size, ""
+        if wishes.experts is not None and wishes.experts.graph_batch_size < batch_size:
+            batch_size = wishes.experts.graph_batch_size
+            reason = f"of more than {batch_size} sequences: {wishes.experts.reason}"
+            logger.warning("decode steps are not captured: %s", reason)
+        if not batch_size:
+            self.mode = replace(self.mode, graph_reason=reason)
+            return
         try:
             graphs = DecodeGraphs(
                 self._forward,
                 self._urgent or self._backend,  # they may run at the same time as an eager step of the other
                 device,
-                wishes.graph_batch_size,
+                batch_size,
                 wishes.max_model_len,
                 scratch_page=self.pool.num_pages - 1,
                 record=device.type == "cuda",
@@ -488,14 +508,13 @@ class ModelRunner:
             reason = f"capturing failed: {_in_short(error)}"
             self.num_fallbacks += 1
             logger.warning("decode steps are not captured: %s", reason)
-            self.mode = ForwardMode(self.mode.compiled, self.mode.reason, (), reason)
+            self.mode = replace(self.mode, graph_reason=reason)
             return
-        if not graphs.buckets or graphs.buckets[-1] != wishes.graph_batch_size:
-            reason = "the attention backend has no static steps of that size"
-            self.mode = ForwardMode(mode.compiled, mode.reason, (), reason)
+        if not graphs.buckets or graphs.buckets[-1] != batch_size:
+            self.mode = replace(self.mode, graph_reason="the attention backend has no static steps of that size")
             return
         self._graphs = graphs
-        self.mode = ForwardMode(mode.compiled, mode.reason, graphs.buckets, "")
+        self.mode = replace(self.mode, graph_batch_sizes=graphs.buckets, graph_reason=reason)
         self.self_test()
 
     def self_test(self) -> None:
@@ -532,7 +551,7 @@ class ModelRunner:
         model.set_attn_implementation("eager")
         try:
             row = torch.tensor([token_ids], device=self.pool.device)
-            with torch.compiler.set_stance("force_eager"):
+            with torch.compiler.set_stance("force_eager"), model_own_experts(model):
                 logits: torch.Tensor = model(input_ids=row, use_cache=False).logits[0]
         finally:
             model.set_attn_implementation(ATTENTION_NAME)

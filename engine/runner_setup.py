@@ -9,6 +9,7 @@ import torch
 from engine.attention import create_backend
 from engine.attention_choice import AttentionChoice, choose_attention
 from engine.config import APART_MODES, EngineConfig
+from engine.experts import ExpertsChoice, choose_experts, experts_case, install_experts
 from engine.model_loader import LoadedModel
 from engine.model_runner import ModelRunner, SpeedUps
 from engine.page_pool import PagePool
@@ -35,20 +36,35 @@ def make_runner(
     code_folder = config.compile_cache
     interrupts = config.prefill_order == "slack"
     twice = (interrupts or runs_beside) and loaded.layout.num_ranks == 1
+    device = loaded.device.type
+    graphs = config.max_batch_size if config.switched_on("decode_graphs", device) else 0
+    experts = _experts(loaded, graphs)
     urgent = create_backend(choice.name, pool, code_folder) if twice else None
     runner = ModelRunner(loaded.model, pool, create_backend(choice.name, pool, code_folder), urgent, leader)
     runner.self_test()
-    device = loaded.device.type
-    graphs = config.max_batch_size if config.switched_on("decode_graphs", device) else 0
     compile_layers, why_not = config.switched_on("compile", device), "engine.compile says so"
     if loaded.quantisation is not None and not loaded.quantisation.dequantised and config.compile == "auto":
         compile_layers, why_not = False, f"{loaded.quantisation.label}: their libraries' layers run as they are"
-    wishes = SpeedUps(compile_layers, graphs, loaded.description.max_model_len, why_not)
+    wishes = SpeedUps(compile_layers, graphs, loaded.description.max_model_len, why_not, experts)
     if wishes.compile or wishes.graph_batch_size:
         runner.speed_up(wishes)
     if interrupts and urgent is None:
         runner.forgo_interruption("steps are not held up between layers: other ranks could not follow")
     return runner, choice
+
+
+def _experts(loaded: LoadedModel, graph_batch_size: int) -> ExpertsChoice | None:
+    """How experts are multiplied, installed; None: as transformers does by itself."""
+    quantisation = loaded.quantisation
+    if not graph_batch_size or (quantisation is not None and not quantisation.dequantised):
+        return None  # quantised experts have functions of their own
+    case = experts_case(loaded.model, loaded.device, loaded.attention.capability, graph_batch_size)
+    if case is None:
+        return None
+    choice = choose_experts(case)
+    install_experts(loaded.model, choice)
+    logger.info("%s: %s", choice.text, choice.reason)
+    return choice
 
 
 def streams_for(config: EngineConfig, device: torch.device) -> PhaseStreams | None:

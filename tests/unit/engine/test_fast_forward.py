@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from core.clock import VirtualClock
@@ -22,7 +23,9 @@ from core.request import SamplingParams, SequenceId, SequenceSpec, TokenChunk
 from engine import engine as engine_module
 from engine.compiled_layers import CompiledLayers
 from engine.config import EngineConfig
+from engine.decode_graphs import DecodeGraphs
 from engine.engine import Engine
+from engine.experts import ExpertsChoice
 from engine.merged_linear import LinearSlice, merge_projections
 from engine.model_runner import ModelRunner
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, generate_with, save_tiny_model
@@ -30,6 +33,19 @@ from tests.tiny_models import FAMILIES, VOCAB_SIZE, generate_with, save_tiny_mod
 NUM_TOKENS = 8
 PROMPT_LENGTHS = (1, 5, 16, 17, 40)
 COMPILED = ("llama",)  # the others, with code generation: tests/gpu
+# What CUDA computes only after it copied something to the host, by the part of the name before the overload.
+ASKS_THE_HOST = frozenset(
+    {
+        "aten::_local_scalar_dense",
+        "aten::nonzero",
+        "aten::masked_select",
+        "aten::_unique2",
+        "aten::bincount",
+        "aten::equal",
+        "transformers::grouped_mm_fallback",
+        "aten::_grouped_mm",  # in float32, which these tests are in
+    }
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +55,27 @@ def without_code_generation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would keep megabytes of it
     yield
     torch._dynamo.reset()  # models of one family share code, and compiled code is kept per code
+
+
+class NothingOfTheHost(TorchDispatchMode):
+    """Within, what a CUDA graph could not hold is refused, on any device."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = [x for x in args[1] if x is not None and x.dtype == torch.bool] if op.name() == "aten::index" else []
+        if masks or op.name().split(".")[0] in ASKS_THE_HOST:
+            raise RuntimeError(f"{op} asks the host")
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def static_steps_ask_nothing_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = DecodeGraphs._compute
+
+    def compute(self: DecodeGraphs, graph: Any) -> None:
+        with NothingOfTheHost():
+            plain(self, graph)
+
+    monkeypatch.setattr(DecodeGraphs, "_compute", compute)
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +121,45 @@ def run(engine: Engine, prompts: Sequence[Sequence[int]], tag: str = "s", **samp
 Examples = Callable[[str], tuple[Path, list[list[int]], list[list[int]]]]
 
 
+@pytest.mark.usefixtures("static_steps_ask_nothing_of_the_host")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_static_steps_planned_ahead(family: str, example: Examples) -> None:
     folder, prompts, expected = example(family)
     engine = load(folder, max_prefill_chunk=7, decode_graphs="always")
 
-    assert engine.forward.graph_batch_sizes == (1, 2, 4, 5)
+    assert engine.forward.graph_batch_sizes == (1, 2, 4, 5), engine.forward.graph_reason
     assert run(engine, prompts) == expected
     assert run(engine, prompts, "from the prefix cache") == expected
+
+
+@pytest.mark.usefixtures("static_steps_ask_nothing_of_the_host")
+def test_experts_that_ask_the_host_are_noticed_and_not_captured(
+    example: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, prompts, expected = example("mixtral")
+    always_grouped = ExpertsChoice(0, 5, "for this test")
+    monkeypatch.setattr("engine.runner_setup.choose_experts", lambda case: always_grouped)
+    engine = load(folder, decode_graphs="always")
+
+    modes = engine.modes()
+    assert engine.forward.graph_batch_sizes == ()
+    assert "asks the host" in modes.forward_reason
+    assert modes.num_fallbacks == 1
+    assert run(engine, prompts) == expected
+
+
+def test_experts_that_are_too_large_to_be_copied_are_captured_for_fewer_sequences(
+    example: Examples, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, prompts, expected = example("qwen3_moe")
+    monkeypatch.setattr("engine.experts._MOST_COPIED_BYTES", 2 * 2 * 3 * 32 * 16 * 4)  # two tokens' two experts
+    engine = load(folder, decode_graphs="always")
+
+    assert engine.forward.graph_batch_sizes == (1, 2)
+    assert "experts by batched_mm up to 2 tokens" in engine.modes().forward
+    assert "of more than 2 sequences" in engine.modes().forward_reason
+    assert "decode steps are not captured: of more than 2 sequences" in caplog.text
+    assert run(engine, prompts) == expected
 
 
 @pytest.mark.parametrize("family", COMPILED)
