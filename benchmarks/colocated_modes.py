@@ -42,6 +42,7 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.hand_over import LLAMA_8B, TINY
+from benchmarks.mixture import QWEN3_MOE, TINY_QWEN3_MOE
 from benchmarks.orderly_exit import exit_on_sigterm
 from benchmarks.report import Cell, percentile
 from cluster.config import RouterConfig, WorkerConfig
@@ -58,26 +59,6 @@ from protos.channels import InternalGrpc
 _START_TIMEOUT_S = 240.0
 _ROOT = Path(__file__).resolve().parent.parent
 _PAGE = 16
-QWEN3_MOE = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
 COLUMNS = {
     "arm": "arm",
     "load": "load",
@@ -119,19 +100,7 @@ MOE = Scale("moe", QWEN3_MOE, 4096, 128, (4.0, 10.0), 6.0, 24, 8192, 128, 1.0, 0
 TINY_DENSE = Scale("dense", TINY, 96, 8, (4.0,), 2.0, 6, 160, 8, 2.0, 0.5, 4096, 192, 8)
 TINY_MOE = Scale(
     "moe",
-    QWEN3_MOE
-    | {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "moe_intermediate_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "vocab_size": 256,
-    },
+    TINY_QWEN3_MOE,
     96,
     8,
     (4.0,),

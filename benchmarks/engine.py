@@ -1,6 +1,6 @@
 """How near is the engine to what the GPU can do, and what makes up the rest?
 
-    python -m benchmarks.engine [--json FILE] [--parts prefill decode mixed profile] [--peer FILE] [--rehearse]
+    python -m benchmarks.engine [--json FILE] [--parts prefill decode mixed profile moe] [--peer FILE] [--rehearse]
 
 One engine (no service around it) with a Llama of 8B parameters in bfloat16, random weights, on one GPU:
 
@@ -8,9 +8,11 @@ One engine (no service around it) with a Llama of 8B parameters in bfloat16, ran
     decode    batches of 1, 64, 128 and 256 at 1,024 tokens of context and of 64 at 4,096: the median time between steps
     mixed     200 requests at once, 256-8,192 tokens in (444,944 in all), 128 out
     profile   kernels of a decode step and of a prefill, by what they are for, and the time in which none ran
+    moe       decode steps of a mixture of experts (mixture.py), captured and launched: batches of 1, 16 and 64
 
 Floors are of the same run (engine_floors.py): for prefill the multiplications at the measured rate of a large
-product; for decode the bytes of weights and K/V at the measured bandwidth, the better of a large copy and a large sum.
+product; for decode the bytes of weights and K/V at the measured bandwidth, the better of a large copy and a large sum;
+of a mixture those of the experts that the step meets.
 ``--peer`` adds a column from a ``results.json`` of shared/peers/vllm-gpu on the same machine. ``--rehearse``: a tiny
 model, on whatever is here.
 """
@@ -25,8 +27,8 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -35,15 +37,17 @@ import torch
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.engine_floors import Floors, ModelCost, measure_floors
+from benchmarks.engine_floors import Floors, ModelCost, experts_met, measure_floors, unmet_bytes
 from benchmarks.engine_profile import profile_terms
+from benchmarks.mixture import QWEN3_MOE, TINY_QWEN3_MOE
 from benchmarks.report import Cell
 from core.clock import WallClock
 from core.request import SamplingParams, SequenceId, SequenceSpec
 from engine.config import EngineConfig
 from engine.engine import Engine
 
-PARTS = ("prefill", "decode", "mixed", "profile")
+DENSE_PARTS = ("prefill", "decode", "mixed", "profile")
+PARTS = (*DENSE_PARTS, "moe")
 COLUMNS = {
     "what": "what",
     "ms": "ours, ms",
@@ -52,6 +56,7 @@ COLUMNS = {
     "ms_max": "max",
     "floor_ms": "floor, ms",
     "over_floor": "ratio",
+    "experts": "experts met",
     "tokens_per_s": "tokens/s",
     "peer_ms": "vLLM, ms",
     "peer_ratio": "ours/vLLM",
@@ -103,6 +108,15 @@ FULL = Scale(
     (256, 8192),
     128,
 )
+FULL_MOE = Scale(
+    QWEN3_MOE,
+    {"max_batch_tokens": 8192, "max_batch_size": 64, "max_model_len": 8192, "prefix_cache": False, "num_pages": 5000},
+    (),
+    ((1, 1024), (16, 1024), (64, 1024)),
+    0,
+    (0, 0),
+    0,
+)
 REHEARSAL = Scale(
     {
         **LLAMA_8B,
@@ -122,6 +136,7 @@ REHEARSAL = Scale(
     (16, 128),
     8,
 )
+REHEARSAL_MOE = replace(FULL_MOE, config=TINY_QWEN3_MOE, settings=REHEARSAL.settings, decodes=((1, 64), (4, 64)))
 
 
 class Bench:
@@ -180,6 +195,12 @@ class Bench:
         gaps = [later - earlier for earlier, later in pairwise(ends)]
         return gaps[_WARM_STEPS : _WARM_STEPS + _TIMED_STEPS]
 
+    def experts_met(self, batch: int, context: int) -> float:
+        """Experts of a layer that a decode step of the whole batch meets."""
+        for _ in range(batch):
+            self.add(self.prompt(context), 4 + -(-batch * context // self.step_tokens))
+        return experts_met(batch, self.drain)
+
     @property
     def step_tokens(self) -> int:
         """Of the prompts of one step."""
@@ -207,9 +228,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     floors = measure_floors(device, 1.0 if device.type == "cuda" else 0.02)
     console.print(floors.text)
     torch.cuda.empty_cache()  # nothing on CPU
+    peer = json.loads(options.peer.read_text()) if options.peer else {}
+    rows: list[dict[str, Cell]] = []
+    terms: list[dict[str, Cell]] = []
+    figures: dict[str, float] = dict(floors.figures)
+    machine = report.machine()
+
+    def write() -> None:
+        if options.json is not None:
+            report.Report("engine", report.commit(), machine, [*rows, *terms], figures).write_json(options.json)
+
+    if dense := [part for part in options.parts if part in DENSE_PARTS]:
+        bench, figures["engine_start_s"] = _ready(scale, device, console)
+        machine |= {"device": bench.engine.model.compute.device, "attention": bench.engine.modes().attention}
+        cost = ModelCost.of(bench.engine)
+        runs: dict[str, Callable[[], None]] = {
+            "prefill": lambda: _prefills(bench, floors, cost, peer, rows, figures),
+            "decode": lambda: _decodes(bench, floors, cost, peer, rows, figures),
+            "mixed": lambda: _mixed(bench, peer, rows, figures),
+            "profile": lambda: _profiles(bench, device, terms),
+        }
+        for part in dense:
+            runs[part]()
+            write()  # after every part: a run may be cut short
+        del bench, runs
+        _free()
+    if "moe" in options.parts:
+        moe_scale = REHEARSAL_MOE if options.rehearse else FULL_MOE
+        machine["device"] = _mixtures(moe_scale, device, floors, console, rows, figures)
+        write()
+    title = f"engine on {machine['device']}"
+    report.Report("engine", report.commit(), machine, rows, figures).print_table(COLUMNS, title)
+    if terms:
+        report.Report("engine", "", {}, terms, {}).print_table(TERM_COLUMNS, "what the time goes to")
+    return 0
+
+
+def _ready(scale: Scale, device: torch.device, console: Console, **settings: Any) -> tuple[Bench, float]:
+    """A bench, and the seconds of its engine's start."""
     clock = WallClock()
     began_at = clock.now()
-    bench = Bench(_engine(scale, device), scale)
+    bench = Bench(_engine(scale, device, settings), scale)
     start_s = clock.now() - began_at
     gc.collect()
     gc.freeze()  # as a worker does (cluster/worker_host.py)
@@ -217,32 +276,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(
         f"engine ready in {start_s:.1f} s: attention {modes.attention}, {modes.forward} {modes.forward_reason}"
     )
-    cost = ModelCost.of(bench.engine)
-    peer = json.loads(options.peer.read_text()) if options.peer else {}
-    rows: list[dict[str, Cell]] = []
-    terms: list[dict[str, Cell]] = []
-    figures: dict[str, float] = {"engine_start_s": start_s, **floors.figures}
-    runs: dict[str, Any] = {
-        "prefill": lambda: _prefills(bench, floors, cost, peer, rows, figures),
-        "decode": lambda: _decodes(bench, floors, cost, peer, rows, figures),
-        "mixed": lambda: _mixed(bench, peer, rows, figures),
-        "profile": lambda: _profiles(bench, device, terms),
-    }
-    for part in options.parts:
-        runs[part]()
-        machine = {**report.machine(), "device": bench.engine.model.compute.device, "attention": modes.attention}
-        result = report.Report("engine", report.commit(), machine, [*rows, *terms], figures)
-        if options.json is not None:
-            result.write_json(options.json)  # after every part: a run may be cut short
-    title = f"engine on {bench.engine.model.compute.device}"
-    report.Report("engine", report.commit(), report.machine(), rows, figures).print_table(COLUMNS, title)
-    if terms:
-        report.Report("engine", "", {}, terms, {}).print_table(TERM_COLUMNS, "what the time goes to")
-    return 0
+    return bench, start_s
 
 
-def _engine(scale: Scale, device: torch.device) -> Engine:
-    settings = dict(scale.settings)
+def _free() -> None:
+    """Give back what an engine held that nobody names any more."""
+    gc.unfreeze()
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing on CPU
+
+
+def _engine(scale: Scale, device: torch.device, more: Mapping[str, Any]) -> Engine:
+    settings = {**scale.settings, **more}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(scale.config))
         if device.type == "cuda" and "num_pages" not in settings:
@@ -290,6 +335,39 @@ def _decodes(
         if context == 1024:
             figures[f"decode_over_floor_b{batch}"] = statistics.median(seconds) / floor_s
             figures[f"decode_ms_b{batch}"] = statistics.median(seconds) * 1e3
+
+
+def _mixtures(
+    scale: Scale,
+    device: torch.device,
+    floors: Floors,
+    console: Console,
+    rows: list[dict[str, Cell]],
+    figures: dict[str, float],
+) -> str:
+    """Decode steps launched layer by layer, and captured; which device it was."""
+    met: dict[int, float] = {}
+    name = ""
+    for how, switch in (("launched", "never"), ("captured", "always")):
+        bench, _ = _ready(scale, device, console, decode_graphs=switch)
+        if switch == "always" and not bench.engine.forward.graph_batch_sizes:
+            raise RuntimeError(f"decode steps are not captured: {bench.engine.forward.graph_reason}")
+        name, cost = bench.engine.model.compute.device, ModelCost.of(bench.engine)
+        for batch, context in scale.decodes:
+            seconds = bench.decode(batch, context)
+            if switch == "never":
+                met[batch] = bench.experts_met(batch, context)
+            middle = context + _WARM_STEPS + _TIMED_STEPS // 2
+            unmet = unmet_bytes(scale.config, met[batch])
+            floor_s = cost.decode_bytes(batch, middle, unmet) / floors.bytes_per_s
+            row = _row(f"mixture, decode {batch} at {context}, {how}", seconds, floor_s, None)
+            per_s = batch / statistics.median(seconds)
+            rows.append({**row, "experts": met[batch], "tokens_per_s": per_s})
+            figures[f"moe_{how}_ms_b{batch}"] = statistics.median(seconds) * 1e3
+            figures[f"moe_{how}_over_floor_b{batch}"] = statistics.median(seconds) / floor_s
+        del bench
+        _free()
+    return name
 
 
 def _mixed(bench: Bench, peer: Mapping[str, Any], rows: list[dict[str, Cell]], figures: dict[str, float]) -> None:

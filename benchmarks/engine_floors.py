@@ -2,6 +2,9 @@
 
 Bandwidth is the better of a copy of 2 GiB (read and written bytes) and a sum of as many (read alone, as decode reads);
 the multiplication rate is that of 8192 x 8192 x 8192 in bfloat16. Medians, of random data.
+
+A decode step of a mixture reads the experts that one of its tokens meets. They are counted on the model that is
+measured (``experts_met``): random tokens through random weights do not spread evenly.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from core.clock import WallClock
 from engine.engine import Engine
@@ -114,6 +118,32 @@ class ModelCost:
         pairs = sum(length * (length + 1) / 2 for length in lengths)
         return sum(lengths) * self.weight_flops + len(lengths) * self.head_flops + pairs * self.attention_flops
 
-    def decode_bytes(self, batch: int, context: int) -> float:
-        """Every weight once, and the K/V of every sequence."""
-        return self.weight_bytes + batch * context * self.kv_token_bytes
+    def decode_bytes(self, batch: int, context: int, unmet_bytes: float = 0.0) -> float:
+        """Every weight once, but for ``unmet_bytes`` of experts, and the K/V of every sequence."""
+        return self.weight_bytes - unmet_bytes + batch * context * self.kv_token_bytes
+
+
+def unmet_bytes(config: Mapping[str, Any], met: float) -> float:
+    """Weights of the experts of a mixture that a step does not read, if in each layer it meets ``met`` of them."""
+    expert_weights: int = 3 * config["hidden_size"] * config["moe_intermediate_size"] * config["num_hidden_layers"]
+    itemsize: int = getattr(torch, config["torch_dtype"]).itemsize
+    num_unmet: float = config["num_experts"] - met
+    return num_unmet * expert_weights * itemsize
+
+
+def experts_met(batch: int, run: Callable[[], object]) -> float:
+    """Experts of a layer that steps of ``batch`` tokens meet, on average over those that ``run`` computes; they must be
+    launched, not captured."""
+    counts: list[int] = []
+
+    def count(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if hasattr(type(module), "_apply_gate") and len(args[1]) == batch:  # experts, and whom each token meets
+            counts.append(len(set(args[1].flatten().tolist())))
+
+    hook = register_module_forward_pre_hook(count)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            run()
+    finally:
+        hook.remove()
+    return statistics.fmean(counts)

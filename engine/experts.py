@@ -32,6 +32,7 @@ _NAME = "prfaas_experts_up_to_"  # and the number of tokens
 _GROUPED_ON_DEVICE = (9, 10)
 # Most bytes of weights that one layer may copy for a step: above, copying takes longer than waiting for the host.
 _MOST_COPIED_BYTES = 256 << 20
+_MOST_BESIDE_GROUPED_BYTES = 0
 
 ExpertsForward = Callable[..., torch.Tensor]
 
@@ -67,7 +68,8 @@ def choose_experts(case: ExpertsCase) -> ExpertsChoice:
     """Pure. Of several ranks all come to the same choice: their parts are equal."""
     major = None if case.capability is None else case.capability[0]
     if case.dtype == "bfloat16" and major in _GROUPED_ON_DEVICE:
-        return ExpertsChoice(0, case.graph_batch_size, "grouped_mm finds its groups on the device")
+        few = min(_MOST_BESIDE_GROUPED_BYTES // max(case.token_bytes, 1), case.graph_batch_size)
+        return ExpertsChoice(few, case.graph_batch_size, "grouped_mm finds its groups on the device")
     host = f"grouped_mm asks the host for its groups in {case.dtype} on this device"
     most = _MOST_COPIED_BYTES // max(case.token_bytes, 1)
     if most >= case.graph_batch_size:

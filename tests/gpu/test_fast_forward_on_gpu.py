@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from core.clock import WallClock
 from core.request import SamplingParams, SequenceId, SequenceSpec, TokenChunk
@@ -206,6 +207,29 @@ def test_flashinfer_in_bfloat16_is_within_the_bound(config: PreTrainedConfig, tm
         worst[compile_] = max(errors)
     print("largest error of a log-probability, of the spread of the logits:", worst)
     assert max(worst.values()) < LOGIT_BOUND
+
+
+@needs_flashinfer
+def test_a_mixture_in_bfloat16_is_captured_for_every_batch(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    factory: Any = AutoModelForCausalLM
+    config = Qwen3MoeConfig(**SHAPE, moe_intermediate_size=128, num_experts=16, num_experts_per_tok=4)
+    factory.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    reference: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    draw = random.Random(3)
+    prompts = [[draw.randrange(1, VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS]
+    engine = load(tmp_path, dtype="bfloat16")
+    print(engine.modes(), engine.forward)
+
+    assert engine.forward.compiled, engine.forward.reason
+    assert engine.forward.graph_batch_sizes == (1, 2, 4, 6), engine.forward.graph_reason
+    errors = []
+    for size in range(1, len(prompts) + 1):
+        found = chunks(engine, prompts[:size], f"of {size}", logprobs=5)
+        for prompt, one in zip(prompts, found, strict=False):
+            errors += _errors(reference, prompt, one)
+    print("median and largest error of a log-probability:", statistics.median(errors), max(errors))
+    assert statistics.median(errors) < LOGIT_BOUND, "of the largest, rounding may have turned a router"
 
 
 @torch.no_grad()
