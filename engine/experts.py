@@ -9,7 +9,8 @@ transformers has two that compute the same (``integrations/moe.py``):
     batched_mm   gathers the weights of every pair of token and expert and multiplies them pair by pair: nothing is
                  asked of the host, but those weights are copied.
 
-A CUDA graph can hold no copy to the host. ``choose_experts`` says up to how many tokens a step takes which, and
+A CUDA graph can hold no copy to the host. So batched_mm is for few tokens where grouped_mm would need one, and for none
+where it would not: there it was slower at every size (docs/engine.md). ``choose_experts`` says which is taken when, and
 ``install_experts`` registers a function with transformers that goes by it: the number of tokens is a shape, known to
 whoever launches or captures a step. Experts that a model computes by code of its own are left alone.
 """
@@ -28,11 +29,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from engine.model_costs import expert_share
 
 _NAME = "prfaas_experts_up_to_"  # and the number of tokens
-# Compute capabilities (their first number) for which torch's grouped product in bfloat16 is one kernel.
+# Compute capabilities (their first number) on which torch copies nothing to the host for a grouped product in bfloat16
+# (``_grouped_mm_cuda`` of ATen).
 _GROUPED_ON_DEVICE = (9, 10)
-# Most bytes of weights that one layer may copy for a step: above, copying takes longer than waiting for the host.
+# Most bytes of weights that one layer may copy for a step; 0.3 ms on an H100. Above, it is better to ask the host.
 _MOST_COPIED_BYTES = 256 << 20
-_MOST_BESIDE_GROUPED_BYTES = 0
 
 ExpertsForward = Callable[..., torch.Tensor]
 
@@ -68,8 +69,7 @@ def choose_experts(case: ExpertsCase) -> ExpertsChoice:
     """Pure. Of several ranks all come to the same choice: their parts are equal."""
     major = None if case.capability is None else case.capability[0]
     if case.dtype == "bfloat16" and major in _GROUPED_ON_DEVICE:
-        few = min(_MOST_BESIDE_GROUPED_BYTES // max(case.token_bytes, 1), case.graph_batch_size)
-        return ExpertsChoice(few, case.graph_batch_size, "grouped_mm finds its groups on the device")
+        return ExpertsChoice(0, case.graph_batch_size, "grouped_mm finds its groups on the device")
     host = f"grouped_mm asks the host for its groups in {case.dtype} on this device"
     most = _MOST_COPIED_BYTES // max(case.token_bytes, 1)
     if most >= case.graph_batch_size:
