@@ -40,6 +40,7 @@ class EngineModes:
     colocated_reason: str = ""  # how the latest chunk, group of layers or partition was chosen
     prompt_steps: tuple[tuple[str, int], ...] = ()  # steps that held prompts, by what bounded these
     num_decode_beside: int = 0  # decoding steps between or beside the layers of prompts
+    num_cascade: int = 0  # decoding steps that read prefixes once which their sequences share
 
 
 UNKNOWN_MODES = EngineModes()

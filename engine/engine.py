@@ -662,6 +662,8 @@ class Engine:
         parts = ["compiled" if mode.compiled else "eager"]
         if mode.graph_batch_sizes:
             parts.append(f"decode graphs up to {mode.graph_batch_sizes[-1]}")
+        if mode.cascade:
+            parts.append("shared prefixes read once")
         if self._plans_ahead:
             pays = self._pace.launching_pays()
             parts.append("planned ahead" if pays else "not planned ahead: launching takes as long as computing")
@@ -669,7 +671,8 @@ class Engine:
             parts.append(self.model.weights)
         if self._runner.is_divided:
             parts.append(f"on {self.layout.num_ranks} ranks")
-        reasons = dict.fromkeys(reason for reason in (mode.reason, mode.graph_reason, mode.order_reason) if reason)
+        all_reasons = (mode.reason, mode.graph_reason, mode.order_reason, mode.cascade_reason)
+        reasons = dict.fromkeys(reason for reason in all_reasons if reason)
         choice = self._attention
         budgets = self._scheduler.budgets
         latest = budgets.latest if self._beside is None else self._beside.reason
@@ -683,6 +686,7 @@ class Engine:
             str(latest or ""),
             tuple((bound.value, budgets.counts[bound]) for bound in Bound if budgets.counts[bound]),
             self._beside.num_steps if self._beside is not None else 0,
+            self._runner.num_cascade_steps,
         )
 
     @property

@@ -35,9 +35,10 @@ from engine.attention_choice import LayerAttention
 from engine.attention_op import Desk, DeskBatch, number_layers
 from engine.cache_layout import LayerCache
 from engine.compiled_layers import CompiledLayers, generator_missing
-from engine.decode_graphs import DecodeGraphs
+from engine.decode_graphs import MIN_CASCADE, DecodeGraphs
 from engine.page_pool import PagePool
 from engine.rank_steps import RankLeader
+from engine.shared_prefixes import CascadeTerms
 from engine.step_packing import Chunk, PackedStep, fill_pending, pack
 from engine.step_plan import StepItem, StepPlan
 from engine.uploads import upload
@@ -258,6 +259,8 @@ class SpeedUps:
     graph_batch_size: int  # sequences of the largest decode graph; 0: none
     max_model_len: int  # tokens that a sequence may have in a graph
     eager_reason: str = "engine.compile says so"  # if ``compile`` is off
+    cascade: str = "never"  # engine.cascade_attention
+    cascade_reason: str = "engine.cascade_attention says so"  # if it is never
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +272,8 @@ class ForwardMode:
     graph_batch_sizes: tuple[int, ...]
     graph_reason: str  # why decode steps are not captured; empty if they are
     order_reason: str = ""  # why no step is held up between layers although that was asked for
+    cascade: bool = False  # decode steps read shared prefixes once where that pays
+    cascade_reason: str = ""  # why not, if they are captured; empty if they do
 
 
 class ModelRunner:
@@ -294,8 +299,10 @@ class ModelRunner:
         self._desk = Desk()
         self._compiled: CompiledLayers | None = None  # None: eager
         self._graphs: DecodeGraphs | None = None
+        self._cascade_terms: CascadeTerms | None = None  # None: shared prefixes are read for each sequence
         self.mode = ForwardMode(False, "speed_up was not asked for", (), "speed_up was not asked for")
         self.num_fallbacks = 0  # times that it went back to eager
+        self.num_cascade_steps = 0  # decode steps that have read shared prefixes once
 
     def run(
         self,
@@ -314,7 +321,7 @@ class ModelRunner:
 
         ``beside``: another step is under way, between whose layers this one is run: its K/V and logits are its own.
         """
-        packed = pack([_chunk(item) for item in plan.items])
+        packed = pack([_chunk(item) for item in plan.items], self._cascade_terms)
         if self._leader is not None:
             self._leader.begin(packed, previous)
         return self._run(packed, on_layer_stored, previous, beside)
@@ -363,6 +370,7 @@ class ModelRunner:
         if self._graphs is not None:
             logits = self._graphs.run(packed, previous)
             if logits is not None:
+                self.num_cascade_steps += self._graphs.reads_once(packed)
                 for index in range(self.pool.layout.num_layers if on_layer_stored is not None else 0):
                     on_layer_stored(index)  # type: ignore[misc]  # the range is empty if it is None
                 return logits
@@ -441,9 +449,10 @@ class ModelRunner:
             self._capture(wishes)
         mode = self.mode
         logger.info(
-            "the model runs %s; decode graphs for batches of %s",
+            "the model runs %s; decode graphs for batches of %s; shared prefixes are read %s",
             "compiled" if mode.compiled else f"eagerly: {mode.reason}",
             ", ".join(map(str, mode.graph_batch_sizes)) or f"none: {mode.graph_reason}",
+            "once where it pays" if mode.cascade else f"for each sequence: {mode.cascade_reason or mode.graph_reason}",
         )
 
     def _try_compiled(self) -> str:
@@ -466,7 +475,7 @@ class ModelRunner:
         """Leave compiled code and graphs for good; counted, logged and seen in ``mode``."""
         if self._compiled is not None:
             self._compiled.undo()
-        self._compiled = self._graphs = None
+        self._compiled = self._graphs = self._cascade_terms = None
         self.num_fallbacks += 1
         self.mode = ForwardMode(False, reason, (), reason)
         logger.warning("the model runs eagerly from now on: %s", reason)
@@ -497,6 +506,26 @@ class ModelRunner:
         self._graphs = graphs
         self.mode = ForwardMode(mode.compiled, mode.reason, graphs.buckets, "")
         self.self_test()
+        reason = self._capture_cascade(graphs, wishes)
+        self.mode = replace(self.mode, cascade=not reason, cascade_reason=reason)
+
+    def _capture_cascade(self, graphs: DecodeGraphs, wishes: SpeedUps) -> str:
+        """Why shared prefixes are not read once; empty if they are."""
+        if wishes.cascade == "never":
+            return f"no cascade attention: {wishes.cascade_reason}"
+        terms = CascadeTerms.of(self.pool.layout, whatever_it_saves=wishes.cascade == "always")
+        if terms is None:
+            return "no cascade attention: all layers have sliding windows"
+        try:
+            if not graphs.capture_cascade():
+                return f"no cascade attention: not by this backend, or no batch of {MIN_CASCADE} sequences"
+        except Exception as error:
+            reason = f"no cascade attention: capturing failed: {_in_short(error)}"
+            self.num_fallbacks += 1
+            logger.warning("engine.cascade_attention: %s", reason)
+            return reason
+        self._cascade_terms = terms
+        return ""
 
     def self_test(self) -> None:
         """Compare a prompt computed in chunks through pages with the model's own eager attention.
