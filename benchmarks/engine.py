@@ -62,7 +62,7 @@ _GIB = 1 << 30
 _SPARE_BYTES = 7 * _GIB  # activations, logits, work spaces and graphs
 _STEP_TOKENS = 16384
 _MAX_BATCH = 256
-_WARM_STEPS, _TIMED_STEPS = 12, 64
+WARM_STEPS, TIMED_STEPS = 12, 64
 
 
 @dataclass(frozen=True)
@@ -167,18 +167,23 @@ class Bench:
             times.append(self.drain())
         return times[1:]
 
-    def decode(self, batch: int, context: int) -> list[float]:
-        """Seconds between steps of the whole batch."""
-        num_tokens = _WARM_STEPS + _TIMED_STEPS + 8
+    def decode(self, batch: int, context: int, shared: int = 0) -> list[float]:
+        """Seconds between steps of the whole batch; its prompts begin with the same ``shared`` tokens, which the prefix
+        cache holds by then, and have ``context`` of their own."""
+        num_tokens = WARM_STEPS + TIMED_STEPS + 8
+        beginning = self.prompt(shared)
+        if shared:
+            self.add(beginning, 1)
+            self.drain()
         for _ in range(batch):
-            self.add(self.prompt(context), num_tokens + -(-batch * context // self.step_tokens))
+            self.add((*beginning, *self.prompt(context)), num_tokens + -(-batch * context // self.step_tokens))
         ends: list[float] = []
         while self.engine.has_work:
             full = self.step() == batch
             if full:
                 ends.append(self._clock.now())
         gaps = [later - earlier for earlier, later in pairwise(ends)]
-        return gaps[_WARM_STEPS : _WARM_STEPS + _TIMED_STEPS]
+        return gaps[WARM_STEPS : WARM_STEPS + TIMED_STEPS]
 
     @property
     def step_tokens(self) -> int:
@@ -209,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.cuda.empty_cache()  # nothing on CPU
     clock = WallClock()
     began_at = clock.now()
-    bench = Bench(_engine(scale, device), scale)
+    bench = Bench(make_engine(scale, device), scale)
     start_s = clock.now() - began_at
     gc.collect()
     gc.freeze()  # as a worker does (cluster/worker_host.py)
@@ -241,8 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _engine(scale: Scale, device: torch.device) -> Engine:
-    settings = dict(scale.settings)
+def make_engine(scale: Scale, device: torch.device, **more: Any) -> Engine:
+    """With dummy weights, and all of the device's memory for pages. ``more``: settings beside the scale's."""
+    settings = {**scale.settings, **more}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(scale.config))
         if device.type == "cuda" and "num_pages" not in settings:
@@ -281,7 +287,7 @@ def _decodes(
 ) -> None:
     for batch, context in bench.scale.decodes:
         seconds = bench.decode(batch, context)
-        middle = context + _WARM_STEPS + _TIMED_STEPS // 2
+        middle = context + WARM_STEPS + TIMED_STEPS // 2
         floor_s = cost.decode_bytes(batch, middle) / floors.bytes_per_s
         theirs = peer.get("decode", {}).get(f"B{batch}_L{context}")
         peer_ms = theirs["ms_step_median_gap"] if theirs else None  # a median as ours

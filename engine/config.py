@@ -56,8 +56,8 @@ class EngineConfig:
     decode_graphs: whether decode steps are captured as CUDA graphs at the start; ``auto`` is on a GPU, ``always`` takes
         the same path on CPU too, without graphs.
     cascade_attention: whether decode steps read pages that several sequences share once for all of them, from decode
-        graphs of their own: ``auto``, where that saves more than it costs and the attention backend can; ``always``,
-        whatever it saves; ``never``. Needs ``prefix_cache``, which gives sequences the same pages.
+        graphs of their own: ``auto``, on a GPU where that saves more than it costs and the attention backend can;
+        ``always``, whatever it saves; ``never``. Needs ``prefix_cache``, which gives sequences the same pages.
     plan_ahead: whether the next step is launched before the tokens of this one are known to the host; ``auto`` is on a
         GPU, where the host would wait otherwise, as long as launching takes less than half of a step.
     threads: CPU threads of one worker, or of each rank; null: torch's own choice.

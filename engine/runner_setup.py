@@ -46,6 +46,8 @@ def make_runner(
     cascade, why_never = config.cascade_attention, "engine.cascade_attention says so"
     if cascade == "auto" and not config.prefix_cache:
         cascade, why_never = "never", "without engine.prefix_cache no pages are shared"
+    elif cascade == "auto" and device != "cuda":
+        cascade, why_never = "never", "on CPU it is slower"
     max_tokens = loaded.description.max_model_len
     wishes = SpeedUps(compile_layers, graphs, max_tokens, why_not, cascade, why_never)
     if wishes.compile or wishes.graph_batch_size:
