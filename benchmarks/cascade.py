@@ -4,11 +4,11 @@
 
 Two engines, one after the other on the same GPU, with a Llama of 8B parameters in bfloat16 and random weights: one
 reads shared pages for each sequence (``engine.cascade_attention: never``), one once (``always``). The prefix cache
-holds the shared tokens; then a batch of prompts comes that begin with them and have 256 of their own each. Steps: the median
-time between steps of the whole batch. Floors are the bytes of weights and of K/V as each arm must read them, at the
-measured bandwidth: what many sequences read within a step may come from the GPU's L2 cache, so ``never`` can be below
-its floor. ``auto`` says what ``engine.cascade_attention: auto`` does. Figures: the start and the memory left after it,
-which differ by the second set of decode graphs.
+holds the shared tokens; then a batch of prompts comes that begin with them and have 256 of their own each. Steps: the
+median time between steps of the whole batch. Floors are the bytes of weights and of K/V as each arm must read them, at
+the measured bandwidth: what many sequences read within a step may come from the GPU's L2 cache, so ``never`` can be
+below its floor. ``auto`` says what ``engine.cascade_attention: auto`` does. Figures: the start and the memory left
+after it, which differ by the second set of decode graphs.
 """
 
 from __future__ import annotations
