@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 # (token ids [1, n], positions [1, n], wanted [n], attention) -> logits [n, vocab]
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, StepAttention], torch.Tensor]
 
-MIN_CASCADE = 8  # sequences of the smallest graph for shared prefixes: fewer hardly ever share enough
 _WARM_UPS = 2  # the first call compiles, loads kernels and makes plans, which a capture must not
 
 
@@ -73,9 +72,9 @@ class DecodeGraphs:
         self.buckets = tuple(sorted(self._graphs))
 
     def capture_cascade(self) -> bool:
-        """Capture graphs for steps that read shared prefixes once, of ``MIN_CASCADE`` sequences and more. False: there
-        are none, as the backend does not do that or no batch is so large."""
-        sizes = [size for size in self.buckets if size >= MIN_CASCADE]
+        """Capture graphs for steps that read shared prefixes once, of two sequences and more. False: there are none, as
+        the backend does not do that or no batch is so large."""
+        sizes = [size for size in self.buckets if size > 1]
         self._cascade = self._capture(sizes, "CUDA graphs for shared prefixes", self._sharing)
         return bool(self._cascade)
 

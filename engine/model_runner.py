@@ -35,7 +35,7 @@ from engine.attention_choice import LayerAttention
 from engine.attention_op import Desk, DeskBatch, number_layers
 from engine.cache_layout import LayerCache
 from engine.compiled_layers import CompiledLayers, generator_missing
-from engine.decode_graphs import MIN_CASCADE, DecodeGraphs
+from engine.decode_graphs import DecodeGraphs
 from engine.page_pool import PagePool
 from engine.rank_steps import RankLeader
 from engine.shared_prefixes import CascadeTerms
@@ -518,7 +518,7 @@ class ModelRunner:
             return "no cascade attention: all layers have sliding windows"
         try:
             if not graphs.capture_cascade():
-                return f"no cascade attention: not by this backend, or no batch of {MIN_CASCADE} sequences"
+                return "no cascade attention: the attention backend has none, or a step holds one sequence"
         except Exception as error:
             reason = f"no cascade attention: capturing failed: {_in_short(error)}"
             self.num_fallbacks += 1
