@@ -14,7 +14,6 @@ On a GPU it is FlashInfer that does this (flashinfer_decode.py). Here shapes fol
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -27,10 +26,11 @@ def behind_shared(segments: Sequence[Segment], shared: Sequence[SharedPrefix], p
     """The segments as of sequences that begin behind what they share."""
     rests = list(segments)
     for group in shared:
+        num_tokens = group.num_pages * page_size
         for i in range(group.first, group.end):
-            segment, num_tokens = segments[i], group.num_pages * page_size
+            segment = segments[i]
             assert segment.start >= num_tokens, "shared pages come before the token"
-            rests[i] = replace(segment, start=segment.start - num_tokens, page_ids=segment.page_ids[group.num_pages :])
+            rests[i] = Segment(segment.start - num_tokens, segment.num_tokens, segment.page_ids[group.num_pages :])
     return rests
 
 

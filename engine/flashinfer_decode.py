@@ -167,18 +167,20 @@ class CascadeStep:
         self._backend = backend
         self._num_sequences = num_sequences
         self._num_requests = _num_requests(num_sequences)
-        self._whole = StaticStep(backend, whole, num_sequences)
+        windows = any(kind.window is not None for kind in backend.kinds)
+        self._whole = StaticStep(backend, whole, num_sequences) if windows else None
         self._rests = StaticStep(backend, buffers.rests, num_sequences)
         self._buffers = buffers
         self._planned: dict[Kind, Planned] = {}  # of the shared pages
         # What wrappers plan with: where requests' queries begin, where their pages do, these, tokens of the last ones.
         self._filled: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-        self.store = self._whole.store
+        self.store = self._rests.store  # a token's page is behind the shared ones
 
     def fill(self, segments: Sequence[Segment], shared: Sequence[SharedPrefix]) -> None:
         """As ``CascadeAttention``'s."""
         device, page_size = self._backend.device, self._backend.page_size
-        self._whole.fill(segments)
+        if self._whole is not None:
+            self._whole.fill(segments)
         self._rests.fill(behind_shared(segments, shared, page_size))
         # The first request is of those that share nothing, over no pages: its results have no weight.
         empty = self._num_requests - 1 - len(shared)
@@ -200,6 +202,7 @@ class CascadeStep:
         """As ``StepAttention``'s."""
         kind = self._backend.kind(index, query, options)
         if kind.cache.window is not None:
+            assert self._whole is not None, "made for such layers"
             return self._whole.attend(index, query, options)
         planned = self._planned.get(kind)
         if planned is None:
