@@ -53,7 +53,7 @@ class StepSample:
     prefill_tokens: int
     prefill_pairs: float  # pairs of tokens that attend: each to what was stored before and to half of its own chunk
     decode_batch: int
-    decode_context: int  # tokens of all those sequences, the one that was computed included
+    decode_context: int  # tokens of all those sequences, the one that was computed included; those read once, once
     seconds: float
 
     @property

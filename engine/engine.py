@@ -435,7 +435,8 @@ class Engine:
             if self._beside is None or not _holds_prompts(plan):  # else decoding was looked after meanwhile
                 waited_s = self._sampler.mask_seconds - waited_s  # beside the layers, for what comes next in any case
                 self._pace.launched(self._clock.now() - launching_at - waited_s)
-            return LaunchedStep(plan, sampled, began_at, mark=mark)
+            saved_tokens = 0 if _holds_prompts(plan) else self._runner.saved_tokens
+            return LaunchedStep(plan, sampled, began_at, mark=mark, saved_tokens=saved_tokens)
         except Exception as error:  # a model may fail in any way; others' sequences must not suffer for it
             return self._fail(plan, error)
 
@@ -590,7 +591,7 @@ class Engine:
             if self._beside is not None and self._beside.streams.overlaps and _holds_prompts(plan):
                 exact = not self._beside.is_crowded
         self._pace.stepped(seconds)
-        sample = _sample(plan, seconds)
+        sample = _sample(step, seconds)
         self._samples.append(sample)
         if exact and self._learns:
             self._step_clock.observe(sample)
@@ -748,9 +749,10 @@ def _joined(outputs: Sequence[StepOutput]) -> StepOutput:
     return StepOutput(chunks, tuple(failure for output in outputs for failure in output.failures))
 
 
-def _sample(plan: StepPlan, seconds: float) -> StepSample:
-    shape = shape_of(plan)
-    return StepSample(shape.prompt_tokens, shape.prompt_pairs, shape.batch, shape.context_tokens, seconds)
+def _sample(step: LaunchedStep, seconds: float) -> StepSample:
+    shape = shape_of(step.plan)
+    context_tokens = shape.context_tokens - step.saved_tokens  # seconds follow what is read
+    return StepSample(shape.prompt_tokens, shape.prompt_pairs, shape.batch, context_tokens, seconds)
 
 
 def _check_vocabulary(field: str, token_ids: Sequence[int], vocab_size: int) -> None:

@@ -303,6 +303,7 @@ class ModelRunner:
         self.mode = ForwardMode(False, "speed_up was not asked for", (), "speed_up was not asked for")
         self.num_fallbacks = 0  # times that it went back to eager
         self.num_cascade_steps = 0  # decode steps that have read shared prefixes once
+        self.saved_tokens = 0  # of sequences of the step that was run last: read for another one, and not again
 
     def run(
         self,
@@ -370,7 +371,9 @@ class ModelRunner:
         if self._graphs is not None:
             logits = self._graphs.run(packed, previous)
             if logits is not None:
-                self.num_cascade_steps += self._graphs.reads_once(packed)
+                once = self._graphs.reads_once(packed)
+                self.num_cascade_steps += once
+                self.saved_tokens = packed.shared_pages * self.pool.layout.page_size if once else 0
                 for index in range(self.pool.layout.num_layers if on_layer_stored is not None else 0):
                     on_layer_stored(index)  # type: ignore[misc]  # the range is empty if it is None
                 return logits
@@ -385,7 +388,9 @@ class ModelRunner:
         positions = upload(packed.positions, torch.int64, device)
         wanted = upload(packed.wanted, torch.int64, device)
         try:
-            return self._forward(row[None], positions[None], wanted, attention, on_layer_stored)
+            logits = self._forward(row[None], positions[None], wanted, attention, on_layer_stored)
+            self.saved_tokens = 0
+            return logits
         except Exception as error:
             if self._compiled is not None:
                 self.go_eager(f"a compiled step failed: {_in_short(error)}")

@@ -50,6 +50,11 @@ class PackedStep:
         return len(self.segments) == len(self.token_ids)
 
     @property
+    def shared_pages(self) -> int:
+        """That need not be read again for another sequence of a group, if the groups are read once."""
+        return sum((group.count - 1) * group.num_pages for group in self.shared)
+
+    @property
     def repeated(self) -> int:
         """Of a decode step: the segment that is computed again where a graph has more places than there are. It is the
         shortest, or in a group, of which it reads only what it does not share."""

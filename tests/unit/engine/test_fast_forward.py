@@ -110,7 +110,7 @@ def test_shared_prefixes_read_once_change_no_token(family: str, example: Example
     system, tools, draw = prompts[4][:20], prompts[4][20:33], random.Random(3)
     own = [[draw.randrange(1, VOCAB_SIZE) for _ in range(n)] for n in (1, 5, 2, 9, 3)]
     asked = [*(system + one for one in own[:3]), *(tools + one for one in own[3:]), prompts[1], prompts[2]]
-    found = []
+    found, contexts = [], []
     for switch in ("never", "always"):
         # Seven sequences in a step for eight: one is computed twice.
         engine = load(folder, max_batch_size=8, decode_graphs="always", cascade_attention=switch)
@@ -119,8 +119,10 @@ def test_shared_prefixes_read_once_change_no_token(family: str, example: Example
         assert engine.forward.cascade == (switch == "always"), engine.forward.cascade_reason
         # All layers of gemma2 that see everything, and none of its others.
         assert (engine.modes().num_cascade > 0) == (switch == "always")
+        contexts.append(max(step.decode_context for step in engine.take_step_samples()))
 
     assert found[0] == found[1]
+    assert contexts[0] - contexts[1] == 2 * 20 + 12, "three pages of 4 once for two sequences, five once for three"
 
 
 def test_preempted_while_planning_ahead(example: Examples) -> None:
