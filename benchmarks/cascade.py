@@ -1,10 +1,11 @@
 """What does it give to read a prefix once that the sequences of a decode step share, and from which size on?
 
-    python -m benchmarks.cascade [--json FILE] [--shapes BATCHxSHARED ...] [--arms never always] [--rehearse]
+    python -m benchmarks.cascade [--json FILE] [--shapes BATCHxSHARED[/GROUPS] ...] [--arms never always] [--rehearse]
 
 Two engines, one after the other on the same GPU, with a Llama of 8B parameters in bfloat16 and random weights: one
 reads shared pages for each sequence (``engine.cascade_attention: never``), one once (``always``). The prefix cache
-holds the shared tokens; then a batch of prompts comes that begin with them and have 256 of their own each. Steps: the
+holds the shared tokens (of each of several groups); then a batch of prompts comes that begin with them and have 256 of
+their own each. Steps: the
 median time between steps of the whole batch. Floors are the bytes of weights and of K/V as each arm must read them, at
 the measured bandwidth: what many sequences read within a step may come from the GPU's L2 cache, so ``never`` can be
 below its floor. ``auto`` says what ``engine.cascade_attention: auto`` does. Figures: the start and the memory left
@@ -33,7 +34,7 @@ from core.clock import WallClock
 from engine.shared_prefixes import CascadeTerms
 
 COLUMNS = {
-    "what": "sequences x shared tokens",
+    "what": "sequences x shared tokens / groups",
     "never_ms": "each, ms",
     "never_floor_ms": "floor",
     "always_ms": "once, ms",
@@ -41,24 +42,31 @@ COLUMNS = {
     "speedup": "each/once",
     "auto": "auto",
 }
-SHAPES = tuple((batch, shared) for batch in (16, 64, 256) for shared in (2048, 8192))
+SHAPES = (*((batch, shared, 1) for batch in (16, 64, 256) for shared in (2048, 8192)), (64, 8192, 4))
 OWN_TOKENS = 256
-REHEARSAL_SHAPES, REHEARSAL_OWN_TOKENS = ((8, 64), (8, 16)), 16
+REHEARSAL_SHAPES, REHEARSAL_OWN_TOKENS = ((8, 64, 1), (8, 16, 2)), 16
 ARMS = ("never", "always")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sequences that begin with the same tokens and have some of their own."""
+    """Sequences that begin with the same tokens, as their group, and have some of their own."""
 
     batch: int
     shared: int
+    groups: int
     own: int
+
+    @property
+    def text(self) -> str:
+        """As in the table."""
+        return f"{self.batch} x {self.shared:,}" + (f" / {self.groups}" if self.groups > 1 else "")
 
     def kv_tokens(self, arm: str) -> int:
         """Whose K/V a step in the middle of those that are timed must read."""
         own = self.own + WARM_STEPS + TIMED_STEPS // 2
-        return self.batch * (self.shared + own) if arm == "never" else self.shared + self.batch * own
+        times = self.batch if arm == "never" else self.groups
+        return times * self.shared + self.batch * own
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,12 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     own = REHEARSAL_OWN_TOKENS if options.rehearse else OWN_TOKENS
     asked = options.shapes or (REHEARSAL_SHAPES if options.rehearse else SHAPES)
-    shapes = [Shape(batch, shared, own) for batch, shared in asked]
+    shapes = [Shape(batch, shared, groups, own) for batch, shared, groups in asked]
     scale = REHEARSAL if options.rehearse else FULL
     floors = measure_floors(device, 1.0 if device.type == "cuda" else 0.02)
     console.print(floors.text)
     torch.cuda.empty_cache()  # nothing on CPU
-    rows: list[dict[str, Cell]] = [{"what": f"{shape.batch} x {shape.shared}"} for shape in shapes]
+    rows: list[dict[str, Cell]] = [{"what": shape.text} for shape in shapes]
     figures: dict[str, float] = dict(floors.figures)
     for arm in options.arms:
         _measure(arm, scale, shapes, device, floors, rows, figures, console)
@@ -120,7 +128,7 @@ def _measure(
     cost, terms = ModelCost.of(engine), CascadeTerms.of(engine.layout)
     for shape, row in zip(shapes, rows, strict=True):
         before = engine.modes().num_cascade
-        seconds = bench.decode(shape.batch, shape.own, shape.shared)
+        seconds = bench.decode(shape.batch, shape.own, shape.shared, shape.groups)
         row[f"{arm}_ms"] = statistics.median(seconds) * 1e3
         row[f"{arm}_max_ms"] = max(seconds) * 1e3
         floor_bytes = cost.weight_bytes + shape.kv_tokens(arm) * cost.kv_token_bytes
@@ -128,23 +136,27 @@ def _measure(
         row[f"{arm}_cascade_steps"] = engine.modes().num_cascade - before
         if terms is not None:
             pages = shape.shared // terms.page_size
-            pays = bool(terms.groups([tuple(range(pages))] * shape.batch, [shape.shared] * shape.batch))
+            tables = [
+                tuple(range(pages * (i % shape.groups), pages * (i % shape.groups + 1))) for i in range(shape.batch)
+            ]
+            pays = bool(terms.groups(tables, [shape.shared] * shape.batch))
             row["auto"] = "once" if pays else "each"
-        console.print(str(row))
+        console.print(f"{arm}, {shape.text}: {row[f'{arm}_ms']:.2f} ms")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the report here")
-    parser.add_argument("--shapes", nargs="+", type=_shape, help="sequences x shared tokens, as 64x2048")
+    parser.add_argument("--shapes", nargs="+", type=_shape, help="as 64x2048, or 64x2048/4 in groups")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--rehearse", action="store_true", help="a tiny model, on whatever is here")
     return parser.parse_args(arguments)
 
 
-def _shape(text: str) -> tuple[int, int]:
-    batch, shared = text.split("x")
-    return int(batch), int(shared)
+def _shape(text: str) -> tuple[int, int, int]:
+    batch, _, rest = text.partition("x")
+    shared, _, groups = rest.partition("/")
+    return int(batch), int(shared), int(groups or 1)
 
 
 if __name__ == "__main__":

@@ -167,16 +167,18 @@ class Bench:
             times.append(self.drain())
         return times[1:]
 
-    def decode(self, batch: int, context: int, shared: int = 0) -> list[float]:
-        """Seconds between steps of the whole batch; its prompts begin with the same ``shared`` tokens, which the prefix
-        cache holds by then, and have ``context`` of their own."""
+    def decode(self, batch: int, context: int, shared: int = 0, groups: int = 1) -> list[float]:
+        """Seconds between steps of the whole batch. Its prompts have ``context`` tokens of their own; in each of
+        ``groups`` they begin with the same ``shared`` tokens, which the prefix cache holds by then."""
         num_tokens = WARM_STEPS + TIMED_STEPS + 8
-        beginning = self.prompt(shared)
-        if shared:
+        beginnings = [self.prompt(shared) for _ in range(groups)]
+        for beginning in beginnings if shared else ():
             self.add(beginning, 1)
             self.drain()
-        for _ in range(batch):
-            self.add((*beginning, *self.prompt(context)), num_tokens + -(-batch * context // self.step_tokens))
+        for i in range(batch):
+            self.add(
+                (*beginnings[i % groups], *self.prompt(context)), num_tokens + -(-batch * context // self.step_tokens)
+            )
         ends: list[float] = []
         while self.engine.has_work:
             full = self.step() == batch

@@ -7,7 +7,7 @@ Steps whose sequences share leading pages (shared_prefixes.py) have kernels of t
 
     shared    one request for each group: all its queries over the pages that they share. Not causal, keys split over
               the device (FlashAttention 2; 3 splits no keys, and a group is few queries)
-    rest      one request for each sequence, over the pages behind those: decode, as in every step
+    rest      one request for each sequence, over the pages behind those: decode, as in every step; at the same time
     merge     by their weights (attention_cascade.py)
 
 FlashInfer's own MultiLevelCascadeAttentionWrapper does the same with prefill kernels on both levels, which on Hopper
@@ -31,6 +31,8 @@ from engine.uploads import upload
 
 # FlashInfer's 8 MiB hold plans of a hundred thousand requests, and every wrapper pins as many on the host.
 _INT_WORKSPACE_BYTES = 1 << 20
+# Partial results of the shared pages: for 64 heads of 128 they take half of this.
+_SHARED_WORKSPACE_BYTES = 256 << 20
 
 
 class StaticBuffers:
@@ -156,6 +158,9 @@ class CascadeBuffers:
         self.page_ids = _ints(num_requests * max_pages, device)
         self.last_page_lens = _ints(num_requests, device)
         self.plans = PlanMemory(device)
+        self.workspace = torch.zeros(_SHARED_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        # Either level alone leaves multiprocessors idle while its last blocks run.
+        self.stream = torch.cuda.Stream(device, priority=torch.cuda.current_stream(device).priority)
 
 
 class CascadeStep:
@@ -208,17 +213,21 @@ class CascadeStep:
         if planned is None:
             planned = self._planned[kind] = Planned(self._make_wrapper(kind))
             self._plan(kind, planned)
+        shared = torch.empty_like(query)
+        shared_weights = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+        main, beside = torch.cuda.current_stream(), self._buffers.stream
+        beside.wait_stream(main)
+        with torch.cuda.stream(beside):
+            planned.wrapper.run(query, self._backend.pages[index], out=shared, lse=shared_weights, return_lse=True)
         out, weights = self._rests.attend_partially(index, query, options)
-        shared, shared_weights = planned.wrapper.run(
-            query, self._backend.pages[index], out=torch.empty_like(query), return_lse=True
-        )
+        main.wait_stream(beside)
         flashinfer.merge_state_in_place(out, weights, shared, shared_weights)
         return out
 
     def _make_wrapper(self, kind: Kind) -> Any:
         buffers = self._buffers
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-            self._backend.workspace,
+            buffers.workspace,
             LAYOUT,
             use_cuda_graph=True,
             qo_indptr_buf=buffers.query_starts[: self._num_requests + 1],
@@ -227,7 +236,7 @@ class CascadeStep:
             paged_kv_last_page_len_buf=buffers.last_page_lens[: self._num_requests],
             backend="fa2",
         )
-        wrapper.reset_workspace_buffer(self._backend.workspace, buffers.plans.of(kind))
+        wrapper.reset_workspace_buffer(buffers.workspace, buffers.plans.of(kind))
         return wrapper
 
     def _plan(self, kind: Kind, planned: Planned) -> None:

@@ -21,8 +21,9 @@ from engine.cache_layout import CacheLayout
 
 MAX_GROUPS = 16  # of one step: a captured kernel has its number for ever
 MAX_LEVELS = 4  # of the tree: a system prompt, a tenant's, a conversation's, and the answers to it
-# Bytes of K/V that a layer could have read in the time that cascade attention adds to it.
-LAYER_COST_BYTES = 32 << 20
+# Bytes of K/V that a layer reads, in kernels of all sequences, in the time that cascade attention adds to it. Much more
+# than a GPU's memory gives: what neighbours read at the same time comes from its L2 cache.
+LAYER_COST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
