@@ -454,10 +454,10 @@ class ModelRunner:
             self._capture(wishes)
         mode = self.mode
         logger.info(
-            "the model runs %s; decode graphs for batches of %s; shared prefixes are read %s",
+            "the model runs %s; decode graphs for batches of %s; %s",
             "compiled" if mode.compiled else f"eagerly: {mode.reason}",
             ", ".join(map(str, mode.graph_batch_sizes)) or f"none: {mode.graph_reason}",
-            "once where it pays" if mode.cascade else f"for each sequence: {mode.cascade_reason or mode.graph_reason}",
+            "shared prefixes are read once where it pays" if mode.cascade else mode.cascade_reason or mode.graph_reason,
         )
 
     def _try_compiled(self) -> str:

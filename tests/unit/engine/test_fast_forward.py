@@ -125,6 +125,24 @@ def test_shared_prefixes_read_once_change_no_token(family: str, example: Example
     assert contexts[0] - contexts[1] == 2 * 20 + 12, "three pages of 4 once for two sequences, five once for three"
 
 
+def test_graphs_for_shared_prefixes_that_cannot_be_captured_leave_the_others(
+    example: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, prompts, expected = example("llama")
+
+    def broken(self: object, num_sequences: int, max_tokens: int) -> None:
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr("engine.attention.TiledBackend.allocate_cascade", broken)
+    engine = load(folder, decode_graphs="always", cascade_attention="always")
+
+    assert engine.forward.graph_batch_sizes == (1, 2, 4, 5)
+    assert not engine.forward.cascade
+    assert "no kernel for this" in engine.modes().forward_reason
+    assert engine.modes().num_fallbacks == 1
+    assert run(engine, [*prompts, prompts[4]])[:5] == expected
+
+
 def test_preempted_while_planning_ahead(example: Examples) -> None:
     folder, prompts, expected = example("llama")
     engine = load(folder, num_pages=15, decode_graphs="always", max_prefill_chunk=7)
