@@ -67,7 +67,7 @@ _GIB = 1 << 30
 _SPARE_BYTES = 7 * _GIB  # activations, logits, work spaces and graphs
 _STEP_TOKENS = 16384
 _MAX_BATCH = 256
-_WARM_STEPS, _TIMED_STEPS = 12, 64
+WARM_STEPS, TIMED_STEPS = 12, 64
 
 
 @dataclass(frozen=True)
@@ -182,18 +182,25 @@ class Bench:
             times.append(self.drain())
         return times[1:]
 
-    def decode(self, batch: int, context: int) -> list[float]:
-        """Seconds between steps of the whole batch."""
-        num_tokens = _WARM_STEPS + _TIMED_STEPS + 8
-        for _ in range(batch):
-            self.add(self.prompt(context), num_tokens + -(-batch * context // self.step_tokens))
+    def decode(self, batch: int, context: int, shared: int = 0, groups: int = 1) -> list[float]:
+        """Seconds between steps of the whole batch. Its prompts have ``context`` tokens of their own; in each of
+        ``groups`` they begin with the same ``shared`` tokens, which the prefix cache holds by then."""
+        num_tokens = WARM_STEPS + TIMED_STEPS + 8
+        beginnings = [self.prompt(shared) for _ in range(groups)]
+        for beginning in beginnings if shared else ():
+            self.add(beginning, 1)
+            self.drain()
+        for i in range(batch):
+            self.add(
+                (*beginnings[i % groups], *self.prompt(context)), num_tokens + -(-batch * context // self.step_tokens)
+            )
         ends: list[float] = []
         while self.engine.has_work:
             full = self.step() == batch
             if full:
                 ends.append(self._clock.now())
         gaps = [later - earlier for earlier, later in pairwise(ends)]
-        return gaps[_WARM_STEPS : _WARM_STEPS + _TIMED_STEPS]
+        return gaps[WARM_STEPS : WARM_STEPS + TIMED_STEPS]
 
     def experts_met(self, batch: int, context: int) -> float:
         """Experts of a layer that a decode step of the whole batch meets."""
@@ -268,7 +275,7 @@ def _ready(scale: Scale, device: torch.device, console: Console, **settings: Any
     """A bench, and the seconds of its engine's start."""
     clock = WallClock()
     began_at = clock.now()
-    bench = Bench(_engine(scale, device, settings), scale)
+    bench = Bench(make_engine(scale, device, **settings), scale)
     start_s = clock.now() - began_at
     gc.collect()
     gc.freeze()  # as a worker does (cluster/worker_host.py)
@@ -286,7 +293,8 @@ def _free() -> None:
     torch.cuda.empty_cache()  # nothing on CPU
 
 
-def _engine(scale: Scale, device: torch.device, more: Mapping[str, Any]) -> Engine:
+def make_engine(scale: Scale, device: torch.device, **more: Any) -> Engine:
+    """With dummy weights, and all of the device's memory for pages. ``more``: settings beside the scale's."""
     settings = {**scale.settings, **more}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(scale.config))
@@ -326,7 +334,7 @@ def _decodes(
 ) -> None:
     for batch, context in bench.scale.decodes:
         seconds = bench.decode(batch, context)
-        middle = context + _WARM_STEPS + _TIMED_STEPS // 2
+        middle = context + WARM_STEPS + TIMED_STEPS // 2
         floor_s = cost.decode_bytes(batch, middle) / floors.bytes_per_s
         theirs = peer.get("decode", {}).get(f"B{batch}_L{context}")
         peer_ms = theirs["ms_step_median_gap"] if theirs else None  # a median as ours
@@ -357,7 +365,7 @@ def _mixtures(
             seconds = bench.decode(batch, context)
             if switch == "never":
                 met[batch] = bench.experts_met(batch, context)
-            middle = context + _WARM_STEPS + _TIMED_STEPS // 2
+            middle = context + WARM_STEPS + TIMED_STEPS // 2
             unmet = unmet_bytes(scale.config, met[batch])
             floor_s = cost.decode_bytes(batch, middle, unmet) / floors.bytes_per_s
             row = _row(f"mixture, decode {batch} at {context}, {how}", seconds, floor_s, None)

@@ -241,6 +241,9 @@ WORKER_PROMPT_STEPS = _counter(
 WORKER_DECODE_BESIDE = _counter(
     "worker_decode_beside_steps", "Decoding steps between or beside the layers of prompts' steps.", *_WORKER
 )
+WORKER_CASCADE_STEPS = _counter(
+    "worker_cascade_steps", "Decoding steps that read pages once which several of their sequences share.", *_WORKER
+)
 
 # ---- links; docs/links.md says what each of them means ----
 
@@ -373,6 +376,7 @@ SECTIONS = (
             WORKER_ENGINE_FALLBACKS,
             WORKER_PROMPT_STEPS,
             WORKER_DECODE_BESIDE,
+            WORKER_CASCADE_STEPS,
         ),
     ),
     Section(

@@ -454,6 +454,7 @@ _WORKERS: tuple[tuple[Instrument, Callable[[WorkerView], float]], ...] = (
     (catalogue.WORKER_PREEMPTIONS, lambda w: w.load.num_preemptions),
     (catalogue.WORKER_ENGINE_FALLBACKS, lambda w: w.load.modes.num_fallbacks),
     (catalogue.WORKER_DECODE_BESIDE, lambda w: w.load.modes.num_decode_beside),
+    (catalogue.WORKER_CASCADE_STEPS, lambda w: w.load.modes.num_cascade),
 )
 _LINKS: tuple[tuple[Instrument, Callable[[ClusterPair], float | None]], ...] = (
     (catalogue.LINK_PAIRS, lambda p: p.num_links),

@@ -40,6 +40,7 @@ class EngineModes:
     colocated_reason: str = ""  # how the latest chunk, group of layers or partition was chosen
     prompt_steps: tuple[tuple[str, int], ...] = ()  # steps that held prompts, by what bounded these
     num_decode_beside: int = 0  # decoding steps between or beside the layers of prompts
+    num_cascade: int = 0  # decoding steps that read prefixes once which their sequences share
 
 
 UNKNOWN_MODES = EngineModes()
@@ -52,7 +53,7 @@ class StepSample:
     prefill_tokens: int
     prefill_pairs: float  # pairs of tokens that attend: each to what was stored before and to half of its own chunk
     decode_batch: int
-    decode_context: int  # tokens of all those sequences, the one that was computed included
+    decode_context: int  # tokens of all those sequences, the one that was computed included; those read once, once
     seconds: float
 
     @property

@@ -39,6 +39,7 @@ from engine.config import DEFAULT_CODE_FOLDER
 from engine.cpu_kernel import load_kernel
 from engine.packed_linear import operators_work
 from engine.page_pool import PagePool
+from engine.shared_prefixes import SharedPrefix
 from engine.uploads import upload
 
 # A tile more costs about as much time as this many padding keys (measured with 3 K/V heads of 64 on CPU).
@@ -97,6 +98,15 @@ class StaticAttention(StepAttention, Protocol):
         ...
 
 
+class CascadeAttention(StepAttention, Protocol):
+    """As ``StaticAttention``, for steps in which neighbours begin with the same pages: these are read once for all of
+    them, what follows for each, and the two results are merged. Which layers do so is the backend's to say."""
+
+    def fill(self, segments: Sequence[Segment], shared: Sequence[SharedPrefix]) -> None:
+        """As ``StaticAttention``'s. ``shared``: one group after the other, the last one up to the last segment."""
+        ...
+
+
 class AttentionBackend(Protocol):
     """Reads and writes the pages of one pool."""
 
@@ -108,6 +118,10 @@ class AttentionBackend(Protocol):
     def allocate(self, num_sequences: int, max_tokens: int) -> StaticAttention | None:
         """Memory for steps of ``num_sequences`` sequences of at most ``max_tokens`` tokens; the largest is asked for
         first. None: this backend cannot, or it would cost more than it gives."""
+        ...
+
+    def allocate_cascade(self, num_sequences: int, max_tokens: int) -> CascadeAttention | None:
+        """As ``allocate``, which was called with the same before. None: this backend reads pages for each sequence."""
         ...
 
 
@@ -164,6 +178,14 @@ class TiledBackend:
         if num_sequences * max_tokens > MAX_STATIC_KEYS:
             return None
         return _StaticTile(self._pool, self._core, self._kinds, num_sequences, max_tokens)
+
+    def allocate_cascade(self, num_sequences: int, max_tokens: int) -> CascadeAttention | None:
+        plain = self.allocate(num_sequences, max_tokens)
+        if plain is None or self._pool.device.type != "cpu":  # the shapes change with the groups, as in no graph
+            return None
+        from engine.attention_cascade import TiledCascade
+
+        return TiledCascade(self._pool, plain)
 
 
 class _TiledStep:

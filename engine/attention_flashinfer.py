@@ -11,145 +11,71 @@ A page keeps its heads before its tokens and K before V, so a layer's memory is 
 
 Prefill is FlashAttention 3 on Hopper, else 2, which reads pages as fast and gathers nothing.
 
-A kernel's *plan* divides its work over the device, for all layers of one kind (heads, window, soft cap, scaling). It is
-made on the host, from lengths, and copied to the device without waiting: the pinned block it is copied from is the
-wrapper's own, so before it is written again the copy must have run (``_Planned``).
+Decode steps that a CUDA graph may hold are in flashinfer_decode.py; what a plan is, in flashinfer_plans.py.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import flashinfer
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from engine.attention import AttentionOptions, Segment, StaticAttention, StepAttention
-from engine.cache_layout import LayerCache
+from engine.attention import AttentionOptions, CascadeAttention, Segment, StaticAttention, StepAttention
+from engine.flashinfer_decode import CascadeBuffers, CascadeStep, StaticBuffers, StaticStep
+from engine.flashinfer_plans import LAYOUT, FlashInferPool, Ints, Kind, Planned, last_page_lens, pinned, starts_of
 from engine.page_pool import PagePool
 from engine.uploads import upload
 
-_LAYOUT = "HND"
-# Partial results of a split are kept here; FlashInfer recommends 128 MiB, long prefills with many heads take more.
-_WORKSPACE_BYTES = 384 << 20
-_INT_WORKSPACE_BYTES = 8 << 20
 _HOPPER = (9, 0)
 LONG_CHUNK = 1024  # tokens
 _MOST_GATHERED = 1 << 17  # tokens of a run: K and V of an 8B model's layer are half a GiB then
 
-_Ints = NDArray[np.int32]
 
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """Layers that share a plan."""
-
-    cache: LayerCache  # without its number
-    num_heads: int
-    scaling: float
-    softcap: float | None
-
-    @property
-    def plan_keywords(self) -> dict[str, Any]:
-        """What every wrapper's ``plan`` is told of it."""
-        dtype = getattr(torch, self.cache.dtype)
-        return {
-            "window_left": -1 if self.cache.window is None else self.cache.window - 1,
-            "logits_soft_cap": self.softcap,
-            "sm_scale": self.scaling,
-            "q_data_type": dtype,
-            "kv_data_type": dtype,
-        }
-
-
-class _Planned:
-    """A wrapper of FlashInfer's, and the moment when its last plan had been copied to the device."""
-
-    def __init__(self, wrapper: Any) -> None:
-        self.wrapper = wrapper
-        self._copied: torch.cuda.Event | None = None
-
-    def plan(self, *arguments: Any, **keywords: Any) -> None:
-        if self._copied is not None:
-            self._copied.synchronize()
-        self.wrapper.plan(*arguments, **keywords)
-        self._copied = torch.cuda.Event()
-        self._copied.record()
-
-
-class _PageLists:
-    """Block tables as arrays. A table is a tuple that is replaced when its sequence grows: its array lives as long."""
-
-    def __init__(self) -> None:
-        self._arrays: dict[
-            int, tuple[tuple[int, ...], _Ints]
-        ] = {}  # id of a tuple |-> the tuple, which keeps it, its array
-
-    def of(self, segments: Sequence[Segment], page_size: int) -> tuple[_Ints, _Ints]:
-        """(where each segment's pages begin [segments + 1], the pages that it has stored by then, one list)."""
-        kept: dict[int, tuple[tuple[int, ...], _Ints]] = {}
-        lists = []
-        for segment in segments:
-            key = id(segment.page_ids)
-            entry = self._arrays.get(key) or kept.get(key) or (segment.page_ids, np.array(segment.page_ids, np.int32))
-            kept[key] = entry
-            lists.append(entry[1][: -(-segment.end // page_size)])
-        self._arrays = kept
-        starts = np.zeros(len(segments) + 1, np.int32)
-        np.cumsum([len(pages) for pages in lists], out=starts[1:])
-        return starts, np.concatenate(lists)
-
-
-class FlashInferBackend:
+class FlashInferBackend(FlashInferPool):
     """FlashInfer's kernels on the pages of ``pool``, whose layers are such that ``choose_attention`` allows it."""
 
     def __init__(self, pool: PagePool) -> None:
-        layout, device = pool.layout, pool.device
-        self.page_size = layout.page_size
-        self.device = device
-        self.kinds = tuple(replace(layer, layer=0) for layer in layout.layers)
-        self.halves = tuple((pool.keys(index), pool.values(index)) for index in range(layout.num_layers))
-        self.pages = tuple(
-            pool.pages(index).view(pool.num_pages, 2, layer.num_kv_heads, layout.page_size, layer.key_dim)
-            for index, layer in enumerate(layout.layers)
-        )
-        self.workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self.page_lists = _PageLists()
-        self.prefill_kernel = "fa3" if torch.cuda.get_device_capability(device) == _HOPPER else "fa2"
-        self._wrappers: dict[tuple[str, _Kind], _Planned] = {}
-        self._static: _StaticBuffers | None = None
+        super().__init__(pool)
+        self.prefill_kernel = "fa3" if torch.cuda.get_device_capability(pool.device) == _HOPPER else "fa2"
+        self._wrappers: dict[tuple[str, Kind], Planned] = {}
+        self._static: StaticBuffers | None = None
+        self._cascade: CascadeBuffers | None = None
 
     def prepare(self, segments: Sequence[Segment]) -> StepAttention:
         return _Step(self, segments)
 
     def allocate(self, num_sequences: int, max_tokens: int) -> StaticAttention | None:
-        if self._static is None or self._static.num_sequences < num_sequences:
-            max_pages = -(-max_tokens // self.page_size)
-            self._static = _StaticBuffers(num_sequences, num_sequences * max_pages, self.device)
-        return _StaticStep(self, self._static, num_sequences)
+        return StaticStep(self, self._static_buffers(num_sequences, max_tokens), num_sequences)
 
-    def wrapper(self, part: str, kind: _Kind) -> _Planned:
+    def allocate_cascade(self, num_sequences: int, max_tokens: int) -> CascadeAttention | None:
+        if self._cascade is None or self._cascade.num_sequences < num_sequences:
+            self._cascade = CascadeBuffers(num_sequences, self.num_pages(max_tokens), self)
+        return CascadeStep(self, self._static_buffers(num_sequences, max_tokens), self._cascade, num_sequences)
+
+    def _static_buffers(self, num_sequences: int, max_tokens: int) -> StaticBuffers:
+        if self._static is None or self._static.num_sequences < num_sequences:
+            num_page_ids = num_sequences * self.num_pages(max_tokens)
+            self._static = StaticBuffers(num_sequences, num_page_ids, self.device, self.page_lists)
+        return self._static
+
+    def wrapper(self, part: str, kind: Kind) -> Planned:
         """The one for eager steps: ``part`` is a ``_Part.name``."""
         planned = self._wrappers.get((part, kind))
         if planned is None:
-            planned = self._wrappers[part, kind] = _Planned(self._make_wrapper(part.split()[0]))
+            planned = self._wrappers[part, kind] = Planned(self._make_wrapper(part.split()[0]))
         return planned
 
     def _make_wrapper(self, way: str) -> Any:
         if way == "decode":
-            return flashinfer.BatchDecodeWithPagedKVCacheWrapper(self.workspace, _LAYOUT, use_tensor_cores=True)
+            return flashinfer.BatchDecodeWithPagedKVCacheWrapper(self.workspace, LAYOUT, use_tensor_cores=True)
         if way == "paged":
-            return flashinfer.BatchPrefillWithPagedKVCacheWrapper(self.workspace, _LAYOUT, backend=self.prefill_kernel)
+            return flashinfer.BatchPrefillWithPagedKVCacheWrapper(self.workspace, LAYOUT, backend=self.prefill_kernel)
         return flashinfer.BatchPrefillWithRaggedKVCacheWrapper(self.workspace, "NHD", backend=self.prefill_kernel)
-
-    def kind(self, index: int, query: torch.Tensor, options: AttentionOptions) -> _Kind:
-        """Of a layer that attends so."""
-        assert options.sinks is None, "choose_attention lets no model with sinks come here"
-        return _Kind(self.kinds[index], query.shape[1], options.scaling, options.softcap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +106,7 @@ class _Step:
         page_starts, page_ids = backend.page_lists.of(segments, backend.page_size)
         self._page_starts = upload(page_starts, torch.int32, backend.device)
         self._page_ids = upload(page_ids, torch.int32, backend.device)
-        last = _last_page_lens(segments, backend.page_size)
+        last = last_page_lens(segments, backend.page_size)
         self._last_page_lens = upload(last, torch.int32, backend.device)
         counts = np.array([s.num_tokens for s in segments], np.int32)
         self._sequences = upload(
@@ -192,7 +118,7 @@ class _Step:
             self._part(way, number, segments, range(first, end), page_starts, page_ids)
             for way, number, first, end in _runs(segments, gathers=backend.prefill_kernel == "fa3")
         ]
-        self._planned: dict[_Kind, list[Any]] = {}
+        self._planned: dict[Kind, list[Any]] = {}
         self._stored: tuple[int, torch.Tensor, torch.Tensor] | None = None  # layer, its K and V of this step
 
     def _part(
@@ -201,13 +127,13 @@ class _Step:
         number: int,
         segments: Sequence[Segment],
         indices: range,
-        page_starts: _Ints,
-        page_ids: _Ints,
+        page_starts: Ints,
+        page_ids: Ints,
     ) -> _Part:
         device, page_size = self._backend.device, self._backend.page_size
         some = segments[indices.start : indices.stop]
         first_token = sum(segment.num_tokens for segment in segments[: indices.start])
-        starts = _starts([segment.num_tokens for segment in some])
+        starts = starts_of([segment.num_tokens for segment in some])
         slots = None
         if way == "gathered":
             positions = [np.arange(segment.end) for segment in some]
@@ -223,11 +149,11 @@ class _Step:
             way,
             number,
             slice(first_token, first_token + int(starts[-1])),
-            _pinned(starts, device),
-            _pinned(page_starts[indices.start : indices.stop + 1] - page_starts[indices.start], device),
+            pinned(starts, device),
+            pinned(page_starts[indices.start : indices.stop + 1] - page_starts[indices.start], device),
             self._page_ids[page_starts[indices.start] : page_starts[indices.stop]],
-            _pinned(_last_page_lens(some, page_size), device),
-            _pinned(_starts([segment.end for segment in some]), device),
+            pinned(last_page_lens(some, page_size), device),
+            pinned(starts_of([segment.end for segment in some]), device),
             slots,
         )
 
@@ -242,7 +168,7 @@ class _Step:
             self._page_ids,
             self._page_starts,
             self._last_page_lens,
-            _LAYOUT,
+            LAYOUT,
         )
 
     def attend(self, index: int, query: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
@@ -265,7 +191,7 @@ class _Step:
                 wrapper.run(rows, self._backend.pages[index], out=into)
         return out
 
-    def _plan(self, part: _Part, kind: _Kind) -> Any:
+    def _plan(self, part: _Part, kind: Kind) -> Any:
         planned = self._backend.wrapper(part.name, kind)
         cache, keywords = kind.cache, kind.plan_keywords
         if part.way == "decode":
@@ -299,109 +225,6 @@ class _Step:
         return planned.wrapper
 
 
-class _StaticBuffers:
-    """Device memory that the static steps of one backend share: one of them runs at a time."""
-
-    def __init__(self, num_sequences: int, num_page_ids: int, device: torch.device) -> None:
-        def ints(count: int) -> torch.Tensor:
-            return torch.zeros(count, dtype=torch.int32, device=device)
-
-        self.num_sequences = num_sequences
-        self.page_starts = ints(num_sequences + 1)
-        self.page_ids = ints(num_page_ids)
-        self.last_page_lens = ints(num_sequences)
-        self.positions = ints(num_sequences)
-        self.sequences = torch.arange(num_sequences, dtype=torch.int32, device=device)
-        self.int_workspaces: dict[_Kind, torch.Tensor] = {}
-
-
-class _StaticStep:
-    """Decode steps of one batch size. A layer kind's wrapper is made when such a layer first attends."""
-
-    def __init__(self, backend: FlashInferBackend, buffers: _StaticBuffers, num_sequences: int) -> None:
-        self._backend = backend
-        self._num_sequences = num_sequences
-        self._buffers = buffers
-        self._page_starts = buffers.page_starts[: num_sequences + 1]
-        self._last_page_lens = buffers.last_page_lens[:num_sequences]
-        self._positions = buffers.positions[:num_sequences]
-        self._sequences = buffers.sequences[:num_sequences]
-        self._planned: dict[_Kind, _Planned] = {}
-        self._filled: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # what wrappers plan with
-
-    def fill(self, segments: Sequence[Segment]) -> None:
-        assert len(segments) == self._num_sequences, "its kernels are for so many"
-        device, page_size = self._backend.device, self._backend.page_size
-        page_starts, page_ids = self._backend.page_lists.of(segments, page_size)
-        filled = (
-            _pinned(page_starts, device),
-            upload(page_ids, torch.int32, device),
-            _pinned(_last_page_lens(segments, page_size), device),
-        )
-        if not self._planned:  # plans copy these too, but the first store comes before the first plan
-            self._page_starts.copy_(filled[0], non_blocking=True)
-            self._buffers.page_ids[: len(page_ids)].copy_(filled[1])
-            self._last_page_lens.copy_(filled[2], non_blocking=True)
-        positions = np.array([s.start for s in segments], np.int32)
-        self._positions.copy_(_pinned(positions, device), non_blocking=True)
-        self._filled = filled
-        for kind, planned in self._planned.items():
-            self._plan(kind, planned)
-
-    def store(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        flashinfer.append_paged_kv_cache(
-            key,
-            value,
-            self._sequences,
-            self._positions,
-            self._backend.pages[index],
-            self._buffers.page_ids,
-            self._page_starts,
-            self._last_page_lens,
-            _LAYOUT,
-        )
-
-    def attend(self, index: int, query: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
-        kind = self._backend.kind(index, query, options)
-        planned = self._planned.get(kind)
-        if planned is None:
-            planned = self._planned[kind] = _Planned(self._make_wrapper(kind))
-            self._plan(kind, planned)
-        out: torch.Tensor = planned.wrapper.run(query, self._backend.pages[index])
-        return out
-
-    def _make_wrapper(self, kind: _Kind) -> Any:
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            self._backend.workspace,
-            _LAYOUT,
-            use_cuda_graph=True,
-            use_tensor_cores=True,
-            paged_kv_indptr_buffer=self._page_starts,
-            paged_kv_indices_buffer=self._buffers.page_ids,
-            paged_kv_last_page_len_buffer=self._last_page_lens,
-        )
-        shared = self._buffers.int_workspaces.get(kind)
-        if shared is None:
-            shared = torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=self._backend.device)
-            self._buffers.int_workspaces[kind] = shared
-        wrapper.reset_workspace_buffer(self._backend.workspace, shared)
-        return wrapper
-
-    def _plan(self, kind: _Kind, planned: _Planned) -> None:
-        assert self._filled is not None, "fill comes first"
-        page_starts, page_ids, last_page_lens = self._filled
-        planned.plan(
-            page_starts,
-            page_ids,
-            last_page_lens,
-            kind.num_heads,
-            kind.cache.num_kv_heads,
-            kind.cache.key_dim,
-            self._backend.page_size,
-            **kind.plan_keywords,
-        )
-
-
 def _runs(segments: Sequence[Segment], gathers: bool) -> Iterator[tuple[str, int, int, int]]:
     """(way, number among the runs of that way, first segment, the one after the last) of neighbours alike."""
     num_decoding = next((i for i, s in enumerate(segments) if s.num_tokens > 1), len(segments))
@@ -426,20 +249,3 @@ def _way(segment: Segment, decodes: bool, gathers: bool) -> str:
     if segment.start == 0:
         return "fresh"
     return "gathered" if gathers and segment.num_tokens >= LONG_CHUNK and segment.end <= _MOST_GATHERED else "paged"
-
-
-def _starts(counts: Sequence[int]) -> _Ints:
-    """Where each begins, and where the last ends."""
-    starts = np.zeros(len(counts) + 1, np.int32)
-    np.cumsum(counts, out=starts[1:])
-    return starts
-
-
-def _last_page_lens(segments: Sequence[Segment], page_size: int) -> _Ints:
-    ends = np.array([s.end for s in segments], np.int32)
-    return (ends - 1) % page_size + 1
-
-
-def _pinned(values: _Ints, device: torch.device) -> torch.Tensor:
-    """In host memory, where plans are made, and ready to be copied without waiting."""
-    return upload(values, torch.int32, device, keep=True)

@@ -16,7 +16,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine.attention import AttentionBackend, AttentionOptions, Segment, StaticAttention, StepAttention, slots_of
+from engine.attention import (
+    AttentionBackend,
+    AttentionOptions,
+    CascadeAttention,
+    Segment,
+    StaticAttention,
+    StepAttention,
+    slots_of,
+)
 from engine.cpu_kernel import Kernel
 from engine.page_pool import PagePool
 
@@ -38,6 +46,9 @@ class NativeBackend:
 
     def allocate(self, num_sequences: int, max_tokens: int) -> StaticAttention | None:
         return self._prompts.allocate(num_sequences, max_tokens)
+
+    def allocate_cascade(self, num_sequences: int, max_tokens: int) -> CascadeAttention | None:
+        return self._prompts.allocate_cascade(num_sequences, max_tokens)
 
 
 class _NativeStep:

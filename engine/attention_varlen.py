@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from engine.attention import AttentionOptions, Segment, StaticAttention, StepAttention, slots_of
+from engine.attention import AttentionOptions, CascadeAttention, Segment, StaticAttention, StepAttention, slots_of
 from engine.page_pool import PagePool
 from engine.uploads import upload
 
@@ -30,6 +30,9 @@ class VarlenBackend:
 
     def allocate(self, num_sequences: int, max_tokens: int) -> StaticAttention | None:
         return _StaticVarlen(self._pool, num_sequences, max_tokens)
+
+    def allocate_cascade(self, num_sequences: int, max_tokens: int) -> CascadeAttention | None:
+        return None  # varlen_attn's log-sum-exp comes with paged keys in no release that this was tried with
 
 
 class _VarlenStep:

@@ -55,6 +55,9 @@ class EngineConfig:
     compile_cache: folder in which compiled code is kept, so that a second start takes seconds.
     decode_graphs: whether decode steps are captured as CUDA graphs at the start; ``auto`` is on a GPU, ``always`` takes
         the same path on CPU too, without graphs.
+    cascade_attention: whether decode steps read pages that several sequences share once for all of them, from decode
+        graphs of their own: ``auto``, on a GPU where that saves more than it costs and the attention backend can;
+        ``always``, whatever it saves; ``never``. Needs ``prefix_cache``, which gives sequences the same pages.
     plan_ahead: whether the next step is launched before the tokens of this one are known to the host; ``auto`` is on a
         GPU, where the host would wait otherwise, as long as launching takes less than half of a step.
     threads: CPU threads of one worker, or of each rank; null: torch's own choice.
@@ -83,6 +86,7 @@ class EngineConfig:
     compile: str = "auto"
     compile_cache: str = DEFAULT_CODE_FOLDER
     decode_graphs: str = "auto"
+    cascade_attention: str = "auto"
     plan_ahead: str = "auto"
     threads: int | None = None
     turns_file: str | None = None
@@ -101,7 +105,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _require(self.device in DEVICES, "engine.device", f"must be one of {', '.join(DEVICES)}", self.device)
         _require(self.dtype in DTYPES, "engine.dtype", f"must be one of {', '.join(DTYPES)}", self.dtype)
-        for name in ("compile", "decode_graphs", "plan_ahead"):
+        for name in ("compile", "decode_graphs", "cascade_attention", "plan_ahead"):
             value = getattr(self, name)
             _require(value in SWITCHES, f"engine.{name}", f"must be one of {', '.join(SWITCHES)}", value)
         orders = f"must be one of {', '.join(PREFILL_ORDERS)}"

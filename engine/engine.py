@@ -435,7 +435,8 @@ class Engine:
             if self._beside is None or not _holds_prompts(plan):  # else decoding was looked after meanwhile
                 waited_s = self._sampler.mask_seconds - waited_s  # beside the layers, for what comes next in any case
                 self._pace.launched(self._clock.now() - launching_at - waited_s)
-            return LaunchedStep(plan, sampled, began_at, mark=mark)
+            saved_tokens = 0 if _holds_prompts(plan) else self._runner.saved_tokens
+            return LaunchedStep(plan, sampled, began_at, mark=mark, saved_tokens=saved_tokens)
         except Exception as error:  # a model may fail in any way; others' sequences must not suffer for it
             return self._fail(plan, error)
 
@@ -590,7 +591,7 @@ class Engine:
             if self._beside is not None and self._beside.streams.overlaps and _holds_prompts(plan):
                 exact = not self._beside.is_crowded
         self._pace.stepped(seconds)
-        sample = _sample(plan, seconds)
+        sample = _sample(step, seconds)
         self._samples.append(sample)
         if exact and self._learns:
             self._step_clock.observe(sample)
@@ -664,6 +665,8 @@ class Engine:
             parts.append(f"decode graphs up to {mode.graph_batch_sizes[-1]}")
         if mode.experts:
             parts.append(mode.experts)
+        if mode.cascade:
+            parts.append("shared prefixes read once")
         if self._plans_ahead:
             pays = self._pace.launching_pays()
             parts.append("planned ahead" if pays else "not planned ahead: launching takes as long as computing")
@@ -671,7 +674,8 @@ class Engine:
             parts.append(self.model.weights)
         if self._runner.is_divided:
             parts.append(f"on {self.layout.num_ranks} ranks")
-        reasons = dict.fromkeys(reason for reason in (mode.reason, mode.graph_reason, mode.order_reason) if reason)
+        all_reasons = (mode.reason, mode.graph_reason, mode.order_reason, mode.cascade_reason)
+        reasons = dict.fromkeys(reason for reason in all_reasons if reason)
         choice = self._attention
         budgets = self._scheduler.budgets
         latest = budgets.latest if self._beside is None else self._beside.reason
@@ -685,6 +689,7 @@ class Engine:
             str(latest or ""),
             tuple((bound.value, budgets.counts[bound]) for bound in Bound if budgets.counts[bound]),
             self._beside.num_steps if self._beside is not None else 0,
+            self._runner.num_cascade_steps,
         )
 
     @property
@@ -746,9 +751,10 @@ def _joined(outputs: Sequence[StepOutput]) -> StepOutput:
     return StepOutput(chunks, tuple(failure for output in outputs for failure in output.failures))
 
 
-def _sample(plan: StepPlan, seconds: float) -> StepSample:
-    shape = shape_of(plan)
-    return StepSample(shape.prompt_tokens, shape.prompt_pairs, shape.batch, shape.context_tokens, seconds)
+def _sample(step: LaunchedStep, seconds: float) -> StepSample:
+    shape = shape_of(step.plan)
+    context_tokens = shape.context_tokens - step.saved_tokens  # seconds follow what is read
+    return StepSample(shape.prompt_tokens, shape.prompt_pairs, shape.batch, context_tokens, seconds)
 
 
 def _check_vocabulary(field: str, token_ids: Sequence[int], vocab_size: int) -> None:

@@ -24,12 +24,14 @@ class LaunchedStep:
     """A step whose tokens have not been waited for.
 
     ``beside``: it decodes while a step of prompts is computed. ``mark``: on the device's stream before it.
+    ``saved_tokens``: of its sequences, whose K/V it has read for another one of them and not again.
     """
 
     plan: StepPlan
     sampled: Sampled
     began_at: float
     beside: bool = False
+    saved_tokens: int = 0
     mark: torch.cuda.Event | None = None
 
     @property

@@ -39,6 +39,7 @@ from engine.decode_graphs import DecodeGraphs
 from engine.experts import ExpertsChoice, model_own_experts
 from engine.page_pool import PagePool
 from engine.rank_steps import RankLeader
+from engine.shared_prefixes import CascadeTerms
 from engine.step_packing import Chunk, PackedStep, fill_pending, pack
 from engine.step_plan import StepItem, StepPlan
 from engine.uploads import upload
@@ -260,6 +261,8 @@ class SpeedUps:
     max_model_len: int  # tokens that a sequence may have in a graph
     eager_reason: str = "engine.compile says so"  # if ``compile`` is off
     experts: ExpertsChoice | None = None  # of the model's experts, installed; None: it has none to choose for
+    cascade: str = "never"  # engine.cascade_attention
+    cascade_reason: str = "engine.cascade_attention says so"  # if it is never
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +275,8 @@ class ForwardMode:
     graph_reason: str  # why decode steps, or the largest of them, are not captured; empty if they all are
     experts: str = ""  # by what tokens and experts are multiplied; empty: by what transformers takes, or there are none
     order_reason: str = ""  # why no step is held up between layers although that was asked for
+    cascade: bool = False  # decode steps read shared prefixes once where that pays
+    cascade_reason: str = ""  # why not, if they are captured; empty if they do
 
 
 class ModelRunner:
@@ -297,8 +302,11 @@ class ModelRunner:
         self._desk = Desk()
         self._compiled: CompiledLayers | None = None  # None: eager
         self._graphs: DecodeGraphs | None = None
+        self._cascade_terms: CascadeTerms | None = None  # None: shared prefixes are read for each sequence
         self.mode = ForwardMode(False, "speed_up was not asked for", (), "speed_up was not asked for")
         self.num_fallbacks = 0  # times that it went back to eager
+        self.num_cascade_steps = 0  # decode steps that have read shared prefixes once
+        self.saved_tokens = 0  # of sequences of the step that was run last: read for another one, and not again
 
     def run(
         self,
@@ -317,7 +325,7 @@ class ModelRunner:
 
         ``beside``: another step is under way, between whose layers this one is run: its K/V and logits are its own.
         """
-        packed = pack([_chunk(item) for item in plan.items])
+        packed = pack([_chunk(item) for item in plan.items], self._cascade_terms)
         if self._leader is not None:
             self._leader.begin(packed, previous)
         return self._run(packed, on_layer_stored, previous, beside)
@@ -366,6 +374,9 @@ class ModelRunner:
         if self._graphs is not None:
             logits = self._graphs.run(packed, previous)
             if logits is not None:
+                once = self._graphs.reads_once(packed)
+                self.num_cascade_steps += once
+                self.saved_tokens = packed.shared_pages * self.pool.layout.page_size if once else 0
                 for index in range(self.pool.layout.num_layers if on_layer_stored is not None else 0):
                     on_layer_stored(index)  # type: ignore[misc]  # the range is empty if it is None
                 return logits
@@ -380,7 +391,9 @@ class ModelRunner:
         positions = upload(packed.positions, torch.int64, device)
         wanted = upload(packed.wanted, torch.int64, device)
         try:
-            return self._forward(row[None], positions[None], wanted, attention, on_layer_stored)
+            logits = self._forward(row[None], positions[None], wanted, attention, on_layer_stored)
+            self.saved_tokens = 0
+            return logits
         except Exception as error:
             if self._compiled is not None:
                 self.go_eager(f"a compiled step failed: {_in_short(error)}")
@@ -445,9 +458,10 @@ class ModelRunner:
             self._capture(wishes)
         mode = self.mode
         logger.info(
-            "the model runs %s; decode graphs for batches of %s",
+            "the model runs %s; decode graphs for batches of %s; %s",
             "compiled" if mode.compiled else f"eagerly: {mode.reason}",
             ", ".join(map(str, mode.graph_batch_sizes)) or f"none: {mode.graph_reason}",
+            "shared prefixes are read once where it pays" if mode.cascade else mode.cascade_reason or mode.graph_reason,
         )
 
     def _try_compiled(self, experts: ExpertsChoice | None) -> str:
@@ -479,9 +493,11 @@ class ModelRunner:
         """Leave compiled code and graphs for good; counted, logged and seen in ``mode``."""
         if self._compiled is not None:
             self._compiled.undo()
-        self._compiled = self._graphs = None
+        self._compiled = self._graphs = self._cascade_terms = None
         self.num_fallbacks += 1
-        self.mode = replace(self.mode, compiled=False, reason=reason, graph_batch_sizes=(), graph_reason=reason)
+        self.mode = replace(
+            self.mode, compiled=False, reason=reason, graph_batch_sizes=(), graph_reason=reason, cascade=False
+        )
         logger.warning("the model runs eagerly from now on: %s", reason)
 
     def _capture(self, wishes: SpeedUps) -> None:
@@ -516,6 +532,26 @@ class ModelRunner:
         self._graphs = graphs
         self.mode = replace(self.mode, graph_batch_sizes=graphs.buckets, graph_reason=reason)
         self.self_test()
+        reason = self._capture_cascade(graphs, wishes)
+        self.mode = replace(self.mode, cascade=not reason, cascade_reason=reason)
+
+    def _capture_cascade(self, graphs: DecodeGraphs, wishes: SpeedUps) -> str:
+        """Why shared prefixes are not read once; empty if they are."""
+        if wishes.cascade == "never":
+            return f"no cascade attention: {wishes.cascade_reason}"
+        terms = CascadeTerms.of(self.pool.layout, whatever_it_saves=wishes.cascade == "always")
+        if terms is None:
+            return "no cascade attention: all layers have sliding windows"
+        try:
+            if not graphs.capture_cascade():
+                return "no cascade attention: the attention backend has none, or a step holds one sequence"
+        except Exception as error:
+            reason = f"no cascade attention: capturing failed: {_in_short(error)}"
+            self.num_fallbacks += 1
+            logger.warning("engine.cascade_attention: %s", reason)
+            return reason
+        self._cascade_terms = terms
+        return ""
 
     def self_test(self) -> None:
         """Compare a prompt computed in chunks through pages with the model's own eager attention.

@@ -45,7 +45,13 @@ def make_runner(
     compile_layers, why_not = config.switched_on("compile", device), "engine.compile says so"
     if loaded.quantisation is not None and not loaded.quantisation.dequantised and config.compile == "auto":
         compile_layers, why_not = False, f"{loaded.quantisation.label}: their libraries' layers run as they are"
-    wishes = SpeedUps(compile_layers, graphs, loaded.description.max_model_len, why_not, experts)
+    cascade, why_never = config.cascade_attention, "engine.cascade_attention says so"
+    if cascade == "auto" and not config.prefix_cache:
+        cascade, why_never = "never", "without engine.prefix_cache no pages are shared"
+    elif cascade == "auto" and device != "cuda":
+        cascade, why_never = "never", "on CPU it is slower"
+    max_tokens = loaded.description.max_model_len
+    wishes = SpeedUps(compile_layers, graphs, max_tokens, why_not, experts, cascade, why_never)
     if wishes.compile or wishes.graph_batch_size:
         runner.speed_up(wishes)
     if interrupts and urgent is None:

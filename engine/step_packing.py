@@ -2,6 +2,9 @@
 
 Packed short first: sequences that compute one token come together, those with few earlier tokens before those with
 many, because like lengths share a tile of the attention; logits come back in the caller's order.
+
+In a decode step whose sequences share prefixes that are worth reading once (shared_prefixes.py) those that share none
+come first, and then group after group.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.attention import Segment
+from engine.shared_prefixes import CascadeTerms, SharedPrefix
 from engine.uploads import upload
 
 
@@ -37,16 +41,32 @@ class PackedStep:
     wanted: NDArray[np.int64]  # indices in the row whose logits are wanted, in the caller's order
     pending: NDArray[np.int64]  # [n, 2]: index in the row, row of the step before's tokens
     segments: tuple[Segment, ...]
+    # Of a decode step, one group after the other up to the last segment; empty: none, or not worth it.
+    shared: tuple[SharedPrefix, ...] = ()
 
     @property
     def is_decode(self) -> bool:
         """Every sequence computes one token."""
         return len(self.segments) == len(self.token_ids)
 
+    @property
+    def shared_pages(self) -> int:
+        """That need not be read again for another sequence of a group, if the groups are read once."""
+        return sum((group.count - 1) * group.num_pages for group in self.shared)
 
-def pack(chunks: Sequence[Chunk]) -> PackedStep:
-    """Put the chunks into one row."""
+    @property
+    def repeated(self) -> int:
+        """Of a decode step: the segment that is computed again where a graph has more places than there are. It is the
+        shortest, or in a group, of which it reads only what it does not share."""
+        return len(self.segments) - 1 if self.shared else 0
+
+
+def pack(chunks: Sequence[Chunk], terms: CascadeTerms | None = None) -> PackedStep:
+    """Put the chunks into one row. ``terms``: when shared prefixes are read once; None: never."""
     order = sorted(range(len(chunks)), key=lambda i: (len(chunks[i].token_ids) > 1, chunks[i].start))
+    shared: tuple[SharedPrefix, ...] = ()
+    if terms is not None and all(len(chunk.token_ids) == 1 for chunk in chunks):
+        order, shared = _gathered(order, chunks, terms)
     token_ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
@@ -68,7 +88,27 @@ def pack(chunks: Sequence[Chunk]) -> PackedStep:
         np.array(wanted, np.int64),
         np.array(pending, np.int64).reshape(-1, 2),
         tuple(segments),
+        shared,
     )
+
+
+def _gathered(
+    order: Sequence[int], chunks: Sequence[Chunk], terms: CascadeTerms
+) -> tuple[list[int], tuple[SharedPrefix, ...]]:
+    """(``order`` with groups as neighbours behind the rest, the groups). Longer first within a group and among them:
+    a step that is filled up repeats its last sequence, whose own part is then the shortest."""
+    groups = terms.groups([chunk.page_ids for chunk in chunks], [chunk.start for chunk in chunks])
+    grouped = {i for group in groups for i in group.members}
+    gathered = [i for i in order if i not in grouped]
+    shared: list[SharedPrefix] = []
+
+    def own_tokens(i: int, num_pages: int) -> int:
+        return chunks[i].start - num_pages * terms.page_size
+
+    for group in sorted(groups, key=lambda g: -min(own_tokens(i, g.num_pages) for i in g.members)):
+        shared.append(SharedPrefix(len(gathered), len(group.members), group.num_pages))
+        gathered += sorted(group.members, key=lambda i: -chunks[i].start)
+    return gathered, tuple(shared)
 
 
 def fill_pending(row: torch.Tensor, packed: PackedStep, previous: torch.Tensor | None) -> None:

@@ -462,6 +462,7 @@ def modes_to_message(modes: EngineModes) -> pb.EngineModes:
         colocated_reason=modes.colocated_reason,
         prompt_steps=dict(modes.prompt_steps),
         num_decode_beside=modes.num_decode_beside,
+        num_cascade=modes.num_cascade,
     )
 
 
@@ -476,6 +477,7 @@ def modes_from_message(message: pb.EngineModes) -> EngineModes:
         message.colocated_reason,
         tuple(sorted(message.prompt_steps.items())),
         message.num_decode_beside,
+        message.num_cascade,
     )
 
 

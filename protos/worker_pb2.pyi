@@ -193,7 +193,7 @@ class TierState(_message.Message):
     def __init__(self, tier: _Optional[str] = ..., pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., load_bytes_per_s: _Optional[float] = ..., load_t0_s: _Optional[float] = ..., queued_bytes: _Optional[int] = ..., stored_pages: _Optional[int] = ..., loaded_tokens: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., damaged_pages: _Optional[int] = ..., foreign_pages: _Optional[int] = ...) -> None: ...
 
 class EngineModes(_message.Message):
-    __slots__ = ("attention", "attention_reason", "forward", "forward_reason", "num_fallbacks", "colocated", "colocated_reason", "prompt_steps", "num_decode_beside")
+    __slots__ = ("attention", "attention_reason", "forward", "forward_reason", "num_fallbacks", "colocated", "colocated_reason", "prompt_steps", "num_decode_beside", "num_cascade")
     class PromptStepsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +210,7 @@ class EngineModes(_message.Message):
     COLOCATED_REASON_FIELD_NUMBER: _ClassVar[int]
     PROMPT_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_DECODE_BESIDE_FIELD_NUMBER: _ClassVar[int]
+    NUM_CASCADE_FIELD_NUMBER: _ClassVar[int]
     attention: str
     attention_reason: str
     forward: str
@@ -219,7 +220,8 @@ class EngineModes(_message.Message):
     colocated_reason: str
     prompt_steps: _containers.ScalarMap[str, int]
     num_decode_beside: int
-    def __init__(self, attention: _Optional[str] = ..., attention_reason: _Optional[str] = ..., forward: _Optional[str] = ..., forward_reason: _Optional[str] = ..., num_fallbacks: _Optional[int] = ..., colocated: _Optional[str] = ..., colocated_reason: _Optional[str] = ..., prompt_steps: _Optional[_Mapping[str, int]] = ..., num_decode_beside: _Optional[int] = ...) -> None: ...
+    num_cascade: int
+    def __init__(self, attention: _Optional[str] = ..., attention_reason: _Optional[str] = ..., forward: _Optional[str] = ..., forward_reason: _Optional[str] = ..., num_fallbacks: _Optional[int] = ..., colocated: _Optional[str] = ..., colocated_reason: _Optional[str] = ..., prompt_steps: _Optional[_Mapping[str, int]] = ..., num_decode_beside: _Optional[int] = ..., num_cascade: _Optional[int] = ...) -> None: ...
 
 class StepSample(_message.Message):
     __slots__ = ("prefill_tokens", "prefill_pairs", "decode_batch", "decode_context", "seconds")

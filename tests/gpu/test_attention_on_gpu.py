@@ -13,7 +13,7 @@ import torch
 
 from engine.attention import AttentionOptions
 from engine.cache_layout import LayerCache
-from tests.attention_case import Case, ragged_steps
+from tests.attention_case import SHARING, Case, ragged_steps, shared_steps
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
@@ -36,6 +36,32 @@ def test_flashinfer_equals_the_textbook(window: int | None, num_kv_heads: int, p
     case = Case("flashinfer", layer, page_size, options, num_heads=8, device="cuda", static=static)
 
     assert max(ragged_steps(case)) < TOLERANCE
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("num_kv_heads", [8, 2, 1])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "window"),
+    [(64, "bfloat16", None), (128, "bfloat16", None), (64, "float16", None), (64, "bfloat16", 5)],
+    ids=["64", "128", "float16", "window"],
+)
+def test_shared_prefixes_read_once_equal_the_textbook(
+    head_dim: int, dtype: str, window: int | None, num_kv_heads: int, page_size: int
+) -> None:
+    layer = LayerCache(0, num_kv_heads, head_dim, head_dim, dtype, window)
+    options = AttentionOptions(scaling=head_dim**-0.5)
+    case = Case(
+        "flashinfer",
+        layer,
+        page_size,
+        options,
+        num_heads=8,
+        device="cuda",
+        cascade=SHARING,
+        max_tokens=5 * page_size + 9,
+    )
+
+    assert max(shared_steps(case)) < TOLERANCE
 
 
 @pytest.mark.parametrize("window", [None, 5], ids=["full", "window"])
@@ -77,6 +103,8 @@ def test_flashinfer_caps_scores(window: int | None) -> None:
     for static in (False, True):
         case = Case("flashinfer", layer, 16, options, num_heads=8, device="cuda", static=static)
         assert max(ragged_steps(case)) < TOLERANCE
+    case = Case("flashinfer", layer, 16, options, num_heads=8, device="cuda", cascade=SHARING, max_tokens=128)
+    assert max(shared_steps(case)) < TOLERANCE
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "matmul"])

@@ -15,7 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
 
 from core.clock import WallClock
 from core.request import SamplingParams, SequenceId, SequenceSpec, TokenChunk
@@ -230,6 +237,35 @@ def test_a_mixture_in_bfloat16_is_captured_for_every_batch(tmp_path: Path) -> No
             errors += _errors(reference, prompt, one)
     print("median and largest error of a log-probability:", statistics.median(errors), max(errors))
     assert statistics.median(errors) < LOGIT_BOUND, "of the largest, rounding may have turned a router"
+
+
+@needs_flashinfer
+@pytest.mark.parametrize(
+    "config", [LlamaConfig(**SHAPE), Gemma2Config(**SHAPE, sliding_window=11)], ids=["full", "mixed"]
+)
+def test_shared_prefixes_read_once_in_bfloat16_are_within_the_bound(config: PreTrainedConfig, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    factory: Any = AutoModelForCausalLM
+    factory.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    reference: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    draw = random.Random(4)
+    system, tools = ([draw.randrange(1, VOCAB_SIZE) for _ in range(length)] for length in (70, 40))
+    own = [[draw.randrange(1, VOCAB_SIZE) for _ in range(length)] for length in (1, 30, 2, 17, 9, 5, 3, 11, 26, 60, 7)]
+    # Eleven sequences in a graph for sixteen: six and three with beginnings in common, and two without.
+    prompts = [*(system + one for one in own[:6]), *(tools + one for one in own[6:9]), *own[9:]]
+    worst, tokens = {}, {}
+    for switch in ("never", "always"):
+        engine = load(tmp_path, dtype="bfloat16", compile="never", max_batch_size=16, cascade_attention=switch)
+        assert engine.modes().attention == "flashinfer", engine.modes().attention_reason
+        assert engine.forward.cascade == (switch == "always"), engine.forward.cascade_reason
+        chunks(engine, [system, tools], "first")
+        found = chunks(engine, prompts, "s", logprobs=5)
+        assert (engine.modes().num_cascade > 0) == (switch == "always")
+        tokens[switch] = [[token for chunk in one for token in chunk.token_ids] for one in found]
+        worst[switch] = max(max(_errors(reference, *pair)) for pair in zip(prompts, found, strict=True))
+    alike = sum(one == other for one, other in zip(*tokens.values(), strict=True))
+    print("largest error, of the spread of the logits:", worst, "answers alike:", alike, "of", len(prompts))
+    assert max(worst.values()) < LOGIT_BOUND
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from engine.attention import AttentionOptions, Segment, create_backend
 from engine.cache_layout import CacheLayout, LayerCache
 from engine.config import DEFAULT_CODE_FOLDER
 from engine.page_pool import PagePool
-from tests.attention_case import Case, ragged_steps
+from tests.attention_case import SHARING, Case, ragged_steps, shared_steps
 
 REFERENCES = ("matmul", "sdpa")  # flashinfer and varlen need a GPU: tests/gpu
 needs_kernel = pytest.mark.skipif(
@@ -47,6 +47,14 @@ def test_equals_the_textbook(backend: str, static: bool, kind: str, page_size: i
     case = Case(backend, KINDS[kind], page_size, options, static=static)
 
     assert max(ragged_steps(case)) < 1e-5
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kind", ["grouped", "unequal dims", "window"])
+def test_shared_prefixes_read_once_equal_the_textbook(kind: str, options: AttentionOptions) -> None:
+    case = Case("matmul", KINDS[kind], 4, options, cascade=SHARING)
+
+    assert max(shared_steps(case)) < 1e-5
 
 
 @needs_kernel

@@ -172,6 +172,45 @@ def test_compiled(family: str, example: Examples) -> None:
     assert run(engine, prompts) == expected
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_shared_prefixes_read_once_change_no_token(family: str, example: Examples) -> None:
+    folder, prompts, _ = example(family)
+    system, tools, draw = prompts[4][:20], prompts[4][20:33], random.Random(3)
+    own = [[draw.randrange(1, VOCAB_SIZE) for _ in range(n)] for n in (1, 5, 2, 9, 3)]
+    asked = [*(system + one for one in own[:3]), *(tools + one for one in own[3:]), prompts[1], prompts[2]]
+    found, contexts = [], []
+    for switch in ("never", "always"):
+        # Seven sequences in a step for eight: one is computed twice.
+        engine = load(folder, max_batch_size=8, decode_graphs="always", cascade_attention=switch)
+        run(engine, [system, tools], "first")
+        found.append(run(engine, asked))
+        assert engine.forward.cascade == (switch == "always"), engine.forward.cascade_reason
+        # All layers of gemma2 that see everything, and none of its others.
+        assert (engine.modes().num_cascade > 0) == (switch == "always")
+        contexts.append(max(step.decode_context for step in engine.take_step_samples()))
+
+    assert found[0] == found[1]
+    assert contexts[0] - contexts[1] == 2 * 20 + 12, "three pages of 4 once for two sequences, five once for three"
+
+
+def test_graphs_for_shared_prefixes_that_cannot_be_captured_leave_the_others(
+    example: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, prompts, expected = example("llama")
+
+    def broken(self: object, num_sequences: int, max_tokens: int) -> None:
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr("engine.attention.TiledBackend.allocate_cascade", broken)
+    engine = load(folder, decode_graphs="always", cascade_attention="always")
+
+    assert engine.forward.graph_batch_sizes == (1, 2, 4, 5)
+    assert not engine.forward.cascade
+    assert "no kernel for this" in engine.modes().forward_reason
+    assert engine.modes().num_fallbacks == 1
+    assert run(engine, [*prompts, prompts[4]])[:5] == expected
+
+
 def test_preempted_while_planning_ahead(example: Examples) -> None:
     folder, prompts, expected = example("llama")
     engine = load(folder, num_pages=15, decode_graphs="always", max_prefill_chunk=7)
