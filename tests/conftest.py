@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +17,14 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Tests start some eighty processes, which otherwise compile our packages each for itself, and pytest its rewritten tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+# Collecting imports everything and makes millions of objects, all of which stay: looking for garbage among them takes
+# as long as the rest of it. Afterwards they are out of the collector's sight, as in our own services.
+gc.disable()
+
 # No test asserts on wall time, and neither does hypothesis: an example that takes long says that the machine is busy.
 # The suite says the same of the same commit; `--hypothesis-profile explore` draws examples that nobody has seen.
 for name, derandomize in (("suite", True), ("explore", False)):
@@ -22,6 +32,11 @@ for name, derandomize in (("suite", True), ("explore", False)):
         name, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=derandomize
     )
 settings.load_profile("suite")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
