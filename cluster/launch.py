@@ -52,7 +52,7 @@ from cluster.pool_scaler import PoolScaler, WorkerPhase
 from cluster.router import Router
 from cluster.routing_policy import make_policy
 from cluster.sampling_defaults import sampling_defaults
-from cluster.tokenizer import Tokenizer
+from cluster.tokenizer import Tokenizer, leave_torch_out
 from cluster.view import ClusterView
 from core.clock import Clock, WallClock
 from core.errors import InvalidConfig, PrfaasError, UnsupportedModel
@@ -543,7 +543,8 @@ async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
 
 
 def ray_fleet(config: ServiceConfig) -> Fleet:
-    """The workers as Ray actors."""
+    """The workers as Ray actors, in processes of their own: this one computes nothing, and needs no torch."""
+    leave_torch_out()
     from cluster.ray_fleet import RayFleet  # here, because importing ray takes half a second
 
     return RayFleet(config)

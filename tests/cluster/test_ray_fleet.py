@@ -178,6 +178,10 @@ def test_a_signal_stops_the_whole_service_in_time_with_exit_code_0(
                 break
         assert lines[-1].startswith("prfaas: ready: "), (lines, (tmp_path / "log").read_text())
         family = {p.pid for p in psutil.Process(child.pid).children(recursive=True)}
+        if sys.platform == "linux":
+            loaded = Path(f"/proc/{child.pid}/maps").read_text()
+            assert "tokenizers" in loaded
+            assert "torch" not in loaded, "a gateway computes nothing"
 
         if signum is signal.SIGINT:
             os.killpg(child.pid, signum)  # as a terminal does

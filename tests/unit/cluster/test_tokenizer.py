@@ -1,5 +1,8 @@
 """Text to tokens and back: pieces that join to the whole, whole characters only, bounded work."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from cluster.tokenizer import ChatMessage, Detokenizer, Tokenizer
 from core.errors import InvalidRequest
 from tests.unit.cluster import tiny_tokenizers
 
+ROOT = Path(__file__).resolve().parents[3]
 BYTE_LEVEL = tiny_tokenizers.byte_level()
 SENTENCEPIECE = tiny_tokenizers.sentencepiece_like()
 WORD_PIECE = tiny_tokenizers.word_piece()
@@ -20,6 +24,28 @@ SMOLLM2 = next(Path("~/.cache/prfaas/models").expanduser().glob("SmolLM2-135M-In
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.load(tiny_tokenizers.save(tmp_path_factory.mktemp("model")))
+
+
+WITHOUT_TORCH = """
+import json, sys
+from cluster.tokenizer import ChatMessage, Tokenizer, leave_torch_out
+leave_torch_out()
+tokenizer = Tokenizer.load(sys.argv[1])
+ids = tokenizer.encode("hello world", field="prompt")
+chat = tokenizer.encode_chat((ChatMessage("user", "hello"),), field="messages")
+print(json.dumps([ids, chat, tokenizer.decode(ids), [name for name in sys.modules if name.startswith("torch.")]]))
+"""
+
+
+def test_a_process_that_leaves_torch_out_tokenises_alike_and_loads_none_of_it(tmp_path: Path) -> None:
+    folder = tiny_tokenizers.save(tmp_path)
+    here = Tokenizer.load(folder)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(folder)], capture_output=True, text=True, cwd=ROOT)
+
+    assert done.stderr == "", "nobody is told that torch is missing"
+    ids = here.encode("hello world", field="prompt")
+    chat = here.encode_chat((ChatMessage("user", "hello"),), field="messages")
+    assert json.loads(done.stdout) == [list(ids), list(chat), "hello world", []]
 
 
 def pieces(
