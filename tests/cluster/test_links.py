@@ -141,28 +141,39 @@ async def test_a_service_none_of_whose_pairs_works_is_not_ready(family: str, tin
         await cluster.check_integrity()
 
 
-@pytest.fixture
-def service_folder(tmp_path: Path) -> Path:
-    """A model of random weights, with a tokenizer."""
-    folder = save_tiny_model("llama", tmp_path)
-    tiny_tokenizers.save(folder)
-    return Path(folder)
+@one_family
+async def test_no_byte_travels_between_caches_of_different_dtypes(family: str, tiny_model: ReferenceModel) -> None:
+    async with live_cluster(
+        str(tiny_model.folder),
+        engine=ENGINE,
+        decode_engine=replace(ENGINE, dtype="bfloat16"),
+        kv_transfer=TCP,
+        self_test=True,
+    ) as cluster:
+        assert await cluster.membership.wait_until(all_tested, PATIENCE_S)
+        (link,) = cluster.membership.view().links.values()
+        assert not link.usable
+        assert link.probe is not None
+        assert (link.probe.error, link.probe.exact, link.probe.num_bytes) == ("Incompatible", False, 0)
+        assert "dtype differs" in link.probe.reason
+        await cluster.check_integrity()
 
 
-def check(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    config = folder / "service.yaml"
-    config.write_text(
+def test_prfaas_check_tests_what_a_configuration_describes(tmp_path: Path) -> None:
+    """The whole command; how links fail is asked above, and how the command says so in tests/unit/cluster."""
+    folder = tiny_tokenizers.save(save_tiny_model("llama", tmp_path))
+    (tmp_path / "service.yaml").write_text(
         json.dumps(
             {
                 "model": str(folder),
                 "engine": {"dtype": "float32", "num_pages": 64, "page_size": 16, "threads": 1},
                 "prefill": {"num_cpus": 0},
-                "decode": {"num_cpus": 0, "count": 2},
+                "decode": {"num_cpus": 0},
             }
         )
     )
-    return subprocess.run(
-        [sys.executable, "-m", "cluster", "check", str(config), *arguments],
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster", "check", str(tmp_path / "service.yaml")],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -171,30 +182,7 @@ def check(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         check=False,
     )
 
-
-def test_prfaas_check_tests_what_a_configuration_describes(
-    service_folder: Path,
-) -> None:
-    done = check(service_folder)
-
     assert done.returncode == 0, done.stderr
-    assert "2 of 2 links work" in done.stdout
-    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("prefill-0")]
-    assert [(line[1], line[4], line[-1]) for line in lines] == [
-        ("decode-0", "yes", "works"),
-        ("decode-1", "yes", "works"),
-    ]
-
-
-def test_prfaas_check_fails_with_the_reason_when_a_pair_is_broken(
-    service_folder: Path,
-) -> None:
-    """Pages of another dtype are another cache: no byte may travel."""
-    done = check(service_folder, "--json", "--set", "decode.engine.dtype=bfloat16", "--set", "decode.count=1")
-
-    assert done.returncode == 1, done.stderr
-    document = json.loads(done.stdout)
-    assert document["passed"] is False
-    (link,) = document["links"]
-    assert (link["error"], link["exact"]) == ("Incompatible", False)
-    assert "dtype differs" in link["reason"]
+    assert "1 of 1 links work" in done.stdout
+    (line,) = (line.split() for line in done.stdout.splitlines() if line.startswith("prefill-0"))
+    assert (line[1], line[4], line[-1]) == ("decode-0", "yes", "works")

@@ -431,22 +431,32 @@ async def test_a_check_that_tested_nothing_has_not_passed(service, run):
     assert (result.exit_code, "there is no link to test" in result.stdout) == (1, True)
 
 
-def test_check_of_a_configuration_runs_its_workers(monkeypatch):
+@pytest.mark.parametrize(
+    ("report", "code"),
+    [
+        (ProbeReport("tcp", 64, True, 64, 1e-6, 0.001), 0),
+        (ProbeReport("tcp", error="Incompatible", reason="dtype differs"), 1),
+    ],
+)
+def test_check_of_a_configuration_runs_its_workers(report: ProbeReport, code: int, monkeypatch):
     pair = Pair(EngineId("a"), EngineId("b"), WorkerId("prefill-0"), WorkerId("decode-0"))
     asked: list[ServiceConfig] = []
 
     async def check_links(config, on_result):
         asked.append(config)
         print("prfaas: workers ready: all")
-        on_result(PairResult(pair, ProbeReport("tcp", 64, True, 64, 1e-6, 0.001)))
+        on_result(PairResult(pair, report))
         return True
 
     monkeypatch.setattr(cluster.launch, "check_links", check_links)
     result = invoke("check", LAPTOP, "--set", "engine.page_size=32", "--json")
 
-    assert result.exit_code == 0
+    assert result.exit_code == code
     assert asked[0].engine.page_size == 32
-    assert json.loads(result.stdout)["links"][0]["to_worker"] == "decode-0", "stdout is the document alone"
+    document = json.loads(result.stdout)  # stdout is the document alone
+    assert document["passed"] is (code == 0)
+    (link,) = document["links"]
+    assert (link["to_worker"], link["error"], link["reason"]) == ("decode-0", report.error, report.reason)
 
 
 @pytest.mark.parametrize("arguments", [[], [LAPTOP, "--address", "127.0.0.1:1"]])
