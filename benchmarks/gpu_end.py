@@ -53,8 +53,8 @@ class GpuEnd:
         began = time.perf_counter()
         for layer in range(NUM_LAYERS):
             due = began + prefill_s * (layer + 1) / NUM_LAYERS
-            if due > time.perf_counter():  # to sleep for no time takes 55 us
-                time.sleep(due - time.perf_counter())
+            if (left_s := due - time.perf_counter()) > 0:  # to sleep for no time takes 55 us
+                time.sleep(left_s)
             self._sender.pages_stored(session_id, layer, 0, pages)
         last_stored = time.perf_counter()
         self._sender.commit(session_id, b"")

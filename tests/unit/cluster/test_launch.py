@@ -61,7 +61,7 @@ def config(model: str, *, start_timeout_s: float = PATIENCE_S, drain_timeout_s: 
         served_model_name="tiny",
         prefill=PoolConfig(count=1),
         decode=PoolConfig(count=2),
-        router=RouterConfig(lease_s=2.0, costs_file=None),
+        router=RouterConfig(lease_s=20.0, costs_file=None),  # no worker here is lost, however busy the machine is
         http=HttpConfig(port=0),
         grpc=GrpcConfig(port=0),
         start_timeout_s=start_timeout_s,
