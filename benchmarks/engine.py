@@ -7,7 +7,8 @@ One engine (no service around it) with a Llama of 8B parameters in bfloat16, ran
     prefill   1x1,024, 1x8,192, 8x1,024 and 1x32,768 tokens: from ``add`` to the last first token, prefix cache off
     decode    batches of 1, 64, 128 and 256 at 1,024 tokens of context and of 64 at 4,096: the median time between steps
     mixed     200 requests at once, 256-8,192 tokens in (444,944 in all), 128 out
-    profile   kernels of a decode step and of a prefill, by what they are for, and the time in which none ran
+    profile   kernels of a decode step, of a prefill and of the mixed load, by what they are for, and the time in which
+              none ran
     moe       decode steps of a mixture of experts (mixture.py), captured and launched: batches of 1, 16 and 64
 
 Floors are of the same run (engine_floors.py): for prefill the multiplications at the measured rate of a large
@@ -42,6 +43,7 @@ from benchmarks.engine_profile import profile_terms
 from benchmarks.mixture import QWEN3_MOE, TINY_QWEN3_MOE
 from benchmarks.report import Cell
 from core.clock import WallClock
+from core.compute import StepSample
 from core.request import SamplingParams, SequenceId, SequenceSpec
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -62,7 +64,7 @@ COLUMNS = {
     "peer_ratio": "ours/vLLM",
     "runs": "runs",
 }
-TERM_COLUMNS = {"what": "what", "term": "term", "ms": "ms", "share": "share", "kernels": "kernels"}
+TERM_COLUMNS = {"what": "what", "term": "term", "ms": "ms", "share": "share", "kernels": "kernels", "steps": "steps"}
 _GIB = 1 << 30
 _SPARE_BYTES = 7 * _GIB  # activations, logits, work spaces and graphs
 _STEP_TOKENS = 16384
@@ -214,14 +216,48 @@ class Bench:
         tokens: int = self.scale.settings["max_batch_tokens"]
         return tokens
 
-    def mixed(self) -> tuple[float, int]:
-        """(seconds, tokens in and out) of requests that all come at once."""
+    def mixed(self) -> Mixed:
+        """Requests that all come at once."""
         dice = random.Random(42)  # as the peer's script draws them
         low, high = self.scale.mixed_lengths
         lengths = [round(math.exp(dice.uniform(math.log(low), math.log(high)))) for _ in range(self.scale.num_mixed)]
         for length in lengths:
             self.add(self.prompt(length), self.scale.mixed_output)
-        return self.drain(), sum(lengths) + len(lengths) * self.scale.mixed_output
+        preempted_before = self.engine.load().num_preemptions
+        self.engine.take_step_samples()
+        samples: list[StepSample] = []
+        began_at = self._clock.now()
+        while self.engine.has_work:
+            self.step()
+            samples += self.engine.take_step_samples()
+        seconds = self._clock.now() - began_at
+        num_tokens = sum(lengths) + len(lengths) * self.scale.mixed_output
+        return Mixed(seconds, num_tokens, samples, self.engine.load().num_preemptions - preempted_before)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What became of a mixed load."""
+
+    seconds: float
+    num_tokens: int  # in and out
+    samples: Sequence[StepSample]
+    num_preemptions: int
+
+    def terms(self) -> list[dict[str, Cell]]:
+        """Rows: what its steps took on the device, with and without prompts, and what lies between them."""
+        with_prompts = [sample.seconds for sample in self.samples if sample.prefill_tokens]
+        decode = [sample.seconds for sample in self.samples if not sample.prefill_tokens]
+        between_s = self.seconds - sum(with_prompts) - sum(decode)
+        parts = (
+            ("steps with prompts", sum(with_prompts), len(with_prompts)),
+            ("decode steps", sum(decode), len(decode)),
+            ("between steps", between_s, None),
+        )
+        return [
+            {"what": "mixed", "term": term, "ms": seconds * 1e3, "share": seconds / self.seconds, "steps": steps}
+            for term, seconds, steps in parts
+        ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -252,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs: dict[str, Callable[[], None]] = {
             "prefill": lambda: _prefills(bench, floors, cost, peer, rows, figures),
             "decode": lambda: _decodes(bench, floors, cost, peer, rows, figures),
-            "mixed": lambda: _mixed(bench, peer, rows, figures),
+            "mixed": lambda: _mixed(bench, peer, rows, terms, figures),
             "profile": lambda: _profiles(bench, device, terms),
         }
         for part in dense:
@@ -378,14 +414,22 @@ def _mixtures(
     return name
 
 
-def _mixed(bench: Bench, peer: Mapping[str, Any], rows: list[dict[str, Cell]], figures: dict[str, float]) -> None:
+def _mixed(
+    bench: Bench,
+    peer: Mapping[str, Any],
+    rows: list[dict[str, Cell]],
+    terms: list[dict[str, Cell]],
+    figures: dict[str, float],
+) -> None:
     runs = [bench.mixed() for _ in range(2)]
-    best_s, num_tokens = min(runs)
+    best = min(runs, key=lambda run: run.seconds)
     theirs = min((run["s"] for run in peer.get("mixed", {}).get("runs", ())), default=None)
-    row = _row(f"mixed, {bench.scale.num_mixed} requests", [s for s, _ in runs], None, theirs and theirs * 1e3)
-    rows.append({**row, "tokens_per_s": num_tokens / best_s})
-    figures["mixed_tokens_per_s"] = num_tokens / best_s
-    figures["mixed_s"] = best_s
+    row = _row(f"mixed, {bench.scale.num_mixed} requests", [run.seconds for run in runs], None, theirs and theirs * 1e3)
+    rows.append({**row, "tokens_per_s": best.num_tokens / best.seconds})
+    terms += best.terms()
+    figures["mixed_tokens_per_s"] = best.num_tokens / best.seconds
+    figures["mixed_s"] = best.seconds
+    figures["mixed_preemptions"] = best.num_preemptions
 
 
 def _profiles(bench: Bench, device: torch.device, terms: list[dict[str, Cell]]) -> None:
@@ -408,6 +452,7 @@ def _profiles(bench: Bench, device: torch.device, terms: list[dict[str, Cell]]) 
     prompts = [bench.prompt(length) for length in lengths]
     prefill()
     terms += profile_terms(f"prefill {len(lengths)}x{lengths[0]}", prefill, 3, device)
+    terms += profile_terms("mixed", bench.mixed, 1, device)
 
 
 def _row(what: str, seconds: Sequence[float], floor_s: float | None, peer_ms: float | None) -> dict[str, Cell]:

@@ -5,20 +5,18 @@ Skipped without a GPU.
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from core.clock import WallClock
 from core.request import SamplingParams, SequenceId, SequenceSpec
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.phase_streams import two_streams
-from tests.tiny_models import VOCAB_SIZE, generate_with, save_tiny_model
+from tests.gpu.tiny_engine import draw_prompts, greedy_tokens
+from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -30,10 +28,8 @@ LENGTHS = (5, 17, 40, 64, 200, 33, 120)
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_tokens_are_those_of_transformers(family: str, mode: str, tmp_path: Path) -> None:
     folder = save_tiny_model(family, tmp_path)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    draw = random.Random(family)
-    prompts = [[draw.randrange(1, VOCAB_SIZE) for _ in range(length)] for length in LENGTHS]
-    expected = [list(generate_with(model, prompt, NUM_NEW)) for prompt in prompts]
+    prompts = draw_prompts(family, LENGTHS)
+    expected = greedy_tokens(folder, prompts, NUM_NEW)
     config = EngineConfig(
         device="cuda",
         dtype="float32",

@@ -7,7 +7,6 @@ Skipped without a GPU. tests/unit/engine/test_fast_forward.py asks the same of t
 from __future__ import annotations
 
 import importlib.util
-import random
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
@@ -29,7 +27,16 @@ from core.request import SamplingParams, SequenceId, SequenceSpec, TokenChunk
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.step_plan import StepPlan
-from tests.tiny_models import VOCAB_SIZE, generate_with, save_tiny_model
+from tests.gpu.tiny_engine import (
+    NUM_NEW,
+    PROMPT_LENGTHS,
+    chunks,
+    draw_prompts,
+    greedy_tokens,
+    run,
+    save_in_bfloat16,
+)
+from tests.tiny_models import VOCAB_SIZE, save_tiny_model
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
@@ -38,8 +45,6 @@ pytestmark = [
 needs_flashinfer = pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="no FlashInfer here")
 
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
-NUM_NEW = 10
-PROMPT_LENGTHS = (1, 5, 16, 17, 40, 64)
 # Log-probabilities of tiny models with large weights in bfloat16 against float32, relative to the logits' spread.
 LOGIT_BOUND = 0.1
 
@@ -55,31 +60,10 @@ def load(folder: Path, **settings: Any) -> Engine:
     return Engine.load_model(EngineConfig(**{**defaults, **settings}), str(folder), WallClock())
 
 
-def chunks(engine: Engine, prompts: Sequence[Sequence[int]], tag: str, **sampling: Any) -> list[list[TokenChunk]]:
-    params = SamplingParams(**{"max_tokens": NUM_NEW, "temperature": 0.0, **sampling})
-    for number, prompt in enumerate(prompts):
-        engine.add(SequenceSpec(SequenceId(f"{tag}/{number}"), tuple(prompt), params))
-    found: list[list[TokenChunk]] = [[] for _ in prompts]
-    while engine.has_work:
-        output = engine.step()
-        assert not output.failures
-        for chunk in output.chunks:
-            found[int(chunk.sequence_id.split("/")[1])].append(chunk)
-    engine.check_integrity()
-    return found
-
-
-def run(engine: Engine, prompts: Sequence[Sequence[int]], tag: str, **sampling: Any) -> list[list[int]]:
-    found = chunks(engine, prompts, tag, **sampling)
-    return [[token for chunk in one for token in chunk.token_ids] for one in found]
-
-
 def example(family: str, folder: Path) -> tuple[Path, list[list[int]], list[list[int]]]:
     save_tiny_model(family, folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    draw = random.Random(family)
-    prompts = [[draw.randrange(1, VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS]
-    return folder, prompts, [list(generate_with(model, prompt, NUM_NEW)) for prompt in prompts]
+    prompts = draw_prompts(family)
+    return folder, prompts, greedy_tokens(folder, prompts)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "gpt2", *MIXTURES])
@@ -116,8 +100,7 @@ def test_preempted_between_graphs(tmp_path: Path) -> None:
 )
 def test_sampling_does_not_depend_on_planning_ahead(sampling: dict[str, Any], tmp_path: Path) -> None:
     folder = save_tiny_model("llama", tmp_path)
-    draw = random.Random(1)
-    prompts = [[draw.randrange(1, VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS]
+    prompts = draw_prompts(1)
     ahead, plain = (load(folder, compile="never", plan_ahead=switch) for switch in ("auto", "never"))
 
     assert run(ahead, prompts, "s", **sampling) == run(plain, prompts, "s", **sampling)
@@ -194,12 +177,8 @@ SHAPE: dict[str, Any] = {
     "config", [LlamaConfig(**SHAPE), MistralConfig(**SHAPE, sliding_window=11)], ids=["full", "window"]
 )
 def test_flashinfer_in_bfloat16_is_within_the_bound(config: PreTrainedConfig, tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    factory: Any = AutoModelForCausalLM
-    factory.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    reference: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
-    draw = random.Random(2)
-    prompts = [[draw.randrange(1, VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS]
+    reference = save_in_bfloat16(config, 3, tmp_path)
+    prompts = draw_prompts(2)
     worst = {}
     for compile_ in ("never", "auto"):
         engine = load(tmp_path, dtype="bfloat16", compile=compile_, max_prefill_chunk=23)
@@ -218,13 +197,9 @@ def test_flashinfer_in_bfloat16_is_within_the_bound(config: PreTrainedConfig, tm
 
 @needs_flashinfer
 def test_a_mixture_in_bfloat16_is_captured_for_every_batch(tmp_path: Path) -> None:
-    torch.manual_seed(4)
-    factory: Any = AutoModelForCausalLM
     config = Qwen3MoeConfig(**SHAPE, moe_intermediate_size=128, num_experts=16, num_experts_per_tok=4)
-    factory.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    reference: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
-    draw = random.Random(3)
-    prompts = [[draw.randrange(1, VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS]
+    reference = save_in_bfloat16(config, 4, tmp_path)
+    prompts = draw_prompts(3)
     engine = load(tmp_path, dtype="bfloat16")
     print(engine.modes(), engine.forward)
 
@@ -241,21 +216,33 @@ def test_a_mixture_in_bfloat16_is_captured_for_every_batch(tmp_path: Path) -> No
 
 @needs_flashinfer
 @pytest.mark.parametrize(
-    "config", [LlamaConfig(**SHAPE), Gemma2Config(**SHAPE, sliding_window=11)], ids=["full", "mixed"]
+    ("config", "mode"),
+    [
+        (LlamaConfig(**SHAPE), "chunked"),
+        (Gemma2Config(**SHAPE, sliding_window=11), "chunked"),
+        (LlamaConfig(**SHAPE), "layered"),
+        (LlamaConfig(**SHAPE), "partitioned"),
+    ],
+    ids=["full", "mixed", "layered", "partitioned"],
 )
-def test_shared_prefixes_read_once_in_bfloat16_are_within_the_bound(config: PreTrainedConfig, tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    factory: Any = AutoModelForCausalLM
-    factory.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    reference: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
-    draw = random.Random(4)
-    system, tools = ([draw.randrange(1, VOCAB_SIZE) for _ in range(length)] for length in (70, 40))
-    own = [[draw.randrange(1, VOCAB_SIZE) for _ in range(length)] for length in (1, 30, 2, 17, 9, 5, 3, 11, 26, 60, 7)]
+def test_shared_prefixes_read_once_in_bfloat16_are_within_the_bound(
+    config: PreTrainedConfig, mode: str, tmp_path: Path
+) -> None:
+    reference = save_in_bfloat16(config, 3, tmp_path)
+    system, tools, *own = draw_prompts(4, (70, 40, 1, 30, 2, 17, 9, 5, 3, 11, 26, 60, 7))
     # Eleven sequences in a graph for sixteen: six and three with beginnings in common, and two without.
     prompts = [*(system + one for one in own[:6]), *(tools + one for one in own[6:9]), *own[9:]]
     worst, tokens = {}, {}
     for switch in ("never", "always"):
-        engine = load(tmp_path, dtype="bfloat16", compile="never", max_batch_size=16, cascade_attention=switch)
+        engine = load(
+            tmp_path,
+            dtype="bfloat16",
+            compile="never",
+            max_batch_size=16,
+            cascade_attention=switch,
+            colocated_mode=mode,
+            tpot_slo_s=None if mode == "chunked" else 1e-6,  # decode between or beside all layers of prompts
+        )
         assert engine.modes().attention == "flashinfer", engine.modes().attention_reason
         assert engine.forward.cascade == (switch == "always"), engine.forward.cascade_reason
         chunks(engine, [system, tools], "first")

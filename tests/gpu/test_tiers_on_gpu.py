@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from core.cache_tiers import Tier
 from core.clock import WallClock
@@ -21,7 +19,8 @@ from engine.host_pages import HostPages
 from engine.page_pool import PagePool
 from engine.reload_choice import PrefillCost
 from engine.reload_costs import ReloadCosts
-from tests.tiny_models import VOCAB_SIZE, generate_with, save_tiny_model
+from tests.gpu.tiny_engine import draw_prompts, greedy_tokens
+from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -60,10 +59,8 @@ def test_pages_come_back_as_they_were_behind_kernels_that_write_them(
 def test_tokens_are_the_same_from_every_tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ReloadCosts, "prefill", property(lambda self: PrefillCost(1.0, 1.0, 0.0, 64)))
     folder = save_tiny_model("llama", tmp_path / "model")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    draw = random.Random(5)
-    prompts = [[draw.randrange(1, VOCAB_SIZE) for _ in range(50)] for _ in range(6)]
-    expected = [tuple(generate_with(model, prompt, 8)) for prompt in prompts]
+    prompts = draw_prompts(5, (50,) * 6)
+    expected = [tuple(tokens) for tokens in greedy_tokens(folder, prompts, 8)]
     config = EngineConfig(
         device="cuda",
         dtype="float32",
