@@ -65,8 +65,7 @@ COLUMNS = {
     "runs": "runs",
 }
 TERM_COLUMNS = {"what": "what", "term": "term", "ms": "ms", "share": "share", "kernels": "kernels", "steps": "steps"}
-_GIB = 1 << 30
-_SPARE_BYTES = 7 * _GIB  # activations, logits, work spaces and graphs
+_UTILIZATION = 0.97  # nobody else is on the device
 _STEP_TOKENS = 16384
 _MAX_BATCH = 256
 WARM_STEPS, TIMED_STEPS = 12, 64
@@ -317,7 +316,8 @@ def _ready(scale: Scale, device: torch.device, console: Console, **settings: Any
     gc.freeze()  # as a worker does (cluster/worker_host.py)
     modes = bench.engine.modes()
     console.print(
-        f"engine ready in {start_s:.1f} s: attention {modes.attention}, {modes.forward} {modes.forward_reason}"
+        f"engine ready in {start_s:.1f} s: attention {modes.attention}, {modes.forward} {modes.forward_reason}; "
+        f"pages for {bench.engine.load().pages_total * bench.engine.layout.page_size:,} tokens"
     )
     return bench, start_s
 
@@ -330,13 +330,10 @@ def _free() -> None:
 
 
 def make_engine(scale: Scale, device: torch.device, **more: Any) -> Engine:
-    """With dummy weights, and all of the device's memory for pages. ``more``: settings beside the scale's."""
-    settings = {**scale.settings, **more}
+    """With dummy weights, alone on its device. ``more``: settings beside the scale's."""
+    settings = {"gpu_memory_utilization": _UTILIZATION, **scale.settings, **more}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(scale.config))
-        if device.type == "cuda" and "num_pages" not in settings:
-            weights = 2 * ModelCost.parameters(scale.config)
-            settings["kv_cache_bytes"] = torch.cuda.mem_get_info()[0] - weights - _SPARE_BYTES
         return Engine.load_model(EngineConfig(**settings), f"dummy:{folder}", WallClock())
 
 

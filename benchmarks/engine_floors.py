@@ -104,15 +104,6 @@ class ModelCost:
             compute.weight_bytes, compute.weight_flops, head, compute.attention_flops, engine.layout.bytes_per_token
         )
 
-    @staticmethod
-    def parameters(config: Mapping[str, Any]) -> int:
-        """Of a Llama with that configuration."""
-        hidden, head_dim = config["hidden_size"], config["head_dim"]
-        heads = 2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"]
-        layer: int = hidden * head_dim * heads + 3 * hidden * config["intermediate_size"]
-        total: int = config["num_hidden_layers"] * layer + 2 * config["vocab_size"] * hidden
-        return total
-
     def prefill_flops(self, lengths: Sequence[int]) -> float:
         """Each token meets the weights and half of its prompt; each prompt's last one the head."""
         pairs = sum(length * (length + 1) / 2 for length in lengths)

@@ -13,6 +13,7 @@ PREFILL_ORDERS = ("fcfs", "slack")
 COLOCATED_MODES = ("chunked", "layered", "partitioned")
 APART_MODES = frozenset({"layered", "partitioned"})  # of them: a step holds either prompts or decoding sequences
 DEFAULT_CODE_FOLDER = "~/.cache/prfaas/compiled"
+CPU_KV_CACHE_BYTES = 1 << 30  # where nobody says how many: host memory is not ours to fill
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,11 @@ class EngineConfig:
         float32 there), float32 on another (where bfloat16 halves K/V and no more), and the checkpoint's on GPU.
     page_size: tokens of one page of K/V; the same in both pools.
     kv_cache_bytes: bytes of the page pool, on each rank; ``num_pages`` sets it in pages instead and wins if given.
+        null: on a GPU what ``gpu_memory_utilization`` leaves, 1 GiB on a CPU.
     num_pages: pages of the pool; null: what ``kv_cache_bytes`` holds.
+    gpu_memory_utilization: share of the GPU's memory that may be in use, above 0 and at most 1. What weights, whoever
+        else is on the device and the largest step (computed at the start to measure it) leave of it is the page pool.
+        Workers that share a GPU need ``kv_cache_bytes``.
     max_model_len: longest prompt + output in tokens; null: the model's own limit, or what the pool can hold if less.
     max_batch_tokens: token budget of one step, shared by prefill chunks and decode tokens.
     max_batch_size: most sequences in one step.
@@ -69,8 +74,9 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     page_size: int = 16
-    kv_cache_bytes: int = 1 << 30
+    kv_cache_bytes: int | None = None
     num_pages: int | None = None
+    gpu_memory_utilization: float = 0.9
     max_model_len: int | None = None
     max_batch_tokens: int = 2048
     max_batch_size: int = 64
@@ -122,7 +128,18 @@ class EngineConfig:
             self.tpot_slo_s is None or self.tpot_slo_s > 0, "engine.tpot_slo_s", "must be above 0", self.tpot_slo_s
         )
         _require(self.page_size >= 1, "engine.page_size", "must be at least 1 token", self.page_size)
-        _require(self.kv_cache_bytes > 0, "engine.kv_cache_bytes", "must be above 0", self.kv_cache_bytes)
+        _require(
+            self.kv_cache_bytes is None or self.kv_cache_bytes > 0,
+            "engine.kv_cache_bytes",
+            "must be above 0",
+            self.kv_cache_bytes,
+        )
+        _require(
+            0 < self.gpu_memory_utilization <= 1,
+            "engine.gpu_memory_utilization",
+            "must be above 0 and at most 1",
+            self.gpu_memory_utilization,
+        )
         for name in ("host_cache_bytes", "disk_cache_bytes"):
             value = getattr(self, name)
             _require(value >= 0, f"engine.{name}", "must be at least 0 (0: none)", value)

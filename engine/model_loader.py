@@ -28,7 +28,8 @@ from core.fingerprint import CacheFingerprint
 from engine import cpu_kernel
 from engine.attention_choice import AttentionCase
 from engine.cache_layout import CacheLayout
-from engine.config import EngineConfig
+from engine.config import CPU_KV_CACHE_BYTES, EngineConfig
+from engine.device_memory import pages_that_fit
 from engine.merged_linear import merge_projections
 from engine.model_costs import compute_profile
 from engine.model_runner import ATTENTION_NAME, probe_layers, register_attention
@@ -92,13 +93,14 @@ def load_model(source: ModelSource, config: EngineConfig, group: RankGroup | Non
     layout = CacheLayout(tuple(layer.cache for layer in layers), config.page_size, rank, num_ranks)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     attention = AttentionCase(device.type, capability, config.page_size, layers, _native_missing(config, device))
-    num_pages = config.num_pages or config.kv_cache_bytes // layout.bytes_per_page
-    if num_pages < 1:
-        raise InvalidConfig("engine.kv_cache_bytes", f"must hold at least one page, {layout.bytes_per_page} bytes")
     text_config = model.config.get_text_config()
+    model_limit = _model_limit(text_config)
+    num_pages = _num_pages(config, model, layout, attention, config.max_model_len or model_limit)
+    if group is not None:
+        num_pages = group.least(num_pages, device)  # pages have the same numbers on every rank
     description = ModelDescription(
         architecture=type(model).__name__,
-        max_model_len=_max_model_len(config, _model_limit(text_config), num_pages * config.page_size),
+        max_model_len=_max_model_len(config, model_limit, num_pages * config.page_size),
         vocab_size=text_config.vocab_size,
         eos_token_ids=_eos_token_ids(model, source.folder),
         compute=compute_profile(model, layout, device, config.step_tokens),
@@ -114,6 +116,19 @@ def load_model(source: ModelSource, config: EngineConfig, group: RankGroup | Non
     return LoadedModel(
         model, device, layout, attention, num_pages, description, fingerprint, quantisation, source.folder
     )
+
+
+def _num_pages(
+    config: EngineConfig, model: PreTrainedModel, layout: CacheLayout, attention: AttentionCase, limit: int | None
+) -> int:
+    if config.num_pages is not None:
+        return config.num_pages
+    if config.kv_cache_bytes is None and model.device.type == "cuda":
+        return pages_that_fit(model, layout, attention, config, limit)
+    num_pages = (config.kv_cache_bytes or CPU_KV_CACHE_BYTES) // layout.bytes_per_page
+    if num_pages < 1:
+        raise InvalidConfig("engine.kv_cache_bytes", f"must hold at least one page, {layout.bytes_per_page} bytes")
+    return num_pages
 
 
 def _native_missing(config: EngineConfig, device: torch.device) -> str | None:

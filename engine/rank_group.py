@@ -69,6 +69,12 @@ class RankGroup:
         dist.broadcast(tensor, src=0)
         return tensor
 
+    def least(self, value: int, device: torch.device) -> int:
+        """The smallest ``value`` of all ranks, on every rank."""
+        values = torch.tensor([value], dtype=torch.int64, device=device)
+        dist.all_reduce(values, dist.ReduceOp.MIN)
+        return int(values)
+
 
 def visible_gpus(num_ranks: int) -> list[str] | None:
     """What ``CUDA_VISIBLE_DEVICES`` is to be for each of so many processes, of the GPUs that this one sees; None: it

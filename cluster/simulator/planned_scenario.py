@@ -175,7 +175,7 @@ def _num_pages(
     """Of one instance: what a service's ``kv_cache_bytes`` hold, what the device has beside the weights, or enough for
     the profile's batch of long sequences."""
     page_bytes = max(1.0, kv.bytes_per_token * engine.page_size)
-    if configured:
+    if configured and engine.kv_cache_bytes is not None:
         return max(1, int(engine.kv_cache_bytes / page_bytes))
     if cluster.device is not None and shape is not None and not cluster.prefill:
         spare = Instance(shape, catalogue.device(cluster.device), size, cluster.efficiency).kv_capacity_bytes()

@@ -164,6 +164,7 @@ def test_pages_come_from_bytes_unless_their_number_is_given(llama: Path) -> None
 
     assert load(llama, replace(CONFIG, num_pages=None, kv_cache_bytes=10 * page_bytes + 1)).num_pages == 10
     assert load(llama, replace(CONFIG, num_pages=7, kv_cache_bytes=10 * page_bytes)).num_pages == 7
+    assert load(llama, replace(CONFIG, num_pages=None)).num_pages == (1 << 30) // page_bytes  # on a CPU
     with pytest.raises(InvalidConfig, match=rf"engine.kv_cache_bytes.*{page_bytes}"):
         load(llama, replace(CONFIG, num_pages=None, kv_cache_bytes=page_bytes - 1))
 
