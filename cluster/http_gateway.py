@@ -38,7 +38,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster import messages_api, openai_api, responses_api, token_api
 from cluster.api_keys import ApiKeys
 from cluster.config import ServiceConfig
-from cluster.front_door import ClusterMembership, Door, RequestRouter, not_ready_reason, retry_after
+from cluster.front_door import ClusterMembership, Door, not_ready_reason, retry_after
 from cluster.generation import Finish, Generation, LogprobText, PreparedRequest, TextChunk, TextRequest
 from cluster.metrics import Metrics
 from cluster.page import REQUESTS_PATH, Recent, add_page
@@ -137,7 +137,6 @@ class HttpGateway:
     def __init__(
         self,
         generation: Generation,
-        router: RequestRouter,
         membership: ClusterMembership,
         metrics: Metrics,
         config: ServiceConfig,
@@ -147,7 +146,7 @@ class HttpGateway:
     ) -> None:
         """``describe``: what GET /status answers; ``recent``: what GET /requests does."""
         self._config = config.http
-        app = make_app(generation, router, membership, metrics, config, clock, describe)
+        app = make_app(generation, membership, metrics, config, clock, describe)
         if config.http.page:
             add_page(app, recent)
         self._server = _Server(
@@ -209,7 +208,6 @@ class _Server(uvicorn.Server):
 
 def make_app(
     generation: Generation,
-    router: RequestRouter,
     membership: ClusterMembership,
     metrics: Metrics,
     config: ServiceConfig,
@@ -221,15 +219,16 @@ def make_app(
     app.add_middleware(_KeyGate, keys=ApiKeys(config.api_keys_file), metrics=metrics)
     app.add_middleware(_RequestIds)
     app.add_exception_handler(HTTPException, _http_error)
-    created = int(unix_time())
-    card = {"id": config.model_name, "object": "model", "created": created, "owned_by": "prfaas"}
+    _add_generation(app, lambda request, api: _Answer(request, api, generation, metrics, config, clock))
+    _add_tokens(app, _Tokens(generation, config))
+    _add_refusals(app)
+    _add_models(app, config.model_name, membership)
+    _add_operation(app, membership, metrics, describe)
+    return app
 
-    def model_card() -> dict[str, object]:
-        model = membership.model()
-        return card if model is None else {**card, "max_model_len": model.max_model_len}
 
-    def answer(request: Request, api: _Api) -> Response:
-        return _Answer(request, api, generation, metrics, config, clock)
+def _add_generation(app: FastAPI, answer: Callable[[Request, _Api], Response]) -> None:
+    """What generates, in the words of each API."""
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -247,7 +246,9 @@ def make_app(
     async def messages(request: Request) -> Response:
         return answer(request, _MESSAGE)
 
-    tokens = _Tokens(generation, config)
+
+def _add_tokens(app: FastAPI, tokens: _Tokens) -> None:
+    """What is asked about tokens; nothing is generated."""
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:
@@ -261,18 +262,33 @@ def make_app(
     async def detokenize(request: Request) -> Response:
         return await tokens.answer(request, tokens.detokenize, _CHAT)
 
+
+def _add_refusals(app: FastAPI) -> None:
     for path, what in _NOT_SERVED.items():
         app.add_api_route(path, _refusal(path, what), methods=["POST"], include_in_schema=False)
 
+
+def _add_models(app: FastAPI, model_name: str, membership: ClusterMembership) -> None:
+    """What is served: one model."""
+    base = {"id": model_name, "object": "model", "created": int(unix_time()), "owned_by": "prfaas"}
+
+    def card() -> dict[str, object]:
+        model = membership.model()
+        return base if model is None else {**base, "max_model_len": model.max_model_len}
+
     @app.get("/v1/models")
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [model_card()]})
+        return JSONResponse({"object": "list", "data": [card()]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        if name != config.model_name:
-            return _error_response(UnknownModel(name, config.model_name))
-        return JSONResponse(model_card())
+        if name != model_name:
+            return _error_response(UnknownModel(name, model_name))
+        return JSONResponse(card())
+
+
+def _add_operation(app: FastAPI, membership: ClusterMembership, metrics: Metrics, describe: Describe) -> None:
+    """What operators, and their tools, ask of the service."""
 
     @app.get("/health")
     async def health() -> Response:
@@ -295,8 +311,6 @@ def make_app(
     @app.get("/version")
     async def show_version() -> Response:
         return JSONResponse({"version": version()})
-
-    return app
 
 
 def _refusal(path: str, what: str) -> Callable[[], Coroutine[None, None, Response]]:

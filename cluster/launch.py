@@ -344,7 +344,6 @@ class _Service:
         await grpc.start()
         http = HttpGateway(
             generation,
-            router,
             membership,
             metrics,
             config,

@@ -64,7 +64,7 @@ async def doors(cluster: LiveCluster, folder: Path) -> AsyncIterator[tuple[str, 
         cluster.router, cluster.membership, Tokenizer.load(folder), metrics, config, clock, grammars=grammars
     )
     router, membership = cluster.router, cluster.membership
-    http = HttpGateway(generation, router, membership, metrics, config, clock, dict, lambda limit: {"requests": []})
+    http = HttpGateway(generation, membership, metrics, config, clock, dict, lambda limit: {"requests": []})
     off, requests = TlsDecision(False, "test"), RecentRequests()
     rpcs = GrpcGateway(generation, router, membership, ScriptedLinks(), planner, config, clock, off, requests)
     await http.start()

@@ -41,9 +41,7 @@ async def http_door(cluster: LiveCluster, folder: Path) -> AsyncIterator[httpx.A
     generation = Generation(
         cluster.router, cluster.membership, tokenizer, metrics, config, clock, tracing=cluster.tracing
     )
-    door = HttpGateway(
-        generation, cluster.router, cluster.membership, metrics, config, clock, dict, lambda limit: {"requests": []}
-    )
+    door = HttpGateway(generation, cluster.membership, metrics, config, clock, dict, lambda limit: {"requests": []})
     await door.start()
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{door.port}", timeout=30) as client:

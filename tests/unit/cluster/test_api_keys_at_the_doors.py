@@ -38,7 +38,6 @@ def config(service: Gateway, tmp_path: Path) -> ServiceConfig:
 async def client(service: Gateway, config: ServiceConfig) -> AsyncIterator[httpx.AsyncClient]:
     door = HttpGateway(
         service.generation,
-        service.router,
         service.membership,
         service.metrics,
         config,

@@ -37,7 +37,6 @@ COMPLETION = "/v1/completions"
 def make_door(service: Gateway, config: ServiceConfig) -> HttpGateway:
     return HttpGateway(
         service.generation,
-        service.router,
         service.membership,
         service.metrics,
         config,

@@ -71,7 +71,6 @@ async def overloaded(tokenizer: Tokenizer, admission: AdmissionConfig) -> AsyncI
         door = GrpcGateway(generation, g.router, g.membership, ScriptedLinks(), planner, config, g.clock, off, requests)
         http = HttpGateway(
             generation,
-            g.router,
             g.membership,
             metrics,
             config,

@@ -87,7 +87,6 @@ async def opened(
     )
     door = HttpGateway(
         service.generation,
-        service.router,
         service.membership,
         service.metrics,
         config,
