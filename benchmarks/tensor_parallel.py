@@ -32,7 +32,7 @@ from benchmarks import report
 from benchmarks.engine import LLAMA_8B, REHEARSAL, Bench, Scale
 from benchmarks.report import Cell
 from cluster.config import WorkerConfig
-from cluster.rank_host import COLLECTIVE_TIMEOUT_S, RankCounts, start_process
+from cluster.rank_host import COLLECTIVE_TIMEOUT_S, start_process
 from cluster.rank_processes import RankProcesses
 from core.clock import WallClock
 from core.errors import PrfaasError
@@ -179,11 +179,10 @@ def _engine(config: EngineConfig, model: str, degree: int) -> tuple[Engine, Call
     )
     ranks = RankProcesses(told, start_process, _end)
     ranks.start()
-    ranks.lines.hear(RankCounts, lambda rank, counts: None)
     ranks.lines.start()
     group = RankGroup.join(0, degree, ranks.meeting, device_of(config), COLLECTIVE_TIMEOUT_S)
     engine = Engine.load_model(config, model, WallClock(), leader=RankLeader(group, ranks.lines.send_all))
-    ranks.ready(_READY_S)
+    ranks.wait_ready(_READY_S)
     return engine, ranks.stop
 
 

@@ -18,16 +18,17 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
+from cluster.config import WorkerConfig
 from cluster.log_format import configure_logging
-from cluster.rank_processes import STOP_WAIT_S, RankFailed, RankProcess, RankReady, RankTask, StopRank
-from core.clock import WallClock
+from cluster.rank_processes import STOP_WAIT_S, RankCounts, RankFailed, RankProcess, RankReady, RankTask, StopRank
+from core.clock import Clock, WallClock
 from core.errors import PrfaasError, RankLost
+from core.fingerprint import CacheFingerprint
 from core.kv_layout import KvEnd
 from core.rank_channel import RankChannel
 from engine.model_loader import device_of
@@ -35,7 +36,6 @@ from engine.page_pool import PagePool
 from engine.rank_follower import RankFollower
 from engine.rank_group import RankGroup, visible_gpus
 from engine.rank_steps import RankStep
-from kv_transfer.codec import Codec
 from kv_transfer.codec_policy import LinkCodecs
 from kv_transfer.link_monitor import TICK_S
 from kv_transfer.probe_pages import RankPages
@@ -46,12 +46,10 @@ from kv_transfer.sender import KvSender, StoredPages
 from kv_transfer.staging_device import DeviceRegion
 from kv_transfer.transport import (
     LayerPages,
-    LinkStats,
     PageGeometry,
     PeerIdentity,
     Region,
     Transport,
-    Write,
     create_transport,
 )
 
@@ -60,16 +58,6 @@ logger = logging.getLogger(__name__)
 # A rank that computes something else, or nothing, is found out after so long; one that has died at once.
 COLLECTIVE_TIMEOUT_S = 300.0
 EXIT_RANK_ENDED = 71
-
-
-@dataclass(frozen=True, slots=True)
-class RankCounts:
-    """What one rank's half of the K/V transfer counts, told every ``TICK_S``."""
-
-    links: tuple[LinkStats, ...] = ()
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    pages_quarantined: int = 0
 
 
 def region_of(pool: PagePool) -> Region:
@@ -81,6 +69,15 @@ def region_of(pool: PagePool) -> Region:
     if pool.device.type == "cpu":
         return Region(geometry, tuple(pool.layer_bytes(i) for i in layers))
     return DeviceRegion(geometry, tuple(pool.pages(i) for i in layers))
+
+
+def open_transport(config: WorkerConfig, fingerprint: CacheFingerprint, pool: PagePool, clock: Clock) -> Transport:
+    """What one rank of a worker, the first or another, moves pages of its pool with."""
+    kv_transfer = replace(config.kv_transfer, host=config.kv_transfer.host or config.host)
+    identity = PeerIdentity(config.worker_id, config.cluster_id)
+    transport = create_transport(kv_transfer, fingerprint, clock, identity, config.credentials)
+    transport.register(region_of(pool))
+    return transport
 
 
 def start_process(task: RankTask) -> RankProcess:
@@ -162,17 +159,11 @@ class _RankHost:
         gc.collect()
         gc.freeze()
         layout, clock = follower.layout.kv_layout(), WallClock()
-        kv_transfer = replace(config.kv_transfer, host=config.kv_transfer.host or config.host)
-        identity = PeerIdentity(config.worker_id, config.cluster_id)
-        transport = create_transport(kv_transfer, follower.fingerprint, clock, identity, config.credentials)
-        transport.register(region_of(follower.pool))
+        kv_transfer = config.kv_transfer
+        transport = open_transport(config, follower.fingerprint, follower.pool, clock)
         codecs = LinkCodecs(clock, lambda to_cluster: kv_transfer.link(config.cluster_id, to_cluster).codecs)
-
-        def codec_for(peer: PeerIdentity, layers: Sequence[LayerPages], write: Write) -> Codec:
-            return codecs.codec_for(peer.worker_id, layers, write.table.rows[:, 2].tolist())
-
-        encodes = any(link.codecs != ("raw",) for link in kv_transfer.links)
-        sender = KvSender(transport, clock, sending.closed, layout, sending.link_speed, codec_for if encodes else None)
+        codec_for = codecs.codec_of_write if kv_transfer.may_encode else None
+        sender = KvSender(transport, clock, sending.closed, layout, sending.link_speed, codec_for)
         receiver = KvReceiver(
             transport, clock, receiving.committed, receiving.released, kv_transfer.lease_s, layout, task.rank
         )

@@ -2,7 +2,8 @@
 
     start()     a listener at a path that only this user can open; each rank's process connects and shows a secret
     (loading)   all ranks load the model at the same time, rank 0 in the thread of its engine (worker_host.py)
-    ready()     each says how its pool is reached (``RankReady``), or why it did not start (``RankFailed``)
+    wait_ready  each says how its pool is reached (``RankReady``), or why it did not start (``RankFailed``)
+    (serving)   each tells what its half of the K/V transfer counts (``RankCounts``)
     lost        a line that breaks, or a process that ends: rank 0 is told once, with ``RankLost``, and the worker ends
     stop()      they are asked to stop, and killed if they do not
 
@@ -30,6 +31,7 @@ from cluster.config import WorkerConfig
 from core.errors import PrfaasError, RankLost
 from core.kv_layout import KvEnd
 from core.rank_channel import RankChannel, RankLines
+from kv_transfer.transport import LinkStats
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,16 @@ class StopRank:
     """Asked by rank 0: let go of everything. The answer is that it is done."""
 
 
+@dataclass(frozen=True, slots=True)
+class RankCounts:
+    """What one rank's half of the K/V transfer counts, told several times a second."""
+
+    links: tuple[LinkStats, ...] = ()
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    pages_quarantined: int = 0
+
+
 class RankProcess(Protocol):
     """A rank's process, wherever it runs."""
 
@@ -91,6 +103,7 @@ class RankProcesses:
         self._processes: list[RankProcess] = []
         self._lines: RankLines | None = None
         self._ready: list[Future[KvEnd]] = [Future() for _ in range(config.tensor_parallel - 1)]
+        self._counts: dict[int, RankCounts] = {}
         self._lock = threading.Lock()
         self._is_over = False
 
@@ -104,6 +117,16 @@ class RankProcesses:
         """To the others, once they have connected."""
         assert self._lines is not None, "start() comes first"
         return self._lines
+
+    @property
+    def ends(self) -> tuple[KvEnd, ...]:
+        """How each of the others is reached, from the second on; ``wait_ready`` comes first."""
+        return tuple(future.result(timeout=0) for future in self._ready)
+
+    @property
+    def counts(self) -> tuple[RankCounts, ...]:
+        """The last that each of them has told."""
+        return tuple(self._counts.values())
 
     def start(self) -> None:
         """Start them, and wait until each has connected. Raises ``RankLost`` if one does not. Start the lines next."""
@@ -121,16 +144,15 @@ class RankProcesses:
         self._lines = RankLines(channels)
         self._lines.hear(RankReady, lambda rank, message: self._ready[rank - 1].set_result(message.end))
         self._lines.hear(RankFailed, lambda rank, message: self._failed(rank, message.error))
+        self._lines.hear(RankCounts, self._counts.__setitem__)
 
-    def ready(self, timeout_s: float) -> tuple[KvEnd, ...]:
-        """How each of the others is reached, once all have loaded their parts. Raises what one failed with."""
-        ends = []
+    def wait_ready(self, timeout_s: float) -> None:
+        """Until all have loaded their parts. Raises what one failed with."""
         for rank, future in enumerate(self._ready, 1):
             try:
-                ends.append(future.result(timeout_s))
+                future.result(timeout_s)
             except FutureTimeout:
                 raise RankLost(f"rank {rank} did not load its part within {timeout_s:g} s of rank 0") from None
-        return tuple(ends)
 
     def stop(self) -> None:
         """Have them end, in bounded time. Harmless if they have."""

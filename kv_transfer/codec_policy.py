@@ -29,7 +29,7 @@ from core.clock import Clock
 from core.request import ClusterId, WorkerId
 from kv_transfer.codec import Codec, CodecUse, can_encode
 from kv_transfer.link_estimate import RecentRate
-from kv_transfer.transport import LayerPages, LinkStats
+from kv_transfer.transport import LayerPages, LinkStats, PeerIdentity, Write
 
 logger = logging.getLogger(__name__)
 
@@ -240,6 +240,10 @@ class LinkCodecs:
                     peer = self._peers[worker_id] = _Peer(codecs)
                 peer.meter.tick(link, now)
                 self._choose(worker_id, peer, now)
+
+    def codec_of_write(self, peer: PeerIdentity, layers: Sequence[LayerPages], write: Write) -> Codec:
+        """``codec_for``, as a ``KvSender`` asks."""
+        return self.codec_for(peer.worker_id, layers, write.table.rows[:, 2].tolist())
 
     def codec_for(self, worker_id: WorkerId, layers: Sequence[LayerPages], sizes: Sequence[int]) -> Codec:
         """The codec of a write of strips of ``sizes`` bytes of ``layers`` to a worker; and it is queued now.

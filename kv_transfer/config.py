@@ -103,6 +103,11 @@ class KvTransferConfig:
         """What is tried, in this order."""
         return range(self.port, (self.last_port or self.port) + 1)
 
+    @property
+    def may_encode(self) -> bool:
+        """Whether any link may carry something else than raw bytes."""
+        return any(link.codecs != ("raw",) for link in self.links)
+
     def link(self, from_cluster: ClusterId, to_cluster: ClusterId) -> LinkConfig:
         """The settings of links from ``from_cluster`` to ``to_cluster``."""
         fitting = (link for link in self.links if link.fits(from_cluster, to_cluster))

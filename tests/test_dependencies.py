@@ -33,7 +33,7 @@ ARROWS: Mapping[str, frozenset[str]] = {
 }
 # The files that put a worker's processes together, the first rank's and the others': they alone see both workers and
 # the half of engine that loads torch.
-COMPOSERS = frozenset({"cluster.worker_host", "cluster.rank_host"})
+COMPOSERS = frozenset({"cluster.worker_host", "cluster.worker_halves", "cluster.rank_host"})
 COMPOSER_ARROWS = frozenset({"core", "engine", "kv_transfer", "protos", "prefill_worker", "decode_worker", "cluster"})
 
 # outside world -> the modules that may meet it

@@ -38,7 +38,7 @@ from cluster.worker_client import WorkerClient, WorkerDescription
 from core.errors import PeerLost, PrfaasError
 from core.request import ClusterId, EngineId, Role, WorkerId
 
-_REGISTER_RETRY_S = 0.5  # cluster/worker_host.py
+_REGISTER_RETRY_S = 0.5  # cluster/registration.py
 _JOIN_TIMEOUT_S = 60.0
 _REGISTRATIONS_PER_LEASE = 3
 _GOLDEN = 0.6180339887498949  # spreads the starts of workers evenly, whatever their number

@@ -234,4 +234,4 @@ async def test_a_client_that_leaves_during_a_pull_leaves_nothing_behind(
 
 
 def _source(cluster: LiveCluster, worker_id: str) -> Any:
-    return cluster.hosts[WorkerId(worker_id)]._started._source
+    return cluster.hosts[WorkerId(worker_id)]._started.sending.source
