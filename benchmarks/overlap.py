@@ -1,6 +1,6 @@
 """How much of a hand-over hides behind prefill?
 
-    python -m benchmarks.overlap [--json FILE] [--quick] [--rate GBIT/S]
+    python -m benchmarks.overlap [--json FILE] [--quick] [--rate GBIT/S] [--rounds N]
 
 A real engine with a mid-size random model computes prompts on this CPU, in steps of a few chunk sizes, and a prefill
 worker ships the K/V over tcp to another process on a shaped path (network_lab.py; without root: loopback, which the row
@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run every setting, print the table, write the JSON."""
     options = _parser().parse_args(arguments)
     exit_on_sigterm()  # processes and namespaces are taken down
-    num_tokens, chunks, rounds = (512, (256,), 1) if options.quick else (2048, (256, 1024, 2048), 3)
+    num_tokens, chunks, usual = (512, (256,), 1) if options.quick else (2048, (256, 1024, 2048), 3)
+    rounds = usual if options.rounds is None else options.rounds
     path = NetworkPath(rate_gbps=options.rate)
     console = Console(stderr=True)
     rows: list[dict[str, Cell]] = []
@@ -78,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for cells in rows:
         cells |= {"num_tokens": num_tokens, "rate_gbps": None if why_unavailable(path) else options.rate}
     finished = report.Report("overlap", report.commit(), report.machine(), rows, figures(rows))
-    finished.print_table(COLUMNS, f"{num_tokens} tokens over {options.rate:g} Gbit/s, {finished.commit[:12]}")
+    shown = f"{num_tokens} tokens over {options.rate:g} Gbit/s, medians of {rounds} rounds, {finished.commit[:12]}"
+    finished.print_table(COLUMNS, shown)
     if options.json:
         finished.write_json(options.json)
     return 0
@@ -150,8 +152,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.overlap", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
-    parser.add_argument("--quick", action="store_true", help="one round of a short prompt with one chunk size")
+    parser.add_argument("--quick", action="store_true", help="a short prompt with one chunk size, one round")
     parser.add_argument("--rate", type=float, default=1.0, metavar="GBIT/S", help="of the path (default: 1)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="after one warm-up (default: 3, with --quick 1)")
     return parser
 
 
