@@ -15,15 +15,7 @@ from typing import TypeAlias
 
 from core.errors import InvalidRequest, ProtocolViolation
 from core.prefix_hash import PageHash, extend_page_hashes
-from core.request import (
-    FinishReason,
-    Role,
-    SequenceId,
-    SequenceSpec,
-    StageStats,
-    TokenChunk,
-    WorkerId,
-)
+from core.request import SequenceId, SequenceSpec, TokenChunk
 from engine.cache_tiers import CacheTiers
 from engine.config import APART_MODES, EngineConfig
 from engine.page_allocator import PageAllocator
@@ -31,12 +23,11 @@ from engine.prefill_order import ORDERS, Pace, PrefillOrder, due_at
 from engine.scheduler import PrefixRoom, Reservation, SchedulerLoad
 from engine.sequence import Sequence, SequenceStatus
 from engine.step_budget import Costs, StepBudget, StepBudgets
-from engine.step_plan import PENDING_TOKEN, SampledToken, StartedSequence, StepItem, StepPlan
+from engine.step_plan import SampledToken, StartedSequence, StepItem, StepPlan
+from engine.steps_under_way import StepsUnderWay
 
 TokenIds: TypeAlias = AbstractSequence[int]
 
-# An engine does not know whose it is: the worker writes its name and role over this one before stats leave it.
-UNNAMED_WORKER = WorkerId("")
 _SHARE_TO_LEND = 4  # one page in so many that nobody waits for
 
 
@@ -63,7 +54,8 @@ class ChunkedPrefillScheduler:
     8. Every sequence fits the pool when it is alone: longer ones are refused, or end with LENGTH.
     9. A step that is planned ahead goes on with the sequences of the one before as if none of them met a stop token,
        and starts waiting ones; it preempts nobody. What ends meanwhile is computed once more, for nothing. While such
-       a step is under way no page is freed that a sequence had when it was planned: the device may still write there.
+       a step is under way no page is freed that a sequence had when it was planned: the device may still write there
+       (steps_under_way.py).
     10. A step that holds another one up starts waiting prompts that end in it, as far as that breaks no promise of the
        other's prompts, and makes its decoding sequences wait no longer than the rest of their step.
     11. Where ``colocated_mode`` keeps prompts and decoding apart, a step holds either. A step of prompts waits until
@@ -101,10 +93,7 @@ class ChunkedPrefillScheduler:
         self._reserved: dict[SequenceId, _Reserved] = {}
         self._num_lent = 0
         self._stalled = False  # the last plan was empty and nothing changed since
-        # Not committed yet and planned ahead, or such that calls may come into the middle of them.
-        self._under_way: list[StepPlan] = []
-        # (those of them that write to these pages, pages to be freed when all of them are committed)
-        self._leaving: list[tuple[list[StepPlan], tuple[int, ...]]] = []
+        self._under_way = StepsUnderWay()
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._generated_tokens = 0
@@ -191,7 +180,7 @@ class ChunkedPrefillScheduler:
         sequence = Sequence(spec, now, self._eos_token_ids, self._max_len, known.token_ids[:])
         for token_id in first_token_ids:
             sequence.token_ids.append(token_id)
-            if self._end_of(sequence) is not None:
+            if sequence.end is not None:
                 raise ProtocolViolation(f"{spec.sequence_id}: admitted, but token {token_id} already ended it")
         self._stalled = False
         del self._reserved[spec.sequence_id]
@@ -248,7 +237,7 @@ class ChunkedPrefillScheduler:
             return None
         plan = StepPlan((*decodes, *chunks), tuple(started))
         if self._order.interrupts:
-            self._under_way.append(plan)
+            self._under_way.begin(plan)
         return plan
 
     def plan_prompts(self, now: float) -> StepPlan | None:
@@ -265,7 +254,7 @@ class ChunkedPrefillScheduler:
         if not decodes and not chunks:
             return None
         plan = StepPlan((*decodes, *chunks), tuple(started))
-        self._under_way.append(plan)
+        self._under_way.begin(plan)
         return plan
 
     def plan_between(self, plan: StepPlan, now: float) -> StepPlan | None:
@@ -281,11 +270,11 @@ class ChunkedPrefillScheduler:
                 sequence.page_ids += tuple(page_ids)
             if sequence.started_at is None:
                 sequence.started_at = now
-            items.append(_item(sequence, 1))
+            items.append(sequence.item(1))
         if not items:
             return None
         between = StepPlan(tuple(items))
-        self._under_way.append(between)
+        self._under_way.begin(between)
         return between
 
     def plan_urgent(self, plan: StepPlan, pace: Pace, now: float) -> StepPlan | None:
@@ -356,7 +345,7 @@ class ChunkedPrefillScheduler:
             if num_tokens - start == 1:
                 if sequence.started_at is None:
                     sequence.started_at = now
-                decodes.append(_next_item(sequence, start, row))
+                decodes.append(sequence.next_item(start, row))
             else:
                 prefilling.append((sequence, start))
         chunks: list[StepItem] = []
@@ -370,18 +359,18 @@ class ChunkedPrefillScheduler:
                 num_tokens = budget.take(start, min(len(sequence.token_ids) - start, self._max_chunk))
                 if not num_tokens:
                     break
-                chunks.append(_item(sequence, num_tokens, start))
+                chunks.append(sequence.item(num_tokens, start))
             started = self._start_waiting(decodes, chunks, budget, now)
             self._budgets.note(budget, batch_size, context)
         if not decodes and not chunks:
             return None
         ahead = StepPlan((*decodes, *chunks), tuple(started))
-        self._under_way.append(ahead)
+        self._under_way.begin(ahead)
         return ahead
 
     def drop_step(self, plan: StepPlan) -> None:
         self._stalled = False
-        self._end(plan)
+        self._under_way.end(plan)
         self._free_leaving(plan)
 
     def commit_step(self, plan: StepPlan, sampled: Mapping[SequenceId, SampledToken], now: float) -> list[TokenChunk]:
@@ -390,7 +379,7 @@ class ChunkedPrefillScheduler:
         return chunks
 
     def _commit(self, plan: StepPlan, sampled: Mapping[SequenceId, SampledToken], now: float) -> list[TokenChunk]:
-        self._end(plan)
+        self._under_way.end(plan)
         chunks: list[TokenChunk] = []
         self._stalled = False
         sequences, page_size = self._sequences, self._page_size
@@ -528,7 +517,7 @@ class ChunkedPrefillScheduler:
             num_tokens = budget.take(sequence.num_computed, min(sequence.num_remaining, self._max_chunk))
             if not num_tokens:
                 break
-            chunks.append(_item(sequence, num_tokens))
+            chunks.append(sequence.item(num_tokens))
 
     def _start_waiting(
         self, decodes: list[StepItem], chunks: list[StepItem], budget: StepBudget, now: float
@@ -569,7 +558,7 @@ class ChunkedPrefillScheduler:
         self._join_batch(sequence)
         if sequence.started_at is None:
             sequence.started_at = now
-        (decodes if sequence.num_remaining == 1 else chunks).append(_item(sequence, num_tokens))
+        (decodes if sequence.num_remaining == 1 else chunks).append(sequence.item(num_tokens))
         return StartedSequence(sequence.spec, sequence.num_computed, sequence.page_ids)
 
     def _start(self, sequence: Sequence) -> bool:
@@ -642,9 +631,9 @@ class ChunkedPrefillScheduler:
         token_ids.append(token_id)
         self._generated_tokens += 1
         logprobs = () if token.logprob is None else (token.logprob,)
-        end = self._end_of(sequence)
+        end = sequence.end
         last = end is not None or spec.hold_kv
-        stats = _stats(sequence, now) if last or not sequence.reported else None
+        stats = sequence.stats(now) if last or not sequence.reported else None
         sequence.reported = True
         if spec.hold_kv:
             sequence.move(SequenceStatus.HELD)
@@ -660,15 +649,6 @@ class ChunkedPrefillScheduler:
             end.stop_token_id if end else None,
             stats,
         )
-
-    def _end_of(self, sequence: Sequence) -> _End | None:
-        """Whether the newest output token is the last one, and why."""
-        token_ids, stop_ids = sequence.token_ids, sequence.stop_ids
-        if token_ids[-1] in stop_ids and sequence.num_output_tokens > sequence.spec.sampling.min_tokens:
-            return _End(FinishReason.STOP, token_ids[-1])
-        if len(token_ids) >= sequence.most_tokens:
-            return _End(FinishReason.LENGTH)
-        return None
 
     def _register_pages(self, sequence: Sequence) -> None:
         """Make the pages that are full and stored by now findable."""
@@ -690,29 +670,15 @@ class ChunkedPrefillScheduler:
         self._stalled = False
         sequence.move(SequenceStatus.FINISHED)
         sequence_id = sequence.sequence_id
-        writers = [plan for plan in self._under_way if any(item.sequence_id == sequence_id for item in plan.items)]
-        if writers:
-            self._leaving.append((writers, sequence.page_ids))
-        else:
+        if not self._under_way.keep(sequence_id, sequence.page_ids):
             self._allocator.release(sequence.page_ids)
         sequence.page_ids = ()
         del self._sequences[sequence_id]
 
-    def _end(self, plan: StepPlan) -> None:
-        self._under_way = [other for other in self._under_way if other is not plan]
-
     def _free_leaving(self, plan: StepPlan) -> None:
         """Free the pages of what has left and was last written by ``plan``."""
-        if not self._leaving:
-            return
-        kept: list[tuple[list[StepPlan], tuple[int, ...]]] = []
-        for writers, page_ids in self._leaving:
-            others = [writer for writer in writers if writer is not plan]
-            if others:
-                kept.append((others, page_ids))
-            else:
-                self._allocator.release(page_ids)
-        self._leaving = kept
+        for page_ids in self._under_way.freed_by(plan):
+            self._allocator.release(page_ids)
 
     def _check(self, spec: SequenceSpec) -> None:
         """Raise ``InvalidRequest`` unless the sequence is new here and could run if it were alone."""
@@ -742,59 +708,7 @@ class _Reserved:
     page_hashes: list[PageHash]
 
 
-@dataclass(frozen=True, slots=True)
-class _End:
-    reason: FinishReason
-    stop_token_id: int | None = None
-
-
 def _context_of(decodes: AbstractSequence[StepItem]) -> Callable[[], int]:
     """Tokens of those that decode by now, counted when asked for: that costs as much as planning some of them."""
     batch = len(decodes)
     return lambda: sum(item.start for item in decodes[:batch]) + batch
-
-
-def _next_item(sequence: Sequence, start: int, row: int | None) -> StepItem:
-    """One token at ``start``; with ``row``, the one that is being sampled there."""
-    token_ids = sequence.token_ids
-    return StepItem(
-        sequence.spec.sequence_id,
-        (PENDING_TOKEN if row is not None else token_ids[start],),
-        start,
-        sequence.page_ids,
-        True,
-        sequence.spec.sampling,
-        token_ids,
-        sequence.num_prompt_tokens,
-        row,
-    )
-
-
-def _item(sequence: Sequence, num_tokens: int, start: int | None = None) -> StepItem:
-    """The next ``num_tokens`` tokens of a sequence, or those from ``start`` on."""
-    start = sequence.num_computed if start is None else start
-    token_ids = sequence.token_ids
-    stop = start + num_tokens
-    return StepItem(
-        sequence.spec.sequence_id,
-        tuple(token_ids[start:stop]),
-        start,
-        sequence.page_ids,
-        stop == len(token_ids),
-        sequence.spec.sampling,
-        token_ids,
-        sequence.num_prompt_tokens,
-    )
-
-
-def _stats(sequence: Sequence, now: float) -> StageStats:
-    assert sequence.started_at is not None, "a token was sampled, so a step held the sequence"
-    return StageStats(
-        worker_id=UNNAMED_WORKER,
-        role=Role.PREFILL if sequence.spec.hold_kv else Role.DECODE,
-        queue_s=sequence.started_at - sequence.arrived_at,
-        compute_s=now - sequence.started_at,
-        cached_tokens=sequence.num_cached_tokens or 0,
-        num_preemptions=sequence.num_preemptions,
-        reload=sequence.reload,
-    )

@@ -43,37 +43,26 @@ import torch
 from core.cache_tiers import ReloadOutcome, Tier, TierState
 from core.clock import Clock
 from core.compute import EngineModes, StepSample
-from core.errors import InvalidConfig, InvalidRequest, RankLost
-from core.fingerprint import CacheFingerprint
+from core.errors import InvalidRequest, RankLost
 from core.prefix_hash import PageHash
 from core.request import Role, SequenceFailure, SequenceId, SequenceSpec
 from core.request_log import about
-from engine.attention_choice import AttentionChoice
 from engine.cache_layout import CacheLayout
-from engine.chunked_prefill import ChunkedPrefillScheduler
-from engine.compiled_layers import keep_compiled_code
-from engine.config import APART_MODES, EngineConfig
+from engine.config import EngineConfig
 from engine.decode_beside import DecodeBeside, EngineCalls, shape_of
-from engine.grammar import CompiledGrammar, Grammars
+from engine.engine_parts import EngineParts, load_parts
+from engine.grammar import CompiledGrammar
 from engine.launch_pace import LaunchPace
 from engine.launched_step import LaunchedStep, StepOutput
-from engine.model_loader import LoadedModel, ModelDescription, load_model
-from engine.model_runner import ForwardMode, ModelRunner
-from engine.model_source import resolve
-from engine.page_allocator import CacheChanges, PageAllocator
+from engine.model_runner import ForwardMode
+from engine.page_allocator import CacheChanges
 from engine.page_pool import PagePool
-from engine.phase_streams import PhaseStreams
 from engine.prefill_order import Pace
 from engine.rank_steps import RankLeader
-from engine.runner_setup import make_runner, streams_for
-from engine.sampler import Sampled, Sampler
-from engine.scheduler import PrefixRoom, Reservation, Scheduler
+from engine.sampler import Sampled
+from engine.scheduler import PrefixRoom, Reservation
 from engine.step_budget import Bound
 from engine.step_plan import StepItem, StepPlan
-from engine.step_seconds import StepClock
-from engine.step_trials import try_steps
-from engine.tiered_cache import TieredCache, open_cache
-from engine.token_masks import TokenMasks
 
 __all__ = ["Engine", "EngineLoad", "StepListener", "StepOutput"]
 
@@ -125,66 +114,51 @@ class StepListener(Protocol):
 
 
 class Engine:
-    """A scheduler, a page allocator, a model and a sampler, joined. Made by ``load_model``.
+    """A scheduler, a page allocator, a model and a sampler (engine_parts.py), joined. Made by ``load_model``.
 
     ``listener`` may be set once, before the first step.
     """
 
-    def __init__(
-        self,
-        runner: ModelRunner,
-        scheduler: Scheduler,
-        allocator: PageAllocator,
-        sampler: Sampler,
-        model: ModelDescription,
-        fingerprint: CacheFingerprint,
-        clock: Clock,
-        attention: AttentionChoice,
-        pace: LaunchPace | None,
-        interrupts: bool,
-        step_clock: StepClock,
-        streams: PhaseStreams | None,
-        config: EngineConfig,
-        grammars: Grammars | None = None,
-        tiers: TieredCache | None = None,
-    ) -> None:
-        """``streams``: for decoding beside prompts; None: they share steps."""
-        self._runner = runner
-        self._scheduler = scheduler
-        self._allocator = allocator
-        self._sampler = sampler
-        self._grammars = grammars or Grammars(None, "this engine was made without")
+    def __init__(self, parts: EngineParts, clock: Clock) -> None:
+        self._runner = parts.runner
+        self._scheduler = parts.scheduler
+        self._allocator = parts.allocator
+        self._tiers = parts.tiers
+        self._sampler = parts.sampler
+        self._grammars = parts.grammars
+        self._attention = parts.attention
+        self._step_clock = parts.step_clock
+        self._learns = parts.learns
+        self._interrupts = parts.interrupts
+        self._plans_ahead = parts.plans_ahead
+        self._colocated_mode = parts.config.colocated_mode
+        self._beside = self._make_beside(parts)
+        self._pace = LaunchPace(parts.config.plan_ahead == "always")
         self._clock = clock
         self._books = Lock()
         self._samples: deque[StepSample] = deque(maxlen=_MAX_SAMPLES)
-        self._attention = attention
-        self._pace = pace or LaunchPace()
-        self._plans_ahead = pace is not None
         self._ahead: LaunchedStep | None = None  # launched before the step before it was committed
         self._ended_at = 0.0  # the last step
-        self._interrupts = interrupts
-        self._tiers = tiers
         self._under_way: _UnderWay | None = None
         self._held_up_s = 0.0  # the step under way, by urgent ones
         self._num_urgent = 0
-        self._step_clock = step_clock
-        self._learns = streams is not None or config.tpot_slo_s is not None
-        self._colocated_mode = config.colocated_mode
-        self._beside: DecodeBeside | None = None
-        if streams is not None:
-            calls = EngineCalls(self._plan_between, self._launch_beside, self._finish)
-            layers, slo_s = runner.pool.layout.num_layers, config.tpot_slo_s
-            self._beside = DecodeBeside(
-                config.colocated_mode, streams, slo_s, lambda: step_clock.seconds, layers, calls
-            )
         self._unpublished: list[StepOutput] = []  # of steps between layers, that nobody was given yet
-        self.model = model
-        self.fingerprint = fingerprint
+        self.model = parts.model
+        self.fingerprint = parts.fingerprint
         self.listener: StepListener | None = None
         self.between_layers: Callable[[], None] | None = None  # called there, if steps may be held up
         self.wake: Callable[[], None] = lambda: None  # called by any thread when ``has_work`` may have become true
-        if tiers is not None:
-            tiers.mover.on_done = lambda: self.wake()
+        if parts.tiers is not None:
+            parts.tiers.mover.on_done = lambda: self.wake()
+
+    def _make_beside(self, parts: EngineParts) -> DecodeBeside | None:
+        if parts.streams is None:
+            return None
+        config, step_clock, layers = parts.config, parts.step_clock, parts.runner.pool.layout.num_layers
+        calls = EngineCalls(self._plan_between, self._launch_beside, self._finish)
+        return DecodeBeside(
+            config.colocated_mode, parts.streams, config.tpot_slo_s, lambda: step_clock.seconds, layers, calls
+        )
 
     @classmethod
     def load_model(
@@ -202,60 +176,7 @@ class Engine:
         parts at the same time (rank_follower.py); None: it is whole.
         Raises ``UnsupportedModel`` with the reason, or ``InvalidConfig`` if the configuration does not suit it.
         """
-        keep_compiled_code(config.compile_cache)
-        loaded = load_model(resolve(model, cache_dir), config, None if leader is None else leader.group)
-        pool = PagePool(loaded.layout, loaded.num_pages, loaded.device)
-        return cls._of(config, loaded, pool, clock, leader)
-
-    @classmethod
-    def _of(
-        cls,
-        config: EngineConfig,
-        loaded: LoadedModel,
-        pool: PagePool,
-        clock: Clock,
-        leader: RankLeader | None = None,
-    ) -> Engine:
-        if leader is not None and config.colocated_mode in APART_MODES:
-            allowed = f"must not be {config.colocated_mode} with tensor_parallel above 1: other ranks could not follow"
-            raise InvalidConfig("engine.colocated_mode", allowed)
-        if leader is not None and config.host_cache_bytes:
-            allowed = "must be 0 with tensor_parallel above 1: pages of the other ranks would not be kept"
-            raise InvalidConfig("engine.host_cache_bytes", f"{allowed}, got {config.host_cache_bytes}")
-        streams = streams_for(config, loaded.device)
-        runner, choice = make_runner(config, loaded, pool, leader, runs_beside=streams is not None)
-        interrupts = config.prefill_order == "slack" and runner.may_be_held_up
-        device = loaded.device.type
-        model = loaded.description
-        grammars = Grammars.of_model(loaded.folder, model.vocab_size, model.eos_token_ids)
-        masks = None if grammars.compiler is None else TokenMasks(grammars.compiler, 2 * config.max_batch_size, clock)
-        step_clock = StepClock()
-        if streams is not None or config.tpot_slo_s is not None:
-            partitions = [] if streams is None else [*map(streams.prompts, range(len(streams.partitions)))]
-            step_clock = StepClock(try_steps(runner, config, clock, model.max_model_len, partitions))
-            logger.info("steps take %s", step_clock.seconds)
-        allocator, tiers = open_cache(config, pool, loaded.fingerprint, model.compute, clock)
-        books = None if tiers is None else tiers.books
-        scheduler = ChunkedPrefillScheduler(
-            config, allocator, model.max_model_len, model.eos_token_ids, lambda: step_clock.seconds, books
-        )
-        return cls(
-            runner,
-            scheduler,
-            allocator,
-            Sampler(model.eos_token_ids, masks),
-            model,
-            loaded.fingerprint,
-            clock,
-            choice,
-            LaunchPace(config.plan_ahead == "always") if config.switched_on("plan_ahead", device) else None,
-            interrupts,
-            step_clock,
-            streams,
-            config,
-            grammars,
-            tiers,
-        )
+        return cls(load_parts(config, model, clock, cache_dir, leader), clock)
 
     @property
     def pool(self) -> PagePool:

@@ -1,4 +1,4 @@
-"""What does an engine know of one sequence? The mutable record, and the moves that its status may make.
+"""What does an engine know of one sequence? The mutable record, what it adds to a step, and the moves of its status.
 
 The Scheduler is the only writer. Intervals over ``token_ids`` (p prompt tokens, n tokens known so far):
 
@@ -18,12 +18,17 @@ Invariants:
 from __future__ import annotations
 
 from array import array
+from dataclasses import dataclass
 from enum import Enum, auto
 from types import MappingProxyType
 
 from core.cache_tiers import ReloadReport
 from core.prefix_hash import PageHash
-from core.request import SequenceId, SequenceSpec
+from core.request import FinishReason, Role, SequenceId, SequenceSpec, StageStats, WorkerId
+from engine.step_plan import PENDING_TOKEN, StepItem
+
+# An engine does not know whose it is: the worker writes its name and role over this one before stats leave it.
+UNNAMED_WORKER = WorkerId("")
 
 
 class SequenceStatus(Enum):
@@ -43,6 +48,14 @@ ALLOWED_MOVES = MappingProxyType(
         SequenceStatus.FINISHED: frozenset[SequenceStatus](),
     }
 )
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceEnd:
+    """Why an output token is a sequence's last one."""
+
+    reason: FinishReason
+    stop_token_id: int | None = None
 
 
 class Sequence:
@@ -123,6 +136,60 @@ class Sequence:
     def num_remaining(self) -> int:
         """Known tokens whose K/V is not stored yet; 1 for a sequence that is decoding."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def end(self) -> SequenceEnd | None:
+        """Whether the newest output token is the last one, and why."""
+        token_ids = self.token_ids
+        if token_ids[-1] in self.stop_ids and self.num_output_tokens > self.spec.sampling.min_tokens:
+            return SequenceEnd(FinishReason.STOP, token_ids[-1])
+        if len(token_ids) >= self.most_tokens:
+            return SequenceEnd(FinishReason.LENGTH)
+        return None
+
+    def item(self, num_tokens: int, start: int | None = None) -> StepItem:
+        """The next ``num_tokens`` tokens, or those from ``start`` on."""
+        start = self.num_computed if start is None else start
+        token_ids = self.token_ids
+        stop = start + num_tokens
+        return StepItem(
+            self.spec.sequence_id,
+            tuple(token_ids[start:stop]),
+            start,
+            self.page_ids,
+            stop == len(token_ids),
+            self.spec.sampling,
+            token_ids,
+            self.num_prompt_tokens,
+        )
+
+    def next_item(self, start: int, row: int | None) -> StepItem:
+        """One token at ``start``; with ``row``, the one that is being sampled there."""
+        token_ids = self.token_ids
+        return StepItem(
+            self.spec.sequence_id,
+            (PENDING_TOKEN if row is not None else token_ids[start],),
+            start,
+            self.page_ids,
+            True,
+            self.spec.sampling,
+            token_ids,
+            self.num_prompt_tokens,
+            row,
+        )
+
+    def stats(self, now: float) -> StageStats:
+        """What it has cost here until now; a step has held it."""
+        assert self.started_at is not None, "a token was sampled, so a step held the sequence"
+        return StageStats(
+            worker_id=UNNAMED_WORKER,
+            role=Role.PREFILL if self.spec.hold_kv else Role.DECODE,
+            queue_s=self.started_at - self.arrived_at,
+            compute_s=now - self.started_at,
+            cached_tokens=self.num_cached_tokens or 0,
+            num_preemptions=self.num_preemptions,
+            reload=self.reload,
+        )
 
     def move(self, status: SequenceStatus) -> None:
         """Change the status; a move that ``ALLOWED_MOVES`` lacks is our bug, and changes nothing."""

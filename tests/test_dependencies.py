@@ -67,6 +67,7 @@ TORCH_FREE_ENGINE = frozenset(
         "step_budget",
         "step_plan",
         "step_seconds",
+        "steps_under_way",
     )
 )
 TORCH = frozenset({"torch", "transformers"})

@@ -113,7 +113,7 @@ def test_preempted_and_aborted_in_the_middle_of_a_prompt(
         mode, looked = "partitioned", count()
         monkeypatch.setattr(Sampled, "is_ready", property(lambda _: next(looked) % 3 == 2))
         streams = Overlapping((Partition(1.0, None), Partition(0.5, None)), None, "")
-        monkeypatch.setattr("engine.engine.streams_for", lambda *_: streams)
+        monkeypatch.setattr("engine.engine_parts.streams_for", lambda *_: streams)
     talk = Talk(folder, colocated_mode=mode, num_pages=20, decode_graphs="always", plan_ahead="always")
     engine, looks = talk.engine, 0
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from core.clock import VirtualClock
 from core.request import SamplingParams, SequenceId, SequenceSpec, TokenChunk
-from engine import engine as engine_module
+from engine import engine_parts
 from engine.compiled_layers import CompiledLayers
 from engine.config import EngineConfig
 from engine.decode_graphs import DecodeGraphs
@@ -339,13 +339,13 @@ def test_a_model_whose_layers_are_not_found_runs_eagerly(example: Examples, monk
 def test_merged_projections_change_no_token(family: str, example: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, prompts, expected = example(family)
     saved = []
-    load_model = engine_module.load_model
+    load_model = engine_parts.load_model
 
     def load_merged(*arguments: Any) -> Any:
         monkeypatch.setattr("engine.model_loader.pack_linears", lambda model: saved.append(merge_projections(model)))
         return load_model(*arguments)
 
-    monkeypatch.setattr(engine_module, "load_model", load_merged)
+    monkeypatch.setattr(engine_parts, "load_model", load_merged)
     engine = load(folder)
 
     assert saved == [{"llama": 6, "qwen2": 6, "deepseek_v3": 2, "phi3": 0}[family]]

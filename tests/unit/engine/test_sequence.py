@@ -4,8 +4,9 @@ from itertools import product
 
 import pytest
 
-from core.request import SamplingParams, SequenceId, SequenceSpec
-from engine.sequence import ALLOWED_MOVES, Sequence, SequenceStatus
+from core.request import FinishReason, SamplingParams, SequenceId, SequenceSpec
+from engine.sequence import ALLOWED_MOVES, Sequence, SequenceEnd, SequenceStatus
+from engine.step_plan import PENDING_TOKEN
 
 
 def make(output: tuple[int, ...] = (), **sampling: object) -> Sequence:
@@ -47,3 +48,35 @@ def test_a_sequence_ends_with_its_limit_or_with_the_longest_that_fits() -> None:
     assert make(max_tokens=5).most_tokens == 3 + 5
     assert make().most_tokens == 100
     assert make(max_tokens=500).most_tokens == 100
+
+
+def test_a_stop_token_ends_it_and_is_named_unless_the_output_is_too_short() -> None:
+    assert make(output=(4, 9)).end == SequenceEnd(FinishReason.STOP, 9)
+    assert make(output=(9, 4)).end is None, "the newest token counts"
+    assert make(output=(4, 9), min_tokens=2).end is None
+
+
+def test_the_last_token_that_it_may_have_ends_it() -> None:
+    assert make(output=(4,), max_tokens=2).end is None
+    assert make(output=(4, 5), max_tokens=2).end == SequenceEnd(FinishReason.LENGTH)
+    assert make(output=(4, 9), max_tokens=2).end == SequenceEnd(FinishReason.STOP, 9)
+
+
+def test_an_item_samples_if_it_goes_to_the_newest_token() -> None:
+    sequence = make(output=(4,))
+    sequence.num_computed = 1
+
+    chunk, rest = sequence.item(2), sequence.item(1, start=3)
+
+    assert (chunk.token_ids, chunk.start, chunk.samples) == ((2, 3), 1, False)
+    assert (rest.token_ids, rest.start, rest.samples) == ((4,), 3, True)
+    assert chunk.known_token_ids is sequence.token_ids, "a reference, not a copy"
+
+
+def test_a_token_that_is_being_sampled_is_pending_and_the_next_is_one_further() -> None:
+    sequence = make(output=(4,))
+
+    known, pending = sequence.next_item(3, None), sequence.next_item(4, row=2)
+
+    assert (known.token_ids, known.pending_row, known.position) == ((4,), None, 1)
+    assert (pending.token_ids, pending.pending_row, pending.position) == ((PENDING_TOKEN,), 2, 2)
