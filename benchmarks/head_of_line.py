@@ -1,6 +1,6 @@
 """What do short prompts lose behind long ones? Three ways of computing both on one engine, over rising rates.
 
-    python -m benchmarks.head_of_line [--json FILE] [--plot FILE] [--device cpu|cuda] [--quick]
+    python -m benchmarks.head_of_line [--json FILE] [--plot FILE] [--device cpu|cuda] [--arms ARM ...] [--shares X ...]
 
     whole       prompts as they come, each in one step
     chunks      as they come, at most so many tokens of one prompt in a step, and as many of others beside it
@@ -132,30 +132,23 @@ def main() -> int:
     options = _parser().parse_args()
     exit_on_sigterm()
     scale = CUDA if options.device == "cuda" else CPU
-    shares: Sequence[float] = SHARES
+    shares: Sequence[float] = options.shares
     if options.quick:
         scale, shares = replace(scale, prompts=12), (0.5,)
     rows: list[dict[str, Cell]] = []
     alone: dict[bool, float] = {}
+    finished = report.Report("head_of_line", report.commit(), report.machine(), rows, {})
     with tempfile.TemporaryDirectory(prefix="prfaas-bench-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(scale.model), encoding="utf-8")
-        for arm in ARMS:
+        for arm in options.arms:
             # A process for each: an engine keeps the device's memory until its process ends.
             with ProcessPoolExecutor(1, get_context("spawn")) as one:
                 alone, made = one.submit(run_arm, scale, folder, arm, shares, alone).result()
             rows += made
-    promise = promise_of(scale, alone[True])
-    finished = report.Report(
-        "head_of_line",
-        report.commit(),
-        report.machine(),
-        rows,
-        figures(rows)
-        | {"short_alone_ms": alone[False] * 1e3, "long_alone_s": alone[True], "short_slo_s": promise.short_s},
-    )
+            finished = replace(finished, figures=figures(rows) | _figures_alone(scale, alone))
+            if options.json is not None:
+                finished.write_json(options.json)  # after every arm: a run may be cut short
     finished.print_table(COLUMNS, f"{scale.short_tokens} and {scale.long_tokens} tokens on {scale.device}")
-    if options.json is not None:
-        finished.write_json(options.json)
     if options.plot is not None:
         draw(rows, options.plot)
     return 0
@@ -223,11 +216,19 @@ def row(
 
 def figures(rows: Sequence[Mapping[str, Cell]]) -> dict[str, float]:
     """The most goodput of each arm, and of the slack order over the others'."""
-    best = {arm: max(float(r["goodput_rps"] or 0.0) for r in rows if r["arm"] == arm) for arm in ARMS}
+    best: dict[str, float] = {}
+    for one in rows:
+        best[str(one["arm"])] = max(best.get(str(one["arm"]), 0.0), float(one["goodput_rps"] or 0.0))
     found = {f"goodput_{arm}": rate for arm, rate in best.items()}
     for other in ("whole", "chunks"):
-        found[f"slack_over_{other}"] = best["slack"] / best[other] if best[other] else 0.0
+        if "slack" in best and best.get(other):
+            found[f"slack_over_{other}"] = best["slack"] / best[other]
     return found
+
+
+def _figures_alone(scale: Scale, alone: Mapping[bool, float]) -> dict[str, float]:
+    promise = promise_of(scale, alone[True])
+    return {"short_alone_ms": alone[False] * 1e3, "long_alone_s": alone[True], "short_slo_s": promise.short_s}
 
 
 def draw(rows: Sequence[Mapping[str, Cell]], path: Path) -> None:
@@ -350,6 +351,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw goodput over rate there (.png, .svg)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="(default: all)")
+    parser.add_argument(
+        "--shares", nargs="+", type=float, default=SHARES, metavar="X", help="of the rate that the first arm computes"
+    )
     parser.add_argument("--quick", action="store_true", help="a few prompts at one rate")
     return parser
 
