@@ -221,8 +221,8 @@ def figures(rows: Sequence[Mapping[str, Cell]]) -> dict[str, float]:
         best[str(one["arm"])] = max(best.get(str(one["arm"]), 0.0), float(one["goodput_rps"] or 0.0))
     found = {f"goodput_{arm}": rate for arm, rate in best.items()}
     for other in ("whole", "chunks"):
-        if "slack" in best and best.get(other):
-            found[f"slack_over_{other}"] = best["slack"] / best[other]
+        if {"slack", other} <= best.keys():
+            found[f"slack_over_{other}"] = best["slack"] / best[other] if best[other] else 0.0
     return found
 
 

@@ -52,7 +52,8 @@ def layer_group(
         why = "nothing was promised" if slo_s is None else "no step was seen yet"
         layers = -(-num_layers // max(1, num_groups))
         return Choice(layers, f"{layers} of {num_layers} layers: {why}, {num_groups} groups of {GROUP_TOKENS} tokens")
-    layer_s = (costs.once + costs.launch + costs.prompts(prompts.prompt_tokens, prompts.prompt_pairs)) / num_layers
+    prompts_s = costs.once + costs.prompted + costs.prompts(prompts.prompt_tokens, prompts.prompt_pairs)
+    layer_s = max(prompts_s, costs.launch) / num_layers
     decode_s = costs.decode(decoding.batch, decoding.context_tokens)
     layers = max(1, min(num_layers, int((slo_s - decode_s) / max(layer_s, 1e-9))))
     took = f"a layer takes {layer_s * 1e3:.2f} ms, decoding {decode_s * 1e3:.1f} of {slo_s * 1e3:.1f}"

@@ -353,11 +353,14 @@ class Engine:
         try:
             mark = self._mark()
             sampled = self._execute(plan, before)
+            waited_s = self._sampler.mask_seconds - waited_s  # beside the layers, for what comes next in any case
+            launch_s = self._clock.now() - launching_at - waited_s
             if self._beside is None or not _holds_prompts(plan):  # else decoding was looked after meanwhile
-                waited_s = self._sampler.mask_seconds - waited_s  # beside the layers, for what comes next in any case
-                self._pace.launched(self._clock.now() - launching_at - waited_s)
+                self._pace.launched(launch_s)
+            if mark is None or self._beside is not None or self._interrupts:
+                launch_s = 0.0
             saved_tokens = 0 if _holds_prompts(plan) else self._runner.saved_tokens
-            return LaunchedStep(plan, sampled, began_at, mark=mark, saved_tokens=saved_tokens)
+            return LaunchedStep(plan, sampled, began_at, mark=mark, saved_tokens=saved_tokens, launch_s=launch_s)
         except Exception as error:  # a model may fail in any way; others' sequences must not suffer for it
             return self._fail(plan, error)
 
@@ -515,7 +518,7 @@ class Engine:
         sample = _sample(step, seconds)
         self._samples.append(sample)
         if exact and self._learns:
-            self._step_clock.observe(sample)
+            self._step_clock.observe(sample, step.launch_s)
         if self._tiers is not None:
             self._tiers.step(sample)
         return StepOutput(chunks, failures)

@@ -27,16 +27,17 @@ class LaunchPace:
 
     def launched(self, seconds: float) -> None:
         """The host was busy that long with launching a step."""
-        self._launch_s = _shortest(self._launch_s, seconds)
+        self._launch_s = shortest_of_late(self._launch_s, seconds)
 
     def stepped(self, seconds: float) -> None:
         """A step took that long."""
-        self._step_s = _shortest(self._step_s, seconds)
+        self._step_s = shortest_of_late(self._step_s, seconds)
 
     def launching_pays(self) -> bool:
         """Whether tokens that are being computed may wait for another step to be launched. True until a step ended."""
         return self._always or not self._step_s or self._launch_s <= _MOST_SHARE * self._step_s
 
 
-def _shortest(shortest_s: float, seconds: float) -> float:
+def shortest_of_late(shortest_s: float, seconds: float) -> float:
+    """The shortest that was seen, growing until one is as long. ``shortest_s``: before this one; 0: it is the first."""
     return min(seconds, _FORGETTING * shortest_s) if shortest_s else seconds

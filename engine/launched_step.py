@@ -24,7 +24,8 @@ class LaunchedStep:
     """A step whose tokens have not been waited for.
 
     ``beside``: it decodes while a step of prompts is computed. ``mark``: on the device's stream before it.
-    ``saved_tokens``: of its sequences, whose K/V it has read for another one of them and not again.
+    ``saved_tokens``: of its sequences, whose K/V it has read for another one of them and not again. ``launch_s``: that
+    the host took for launching it on a GPU and nothing else; 0: it did something else too, or there is no GPU.
     """
 
     plan: StepPlan
@@ -33,6 +34,7 @@ class LaunchedStep:
     beside: bool = False
     saved_tokens: int = 0
     mark: torch.cuda.Event | None = None
+    launch_s: float = 0.0
 
     @property
     def is_done(self) -> bool:

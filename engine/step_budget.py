@@ -100,12 +100,14 @@ class BudgetChoice:
     batch: int  # decoding sequences beside them
     decode_s: float | None  # that decoding takes; None: not asked
     slo_s: float | None
+    launch_s: float = 0.0  # that launching takes; 0: not known, or the host is the device
 
     def __str__(self) -> str:
         beside = f"{self.num_tokens:,} prompt tokens beside {self.batch} decoding, bound: {self.bound.value}"
         if self.decode_s is None or self.slo_s is None:
             return beside
-        return f"{beside}; decoding takes {self.decode_s * 1e3:.1f} of {self.slo_s * 1e3:.1f} ms"
+        launching = f", launching {self.launch_s * 1e3:.1f}" if self.launch_s else ""
+        return f"{beside}; decoding takes {self.decode_s * 1e3:.1f} of {self.slo_s * 1e3:.1f} ms{launching}"
 
 
 class StepBudgets:
@@ -124,7 +126,7 @@ class StepBudgets:
         costs = self._costs() if self._slo_s is not None and batch else None
         if costs is None or self._slo_s is None:
             return StepBudget(self._num_tokens - batch)
-        left_s = self._slo_s - costs.decode(batch, context_tokens()) - costs.launch
+        left_s = costs.left(self._slo_s, batch, context_tokens())
         return StepBudget(self._num_tokens - batch, left_s, costs)
 
     def note(self, budget: StepBudget, batch: int, context_tokens: Callable[[], int]) -> None:
@@ -134,4 +136,5 @@ class StepBudgets:
         self.counts[budget.bound] += 1
         costs = self._costs() if budget.in_seconds else None
         decode_s = None if costs is None else costs.decode(batch, context_tokens())
-        self.latest = BudgetChoice(budget.bound, budget.num_taken, batch, decode_s, self._slo_s)
+        launch_s = 0.0 if costs is None else costs.launch
+        self.latest = BudgetChoice(budget.bound, budget.num_taken, batch, decode_s, self._slo_s, launch_s)

@@ -30,28 +30,32 @@ def try_steps(
     clock: Clock,
     max_model_len: int,
     partitions: Sequence[AbstractContextManager[Any]] = (),
-) -> list[StepSample]:
-    """Compute prompts and decoding steps of some sizes. Writes to the pool: run it before anything is stored.
+) -> list[tuple[StepSample, float]]:
+    """Compute prompts and decoding steps of some sizes: what ``StepClock.observe`` takes of each. Writes to the pool:
+    run it before anything is stored.
 
     ``partitions``: within each of them the longest prompt is computed once, so that its memory is there later: to ask
     the driver for it stops the whole device.
     """
-    samples: list[StepSample] = []
+    samples: list[tuple[StepSample, float]] = []
     pages, size = runner.pool.num_pages, runner.pool.layout.page_size
     longest = min(config.step_tokens, max_model_len - 1, pages * size)
     for num_tokens in _some(PROMPTS, longest):
-        seconds = _seconds_of(runner, StepPlan((_item(num_tokens, 0, range(-(-num_tokens // size))),)), clock)
-        samples.append(StepSample(num_tokens, num_tokens * num_tokens / 2, 0, 0, seconds))
+        plan = StepPlan((_item(num_tokens, 0, range(-(-num_tokens // size))),))
+        seconds, launch_s = _seconds_of(runner, plan, clock)
+        samples.append((StepSample(num_tokens, num_tokens * num_tokens / 2, 0, 0, seconds), launch_s))
         if seconds > _LONGEST_S:
             break
+    longest_prompt, _ = samples[-1]
+    samples[-1] = (longest_prompt, 0.0)  # whatever it waited for: without it nothing bounds what a token takes
     for batch, context in BATCHES:
         batch, context = min(batch, config.max_batch_size), min(context, longest)
         # What they compute does not matter, only how much is read: from pages of their own, else from a cache.
         each = -(-context // size)
         firsts = [number * each % (pages - each + 1) for number in range(batch)]
         items = tuple(_item(1, context - 1, range(first, first + each)) for first in firsts)
-        seconds = _seconds_of(runner, StepPlan(items), clock)
-        samples.append(StepSample(0, 0.0, batch, batch * context, seconds))
+        seconds, launch_s = _seconds_of(runner, StepPlan(items), clock)
+        samples.append((StepSample(0, 0.0, batch, batch * context, seconds), launch_s))
     for partition in partitions:
         with partition:
             runner.run(StepPlan((_item(longest, 0, range(-(-longest // size))),)))
@@ -65,15 +69,17 @@ def _some(sizes: tuple[int, ...], most: int) -> Iterator[int]:
         yield most
 
 
-def _seconds_of(runner: ModelRunner, plan: StepPlan, clock: Clock) -> float:
-    """The quickest of some."""
-    times = []
+def _seconds_of(runner: ModelRunner, plan: StepPlan, clock: Clock) -> tuple[float, float]:
+    """(of a step, for launching it on a GPU or else 0), each the quickest of some."""
+    times, launches = [], []
     for _ in range(_RUNS):
         began_at = clock.now()
         runner.run(plan)
+        launches.append(clock.now() - began_at)
         runner.wait()
         times.append(clock.now() - began_at)
-    return max(min(times[1:]), 1e-6)
+    launch_s = min(launches[1:]) if runner.pool.device.type == "cuda" else 0.0
+    return max(min(times[1:]), 1e-6), launch_s
 
 
 def _item(num_tokens: int, start: int, page_ids: range | tuple[int, ...]) -> StepItem:

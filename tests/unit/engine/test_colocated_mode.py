@@ -12,7 +12,7 @@ from engine.step_plan import StepPlan
 from engine.step_seconds import StepSeconds
 from tests.unit.engine.test_chunked_prefill import Bench, SchedulerMachine, expected, shape, spec
 
-COSTS = StepSeconds(once=8e-3, launch=0.0, token=3e-5, pair=0.0, row=1e-4, context=0.0)
+COSTS = StepSeconds(once=8e-3, prompted=0.0, token=3e-5, pair=0.0, row=1e-4, context=0.0)
 PROMPTS = StepShape(prompt_tokens=8000)  # 248 ms, 31 for each of 8 layers
 DECODING = StepShape(batch=20, context_tokens=9000)  # 10 ms
 

@@ -20,10 +20,10 @@ from engine.step_plan import StepPlan
 from engine.step_seconds import StepClock, StepSeconds
 from tests.unit.engine.test_chunked_prefill import EOS, Bench, SchedulerMachine, shape, spec
 
-COSTS = StepSeconds(once=6e-3, launch=0.0, token=3e-5, pair=1e-9, row=5e-5, context=1e-7)
+COSTS = StepSeconds(once=6e-3, prompted=0.0, token=3e-5, pair=1e-9, row=5e-5, context=1e-7)
 SMALL = st.just(0.0) | st.floats(1e-9, 1e-3)
 ANY_COSTS = st.builds(
-    StepSeconds, st.floats(0, 1e-1), SMALL, SMALL, st.just(0.0) | st.floats(1e-12, 1e-6), SMALL, SMALL
+    StepSeconds, st.floats(0, 1e-1), SMALL, SMALL, st.just(0.0) | st.floats(1e-12, 1e-6), SMALL, SMALL, SMALL
 )
 
 
@@ -49,13 +49,13 @@ def samples(costs: StepSeconds, noise: float = 1.0) -> list[StepSample]:
         for batch, context in ((0, 0), (1, 700), (8, 9000), (64, 60_000)):
             if tokens or batch:
                 seconds = costs.decode(batch, context) + costs.prompts(tokens, tokens * tokens / 2)
-                seconds += costs.launch if tokens else 0.0
+                seconds += costs.prompted if tokens else 0.0
                 made.append(StepSample(tokens, tokens * tokens / 2, batch, context, seconds * noise))
     return made
 
 
 def test_a_clock_learns_what_steps_take_and_follows_when_they_change() -> None:
-    clock, costs = StepClock(), replace(COSTS, launch=2e-3)
+    clock, costs = StepClock(), replace(COSTS, prompted=2e-3)
     assert clock.seconds is None
     for sample in samples(costs):
         clock.observe(sample)
@@ -76,10 +76,51 @@ def test_a_clock_learns_what_steps_take_and_follows_when_they_change() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.builds(StepSample, *[st.integers(0, 9000), st.floats(0, 1e7)] * 2, st.floats(1e-4, 9)), max_size=40))
 def test_nothing_is_predicted_below_zero(steps: list[StepSample]) -> None:
-    clock = StepClock(steps)
+    clock = StepClock((step, 0.0) for step in steps)
     if steps:
         assert clock.seconds is not None
         assert min(getattr(clock.seconds, name) for name in StepSeconds.__slots__) >= 0
+
+
+def test_a_step_that_waited_for_its_host_says_nothing_of_tokens() -> None:
+    clock = StepClock((sample, 0.0) for sample in samples(COSTS))
+    for _ in range(50):
+        clock.observe(StepSample(64, 64 * 32.0, 8, 9000, 0.030), launch_s=0.029)
+        clock.observe(StepSample(64, 64 * 32.0, 8, 9000, 0.012), launch_s=0.030)  # launched while another was computed
+    known = clock.seconds
+    assert known is not None
+    assert known.launch == pytest.approx(0.0295, abs=1e-3)
+    for name in ("once", "token", "row"):
+        assert getattr(known, name) == pytest.approx(getattr(COSTS, name), rel=0.02)
+    assert known.left(0.040, 8, 9000) == pytest.approx(0.040 - COSTS.decode(8, 9000), rel=0.02)
+    assert known.left(0.010, 8, 9000) == pytest.approx(0.0295 - COSTS.decode(8, 9000), rel=0.06), "it takes that anyway"
+
+
+@pytest.mark.parametrize("tried_s", [0.001, 0.012, 0.150], ids=lambda s: f"tried {s}")
+@pytest.mark.parametrize("launch_s", [0.002, 0.030, 0.037, 0.060], ids=lambda s: f"launch {s}")
+def test_chunks_are_as_long_as_the_device_computes_while_the_host_launches(launch_s: float, tried_s: float) -> None:
+    """A GPU whose host is slow, or was when the first steps were tried: chunks must not stay small for ever."""
+
+    def took(tokens: int, start: int, batch: int, context: int, host_s: float) -> float:
+        return max(host_s, COSTS.decode(batch, context) + COSTS.prompts(tokens, tokens * (start + tokens / 2)))
+
+    trials = [(StepSample(n, n * n / 2, 0, 0, took(n, 0, 0, 0, tried_s)), tried_s) for n in (64, 256, 1024, 4096)]
+    trials[-1] = (trials[-1][0], 0.0)  # as step_trials.py
+    trials += [(StepSample(0, 0.0, b, c, COSTS.decode(b, c)), 0.0) for b, c in ((1, 1), (8, 8), (64, 64), (8, 32768))]
+    clock, slo_s, start, chunks = StepClock(trials), 0.040, 0, []
+    budgets = StepBudgets(16384, slo_s, lambda: clock.seconds)
+    for _ in range(200):
+        budget = budgets.beside(8, lambda: 9000)
+        tokens = budget.take(start, 16384 - start)
+        seconds = took(tokens, start, 8, 9000, launch_s)
+        chunks.append((tokens, seconds))
+        clock.observe(StepSample(tokens, tokens * (start + tokens / 2), 8, 9000, seconds), launch_s)
+        start = (start + tokens) % 16384
+    most_s = max(slo_s, launch_s)
+    fitting = COSTS.fitting(most_s - COSTS.decode(8, 9000), 16384)
+    late = chunks[100:]
+    assert sum(tokens for tokens, _ in late) > 0.9 * (fitting - TILE) * len(late)
+    assert max(seconds for _, seconds in late) <= 1.1 * most_s
 
 
 # ---- budget ----
@@ -131,6 +172,16 @@ def test_what_bounds_a_step_is_said_and_counted() -> None:
     assert str(budgets.latest) == "192 prompt tokens beside 8 decoding, bound: tpot; decoding takes 7.2 of 40.0 ms"
 
 
+def test_what_launching_takes_is_said() -> None:
+    budgets = StepBudgets(2048, 0.040, lambda: replace(COSTS, launch=0.05))
+    budget = budgets.beside(8, lambda: 8000)
+    budget.take(0, 4000)
+    budgets.note(budget, 8, lambda: 8000)
+    assert str(budgets.latest) == (
+        "1,344 prompt tokens beside 8 decoding, bound: tpot; decoding takes 7.2 of 40.0 ms, launching 50.0"
+    )
+
+
 # ---- the scheduler ----
 
 
@@ -141,7 +192,7 @@ def with_costs(bench: Bench, costs: StepSeconds, **config: Any) -> Bench:
 
 
 def test_chunks_shrink_beside_decoding_and_nobody_starts_who_would_get_nothing() -> None:
-    costs = StepSeconds(once=1.0, launch=0.0, token=0.01, pair=0.0, row=0.5, context=0.0)
+    costs = StepSeconds(once=1.0, prompted=0.0, token=0.01, pair=0.0, row=0.5, context=0.0)
     bench = with_costs(Bench(num_pages=400), costs, tpot_slo_s=3.6)
     bench.add(spec("a", [1] * 200, max_tokens=9), spec("b", [2] * 300, max_tokens=9))
     assert shape(bench.step()) == [("a", 200), ("b", 300)], "nobody decodes"
@@ -157,7 +208,7 @@ def test_chunks_shrink_beside_decoding_and_nobody_starts_who_would_get_nothing()
 class PromiseMachine(SchedulerMachine):
     """The same where a promise bounds chunks, and tiles are small."""
 
-    COSTS = StepSeconds(once=1.0, launch=0.0, token=0.5, pair=0.01, row=0.25, context=0.01)
+    COSTS = StepSeconds(once=1.0, prompted=0.0, token=0.5, pair=0.01, row=0.25, context=0.01)
 
     def __init__(self) -> None:
         super().__init__()
