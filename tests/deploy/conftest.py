@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import socket
 import tempfile
@@ -75,7 +76,7 @@ def ports() -> list[int]:
 @pytest.fixture(scope="module")
 def machine(ports: list[int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """Where a Ray cluster runs whose head listens at the first of ``ports``; nothing is left of it."""
-    ray_tmp = Path(tempfile.mkdtemp(prefix="prfaas-", dir="/tmp"))
+    ray_tmp = Path(tempfile.mkdtemp(prefix="prfaas-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
     machine = Machine(tmp_path_factory.mktemp("pods"), f"127.0.0.1:{ports[0]}", ray_tmp)
     try:
         yield machine

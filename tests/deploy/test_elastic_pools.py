@@ -21,6 +21,8 @@ import yaml
 from tests.deploy.client import MAX_TOKENS, Stream, completion
 from tests.deploy.pods import Machine
 
+pytestmark = pytest.mark.ray
+
 START_S = 120.0
 HEAD_ID = "f" * 51 + "00000"  # that Ray's fake provider takes for the head
 BATCH = 4

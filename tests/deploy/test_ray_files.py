@@ -82,3 +82,8 @@ def test_a_jobs_runtime_environment_is_one_that_ray_takes() -> None:
     given = yaml.safe_load((RAY / "job" / "runtime-env.yaml").read_text())
 
     assert ray.runtime_env.RuntimeEnv(**given)["env_vars"] == given["env_vars"]
+
+
+def test_pods_have_no_machine_in_a_test_that_is_not_marked(request: pytest.FixtureRequest) -> None:
+    with pytest.raises(NotADirectoryError, match=r"@pytest\.mark\.ray"):
+        request.getfixturevalue("machine")

@@ -18,6 +18,8 @@ from tests.deploy.chart import ROOT
 from tests.deploy.client import Load
 from tests.deploy.pods import Machine
 
+pytestmark = pytest.mark.ray
+
 START_S = 120.0
 STOP_S = 30.0
 

@@ -18,6 +18,8 @@ from tests.deploy.chart import Rendered, render
 from tests.deploy.client import Stream, completion
 from tests.deploy.pods import Machine
 
+pytestmark = pytest.mark.ray
+
 START_S = 120.0
 KEY = "sk-of-a-client"
 
