@@ -20,12 +20,13 @@ Ray starts, places and restarts processes, and is asked for nothing else: reques
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -351,7 +352,8 @@ class RankActor:
     def serve(self, task: RankTask, proof: Proof) -> None:
         """Be that rank until the worker ends. Files of ``proof`` are this process's own, as rank 0's are its own."""
         os.environ.pop("OMP_NUM_THREADS", None)
-        from cluster.rank_host import serve_rank  # torch
+        with _nothing_collected():
+            from cluster.rank_host import serve_rank  # torch
 
         with private_files(proof) if isinstance(proof, Pem) else nullcontext(proof) as credentials:
             serve_rank(replace(task, config=replace(task.config, credentials=credentials)))
@@ -413,7 +415,8 @@ def _start_host(
     credentials: Credentials | None,
     proof: Proof,
 ) -> WorkerHost:
-    from cluster.worker_host import EXIT_ENGINE_DIED, WorkerHost  # torch, which only a worker's process may load
+    with _nothing_collected():
+        from cluster.worker_host import EXIT_ENGINE_DIED, WorkerHost  # torch, which only a worker's process may load
 
     told = worker_config(config, role, worker_id, config.host or _node_address(), registry, credentials)
     # A process whose engine died of a bug ends at once: Ray starts it anew, the router moves its requests.
@@ -423,6 +426,18 @@ def _start_host(
     )
     worker.start()
     return worker
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """What torch and transformers make when they are imported stays: looking for garbage among it takes a seventh of
+    the processor time of the import, which is most of what a small model's worker takes to start.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _is_restart() -> bool:
