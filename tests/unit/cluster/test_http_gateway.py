@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -133,6 +134,14 @@ async def test_timings_and_worker_headers_come_with_the_answer(client):
     assert timing["tokenize_s"] >= 0
     *_, last = await events(client, CHAT, {"messages": HELLO})
     assert last["prfaas"]["timing"][0]["decode_worker"] == "decode-0"
+
+
+async def test_no_event_waits_for_the_client_to_acknowledge_the_last(door, client):
+    await client.get("/health")
+
+    (connection,) = door._server.server_state.connections
+
+    assert connection.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 async def test_usage_is_streamed_only_when_asked_for(client):
