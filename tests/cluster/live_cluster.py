@@ -288,8 +288,8 @@ async def live_cluster(
         yield cluster
     finally:
         await cluster.router.drain(1.0)
-        # All at once: each gives gateways a moment to hear that it leaves.
-        await asyncio.gather(*(asyncio.to_thread(host.stop, 1.0) for host in cluster.hosts.values()))
+        # At once: nobody asks any more, and no gateway needs a moment to hear that they leave.
+        await asyncio.gather(*(asyncio.to_thread(host.stop, 0.0) for host in cluster.hosts.values()))
         await asyncio.gather(*(asyncio.to_thread(worker.stop) for worker in cluster.processes.values()))
         await tester.close()
         await costs.close()

@@ -117,7 +117,7 @@ def test_before_any_answer_has_ended_all_are_taken_to_be_halfway() -> None:
     assert counted.measured(40, 2).mean_output_tokens == 40
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)  # each is a simulation of up to 2,000 measurements
 @given(st.integers(1, 20), st.integers(2, 400))
 def test_a_service_that_fills_up_with_answers_all_alike_has_no_longer_ones(every: int, length: int) -> None:
     counted, clock = meter(window_s=30.0)
