@@ -21,9 +21,6 @@ from xdist.scheduler import LoadGroupScheduling
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Ray's workers step back behind every other process (nice 15), and beside other tests they get next to nothing.
-os.environ.setdefault("RAY_worker_niceness", "0")
-
 # Tests start dozens of processes, each of which would otherwise compile our packages for itself.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False

@@ -106,6 +106,7 @@ async def test_workers_serve_come_back_after_kill_9_and_leave_nothing_when_stopp
         assert decode.model.fingerprint == prefill.model.fingerprint
 
         pid = (await describe(decode.address, internal)).pid
+        assert psutil.Process(pid).nice() == psutil.Process().nice(), "Ray would have it step back behind all others"
         os.kill(pid, signal.SIGKILL)
         view = await view_where(
             fleet,

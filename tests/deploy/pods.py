@@ -66,7 +66,8 @@ class Machine:
             "PATH": os.pathsep.join([*map(str, tools), os.environ.get("PATH", "")]),
             "PYTHONPATH": str(ROOT),
             "RAY_TMPDIR": str(self.ray_tmp),
-            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",  # as the image has it, and the next
+            "RAY_worker_niceness": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": TOKEN,
         }
