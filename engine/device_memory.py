@@ -29,7 +29,7 @@ from engine.step_plan import StepItem, StepPlan
 
 logger = logging.getLogger(__name__)
 
-# Graphs and their work spaces took 0.6 GiB for 256 sequences of an 8B model (docs/engine.md), a backend has 0.4.
+# Graphs that read shared prefixes once take 0.3 GiB (docs/engine.md), a second backend's work space 0.4.
 ALLOWANCE_BYTES = 1 << 30
 _GIB = 1 << 30
 _COSTLY = SamplingParams(temperature=1.0, top_p=0.999, min_p=1e-9, repetition_penalty=1.1, seed=0)
