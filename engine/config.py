@@ -60,6 +60,9 @@ class EngineConfig:
     compile_cache: folder in which compiled code is kept, so that a second start takes seconds.
     decode_graphs: whether decode steps are captured as CUDA graphs at the start; ``auto`` is on a GPU, ``always`` takes
         the same path on CPU too, without graphs.
+    prompt_graph_tokens: where ``decode_graphs`` are captured, steps that hold prompts run in graphs too if they have at
+        most so many tokens in all: what lies between two attentions is one. Launched layer by layer they would take as
+        long as the host takes for that; longer steps hide it. 0: none.
     cascade_attention: whether decode steps read pages that several sequences share once for all of them, from decode
         graphs of their own: ``auto``, on a GPU where that saves more than it costs and the attention backend can;
         ``always``, whatever it saves; ``never``. Needs ``prefix_cache``, which gives sequences the same pages.
@@ -92,6 +95,7 @@ class EngineConfig:
     compile: str = "auto"
     compile_cache: str = DEFAULT_CODE_FOLDER
     decode_graphs: str = "auto"
+    prompt_graph_tokens: int = 2048
     cascade_attention: str = "auto"
     plan_ahead: str = "auto"
     threads: int | None = None
@@ -140,7 +144,7 @@ class EngineConfig:
             "must be above 0 and at most 1",
             self.gpu_memory_utilization,
         )
-        for name in ("host_cache_bytes", "disk_cache_bytes"):
+        for name in ("host_cache_bytes", "disk_cache_bytes", "prompt_graph_tokens"):
             value = getattr(self, name)
             _require(value >= 0, f"engine.{name}", "must be at least 0 (0: none)", value)
         _require(

@@ -587,6 +587,8 @@ class Engine:
         parts = ["compiled" if mode.compiled else "eager"]
         if mode.graph_batch_sizes:
             parts.append(f"decode graphs up to {mode.graph_batch_sizes[-1]}")
+        if mode.prompt_graph_tokens:
+            parts.append(f"prompt graphs up to {mode.prompt_graph_tokens} tokens")
         if mode.experts:
             parts.append(mode.experts)
         if mode.cascade:
@@ -598,7 +600,7 @@ class Engine:
             parts.append(self.model.weights)
         if self._runner.is_divided:
             parts.append(f"on {self.layout.num_ranks} ranks")
-        all_reasons = (mode.reason, mode.graph_reason, mode.order_reason, mode.cascade_reason)
+        all_reasons = (mode.reason, mode.graph_reason, mode.order_reason, mode.cascade_reason, mode.prompt_graph_reason)
         reasons = dict.fromkeys(reason for reason in all_reasons if reason)
         choice = self._attention
         budgets = self._scheduler.budgets

@@ -56,6 +56,11 @@ class ExpertsChoice:
     batched_tokens: int
     graph_batch_size: int  # sequences of the largest decode step that needs no host; 0: none
     reason: str
+    groups_on_device: bool = False  # grouped_mm needs no host either
+
+    def needs_host(self, num_tokens: int) -> bool:
+        """Whether a step of so many tokens asks the host for something."""
+        return num_tokens > self.batched_tokens and not self.groups_on_device
 
     @property
     def text(self) -> str:
@@ -69,7 +74,7 @@ def choose_experts(case: ExpertsCase) -> ExpertsChoice:
     """Pure. Of several ranks all come to the same choice: their parts are equal."""
     major = None if case.capability is None else case.capability[0]
     if case.dtype == "bfloat16" and major in _GROUPED_ON_DEVICE:
-        return ExpertsChoice(0, case.graph_batch_size, "grouped_mm finds its groups on the device")
+        return ExpertsChoice(0, case.graph_batch_size, "grouped_mm finds its groups on the device", True)
     host = f"grouped_mm asks the host for its groups in {case.dtype} on this device"
     most = _MOST_COPIED_BYTES // max(case.token_bytes, 1)
     if most >= case.graph_batch_size:

@@ -9,8 +9,9 @@
 4. ``logits_to_keep`` gives only the wanted positions' logits, through the model's own head (with its scaling and
    softcapping).
 5. On a GPU projections are merged (merged_linear.py), the layers compiled (compiled_layers.py), with attention as one
-   operator (attention_op.py), and decode steps captured as graphs (decode_graphs.py). ``speed_up`` does that, tries it
-   out, and leaves it where it does not work, with the reason.
+   operator (attention_op.py), decode steps captured as graphs (decode_graphs.py), and what lies between the attentions
+   of short steps with prompts (prompt_graphs.py). ``speed_up`` does that, tries it out, and leaves it where it does not
+   work, with the reason.
 
 What a model asks of its attention beyond causal order, window, scaling, softcap and sinks is refused, not ignored:
 ``probe_layers`` sees what each layer passes, and ``self_test`` compares with the model's own eager attention.
@@ -38,6 +39,7 @@ from engine.compiled_layers import CompiledLayers, generator_missing
 from engine.decode_graphs import DecodeGraphs
 from engine.experts import ExpertsChoice, model_own_experts
 from engine.page_pool import PagePool
+from engine.prompt_graphs import PromptGraphs
 from engine.rank_steps import RankLeader
 from engine.shared_prefixes import CascadeTerms
 from engine.step_packing import Chunk, PackedStep, fill_pending, pack
@@ -259,10 +261,13 @@ class SpeedUps:
     compile: bool
     graph_batch_size: int  # sequences of the largest decode graph; 0: none
     max_model_len: int  # tokens that a sequence may have in a graph
+    max_batch_size: int = 0  # sequences of a step that holds prompts and is captured
     eager_reason: str = "engine.compile says so"  # if ``compile`` is off
     experts: ExpertsChoice | None = None  # of the model's experts, installed; None: it has none to choose for
     cascade: str = "never"  # engine.cascade_attention
     cascade_reason: str = "engine.cascade_attention says so"  # if it is never
+    prompt_graph_sizes: tuple[int, ...] = ()  # tokens of steps with prompts that are captured, if decode steps are
+    prompt_graph_reason: str = ""  # why there are none although they were asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +282,8 @@ class ForwardMode:
     order_reason: str = ""  # why no step is held up between layers although that was asked for
     cascade: bool = False  # decode steps read shared prefixes once where that pays
     cascade_reason: str = ""  # why not, if they are captured; empty if they do
+    prompt_graph_tokens: int = 0  # of the largest step with prompts that runs in graphs; 0: none does
+    prompt_graph_reason: str = ""  # why none does although that was asked for
 
 
 class ModelRunner:
@@ -302,6 +309,7 @@ class ModelRunner:
         self._desk = Desk()
         self._compiled: CompiledLayers | None = None  # None: eager
         self._graphs: DecodeGraphs | None = None
+        self._prompt_graphs: PromptGraphs | None = None
         self._cascade_terms: CascadeTerms | None = None  # None: shared prefixes are read for each sequence
         self.mode = ForwardMode(False, "speed_up was not asked for", (), "speed_up was not asked for")
         self.num_fallbacks = 0  # times that it went back to eager
@@ -380,20 +388,23 @@ class ModelRunner:
                 for index in range(self.pool.layout.num_layers if on_layer_stored is not None else 0):
                     on_layer_stored(index)  # type: ignore[misc]  # the range is empty if it is None
                 return logits
-        device = self.pool.device
-        row = upload(packed.token_ids, torch.int64, device)
-        fill_pending(row, packed, previous)
         backend = self._backend
         if beside:
             assert self._urgent is not None, "steps are run one after the other"
             backend = self._urgent
+        self.saved_tokens = 0
+        if self._prompt_graphs is not None:
+            logits = self._prompt_graphs.run(packed, previous, backend, on_layer_stored)
+            if logits is not None:
+                return logits
+        device = self.pool.device
+        row = upload(packed.token_ids, torch.int64, device)
+        fill_pending(row, packed, previous)
         attention = backend.prepare(packed.segments)
         positions = upload(packed.positions, torch.int64, device)
         wanted = upload(packed.wanted, torch.int64, device)
         try:
-            logits = self._forward(row[None], positions[None], wanted, attention, on_layer_stored)
-            self.saved_tokens = 0
-            return logits
+            return self._forward(row[None], positions[None], wanted, attention, on_layer_stored)
         except Exception as error:
             if self._compiled is not None:
                 self.go_eager(f"a compiled step failed: {_in_short(error)}")
@@ -458,9 +469,11 @@ class ModelRunner:
             self._capture(wishes)
         mode = self.mode
         logger.info(
-            "the model runs %s; decode graphs for batches of %s; %s",
+            "the model runs %s; decode graphs for batches of %s; prompt graphs for up to %d tokens%s; %s",
             "compiled" if mode.compiled else f"eagerly: {mode.reason}",
             ", ".join(map(str, mode.graph_batch_sizes)) or f"none: {mode.graph_reason}",
+            mode.prompt_graph_tokens,
+            f" ({mode.prompt_graph_reason})" if mode.prompt_graph_reason else "",
             "shared prefixes are read once where it pays" if mode.cascade else mode.cascade_reason or mode.graph_reason,
         )
 
@@ -493,10 +506,16 @@ class ModelRunner:
         """Leave compiled code and graphs for good; counted, logged and seen in ``mode``."""
         if self._compiled is not None:
             self._compiled.undo()
-        self._compiled = self._graphs = self._cascade_terms = None
+        self._compiled = self._graphs = self._prompt_graphs = self._cascade_terms = None
         self.num_fallbacks += 1
         self.mode = replace(
-            self.mode, compiled=False, reason=reason, graph_batch_sizes=(), graph_reason=reason, cascade=False
+            self.mode,
+            compiled=False,
+            reason=reason,
+            graph_batch_sizes=(),
+            graph_reason=reason,
+            cascade=False,
+            prompt_graph_tokens=0,
         )
         logger.warning("the model runs eagerly from now on: %s", reason)
 
@@ -531,9 +550,30 @@ class ModelRunner:
             return
         self._graphs = graphs
         self.mode = replace(self.mode, graph_batch_sizes=graphs.buckets, graph_reason=reason)
+        self._capture_prompts(wishes)
         self.self_test()
         reason = self._capture_cascade(graphs, wishes)
         self.mode = replace(self.mode, cascade=not reason, cascade_reason=reason)
+
+    def _capture_prompts(self, wishes: SpeedUps) -> None:
+        self.mode = replace(self.mode, prompt_graph_reason=wishes.prompt_graph_reason)
+        if not wishes.prompt_graph_sizes:
+            return
+        try:
+            self._prompt_graphs = PromptGraphs(
+                self._forward,
+                self.pool.device,
+                wishes.prompt_graph_sizes,
+                wishes.max_batch_size,
+                record=self.pool.device.type == "cuda",
+            )
+        except Exception as error:
+            reason = f"steps with prompts are not captured: {_in_short(error)}"
+            self.num_fallbacks += 1
+            logger.warning("engine.prompt_graph_tokens: %s", reason)
+            self.mode = replace(self.mode, prompt_graph_reason=reason)
+            return
+        self.mode = replace(self.mode, prompt_graph_tokens=self._prompt_graphs.sizes[-1])
 
     def _capture_cascade(self, graphs: DecodeGraphs, wishes: SpeedUps) -> str:
         """Why shared prefixes are not read once; empty if they are."""

@@ -14,6 +14,7 @@ from engine.model_loader import LoadedModel
 from engine.model_runner import ModelRunner, SpeedUps
 from engine.page_pool import PagePool
 from engine.phase_streams import PhaseStreams, one_stream, two_streams
+from engine.prompt_graphs import token_buckets
 from engine.rank_steps import RankLeader
 
 logger = logging.getLogger(__name__)
@@ -50,13 +51,42 @@ def make_runner(
         cascade, why_never = "never", "without engine.prefix_cache no pages are shared"
     elif cascade == "auto" and device != "cuda":
         cascade, why_never = "never", "on CPU it is slower"
-    max_tokens = loaded.description.max_model_len
-    wishes = SpeedUps(compile_layers, graphs, max_tokens, why_not, experts, cascade, why_never)
+    sizes, why_no_prompts = _prompt_graph_sizes(config, loaded, experts) if graphs else ((), "")
+    wishes = SpeedUps(
+        compile=compile_layers,
+        graph_batch_size=graphs,
+        max_model_len=loaded.description.max_model_len,
+        max_batch_size=config.max_batch_size,
+        eager_reason=why_not,
+        experts=experts,
+        cascade=cascade,
+        cascade_reason=why_never,
+        prompt_graph_sizes=sizes,
+        prompt_graph_reason=why_no_prompts,
+    )
     if wishes.compile or wishes.graph_batch_size:
         runner.speed_up(wishes)
     if interrupts and urgent is None:
         runner.forgo_interruption("steps are not held up between layers: other ranks could not follow")
     return runner, choice
+
+
+def _prompt_graph_sizes(
+    config: EngineConfig, loaded: LoadedModel, experts: ExpertsChoice | None
+) -> tuple[tuple[int, ...], str]:
+    """(tokens of the steps with prompts to capture, why there are none or fewer than was asked for)."""
+    most = min(config.prompt_graph_tokens, config.max_batch_tokens)
+    if not most:
+        return (), ""
+    if config.colocated_mode == "partitioned":
+        return (), "no prompt graphs: a graph runs on the multiprocessors for which it was captured"
+    if loaded.quantisation is not None and not loaded.quantisation.dequantised:
+        return (), "no prompt graphs: rows that fill a graph up may change how others are quantised"
+    sizes = token_buckets(most)
+    captured = tuple(size for size in sizes if experts is None or not experts.needs_host(size))
+    if experts is not None and captured != sizes:
+        return captured, f"no prompt graphs of more than {experts.batched_tokens} tokens: {experts.reason}"
+    return captured, ""
 
 
 def _experts(loaded: LoadedModel, graph_batch_size: int) -> ExpertsChoice | None:

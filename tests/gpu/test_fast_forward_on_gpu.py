@@ -77,6 +77,7 @@ def test_tokens_of_compiled_layers_and_graphs(family: str, tmp_path: Path) -> No
     assert engine.forward.compiled, engine.forward.reason
     assert engine.forward.graph_batch_sizes == (1, 2, 4, 6), engine.forward.graph_reason
     assert ("experts by batched_mm up to 6 tokens" in modes.forward) == (family in MIXTURES)
+    assert engine.forward.prompt_graph_tokens == (0 if family in MIXTURES else 2048), engine.forward.prompt_graph_reason
     for size in range(1, len(prompts) + 1):  # every graph, full and padded
         assert run(engine, prompts[:size], f"of {size}") == expected[:size]
 
@@ -137,6 +138,7 @@ def test_layers_are_reported_while_compiled_steps_and_graphs_compute(tmp_path: P
     folder, prompts, expected = example("llama", tmp_path)
     prefill, decode = (load(folder, page_size=4, max_prefill_chunk=39) for _ in range(2))  # the last chunk: one token
     assert prefill.forward.compiled
+    assert prefill.forward.prompt_graph_tokens, prefill.forward.prompt_graph_reason
     sampling = SamplingParams(max_tokens=NUM_NEW, temperature=0.0)
     spec = SequenceSpec(SequenceId("s"), tuple(prompts[4]), sampling)
     reservation = decode.reserve(spec)
@@ -186,6 +188,7 @@ def test_flashinfer_in_bfloat16_is_within_the_bound(config: PreTrainedConfig, tm
         assert modes.attention == "flashinfer", modes.attention_reason
         assert engine.forward.compiled == (compile_ == "auto"), engine.forward.reason
         assert engine.forward.graph_batch_sizes, engine.forward.graph_reason
+        assert engine.forward.prompt_graph_tokens == 2048, engine.forward.prompt_graph_reason
         found = chunks(engine, prompts, "s", logprobs=5) + chunks(engine, prompts[2:], "cached", logprobs=5)
         errors = []
         for prompt, one in zip([*prompts, *prompts[2:]], found, strict=True):
