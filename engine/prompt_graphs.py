@@ -2,8 +2,8 @@
 
 Launching an 8B model layer by layer takes the host 20 to 50 ms, whatever the layers hold, and twice that beside a busy
 thread of the same process; a GPU computes 500 tokens in 14. Attention depends on a step's sequences in more ways than
-a graph can hold, so the step's own ``StepAttention`` launches it as ever. What lies between two attentions is a *piece*,
-one CUDA graph, captured for some numbers of tokens.
+a graph can hold, so the step's own ``StepAttention`` launches it as ever. What lies between two attentions is a
+*piece*, one CUDA graph, captured for some numbers of tokens.
 
 A step of n tokens runs in the smallest size that holds it. Rows behind the n-th are computed and read by nobody:
 attention and pages get the first n. All rows must be computed independently of each other, which products, norms and
@@ -52,8 +52,8 @@ class Forward(Protocol):
 
 
 def token_buckets(max_tokens: int) -> tuple[int, ...]:
-    """Ascending: every 64 tokens up to 512, every 128 (rows of a tile of a matrix kernel) up to 2,048, every 512 beyond.
-    The last is ``max_tokens``."""
+    """Ascending: every 64 tokens up to 512, every 128 (a matrix kernel's tile) up to 2,048, every 512 beyond. The
+    last is ``max_tokens``."""
     sizes = [*range(64, 512, 64), *range(512, 2048, 128), *range(2048, max_tokens, 512)]
     return (*(size for size in sizes if size < max_tokens), max_tokens)
 
