@@ -9,9 +9,10 @@ A request needs its prompt's tokens and all of its output's but the last, each o
               decode step for every sequence until the longest output of the batch is done
     sorted    the same, requests sorted by their prompts' lengths first
     packed    the engine's scheduler and step packing (engine/chunked_prefill.py, engine/step_packing.py): counted is
-              each step's row as the model gets it. ``graphs``: decode steps run in a captured graph of the next larger
-              size (engine/decode_graphs.py). ``stopped``: as graphs, and every sequence ends by a stop token while the
-              step after it is launched already, which costs a row
+              each step's row as the model gets it. ``graphs``: steps run in captured graphs of the next larger size,
+              decode steps whole (engine/decode_graphs.py), others between attentions (engine/prompt_graphs.py).
+              ``stopped``: as graphs, and every sequence ends by a stop token while the step after it is launched
+              already, which costs a row
 
 ``packed`` runs once with all requests at once, and at rates (Poisson) where batches come and go, which is what leaves
 graphs partly empty. For the rates a step takes 9 ms and 26 us a token, an 8B model's on an H100 (docs/engine.md).
@@ -40,6 +41,7 @@ from engine.chunked_prefill import ChunkedPrefillScheduler
 from engine.config import EngineConfig
 from engine.decode_graphs import batch_buckets
 from engine.page_allocator import PageAllocator
+from engine.prompt_graphs import token_buckets
 from engine.step_packing import Chunk, pack
 from engine.step_plan import SampledToken
 
@@ -79,7 +81,8 @@ class PackedRun:
 
     computed: Tokens
     num_steps: int
-    num_graph_rows: int  # that decode graphs add
+    num_decode_rows: int  # that decode graphs add
+    num_prompt_rows: int  # that graphs of steps with prompts add
     mean_batch: float  # sequences of a step
 
 
@@ -111,7 +114,8 @@ def packed(
     arrivals = list(_arrivals(requests, rate_per_s))
     arrivals.reverse()
     buckets = batch_buckets(config.max_batch_size)
-    now, prefill, decode, num_steps, num_graph_rows, num_sequences = 0.0, 0, 0, 0, 0, 0
+    sizes = token_buckets(min(config.prompt_graph_tokens, config.max_batch_tokens))
+    now, prefill, decode, num_steps, num_decode_rows, num_prompt_rows, num_sequences = 0.0, 0, 0, 0, 0, 0, 0
     while arrivals or scheduler.has_work:
         if not scheduler.has_work:
             now = max(now, arrivals[-1][0])
@@ -125,14 +129,18 @@ def packed(
         prefill += num_prompt
         decode += len(row.token_ids) - num_prompt
         if row.is_decode:
-            num_graph_rows += next(size for size in buckets if size >= len(row.segments)) - len(row.segments)
+            num_decode_rows += next(size for size in buckets if size >= len(row.segments)) - len(row.segments)
+        else:
+            num_tokens = len(row.token_ids)
+            num_prompt_rows += next((size for size in sizes if size >= num_tokens), num_tokens) - num_tokens
         num_steps += 1
         num_sequences += len(plan.items)
         now += _STEP_S + _TOKEN_S * len(row.token_ids)
         for chunk in scheduler.commit_step(plan, {i.sequence_id: SampledToken(1) for i in plan.sampling_items}, now):
             if chunk.finish_reason is not None and on_finished is not None:
                 on_finished()
-    return PackedRun(Tokens(prefill, decode), num_steps, num_graph_rows, num_sequences / num_steps)
+    computed = Tokens(prefill, decode)
+    return PackedRun(computed, num_steps, num_decode_rows, num_prompt_rows, num_sequences / num_steps)
 
 
 def _arrivals(requests: Sequence[TraceRequest], rate_per_s: float | None) -> Iterator[tuple[float, SequenceSpec]]:
@@ -177,7 +185,7 @@ def _packed_rows(
         task = progress.add_task(f"packed, {load}", total=len(requests))
         run = packed(requests, config, rate_per_s, lambda: progress.advance(task))
     exact = run.computed
-    graphs = Tokens(exact.prefill, exact.decode + run.num_graph_rows)
+    graphs = Tokens(exact.prefill + run.num_prompt_rows, exact.decode + run.num_decode_rows)
     arms = {"packed": exact, "graphs": graphs, "stopped": Tokens(graphs.prefill, graphs.decode + len(requests))}
     batch = round(run.mean_batch, 1)
     return [_row(arm, load, batch, run.num_steps, computed, need) for arm, computed in arms.items()]

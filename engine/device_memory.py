@@ -2,8 +2,8 @@
 
 ``engine.gpu_memory_utilization`` of the device's memory may be in use, by whomever. Off that go the weights and all
 else that is there when they are loaded, what the largest step takes at its height (computed once, eagerly, through
-pages that nobody keeps), and an allowance for what an engine makes afterwards: decode graphs, and a second attention
-backend where steps are held up. A transport's rings come out of what is not ours to use.
+pages that nobody keeps), and an allowance for what an engine makes afterwards: graphs, and a second attention backend
+where steps are held up. A transport's rings come out of what is not ours to use.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from engine.step_plan import StepItem, StepPlan
 
 logger = logging.getLogger(__name__)
 
-# Graphs that read shared prefixes once take 0.3 GiB (docs/engine.md), a second backend's work space 0.4.
+# Graphs for prompts take 0.7 GiB, those that read shared prefixes once 0.3 (8B, docs/engine.md), a second backend's work
+# space 0.4; what the largest step took at its height and later steps do not covers the rest.
 ALLOWANCE_BYTES = 1 << 30
 _GIB = 1 << 30
 _COSTLY = SamplingParams(temperature=1.0, top_p=0.999, min_p=1e-9, repetition_penalty=1.1, seed=0)

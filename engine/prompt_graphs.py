@@ -52,9 +52,8 @@ class Forward(Protocol):
 
 
 def token_buckets(max_tokens: int) -> tuple[int, ...]:
-    """Ascending: every 64 tokens up to 512, every 128 (a matrix kernel's tile) up to 2,048, every 512 beyond. The
-    last is ``max_tokens``."""
-    sizes = [*range(64, 512, 64), *range(512, 2048, 128), *range(2048, max_tokens, 512)]
+    """Ascending: every 32 tokens up to 512, every 64 up to 2,048, every 256 beyond. The last is ``max_tokens``."""
+    sizes = [*range(32, 512, 32), *range(512, 2048, 64), *range(2048, max_tokens, 256)]
     return (*(size for size in sizes if size < max_tokens), max_tokens)
 
 

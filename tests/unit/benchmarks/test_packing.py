@@ -25,7 +25,8 @@ def test_packed_steps_compute_what_is_needed_and_graphs_add_rows(rate: float | N
 
     assert run.computed == needed(REQUESTS * 4)
     # Three sequences take the graph of four; one that is alone takes its own.
-    assert (run.num_graph_rows > 0) == (run.mean_batch > 1)
+    assert (run.num_decode_rows > 0) == (run.mean_batch > 1)
+    assert run.num_prompt_rows > 0, "prompts of 10, 2 and 7 tokens, in graphs of 16"
 
 
 @settings(max_examples=25)

@@ -101,7 +101,7 @@ def test_sizes_ascend_to_the_largest_and_waste_little(max_tokens: int) -> None:
     assert sizes[-1] == max_tokens
     assert list(sizes) == sorted(set(sizes))
     for smaller, larger in pairwise(sizes):
-        assert larger - smaller <= max(64, larger // 4)
+        assert larger - smaller <= max(32, larger // 8)
 
 
 def test_steps_within_the_largest_size_run_in_graphs_and_others_do_not(
