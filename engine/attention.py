@@ -80,7 +80,8 @@ class StepAttention(Protocol):
     """One step, seen by its layers. ``index`` is a position in the layout's layers."""
 
     def store(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Write the step's K [tokens, kv_heads, key_dim] and V [tokens, kv_heads, value_dim] to their pages."""
+        """Write the step's K [tokens, kv_heads, key_dim] and V [tokens, kv_heads, value_dim] to their pages. Once the
+        layer has attended, other layers' may lie in their memory (prompt_graphs.py)."""
         ...
 
     def attend(self, index: int, query: torch.Tensor, options: AttentionOptions) -> torch.Tensor:

@@ -29,8 +29,8 @@ from engine.step_plan import StepItem, StepPlan
 
 logger = logging.getLogger(__name__)
 
-# Of an 8B model graphs for prompts take 0.5 to 0.7 GiB, those that read shared prefixes once 0.3; a second backend's work
-# space is 0.4. Where that is more, it comes out of what the largest step takes at its height and others do not.
+# Of an 8B model graphs for prompts take 0.5 to 0.7 GiB, those that read shared prefixes once 0.3; a second backend's
+# work space is 0.4. Where that is more, it comes out of what the largest step takes at its height and others do not.
 ALLOWANCE_BYTES = 1 << 30
 _GIB = 1 << 30
 _COSTLY = SamplingParams(temperature=1.0, top_p=0.999, min_p=1e-9, repetition_penalty=1.1, seed=0)

@@ -74,18 +74,21 @@ class PromptGraphs:
         self._forward = forward
         self._device = device
         self._max_batch_size = max_batch_size
-        self._record = record
         self._is_running = False
         self._rows = _Rows(self.sizes[-1], device)
         self._logits: torch.Tensor | None = None  # of most sequences; others write to its first rows
         self._memory = torch.cuda.graph_pool_handle() if record else None
         self._steps: dict[int, _Step] = {}
-        self._stream = _capture_stream(device) if record else None  # one for all: cuBLAS keeps memory for each
+        self._stream = _own_stream(device) if record else None  # one for all: cuBLAS keeps memory for each
         free_before = torch.cuda.mem_get_info(device)[0] if record else 0
         with Progress(disable=not sys.stderr.isatty(), transient=True) as progress, torch.inference_mode():
             task = progress.add_task("CUDA graphs for prompts", total=len(self.sizes))
             for size in reversed(self.sizes):  # the largest first: the others fit the memory that it took
-                self._steps[size] = self._captured(size)
+                step = self._steps[size] = _Step(size, min(size, max_batch_size), device)
+                if record or self._logits is None:  # it compiles and loads kernels, which a capture must not
+                    self._compute(step, _Recorder(self._rows, None))
+                if record:
+                    self._capture(step)
                 progress.advance(task)
         if record:
             taken = free_before - torch.cuda.mem_get_info(device)[0]
@@ -142,11 +145,7 @@ class PromptGraphs:
             self._logits = torch.empty_like(logits)
         self._logits[: len(logits)].copy_(logits)
 
-    def _captured(self, size: int) -> _Step:
-        step = _Step(size, min(size, self._max_batch_size), self._device)
-        self._compute(step, _Recorder(self._rows, None))  # compiles and loads kernels, which a capture must not
-        if self._memory is None:
-            return step
+    def _capture(self, step: _Step) -> None:
         recorder = _Recorder(self._rows, self._memory)
         torch.cuda.synchronize(self._device)
         with torch.cuda.stream(self._stream):
@@ -159,12 +158,11 @@ class PromptGraphs:
                 raise
             recorder.end()
         step.pieces, step.calls = tuple(recorder.pieces), tuple(recorder.calls)
-        return step
 
 
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+def _own_stream(device: torch.device) -> torch.cuda.Stream:
     """The one on which steps are computed, whose priority a graph keeps; another one where that is the default stream,
-    on which nothing can be captured."""
+    on which nothing can be captured. ``torch.cuda.graph``, which has one, cannot end in the middle of a model."""
     current = torch.cuda.current_stream(device)
     return torch.cuda.Stream(device) if current == torch.cuda.default_stream(device) else current
 

@@ -8,10 +8,11 @@ The sum's shape is the cost model's (cluster/cost_model.py) for steps that hold 
 there one gateway knows many workers, here one engine knows itself, from the first step on (step_trials.py).
 ``prompted`` is there because decoding alone may run other kernels.
 
-``launch`` is what the host needs to launch a step layer by layer, while a GPU computes what was launched before.
-(Decoding alone may be one captured graph.) A step that is computed sooner waits for its host and says no more of the
-device than that, so it is no sample of the sum: taken for one, it makes tokens look dear, and chunks are shorter than
-they need be until longer ones were seen. Only where the sum says more than that, it is one.
+``launch`` is what the host needs to launch a step with prompts, while a GPU computes what was launched before: layer by
+layer, or attention by attention (prompt_graphs.py). Decoding alone may be one captured graph. A step that is computed
+sooner waits for its host and says no more of the device than that, so it is no sample of the sum: taken for one, it
+makes tokens look dear, and chunks are shorter than they need be until longer ones were seen. Only where the sum says
+more than that, it is one.
 
 Errors of a machine are relative, so every row is divided by its seconds. Steps of one size (kind and powers of two)
 share a sum in which old ones fade: an hour of short prompts does not make it forget what a long one costs. A step that

@@ -134,6 +134,7 @@ def test_what_rows_behind_the_last_hold_reaches_nobody(
         return plain(self, query, value).fill_(float("nan"))
 
     engine = load(llama)
+    assert engine.forward.prompt_graph_tokens == 24
     monkeypatch.setattr(prompt_graphs._Rows, "output", poisoned)
 
     assert run(engine, prompts) == expected
@@ -160,12 +161,16 @@ def test_layers_are_reported_one_by_one_when_their_pages_are_written(llama: Path
     assert listener.heard == [0, 1] * NUM_TOKENS
 
 
-def test_a_step_between_two_layers_of_another_is_launched_layer_by_layer(llama: Path) -> None:
+@pytest.mark.parametrize("num_outer", [10, 40], ids=["short", "long"])
+def test_of_two_steps_of_which_one_runs_between_layers_of_the_other_one_runs_in_graphs(
+    num_outer: int, llama: Path, sizes_run: list[tuple[int, bool]]
+) -> None:
     engine = load(llama, prefill_order="slack")
     runner: ModelRunner = engine._runner
-    outer, inner = _plan(10, (1, 2, 3)), _plan(6, (4, 5))
+    outer, inner = _plan(num_outer, tuple(range(1, 11))), _plan(6, (12, 13))
     alone = [runner.run(plan).clone() for plan in (outer, inner)]
     inside: list[torch.Tensor] = []
+    sizes_run.clear()
 
     def between(layer: int) -> None:
         if layer == 0:
@@ -173,8 +178,9 @@ def test_a_step_between_two_layers_of_another_is_launched_layer_by_layer(llama: 
 
     logits = runner.run(outer, between).clone()
 
-    assert torch.equal(logits, alone[0])
+    torch.testing.assert_close(logits, alone[0])
     torch.testing.assert_close(inside[0], alone[1])
+    assert dict(sizes_run) == {num_outer: num_outer == 10, 6: num_outer == 40}
 
 
 def _plan(num_tokens: int, page_ids: tuple[int, ...]) -> StepPlan:
