@@ -17,6 +17,7 @@ def test_groups_found_on_the_device_are_captured_for_every_batch(capability: tup
     choice = choose_experts(replace(HOPPER, capability=capability))
 
     assert (choice.batched_tokens, choice.graph_batch_size) == (0, 64)
+    assert not choice.needs_host(2048)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,7 @@ def test_elsewhere_steps_copy_weights_as_long_as_they_are_few(case: ExpertsCase)
     assert "72 MiB of weights a token" in choice.reason
     small = choose_experts(replace(case, token_bytes=4 * MIB))
     assert (small.batched_tokens, small.graph_batch_size) == (64, 64)
+    assert (small.needs_host(64), small.needs_host(65)) == (False, True)
     assert "asks the host" in small.reason
     huge = choose_experts(replace(case, token_bytes=300 * MIB))
     assert (huge.batched_tokens, huge.graph_batch_size, huge.text) == (0, 0, "experts by grouped_mm")
