@@ -26,10 +26,9 @@ from engine.model_loader import ModelDescription, load_model
 from engine.model_runner import ModelRunner
 from engine.model_source import resolve
 from engine.page_allocator import PageAllocator
-from engine.page_pool import PagePool
 from engine.phase_streams import PhaseStreams
 from engine.rank_steps import RankLeader
-from engine.runner_setup import make_runner, streams_for
+from engine.runner_setup import make_pool, make_runner, streams_for
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.step_seconds import StepClock
@@ -79,7 +78,7 @@ def load_parts(
     """Load ``model`` and make the rest for it; raises as ``Engine.load_model`` says."""
     keep_compiled_code(config.compile_cache)
     loaded = load_model(resolve(model, cache_dir), config, None if leader is None else leader.group)
-    pool = PagePool(loaded.layout, loaded.num_pages, loaded.device)
+    pool = make_pool(config, loaded)
     if leader is not None:
         _require_that_ranks_can_follow(config)
     description = loaded.description

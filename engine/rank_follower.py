@@ -19,7 +19,7 @@ from engine.model_source import resolve
 from engine.page_pool import PagePool
 from engine.rank_group import RankGroup
 from engine.rank_steps import RankStep, receive_previous
-from engine.runner_setup import make_runner
+from engine.runner_setup import make_pool, make_runner
 
 
 class RankFollower:
@@ -37,8 +37,7 @@ class RankFollower:
         """Load this rank's part while rank 0 does the same (``Engine.load_model``); raises what that raises."""
         keep_compiled_code(config.compile_cache)
         loaded = load_model(resolve(model, cache_dir), config, group)
-        pool = PagePool(loaded.layout, loaded.num_pages, loaded.device)
-        runner, _ = make_runner(config, loaded, pool)
+        runner, _ = make_runner(config, loaded, make_pool(config, loaded))
         return cls(runner, group, loaded.fingerprint)
 
     @property

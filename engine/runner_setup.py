@@ -1,4 +1,4 @@
-"""What computes an engine's steps, as its config and device allow: attention, graphs, compiled layers, streams."""
+"""What computes an engine's steps, as its config and device allow: pages, attention, graphs, layers, streams."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from core.errors import InvalidConfig
 from engine.attention import create_backend
 from engine.attention_choice import AttentionChoice, choose_attention
 from engine.config import APART_MODES, EngineConfig
@@ -18,6 +19,23 @@ from engine.prompt_graphs import token_buckets
 from engine.rank_steps import RankLeader
 
 logger = logging.getLogger(__name__)
+
+
+def make_pool(config: EngineConfig, loaded: LoadedModel) -> PagePool:
+    """Of the model's pages. Raises ``InvalidConfig`` if its device has no room for them."""
+    try:
+        return PagePool(loaded.layout, loaded.num_pages, loaded.device)
+    except RuntimeError as error:
+        if loaded.device.type != "cpu" and not isinstance(error, torch.OutOfMemoryError):
+            raise  # on a CPU there is no error of its own for this
+        device = loaded.device
+        asked = [name for name in ("num_pages", "kv_cache_bytes") if getattr(config, name) is not None]
+        gib = loaded.num_pages * loaded.layout.bytes_per_page / (1 << 30)
+        raise InvalidConfig(
+            f"engine.{(*asked, 'gpu_memory_utilization')[0]}",
+            f"must leave room for the page pool: {loaded.num_pages} pages take {gib:.1f} GiB, more than {device} "
+            "has left; give less, and where workers share a GPU give each its engine.kv_cache_bytes",
+        ) from error
 
 
 def make_runner(

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.errors import InvalidConfig
 from engine.config import EngineConfig
 from engine.device_memory import ALLOWANCE_BYTES, DeviceMemory, largest_step, run_largest_step
 from engine.model_loader import load_model
 from engine.model_source import resolve
+from engine.runner_setup import make_pool
 from tests.tiny_models import FAMILIES, save_tiny_model
 
 GIB = 1 << 30
@@ -61,3 +64,26 @@ def test_the_largest_step_can_be_computed(family: str, tmp_path: Path) -> None:
     run = run_largest_step(loaded.model, loaded.layout, loaded.attention, config, loaded.description.max_model_len)
 
     assert run == 16 * loaded.layout.bytes_per_page  # 256 tokens, the longest sequence
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_pages", 1 << 44), ("kv_cache_bytes", 1 << 60)])
+def test_a_pool_that_does_not_fit_is_refused_by_the_key_that_asked_for_it(key: str, value: int, tmp_path: Path) -> None:
+    config = EngineConfig(device="cpu", **{key: value})  # type: ignore[arg-type]
+    loaded = load_model(resolve(str(save_tiny_model("llama", tmp_path)), tmp_path), config)
+
+    with pytest.raises(InvalidConfig, match=rf"engine\.{key}: must leave room for .* GiB, more than cpu"):
+        make_pool(config, loaded)
+
+
+def test_a_pool_that_does_not_fit_since_others_took_memory_meanwhile_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = EngineConfig(device="cpu")
+    loaded = load_model(resolve(str(save_tiny_model("llama", tmp_path)), tmp_path), config)
+    monkeypatch.setattr("engine.runner_setup.PagePool", full)
+
+    with pytest.raises(InvalidConfig, match=r"engine\.gpu_memory_utilization: must .* its engine\.kv_cache_bytes"):
+        make_pool(config, loaded)
