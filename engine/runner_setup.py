@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 def make_pool(config: EngineConfig, loaded: LoadedModel) -> PagePool:
     """Of the model's pages. Raises ``InvalidConfig`` if its device has no room for them."""
+    device = loaded.device
     try:
-        return PagePool(loaded.layout, loaded.num_pages, loaded.device)
+        return PagePool(loaded.layout, loaded.num_pages, device)
     except RuntimeError as error:
-        if loaded.device.type != "cpu" and not isinstance(error, torch.OutOfMemoryError):
+        if device.type != "cpu" and not isinstance(error, torch.OutOfMemoryError):
             raise  # on a CPU there is no error of its own for this
-        device = loaded.device
         asked = [name for name in ("num_pages", "kv_cache_bytes") if getattr(config, name) is not None]
         gib = loaded.num_pages * loaded.layout.bytes_per_page / (1 << 30)
         raise InvalidConfig(
