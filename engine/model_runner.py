@@ -261,13 +261,13 @@ class SpeedUps:
     compile: bool
     graph_batch_size: int  # sequences of the largest decode graph; 0: none
     max_model_len: int  # tokens that a sequence may have in a graph
-    max_batch_size: int = 0  # sequences of a step that holds prompts and is captured
+    max_batch_size: int  # sequences of any step
     eager_reason: str = "engine.compile says so"  # if ``compile`` is off
     experts: ExpertsChoice | None = None  # of the model's experts, installed; None: it has none to choose for
     cascade: str = "never"  # engine.cascade_attention
     cascade_reason: str = "engine.cascade_attention says so"  # if it is never
     prompt_graph_sizes: tuple[int, ...] = ()  # tokens of steps with prompts that are captured, if decode steps are
-    prompt_graph_reason: str = ""  # why there are none although they were asked for
+    prompt_graph_reason: str = ""  # why there are none, or fewer, although they were asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +283,7 @@ class ForwardMode:
     cascade: bool = False  # decode steps read shared prefixes once where that pays
     cascade_reason: str = ""  # why not, if they are captured; empty if they do
     prompt_graph_tokens: int = 0  # of the largest step with prompts that runs in graphs; 0: none does
-    prompt_graph_reason: str = ""  # why none does although that was asked for
+    prompt_graph_reason: str = ""  # why none does, or no larger one, although that was asked for
 
 
 class ModelRunner:

@@ -15,7 +15,7 @@ from core.request import SamplingParams, SequenceId, SequenceSpec
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.phase_streams import two_streams
-from tests.gpu.tiny_engine import draw_prompts, greedy_tokens
+from tests.tiny_engine import draw_prompts, greedy_tokens
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

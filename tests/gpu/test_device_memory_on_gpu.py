@@ -16,7 +16,7 @@ from core.clock import WallClock
 from core.errors import InvalidConfig
 from engine.config import EngineConfig
 from engine.engine import Engine
-from tests.gpu.tiny_engine import draw_prompts, run, save_in_bfloat16
+from tests.tiny_engine import draw_prompts, run, save_in_bfloat16
 from tests.tiny_models import VOCAB_SIZE
 
 pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"), pytest.mark.timeout(600)]

@@ -14,7 +14,7 @@ import torch
 from core.clock import WallClock
 from engine.config import EngineConfig
 from engine.engine import Engine
-from tests.gpu.tiny_engine import draw_prompts, greedy_tokens, run
+from tests.tiny_engine import draw_prompts, greedy_tokens, run
 from tests.tiny_models import FAMILIES, save_tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

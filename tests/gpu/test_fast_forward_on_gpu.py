@@ -27,7 +27,7 @@ from core.request import SamplingParams, SequenceId, SequenceSpec, TokenChunk
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.step_plan import StepPlan
-from tests.gpu.tiny_engine import (
+from tests.tiny_engine import (
     NUM_NEW,
     PROMPT_LENGTHS,
     chunks,

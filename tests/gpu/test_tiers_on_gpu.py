@@ -19,7 +19,7 @@ from engine.host_pages import HostPages
 from engine.page_pool import PagePool
 from engine.reload_choice import PrefillCost
 from engine.reload_costs import ReloadCosts
-from tests.gpu.tiny_engine import draw_prompts, greedy_tokens
+from tests.tiny_engine import draw_prompts, greedy_tokens
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -6,7 +6,6 @@ Graphs are captured on a GPU only (tests/gpu); rows, attention and reports are t
 from __future__ import annotations
 
 import logging
-import random
 from array import array
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -17,7 +16,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
 from core.clock import VirtualClock
 from core.request import SamplingParams, SequenceId, SequenceSpec
@@ -28,9 +26,9 @@ from engine.experts import ExpertsChoice
 from engine.model_runner import ModelRunner
 from engine.prompt_graphs import PromptGraphs, token_buckets
 from engine.step_plan import StepItem, StepPlan
-from tests.tiny_models import VOCAB_SIZE, generate_with, save_tiny_model
+from tests.tiny_engine import NUM_NEW, draw_prompts, greedy_tokens, run
+from tests.tiny_models import save_tiny_model
 
-NUM_TOKENS = 6
 PROMPT_LENGTHS = (1, 5, 16, 17, 40)
 
 
@@ -41,14 +39,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    draw = random.Random(7)
-    return [[draw.randrange(1, VOCAB_SIZE) for _ in range(n)] for n in PROMPT_LENGTHS]
+    return draw_prompts(7, PROMPT_LENGTHS)
 
 
 @pytest.fixture(scope="module")
 def expected(llama: Path, prompts: list[list[int]]) -> list[list[int]]:
-    model: Any = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32, attn_implementation="eager")
-    return [list(generate_with(model, prompt, NUM_TOKENS)) for prompt in prompts]
+    return greedy_tokens(llama, prompts)
 
 
 def load(folder: Path, **settings: Any) -> Engine:
@@ -63,20 +59,6 @@ def load(folder: Path, **settings: Any) -> Engine:
         "decode_graphs": "always",
     }
     return Engine.load_model(EngineConfig(**{**defaults, **settings}), str(folder), VirtualClock())
-
-
-def run(engine: Engine, prompts: Sequence[Sequence[int]], tag: str = "s") -> list[list[int]]:
-    sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0)
-    for number, prompt in enumerate(prompts):
-        engine.add(SequenceSpec(SequenceId(f"{tag}/{number}"), tuple(prompt), sampling))
-    tokens: list[list[int]] = [[] for _ in prompts]
-    while engine.has_work:
-        output = engine.step()
-        assert not output.failures
-        for chunk in output.chunks:
-            tokens[int(chunk.sequence_id.split("/")[1])].extend(chunk.token_ids)
-    engine.check_integrity()
-    return tokens
 
 
 @pytest.fixture
@@ -158,7 +140,7 @@ def test_layers_are_reported_one_by_one_when_their_pages_are_written(llama: Path
     engine.listener = listener = _Listener()
     run(engine, [prompts[1]])
 
-    assert listener.heard == [0, 1] * NUM_TOKENS
+    assert listener.heard == [0, 1] * NUM_NEW
 
 
 @pytest.mark.parametrize("num_outer", [10, 40], ids=["short", "long"])
@@ -193,7 +175,7 @@ def _plan(num_tokens: int, page_ids: tuple[int, ...]) -> StepPlan:
     ("settings", "reason"),
     [
         ({"colocated_mode": "partitioned"}, "multiprocessors for which it was captured"),
-        ({"decode_graphs": "never", "compile": "never"}, ""),
+        ({"decode_graphs": "never", "compile": "never"}, "speed_up was not asked for"),
     ],
     ids=["partitioned", "without decode graphs"],
 )

@@ -113,7 +113,9 @@ def test_held_up_between_two_layers(family: str, compiled: bool, example: Callab
     case = example(family)
     engine = load(case.folder, page_size=4, max_batch_tokens=128, prefill_order="slack")
     if compiled:
-        engine._runner.speed_up(SpeedUps(compile=True, graph_batch_size=0, max_model_len=128), backend="eager")
+        engine._runner.speed_up(
+            SpeedUps(compile=True, graph_batch_size=0, max_model_len=128, max_batch_size=8), backend="eager"
+        )
         assert engine.forward.compiled
     clock = engine._clock
     assert isinstance(clock, VirtualClock)

@@ -1,4 +1,4 @@
-"""What do the GPU tests ask an engine, and what does transformers say on a CPU in float32?"""
+"""What do tests ask an engine with a tiny model, and what does transformers say on a CPU in float32?"""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def chunks(engine: Engine, prompts: Sequence[Sequence[int]], tag: str, **samplin
     return found
 
 
-def run(engine: Engine, prompts: Sequence[Sequence[int]], tag: str, **sampling: Any) -> list[list[int]]:
+def run(engine: Engine, prompts: Sequence[Sequence[int]], tag: str = "s", **sampling: Any) -> list[list[int]]:
     """``chunks``, tokens only."""
     found = chunks(engine, prompts, tag, **sampling)
     return [[token for chunk in one for token in chunk.token_ids] for one in found]
